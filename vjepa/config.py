@@ -1,0 +1,289 @@
+"""Run: every setting of a run, gathered from the rooms. Never imports torch.
+
+Grouped by consequence. What changes the result: `seed steps batch_size data model masks objective optim
+precision`. What only changes the speed, the company or the record: `parallel loader checkpoint track health`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from vjepa_data.settings import Data, Loader, Settings, Share
+
+# name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
+# the one with heads of 64 channels, and so are ours.
+ENCODERS: dict[str, tuple[int, int, int, float]] = {
+    "vit_tiny": (192, 12, 3, 4.0),
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+    "vit_large": (1024, 24, 16, 4.0),
+    "vit_huge": (1280, 32, 16, 4.0),
+    "vit_giant": (1408, 40, 22, 48 / 11),
+    "vit_gigantic": (1664, 48, 26, 64 / 13),
+}
+
+
+class Transformer(Settings):
+    """Size of one stack of blocks."""
+
+    width: int = Field(ge=8)
+    """Channels of a token."""
+
+    depth: int = Field(ge=1)
+    """Blocks."""
+
+    heads: int = Field(ge=1)
+    """Attention heads; must divide the width."""
+
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden channels of the MLP over the width."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Transformer":
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
+        return self
+
+
+class Encoder(Transformer):
+    """Size of the encoder: a name from the registry, or any of its numbers by hand."""
+
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic", "custom"]
+    """Registry name, or `custom` with all numbers given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_registry(cls, given: object) -> object:
+        if isinstance(given, str):
+            given = {"name": given}
+        if isinstance(given, dict) and given.get("name") in ENCODERS:
+            sizes = dict(zip(("width", "depth", "heads", "mlp_ratio"), ENCODERS[given["name"]], strict=True))
+            given = {**sizes, **given}
+        return given
+
+
+class Model(Settings):
+    """Encoder and predictor."""
+
+    encoder: Encoder
+    """A registry name (`vit_large`), or `{name: custom, width: 96, depth: 4, heads: 3}`."""
+
+    predictor: Transformer = Transformer(width=384, depth=12, heads=12)
+    """The narrow transformer that guesses hidden tokens."""
+
+    patch_px: int = Field(default=16, ge=1)
+    """Height and width of a token, in pixels."""
+
+    tubelet_frames: int = Field(default=2, ge=1)
+    """Frames in a token."""
+
+    rope: Literal["tiled", "interleaved"] = "tiled"
+    """3-D rotary positions: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a
+    true rotation (V-JEPA 2.1)."""
+
+
+class BalancedMask(Settings):
+    """Block masks with exact counts: whole spatial tubes are added or removed, nothing is truncated."""
+
+    mode: Literal["balanced"] = "balanced"
+    blocks: int = Field(ge=1)
+    """Rectangles whose union is hidden, through all of time."""
+
+    block_share: Share
+    """Area of one rectangle as a share of the frame."""
+
+    aspect: tuple[float, float] = (0.75, 1.5)
+    """Smallest and largest height / width of a rectangle."""
+
+    visible_share: Share | None = None
+    """Share of tokens that stay visible; by default what the rectangles leave free on average."""
+
+
+class ReferenceMask(Settings):
+    """V-JEPA 2's own sampler, its truncation to the batch minimum included, for parity and reproduction."""
+
+    mode: Literal["reference"] = "reference"
+    blocks: int = Field(ge=1)
+    spatial_scale: tuple[Share, Share]
+    temporal_scale: tuple[Share, Share] = (1.0, 1.0)
+    aspect: tuple[float, float] = (0.75, 1.5)
+    batch: int = Field(default=24, ge=1)
+    """Slots that are truncated together. In V-JEPA 2 this is the batch of one GPU, and decides the masking ratio."""
+
+
+class RandomMask(Settings):
+    """Every token hidden with equal chance, exact count (LeVJEPA's token drop)."""
+
+    mode: Literal["random"] = "random"
+    visible_share: Share
+
+
+class TubeMask(Settings):
+    """Whole spatial tubes hidden at random, exact count (VideoMAE)."""
+
+    mode: Literal["tube"] = "tube"
+    visible_share: Share
+
+
+class CausalMask(Settings):
+    """The future hidden: predict it from the first tubelets."""
+
+    mode: Literal["causal"] = "causal"
+    visible_tubelets: int = Field(ge=1)
+
+
+Mask = Annotated[BalancedMask | ReferenceMask | RandomMask | TubeMask | CausalMask, Field(discriminator="mode")]
+
+# V-JEPA and V-JEPA 2: eight small rectangles ("short range") and two large ones ("long range").
+BLOCKS = (BalancedMask(blocks=8, block_share=0.15), BalancedMask(blocks=2, block_share=0.7))
+
+
+class VJEPA2(Settings):
+    """Predict the target encoder's layer-normed features of hidden tokens (V-JEPA 2, arXiv:2506.09985)."""
+
+    name: Literal["vjepa2"] = "vjepa2"
+    loss_exponent: float = Field(default=1.0, gt=0)
+    """p of mean(|error|^p) / p."""
+
+
+class Optim(Settings):
+    """AdamW, its rates, and the rate of the moving average, as functions of the step."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate, reached after warm-up."""
+
+    start_lr: float = Field(default=0.0, ge=0)
+    """Learning rate of the first step of warm-up."""
+
+    final_lr: float = Field(default=0.0, ge=0)
+    """Learning rate of the last step."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up. V-JEPA 2: 12,000."""
+
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes from its peak to `final_lr`; `constant` stays at the peak."""
+
+    weight_decay: float = Field(default=0.04, ge=0)
+    """Weight decay at the first step; biases, norms and other vectors have none."""
+
+    final_weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay at the last step (cosine in between); by default constant."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest global gradient norm; by default gradients are not clipped (V-JEPA 2)."""
+
+    ema: Share = 0.99925
+    """Rate of the target encoder's moving average at the first step: target = ema * target + (1 - ema) * encoder."""
+
+    final_ema: Share | None = None
+    """The same at the last step (linear in between); by default constant."""
+
+
+class Parallel(Settings):
+    """How the work is spread. None of it changes the result beyond rounding."""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per step on each rank."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Copies of the sharded model (HSDP): 1 shards over all ranks, the number of nodes shards inside each node."""
+
+    recompute: Literal["off", "selective", "full"] = "off"
+    """Activation checkpointing: keep all activations, recompute cheap ones, or recompute every block."""
+
+    compile: bool = False
+    """Compile each block with torch.compile."""
+
+    attention: Literal["auto", "sdpa", "varlen", "xformers"] = "auto"
+    """Attention backend; `auto` takes the fastest that passes a small test on this machine."""
+
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds after which a collective that does not return ends the process."""
+
+
+class Checkpoint(Settings):
+    """When to save and what to keep."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    keep_last: int = Field(default=2, ge=2)
+    """Newest checkpoints to keep; at least two, since one of them may be the one being written."""
+
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints to keep for ever: those at multiples of this."""
+
+    background: bool = False
+    """Write while training goes on."""
+
+
+class Track(Settings):
+    """What is recorded, and where. `metrics.jsonl` in the run folder is always written and is the truth."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Steps between records."""
+
+    monitor_every_steps: int = Field(default=100, ge=1)
+    """Steps between the monitors of collapse (RankMe, feature spread), which cost a decomposition."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """`auto` is online with a key and a network, else offline. W&B is never the reason that training stops."""
+
+    project: str = "vjepa"
+    entity: str | None = None
+
+
+class Health(Settings):
+    """When a run must stop, rather than go on wrongly."""
+
+    max_skipped_in_a_row: int = Field(default=3, ge=1)
+    """Steps in a row with a loss or gradient that is not finite, which are skipped, before the run stops."""
+
+    stall_s: float = Field(default=60.0, gt=0)
+    """Seconds without a batch after which the stacks of all threads are written to the run folder."""
+
+
+class Run(Settings):
+    """One training run: everything that decides its result, and how it is carried out."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    """Name of the run; its folder is `runs/NAME` unless told otherwise."""
+
+    seed: int = Field(default=0, ge=0)
+    """Whatever is random is a function of (seed, step, slot)."""
+
+    steps: int = Field(ge=1)
+    """Optimizer updates in the whole run."""
+
+    batch_size: int = Field(ge=1)
+    """Clips per step over all ranks: the number of slots."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of activations and gradients in flight; weights, averages and reductions are fp32."""
+
+    data: Data
+    model: Model
+    masks: tuple[Mask, ...] = Field(default=BLOCKS, min_length=1)
+    """Kinds of mask; every clip is seen through each of them in every step."""
+
+    objective: VJEPA2 = VJEPA2()
+    optim: Optim
+
+    parallel: Parallel = Parallel()
+    loader: Loader = Loader()
+    checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
+    health: Health = Health()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Run":
+        px, patch = self.data.crop.px, self.model.patch_px
+        if px % patch:
+            raise ValueError(f"data.crop.px ({px}) must be divisible by model.patch_px ({patch})")
+        lanes = self.data.lanes
+        if lanes and self.batch_size % lanes:
+            raise ValueError(f"batch_size ({self.batch_size}) must be divisible by data.lanes ({lanes})")
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
+        return self
