@@ -7,6 +7,7 @@ precision`. What only changes the speed, the company or the record: `parallel lo
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+
 from vjepa_data.settings import Data, Loader, Settings, Share
 
 # name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is

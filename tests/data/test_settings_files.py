@@ -1,0 +1,111 @@
+"""Settings from files: what is read, where each value came from, and how a mistake is answered."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from vjepa_data.settings import BadInput, Settings
+from vjepa_data.settings_files import COMMAND_LINE, DEFAULT, dump_settings, load_settings
+
+
+class Engine(Settings):
+    name: Literal["small", "large", "custom"] = "small"
+    power_kw: float = Field(default=50.0, gt=0)
+
+
+class Disc(Settings):
+    mode: Literal["disc"] = "disc"
+    radius_mm: int
+
+
+class Drum(Settings):
+    mode: Literal["drum"] = "drum"
+    width_mm: int = 40
+
+
+class Car(Settings):
+    name: str
+    doors: int = 4
+    engine: Engine = Engine()
+    brakes: tuple[Annotated[Disc | Drum, Field(discriminator="mode")], ...] = Field(default=(Drum(),), min_length=1)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def refused(kind: type[Settings], path: Path | None, *overrides: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        load_settings(kind, path, overrides)
+    return str(caught.value)
+
+
+def test_a_file_its_base_and_the_command_line_are_merged_and_remembered(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", "name: saloon\nengine: {power_kw: 60}\nbrakes: [{mode: drum}, {mode: drum}]\n")
+    child = write(tmp_path / "child.yaml", "base: base.yaml\ndoors: 2\nbrakes: [{mode: disc, radius_mm: 140}]\n")
+    loaded = load_settings(Car, child, ["engine.power_kw=7.5e1"])
+    car = loaded.settings
+    assert (car.name, car.doors, car.engine.power_kw, car.brakes) == ("saloon", 2, 75.0, (Disc(radius_mm=140),))
+    assert loaded.origins == {
+        "name": str(base),
+        "doors": str(child),
+        "engine.name": DEFAULT,
+        "engine.power_kw": COMMAND_LINE,
+        "brakes.0.mode": str(child),
+        "brakes.0.radius_mm": str(child),
+    }
+
+
+def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
+    car = load_settings(Car, None, ["name=x", "brakes=[{mode: disc, radius_mm: 1}, {mode: drum}]"]).settings
+    assert load_settings(Car, write(tmp_path / "c.yaml", dump_settings(car))).settings == car
+
+
+def test_a_number_in_a_name_steps_into_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "name: x\nbrakes: [{mode: drum}, {mode: drum}]\n")
+    assert load_settings(Car, path, ["brakes.1.width_mm=50"]).settings.brakes == (Drum(), Drum(width_mm=50))
+    assert "'2' is not one of the 2 entries (0 to 1)" in refused(Car, path, "brakes.2.width_mm=50")
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "name: x\nengine: {power_kw: 6e-4}\n")
+    assert load_settings(Car, path).settings.engine.power_kw == 6e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: x\ndoor: 3\n", "door is not a setting. Did you mean doors?"),
+        ("name: x\nengine: {powerkw: 3}\n", "engine.powerkw is not a setting. Did you mean engine.power_kw?"),
+        ("name: x\nbrakes: [{mode: drum, widthmm: 3}]\n", "brakes.0.widthmm is not a setting. Did you mean brakes.0."),
+        ("name: x\npower_kw: 3\n", "power_kw is not a setting. Did you mean engine.power_kw?"),
+        ("name: x\nxyzzy: 3\n", "xyzzy is not a setting."),
+        ("doors: 3\n", "name is missing; add it to the file or give name=VALUE"),
+        ("name: x\nengine: {power_kw: -1}\n", "engine.power_kw: Input should be greater than 0, got -1"),
+        ("name: x\nbrakes: []\n", "brakes: Tuple should have at least 1 item"),
+        ("name: x\nbrakes: [{mode: disk}]\n", "brakes.0: Input tag 'disk' found"),
+        ("name: x\nname: y\n", "'name' is given twice"),
+        ("- 1\n", "expected `name: value` lines, got list"),
+        ("name: [\n", "not YAML"),
+    ],
+)
+def test_a_mistake_is_answered_by_one_line_that_names_the_file(tmp_path: Path, text: str, line: str) -> None:
+    answer = refused(Car, write(tmp_path / "car.yaml", text))
+    assert answer.startswith(str(tmp_path / "car.yaml"))
+    assert line in answer
+    assert "\n" not in answer
+
+
+def test_an_override_that_is_wrong_names_the_command_line() -> None:
+    assert refused(Car, None, "name=x", "door=3") == f"{COMMAND_LINE}: door is not a setting. Did you mean doors?"
+    assert "write name=value" in refused(Car, None, "name")
+
+
+def test_a_missing_file_and_a_circle_of_bases_are_refused(tmp_path: Path) -> None:
+    assert "cannot be read (No such file" in refused(Car, tmp_path / "none.yaml")
+    write(tmp_path / "a.yaml", "base: b.yaml\n")
+    write(tmp_path / "b.yaml", "base: a.yaml\n")
+    assert "is its own base" in refused(Car, tmp_path / "a.yaml")
