@@ -4,11 +4,14 @@ Grouped by consequence. What changes the result: `seed steps batch_size data mod
 precision`. What only changes the speed, the company or the record: `parallel loader checkpoint track health`.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from vjepa_data.settings import Data, Loader, Settings, Share
+from vjepa_data.settings_files import Loaded, load_settings
 
 # name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
 # the one with heads of 64 channels, and so are ours.
@@ -288,3 +291,25 @@ class Run(Settings):
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
         return self
+
+
+def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:
+    """The run that a file describes.
+
+    Args:
+        config: path of a YAML file, or the name of one that ships with the project (`demo`, `vitl16_256px_16f`).
+        overrides: `dotted.name=value`, the value in YAML.
+
+    Raises:
+        BadInput: the file is missing, or a setting is unknown, missing or out of range.
+    """
+    path = Path(config)
+    if not path.exists() and path.name == str(config):
+        path = next((one for one in shipped_configs() if one.stem == config), path)
+    return load_settings(Run, path, overrides)
+
+
+def shipped_configs() -> list[Path]:
+    """The run files that come with the project: inside the package when installed, beside it in a clone."""
+    package = Path(__file__).parent
+    return sorted([*package.glob("configs/*.yaml"), *package.parent.glob("configs/*.yaml")])

@@ -1,0 +1,34 @@
+# make demo   raw videos in, an exported encoder and a report out; minutes on two cores
+# make test   lint, types, arrows between the rooms, tests
+# make clean  everything that the other two made
+
+PYTHON ?= python3
+DEMO ?=
+TESTS ?= tests
+
+.PHONY: demo test clean
+
+demo: .venv/ready-demo
+	.venv/bin/vjepa demo --out runs/demo $(DEMO)
+
+test: .venv/ready-test
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadgroup $(TESTS)
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# Exact versions; pyproject.toml gives the ranges that users may install.
+.venv/ready-demo: .venv/bin/pip pyproject.toml constraints.txt
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[hf]"
+	touch $@
+
+.venv/ready-test: .venv/bin/pip pyproject.toml constraints.txt
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

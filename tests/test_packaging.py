@@ -1,0 +1,55 @@
+"""What the wheel brings, and what the rooms may import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names inside the wheel that is built through the source distribution."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return ZipFile(next(out.glob("*.whl"))).namelist()
+
+
+def test_the_wheel_adds_three_names(wheel: list[str]) -> None:
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {
+        "vjepa",
+        "vjepa_data",
+        "vjepa_launch",
+    }
+
+
+def test_the_wheel_brings_every_module_config_and_cluster(wheel: list[str]) -> None:
+    modules = [
+        path for room in ("vjepa", "data/vjepa_data", "launch/vjepa_launch") for path in (ROOT / room).rglob("*.py")
+    ]
+    expected = {str(path.relative_to(ROOT)).removeprefix("data/").removeprefix("launch/") for path in modules}
+    expected |= {f"vjepa/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    expected |= {f"vjepa_launch/clusters/{path.name}" for path in (ROOT / "launch/clusters").glob("*.yaml")}
+    assert expected <= set(wheel)
+
+
+def test_settings_and_the_command_line_never_import_torch() -> None:
+    code = "import sys, vjepa.cli, vjepa.config, vjepa_launch.settings; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_dependencies_of_the_project_are_really_used() -> None:
+    imported: set[str] = set()
+    for room in ("vjepa", "data", "launch"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {name.name.split(".")[0] for name in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    imported.add(node.module.split(".")[0])
+    assert {"torch", "decord", "webdataset", "submitit", "wandb", "xformers"} <= imported
