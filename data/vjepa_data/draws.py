@@ -1,7 +1,8 @@
 """The source of all randomness: a generator that is a function of its arguments.
 
-No state is kept and none is shared. Which sample fills a slot, where its clip starts, how it is cropped and which of its
-tokens are hidden are each drawn from a generator of their own, so that one more draw in one place moves nothing in another.
+No state is kept and none is shared. Which sample fills a slot, where its clip starts, how it is cropped and which of
+its tokens are hidden are each drawn from a generator of their own, so that one more draw in one place moves nothing in
+another.
 """
 
 import hashlib

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vjepa_data.draws import generator
 
 
