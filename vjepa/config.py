@@ -45,6 +45,11 @@ class Transformer(Settings):
     def _divisible(self) -> "Transformer":
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
+        if self.width // self.heads % 2 or self.width // self.heads < 6:
+            raise ValueError(
+                f"width / heads ({self.width} / {self.heads}) must be even and at least 6, so that its channels can "
+                "turn in pairs with time, height and width"
+            )
         return self
 
 

@@ -1,0 +1,217 @@
+"""Attention over packed sequences: one seam, three backends.
+
+A step's sequences (every clip under every mask) lie one after another in one tensor, `[S H d]`, without padding. Which
+tokens may see each other is told by `Segments`: runs of equally long sequences.
+
+    runs ((2, 3), (1, 4))      | a a a | b b b | c c c c |      S = 10
+
+- `sdpa`: one call of torch's scaled_dot_product_attention for each run. Works everywhere. Masks with exact counts make
+  few runs, so little is left for the other two to gain.
+- `varlen`: torch's variable-length attention, one call for all. CUDA, half precision.
+- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all. CUDA.
+
+Letters: S tokens of all sequences, H heads, d channels of a head.
+"""
+
+import importlib
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["sdpa", "varlen", "xformers"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which tokens of a packed tensor belong together."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(sequences, tokens in each) of neighbours that are equally long."""
+
+    backend: Backend = "sdpa"
+    """Who computes attention when there is more than one run; a single run is a plain batch and goes to sdpa."""
+
+    starts: Int[Tensor, "sequences+1"] | None = field(default=None, repr=False)
+    """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int]], *, backend: Backend = "sdpa", device: torch.device) -> "Segments":
+        """Join neighbours of equal length and prepare what the backend wants.
+
+        Args:
+            runs: (sequences, tokens in each), in the order of the packed tensor.
+            backend: as `choose` said.
+            device: of the packed tensor.
+        """
+        joined: list[tuple[int, int]] = []
+        for count, length in runs:
+            if joined and joined[-1][1] == length:
+                joined[-1] = (joined[-1][0] + count, length)
+            else:
+                joined.append((count, length))
+        starts = None
+        if backend == "varlen" and len(joined) > 1:
+            lengths = [length for count, length in joined for _ in range(count)]
+            starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        return Segments(tuple(joined), backend, starts)
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return sum(count * length for count, length in self.runs)
+
+
+def attention(
+    q: Float[Tensor, "S H d"], k: Float[Tensor, "S H d"], v: Float[Tensor, "S H d"], segments: Segments
+) -> Float[Tensor, "S H d"]:
+    """Let every token look at the tokens of its own sequence.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        segments: where sequences begin and end, and who computes.
+
+    Returns:
+        softmax(q k' / sqrt(d)) v within each sequence.
+    """
+    if len(segments.runs) == 1 or segments.backend == "sdpa":
+        return _sdpa(q, k, v, segments)
+    if segments.backend == "varlen":
+        return _varlen(q, k, v, segments)
+    return _xformers(q, k, v, segments)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    outputs, start = [], 0
+    for count, length in segments.runs:
+        q_run, k_run, v_run = (
+            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+        )  # [count H length d]
+        run = F.scaled_dot_product_attention(q_run, k_run, v_run)
+        outputs.append(run.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(length for _, length in segments.runs)
+    starts = segments.starts
+    assert starts is not None, "Segments.of prepares the starts"
+    out = varlen_attn(q, k, v, starts, starts, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@torch.compiler.disable(reason="xformers picks its kernel in Python")
+def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    fmha = _load_xformers()
+    lengths = [length for count, length in segments.runs for _ in range(count)]
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
+    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+def _load_xformers() -> ModuleType:
+    """xformers' attention, loaded only when asked for: a wheel fits one torch and complains beside others."""
+    return importlib.import_module("xformers.ops.fmha")
+
+
+def choose(
+    backend: Literal["auto"] | Backend, device: torch.device, dtype: torch.dtype, *, head_widths: Sequence[int] = (64,)
+) -> Backend:
+    """Say who will compute attention here, after trying it forward and backward against sdpa.
+
+    `auto` takes the first of varlen, xformers, sdpa that works; the order is fixed, so that all ranks and all attempts
+    of a run agree.
+
+    Args:
+        backend: what the settings ask for.
+        device: where the model is.
+        dtype: of activations.
+        head_widths: channels of a head, of every stack that will use it.
+
+    Raises:
+        BadInput: an explicit choice does not work here; says why.
+    """
+    if backend == "sdpa":
+        return "sdpa"
+    if backend != "auto":
+        reason = refusal(backend, device, dtype, head_widths)
+        if reason:
+            raise BadInput(f"parallel.attention: {backend} does not work here ({reason}); try auto")
+        return backend
+    for name in ("varlen", "xformers"):
+        reason = refusal(name, device, dtype, head_widths)
+        if not reason:
+            log.info("attention: %s (forward and backward agree with sdpa on %s, %s)", name, device, dtype)
+            return name
+        log.info("attention: not %s (%s)", name, reason)
+    log.info("attention: sdpa")
+    return "sdpa"
+
+
+def refusal(backend: Backend, device: torch.device, dtype: torch.dtype, head_widths: Sequence[int]) -> str | None:
+    """Why a backend cannot be used here, in one line; None if it can.
+
+    Args:
+        backend: one of the backends.
+        device: where it would run.
+        dtype: of queries, keys and values.
+        head_widths: channels of a head to try.
+    """
+    assert backend in get_args(Backend)
+    if backend != "sdpa" and device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    if backend == "varlen" and dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bf16, got {str(dtype).removeprefix('torch.')}"
+    for width in head_widths:
+        # A probe must survive whatever a foreign kernel throws at a machine that it was not built for: these are the
+        # types that importing, dispatching and launching have been seen to raise.
+        try:
+            error = _disagreement(backend, device, dtype, width)
+        except (
+            ImportError,
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+            ValueError,
+            TypeError,
+        ) as caught:
+            return f"{type(caught).__name__}: {(str(caught).strip() or 'no message').splitlines()[0]}"
+        if not error <= _TOLERANCE.get(dtype, 2e-2):
+            return f"differs from sdpa by {error:.2g} with heads of {width} channels"
+    return None
+
+
+# Largest difference of outputs and gradients of order 1; half precision: training at 2e-2 is what rounding gives.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+def _disagreement(backend: Backend, device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Largest difference to sdpa in fp32, of output and gradients, on three short sequences."""
+    generator = torch.Generator().manual_seed(0)
+    runs = [(2, 24), (1, 17)]
+    packed = Segments.of(runs, device=device, backend=backend)
+    drawn = torch.randn(4, packed.tokens, 2, width, generator=generator).to(device, dtype)
+    results = []
+    for segments, cast in ((packed, dtype), (replace(packed, backend="sdpa"), torch.float32)):
+        q, k, v = (x.detach().to(cast).requires_grad_() for x in drawn[:3])
+        out = attention(q, k, v, segments)
+        gradients = torch.autograd.grad(out, (q, k, v), drawn[3].to(cast))
+        results.append(torch.stack([out, *gradients]).float())
+    return (results[0] - results[1]).abs().max().item()

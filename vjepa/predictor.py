@@ -1,0 +1,100 @@
+"""Visible tokens to a guess of the hidden ones: V-JEPA 2's narrow transformer, for any number of guesses in one pass.
+
+Letters: B clips, V visible and K hidden tokens, D width of the encoder, P width of the predictor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vjepa.attention import Backend, Segments
+from vjepa.config import Model
+from vjepa.grid import Grid
+from vjepa.layers import NORM_EPS, Block, init_weights, rotations
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What is known of some clips, and what is asked."""
+
+    context: Float[Tensor, "B V D"]
+    """The encoder's features of visible tokens."""
+
+    visible: Int[Tensor, "B V"]
+    """Where they are."""
+
+    hidden: Int[Tensor, "B K"]
+    """Where to guess."""
+
+    grid: Grid
+    """The clips' tokens."""
+
+    token: int
+    """Which mask token stands for the unknown: the index of the mask kind."""
+
+
+class Predictor(nn.Module):
+    """Features of visible tokens to features of hidden ones."""
+
+    def __init__(self, settings: Model, mask_tokens: int, *, seed: int = 0, attention: Backend = "sdpa"):
+        """Build the predictor and initialise it, unless on the meta device.
+
+        Args:
+            settings: sizes, positions.
+            mask_tokens: kinds of mask, each with a token of its own.
+            seed: decides the first weights, whatever the device or the sharding.
+            attention: who computes attention over packed sequences, see `vjepa.attention.choose`.
+        """
+        super().__init__()
+        size, width = settings.predictor, settings.encoder.width
+        self.settings = settings
+        self.attention: Backend = attention
+        self.predictor_embed = nn.Linear(width, size.width)
+        # One parameter for all kinds: FSDP2 returns wrong gradients, without an error, if some rank does not use a
+        # parameter that another uses. The shape is Hugging Face's.
+        self.mask_tokens = nn.Parameter(torch.zeros(mask_tokens, 1, 1, size.width))
+        self.predictor_blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.predictor_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.predictor_proj = nn.Linear(size.width, width)
+        if not self.mask_tokens.is_meta:
+            self.init_weights(seed)
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
+        init_weights(self, seed=seed, name="predictor")
+
+    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "B K D"]]:
+        """Guess all hidden tokens in one packed pass; each sequence sees only itself.
+
+        Visible and hidden tokens of a clip are laid side by side, not sorted by place as in V-JEPA 2: attention is
+        over a set, and places are in the rotation.
+
+        Args:
+            guesses: any mixture of clip lengths, picture sizes and masks.
+
+        Returns:
+            For each guess the features of its hidden tokens, in the encoder's width.
+        """
+        sequences = []
+        for guess in guesses:
+            known = self.predictor_embed(guess.context)
+            unknown = self.mask_tokens[guess.token].to(known.dtype).expand(*guess.hidden.shape, -1)
+            sequences.append(torch.cat((known, unknown), dim=1))  # [B V+K P]
+        x = torch.cat([each.flatten(0, 1) for each in sequences])  # [S P]
+        runs = [(len(each), each.shape[1]) for each in sequences]
+        segments = Segments.of(runs, backend=self.attention, device=x.device)
+        places = [(guess.grid, torch.cat((guess.visible, guess.hidden), dim=1)) for guess in guesses]
+        head_width = self.settings.predictor.width // self.settings.predictor.heads
+        rotation = rotations(places, head_width=head_width, form=self.settings.rope, dtype=x.dtype)
+        for block in self.predictor_blocks:
+            x = block(x, rotation, segments)
+        parts = x.split([count * length for count, length in runs])
+        asked = [
+            part.unflatten(0, run)[:, guess.visible.shape[1] :]
+            for part, run, guess in zip(parts, runs, guesses, strict=True)
+        ]
+        # Copied, since FSDP2 wants no views returned and a linear map's output is one.
+        return [self.predictor_proj(self.predictor_norm(each)).clone() for each in asked]
