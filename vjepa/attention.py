@@ -19,7 +19,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,12 @@ def _load_xformers() -> ModuleType:
 
 
 def choose(
-    backend: Literal["auto"] | Backend, device: torch.device, dtype: torch.dtype, *, head_widths: Sequence[int] = (64,)
+    backend: Literal["auto"] | Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_widths: Sequence[int] = (64,),
+    compiled: bool = False,
 ) -> Backend:
     """Say who will compute attention here, after trying it forward and backward against sdpa.
 
@@ -143,28 +148,28 @@ def choose(
         device: where the model is.
         dtype: of activations.
         head_widths: channels of a head, of every stack that will use it.
+        compiled: whether blocks are compiled as a whole.
 
     Raises:
         BadInput: an explicit choice does not work here; says why.
     """
     if backend == "sdpa":
         return "sdpa"
-    if backend != "auto":
-        reason = refusal(backend, device, dtype, head_widths)
-        if reason:
-            raise BadInput(f"parallel.attention: {backend} does not work here ({reason}); try auto")
-        return backend
-    for name in ("varlen", "xformers"):
-        reason = refusal(name, device, dtype, head_widths)
+    for name in ("varlen", "xformers") if backend == "auto" else (backend,):
+        reason = refusal(name, device, dtype, head_widths=head_widths, compiled=compiled)
         if not reason:
-            log.info("attention: %s (forward and backward agree with sdpa on %s, %s)", name, device, dtype)
+            log.info("attention: %s agrees with sdpa, forward and backward, on %s in %s", name, device.type, dtype)
             return name
-        log.info("attention: not %s (%s)", name, reason)
+        if backend != "auto":
+            raise BadInput(f"parallel.attention ({name}) does not work here: {reason}; try auto")
+        log.info("attention: %s does not work here: %s", name, reason)
     log.info("attention: sdpa")
     return "sdpa"
 
 
-def refusal(backend: Backend, device: torch.device, dtype: torch.dtype, head_widths: Sequence[int]) -> str | None:
+def refusal(
+    backend: Backend, device: torch.device, dtype: torch.dtype, *, head_widths: Sequence[int], compiled: bool = False
+) -> str | None:
     """Why a backend cannot be used here, in one line; None if it can.
 
     Args:
@@ -172,33 +177,28 @@ def refusal(backend: Backend, device: torch.device, dtype: torch.dtype, head_wid
         device: where it would run.
         dtype: of queries, keys and values.
         head_widths: channels of a head to try.
+        compiled: whether it would have to be compiled.
     """
-    assert backend in get_args(Backend)
     if backend != "sdpa" and device.type != "cuda":
         return f"it needs a CUDA device, got {device.type}"
     if backend == "varlen" and dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bf16, got {str(dtype).removeprefix('torch.')}"
+    if backend == "xformers" and compiled:
+        return "it cannot be compiled, and parallel.compile is set"
     for width in head_widths:
-        # A probe must survive whatever a foreign kernel throws at a machine that it was not built for: these are the
-        # types that importing, dispatching and launching have been seen to raise.
         try:
             error = _disagreement(backend, device, dtype, width)
-        except (
-            ImportError,
-            AttributeError,
-            NotImplementedError,
-            RuntimeError,
-            OSError,
-            ValueError,
-            TypeError,
-        ) as caught:
+        except _REFUSALS as caught:
             return f"{type(caught).__name__}: {(str(caught).strip() or 'no message').splitlines()[0]}"
         if not error <= _TOLERANCE.get(dtype, 2e-2):
-            return f"differs from sdpa by {error:.2g} with heads of {width} channels"
+            return f"it differs from sdpa by {error:.2g} with heads of {width} channels"
     return None
 
 
-# Largest difference of outputs and gradients of order 1; half precision: training at 2e-2 is what rounding gives.
+# What a package built for another torch, driver or card raises when it is imported, dispatched or launched.
+_REFUSALS = (ImportError, AttributeError, NotImplementedError, RuntimeError, OSError, ValueError, TypeError)
+
+# Largest difference of outputs and gradients of order 1; where nothing is said, 2e-2: what rounding to bf16 gives.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 

@@ -86,9 +86,7 @@ class Encoder(nn.Module):
             for view, grid in zip(views, grids, strict=True)
         ]
         head_width = self.settings.encoder.width // self.settings.encoder.heads
-        rotation = rotations(
-            list(zip(grids, ids, strict=True)), head_width=head_width, form=self.settings.rope, dtype=x.dtype
-        )
+        rotation = rotations(list(zip(grids, ids, strict=True)), head_width=head_width, form=self.settings.rope)
         for block in self.blocks:
             x = block(x, rotation, segments)
         parts = x.split([count * length for count, length in runs])

@@ -88,7 +88,7 @@ class Predictor(nn.Module):
         segments = Segments.of(runs, backend=self.attention, device=x.device)
         places = [(guess.grid, torch.cat((guess.visible, guess.hidden), dim=1)) for guess in guesses]
         head_width = self.settings.predictor.width // self.settings.predictor.heads
-        rotation = rotations(places, head_width=head_width, form=self.settings.rope, dtype=x.dtype)
+        rotation = rotations(places, head_width=head_width, form=self.settings.rope)
         for block in self.predictor_blocks:
             x = block(x, rotation, segments)
         parts = x.split([count * length for count, length in runs])

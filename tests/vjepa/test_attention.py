@@ -1,0 +1,123 @@
+"""The seam: packed attention is attention within each sequence, whoever computes it."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vjepa import attention as module
+from vjepa.attention import Backend, Segments, attention, choose, refusal
+from vjepa_data.settings import BadInput
+
+CPU = torch.device("cpu")
+RUNS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=5)
+
+
+def available() -> list[tuple[Backend, torch.device, torch.dtype]]:
+    """Every backend that this machine has, and sdpa."""
+    cases: list[tuple[Backend, torch.device, torch.dtype]] = []
+    cases.append(("sdpa", CPU, torch.float32))
+    if torch.cuda.is_available():
+        cuda = torch.device("cuda")
+        cases.append(("sdpa", cuda, torch.float32))
+        cases.append(("sdpa", cuda, torch.bfloat16))
+        others: tuple[Backend, ...] = ("varlen", "xformers")
+        for backend in others:
+            if refusal(backend, cuda, torch.bfloat16, head_widths=(32,)) is None:
+                cases.append((backend, cuda, torch.bfloat16))
+    return cases
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """Attention of each sequence alone, written out."""
+    lengths = [length for count, length in runs for _ in range(count)]
+    outputs = []
+    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", a, b) / a.shape[-1] ** 0.5
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), available())
+@settings(max_examples=30, deadline=None)
+@given(runs=RUNS)
+def test_packed_attention_is_attention_within_each_sequence(
+    backend: Backend, device: torch.device, dtype: torch.dtype, runs: list[tuple[int, int]]
+) -> None:
+    segments = Segments.of(runs, backend=backend, device=device)
+    drawn = torch.randn(4, segments.tokens, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    results = []
+    for compute, cast in ((attention, dtype), (by_hand, torch.float32)):
+        q, k, v = (x.to(dtype).to(cast).requires_grad_() for x in drawn[:3])
+        out = attention(q, k, v, segments) if compute is attention else by_hand(q, k, v, runs)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), drawn[3].to(cast))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=tolerance)
+
+
+def test_neighbours_of_equal_length_are_one_run() -> None:
+    assert Segments.of([(2, 3), (1, 3), (1, 4), (2, 3)], device=CPU).runs == ((3, 3), (1, 4), (2, 3))
+
+
+def test_starts_are_those_of_each_sequence() -> None:
+    starts = Segments.of([(2, 3), (1, 4)], backend="varlen", device=CPU).starts
+    assert starts is not None
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [0, 3, 6, 10]
+
+
+def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="vjepa.attention"):
+        assert choose("auto", CPU, torch.float32) == "sdpa"
+    assert "varlen does not work here: it needs a CUDA device, got cpu" in caplog.text
+    assert "xformers does not work here" in caplog.text
+    assert "attention: sdpa" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["varlen", "xformers"])
+def test_an_explicit_choice_that_cannot_work_is_an_error_that_says_why(backend: Backend) -> None:
+    with pytest.raises(BadInput, match=rf"parallel.attention \({backend}\).*needs a CUDA device.*try auto"):
+        choose(backend, CPU, torch.bfloat16)
+
+
+def test_a_backend_that_cannot_be_loaded_or_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended CUDA device the probe really runs: here varlen has no kernel and xformers cannot be imported."""
+
+    class Pretended:
+        type = "cuda"
+
+    def broken() -> None:
+        raise ImportError("built for another torch\nand more")
+
+    monkeypatch.setattr(module, "_load_xformers", broken)
+    monkeypatch.setattr(torch.Tensor, "to", _stay_on_cpu(torch.Tensor.to))
+    pretended: torch.device = Pretended()  # pyright: ignore[reportAssignmentType]
+    assert refusal("xformers", pretended, torch.bfloat16, head_widths=(32,)) == "ImportError: built for another torch"
+    reason = refusal("varlen", pretended, torch.bfloat16, head_widths=(32,))
+    assert reason is not None
+    assert "Error" in reason
+
+
+def _stay_on_cpu(real):
+    def to(self: Tensor, *args: object, **options: object) -> Tensor:
+        return real(self, *(a for a in args if isinstance(a, torch.dtype)))
+
+    return to
+
+
+def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module._sdpa
+    calls = []
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        calls.append(segments)
+        return right(q, k, v, segments) * (1.5 if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(module, "_sdpa", wrong)
+    reason = refusal("sdpa", CPU, torch.float32, head_widths=(32,))
+    assert reason is not None
+    assert "differs from sdpa" in reason

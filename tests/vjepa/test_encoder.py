@@ -1,0 +1,116 @@
+"""One packed pass is as good as many."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vjepa.config import Model
+from vjepa.encoder import Encoder, View, normalise
+from vjepa_data.settings import BadInput
+
+SMALL = Model.model_validate(
+    {
+        "encoder": {"name": "custom", "width": 64, "depth": 2, "heads": 2},
+        "predictor": {"width": 32, "depth": 2, "heads": 2},
+        "patch_px": 8,
+    }
+)
+
+
+def perturbed(rope: str = "tiled") -> Encoder:
+    encoder = Encoder(Model.model_validate({**SMALL.model_dump(), "rope": rope}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return encoder
+
+
+def some_views() -> list[View]:
+    """Two masks of the same clips, a longer clip whole, a wide one masked."""
+    generator = torch.Generator().manual_seed(1)
+    short, long = (torch.randn(2, 3, frames, 32, 32, generator=generator) for frames in (4, 8))
+    wide = torch.randn(1, 3, 4, 16, 48, generator=generator)
+    index = torch.stack([torch.randperm(32, generator=generator) for _ in range(2)])
+    return [
+        View(short, index[:, :12].sort().values),
+        View(short, index[:, 12:].sort().values),
+        View(long),
+        View(wide, torch.tensor([[0, 3, 5, 23]])),
+    ]
+
+
+def gradients(encoder: Encoder, outputs: list[Tensor]) -> list[Tensor]:
+    loss = torch.stack([output.square().mean() for output in outputs]).sum()
+    return list(torch.autograd.grad(loss, list(encoder.parameters())))
+
+
+def test_one_packed_pass_equals_a_pass_for_each_view() -> None:
+    encoder, views = perturbed(), some_views()
+    packed = encoder(views)
+    single = [encoder([view])[0] for view in views]
+    for ours, theirs in zip(packed, single, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients(encoder, packed), gradients(encoder, single), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_sees_the_visible_tokens_of_its_own_clip_only() -> None:
+    encoder, views = perturbed(), some_views()
+    before = encoder(views)
+    frames = views[0].frames.clone()
+    hidden = sorted(set(range(32)) - set(views[0].index[1].tolist()))  # pyright: ignore[reportOptionalSubscript]
+    for token in hidden:
+        t, row, column = token // 16, token % 16 // 4, token % 4
+        frames[1, :, 2 * t : 2 * t + 2, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 7.0
+    frames[0] = 7.0
+    after = encoder([View(frames, views[0].index), *views[1:]])
+    assert torch.equal(before[0][1], after[0][1])  # what clip 1 hides, and clip 0, say nothing of what it shows
+    assert not torch.equal(before[0][0], after[0][0])
+
+
+def test_all_ids_in_any_order_are_the_whole_clip() -> None:
+    encoder, frames = perturbed(), some_views()[0].frames
+    order = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    whole, shuffled = encoder([View(frames), View(frames, order)])
+    torch.testing.assert_close(shuffled, whole.take_along_dim(order[..., None], 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ["tiled", "interleaved"])
+def test_features_know_where_tokens_are_relative_to_each_other(rope: str) -> None:
+    """Interleaved positions are relative: moving all of a picture changes nothing, moving half of it does."""
+    encoder = perturbed(rope=rope)
+    frames = torch.randn(1, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = torch.tensor([[0, 1, 4, 5]])  # two by two, in a corner
+    moved = encoder([View(frames.roll((8, 16), (3, 4)), seen + 4 + 2)])[0]
+    torn = frames.clone()
+    torn[..., :8, 24:], torn[..., :8, 8:16] = frames[..., :8, 8:16], frames[..., :8, 24:]
+    (before,), (after,) = encoder([View(frames, seen)]), encoder([View(torn, torch.tensor([[0, 3, 4, 5]]))])
+    assert (after - before).abs().max() > 1e-3
+    if rope == "interleaved":
+        torch.testing.assert_close(moved, before, rtol=0, atol=1e-5)
+    else:
+        assert (moved - before).abs().max() > 1e-4
+
+
+def test_bf16_follows_fp32() -> None:
+    encoder, views = perturbed(), some_views()
+    exact = encoder(views)
+    rough = encoder.bfloat16()(views)
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert (a - b.float()).abs().mean() < 0.02 * a.abs().mean()
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"height \(20\) must be a multiple of a token's \(8\); try 16"):
+        perturbed()([View(torch.zeros(1, 3, 4, 20, 32))])
+
+
+def test_bytes_become_imagenets_deviations() -> None:
+    frames = torch.zeros(1, 1, 1, 2, 3, dtype=torch.uint8)
+    frames[0, 0, 0, 1] = 255
+    out = normalise(frames)
+    assert out.shape == (1, 3, 1, 1, 2)
+    torch.testing.assert_close(out[0, :, 0, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
+    torch.testing.assert_close(out[0, :, 0, 0, 1], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))

@@ -1,0 +1,167 @@
+"""Positions, patches and first weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from vjepa.attention import Segments
+from vjepa.config import ENCODERS, Model, Transformer
+from vjepa.encoder import Encoder
+from vjepa.grid import Grid
+from vjepa.layers import Block, PatchEmbed, axis_channels, rotate, rotations
+from vjepa.predictor import Predictor
+from vjepa_data.settings import BadInput
+
+GRID = Grid(64, 32, 32)
+
+
+def turned(x: torch.Tensor, place: Sequence[int], form: Literal["tiled", "interleaved"]) -> torch.Tensor:
+    """One head's channels at one place."""
+    t, row, column = place
+    index = torch.tensor([[(t * GRID.h + row) * GRID.w + column]])
+    return rotate(x[None, None, None], rotations([(GRID, index)], head_width=len(x), form=form)).flatten()
+
+
+@pytest.mark.parametrize(("head_width", "channels"), [(64, 20), (80, 26), (88, 28), (104, 34), (32, 10)])
+def test_axes_have_the_channels_of_v_jepa_2(head_width: int, channels: int) -> None:
+    assert axis_channels(head_width) == channels
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_interleaved_products_depend_on_the_distance_only(axis: int) -> None:
+    q, k = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    products = []
+    for shift in (0, 3, 19):
+        at, from_ = [5, 6, 7], [5, 6, 7]
+        at[axis], from_[axis] = shift + 4, shift
+        products.append(turned(q, at, "interleaved") @ turned(k, from_, "interleaved"))
+    assert max(products) - min(products) < 1e-4
+    assert (turned(q, (5, 6, 7), "interleaved").norm() - q.norm()).abs() < 1e-5
+
+
+def test_tiled_is_not_a_rotation_and_stays_as_published() -> None:
+    """The defect that V-JEPA 2 was trained with: equal offsets give different products."""
+    q, k = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    near, far = (turned(q, (p + 2, 0, 0), "tiled") @ turned(k, (p, 0, 0), "tiled") for p in (1, 11))
+    assert (near - far).abs() > 1e-2
+
+
+def test_channels_turn_by_the_angles_of_the_paper() -> None:
+    """Each pair against sines and cosines worked out one by one in double precision."""
+    x = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    for form in ("tiled", "interleaved"):
+        expected = x.double().clone()
+        for axis, position in enumerate((63, 31, 17)):
+            for pair in range(5):
+                a, b = (10 * axis + 2 * pair + i for i in (0, 1))
+                if form == "interleaved":
+                    angle_a = angle_b = position / 10000 ** (pair / 5)
+                else:
+                    angle_a, angle_b = (position / 10000 ** (((2 * pair + i) % 5) / 5) for i in (0, 1))
+                xa, xb = float(x[a]), float(x[b])
+                expected[a] = xa * math.cos(angle_a) - xb * math.sin(angle_a)
+                expected[b] = xb * math.cos(angle_b) + xa * math.sin(angle_b)
+        torch.testing.assert_close(turned(x, (63, 31, 17), form).double(), expected, rtol=0, atol=2e-5)
+    assert torch.equal(turned(x, (63, 31, 17), "tiled")[30:], x[30:])  # channels at rest
+
+
+def test_angles_stay_exact_when_activations_are_bf16() -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    half, full = (turned(y, (63, 31, 31), "interleaved") for y in (x, x.float()))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, full.bfloat16())  # rounded once, at the end
+
+
+def test_patches_of_an_index_are_those_of_the_whole_clip() -> None:
+    embed = PatchEmbed(channels=3, tubelet_frames=2, patch_px=4, width=24)
+    frames = torch.randn(3, 3, 6, 8, 12, generator=torch.Generator().manual_seed(0))
+    whole = embed(frames)
+    index = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(i))[:7] for i in range(3)])
+    torch.testing.assert_close(embed(frames, index), whole.take_along_dim(index[..., None], 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(7, 64, 64), (8, 60, 64), (8, 64, 8), (1, 64, 64)])
+def test_a_clip_that_is_not_a_whole_number_of_tokens_is_refused(size: tuple[int, int, int]) -> None:
+    with pytest.raises(BadInput, match="must be a multiple of a token's"):
+        Grid.of(*size, Model(encoder="vit_tiny"))  # pyright: ignore[reportArgumentType]
+
+
+def test_heads_without_room_for_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="even and at least 6"):
+        Transformer(width=12, depth=1, heads=3)
+
+
+def small() -> Model:
+    return Model.model_validate(
+        {
+            "encoder": {"name": "custom", "width": 64, "depth": 3, "heads": 2},
+            "predictor": {"width": 32, "depth": 2, "heads": 2},
+        }
+    )
+
+
+def test_first_weights_are_those_of_v_jepa_2() -> None:
+    encoder, predictor = Encoder(small()), Predictor(small(), mask_tokens=2)
+    for blocks in (encoder.blocks, predictor.predictor_blocks):
+        for layer, block in enumerate(blocks, start=1):
+            assert isinstance(block, Block)
+            for weight, deviation in (
+                (block.attn.qkv.weight, 0.02),
+                (block.mlp.fc1.weight, 0.02),
+                (block.attn.proj.weight, 0.02 / (2 * layer) ** 0.5),
+                (block.mlp.fc2.weight, 0.02 / (2 * layer) ** 0.5),
+            ):
+                assert weight.std().item() == pytest.approx(deviation, rel=0.1)
+                assert abs(weight.mean().item()) < deviation / 5
+    for module in (encoder, predictor):
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias") or name == "mask_tokens":
+                assert not parameter.any(), name
+            elif "norm" in name:
+                assert (parameter == 1).all(), name
+            else:
+                assert parameter.std() > 0, name
+
+
+def test_first_weights_are_a_function_of_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    one = Encoder(small(), seed=3)
+    torch.manual_seed(2)
+    with torch.device("meta"):
+        late = Encoder(small())
+    late.to_empty(device="cpu").init_weights(3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), late.parameters(), strict=True))
+    other = Encoder(small(), seed=4)
+    assert not torch.equal(one.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_sizes_are_those_of_the_papers(name: str) -> None:
+    """Parameters in millions, counted from the table of V-JEPA 2 and rounded as it rounds."""
+    with torch.device("meta"):
+        encoder = Encoder(Model.model_validate({"encoder": name}))
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    expected = {"vit_tiny": 5.6, "vit_small": 22, "vit_base": 86, "vit_large": 304, "vit_huge": 632, "vit_giant": 1013}
+    assert millions == pytest.approx(expected.get(name, 1844), rel=0.02)
+
+
+def test_a_block_compiles_whole() -> None:
+    """No Python surprise in a block: `fullgraph` would raise."""
+    from torch._dynamo import explain
+
+    block = Block(Transformer(width=32, depth=1, heads=2))
+    index = torch.arange(8)[None].expand(2, -1)
+    grid = Grid(2, 2, 2)
+    rotation = rotations([(grid, index), (grid, index[:1, :5])], head_width=16, form="tiled")
+    segments = Segments.of([(2, 8), (1, 5)], device=torch.device("cpu"))
+    report = explain(block)(torch.randn(21, 32), rotation, segments)
+    assert report.graph_count == 1
+    assert report.graph_break_count == 0
+
+
+def test_every_linear_map_has_a_bias() -> None:
+    assert all(module.bias is not None for module in Encoder(small()).modules() if isinstance(module, nn.Linear))
