@@ -1,0 +1,270 @@
+"""What runs on the nodes: a supervisor for the processes of a run, and the decision that follows them.
+
+    sbatch script            srun ->  supervisor of rank 0  ->  python -m vjepa train RUN/config.yaml --out RUN
+    (first node)                      supervisor of rank 1  ->  ...          (a process each; see children.py)
+         |                            ...
+         +-- python -m vjepa_launch.job after RUN            once, when the step is over: requeue, or say why not
+
+On this machine one supervisor looks after all ranks, and starts them again itself.
+
+A command exits with 0 (done), 1 (failed), 2 (refused its input) or 75 (stopped in good order, and wishes to come back).
+"""
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+from vjepa_launch import children, freeze, record, scheduler
+from vjepa_launch.children import Ended, Heard
+from vjepa_launch.place import (
+    Place,
+    address_of,
+    common_environment,
+    path_environment,
+    port_is_free,
+    port_of,
+    rank_environment,
+)
+from vjepa_launch.record import BAD_INPUT, DONE, FAILED, STOPPED, Decision, End, Outcome
+from vjepa_launch.settings import BadInput, Restart
+
+log = logging.getLogger("vjepa_launch.job")  # as a program, this module has another __name__
+
+WAIT_TO_BE_KILLED_S = 3600.0
+"""After TERM the scheduler kills us when its grace is over (GraceTime or KillWait: seconds to minutes), and so decides
+between the end and a requeue. This bound only matters should it never do so."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit carries to the nodes: data only."""
+
+    run: str
+    command: tuple[str, ...]
+    """`python` as the first word is the interpreter of the job."""
+    code: str
+    """Folder of the frozen code."""
+    ranks: int
+    """Ranks on this machine; on SLURM each has a supervisor of its own."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    restart: Restart = field(default_factory=Restart)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit runs after a requeue: the same."""
+        return DelayedSubmission(self)
+
+    def __call__(self) -> int:
+        speak()
+        heard = Heard()
+        place = Place.here()
+        if place.slurm:
+            return self._on_slurm(place, heard)
+        return self._on_this_machine(place, heard)
+
+    def _on_slurm(self, place: Place, heard: Heard) -> int:
+        """One rank of a step. Only a finished run returns: a result file would tell submitit that the job is over."""
+        run = Path(self.run)
+        if place.rank == 0:
+            begin(run, place)
+        (ended,) = self._attempt(place, [place.rank], heard)
+        end = _end(ended, place, judge([ended], heard))
+        if place.rank == 0 or end.outcome in ("failed", "bad_input"):
+            record.write_end(run, place.attempt, end)
+        if end.outcome == "done":
+            return DONE
+        if end.outcome == "cancelled":
+            log.info("rank %d has stopped and waits: the scheduler decides between the end and a requeue", place.rank)
+            if place.rank == 0:
+                conclude(run, place.attempt, "cancelled", self.restart)
+            time.sleep(WAIT_TO_BE_KILLED_S)
+        _leave(FAILED if ended.code < 0 and end.outcome == "failed" else ended.code if ended.code != STOPPED else DONE)
+
+    def _on_this_machine(self, place: Place, heard: Heard) -> int:
+        """All ranks of a run, as many times as it takes."""
+        run = Path(self.run)
+        place = dataclasses.replace(place, world=self.ranks, local_world=self.ranks)
+        while True:
+            begin(run, place)
+            ended = self._attempt(place, range(self.ranks), heard)
+            for one in ended:
+                record.write_end(run, place.attempt, _end(one, place, judge([one], heard)))
+            decision = conclude(run, place.attempt, judge(ended, heard), self.restart)
+            log.info("attempt %s: %s", place.attempt, decision.why)
+            if not decision.requeue:
+                return exit_code(judge(ended, heard))
+            heard.signals.clear()
+            place = dataclasses.replace(place, restart=place.restart + 1)
+
+    def _attempt(self, place: Place, ranks: Sequence[int], heard: Heard) -> list[Ended]:
+        """Start the processes of some ranks and wait for them."""
+        run = Path(self.run)
+        try:
+            freeze.verify(Path(self.code).parent)
+            if 0 in ranks:
+                owner = _owner(run, place.job)
+                if owner != place.job:
+                    raise BadInput(f"{run} belongs to job {owner} now, and this is job {place.job}; cancel one of them")
+        except BadInput as error:
+            log.error("%s", error)
+            return [Ended(rank, BAD_INPUT, str(error)) for rank in ranks]
+        port = port_of(place.attempt)
+        if 0 in ranks and not port_is_free(port):
+            reason = f"port {port} of {place.node} is in use; the next start takes another"
+            log.error("%s", reason)
+            return [Ended(rank, FAILED, reason) for rank in ranks]
+        address = address_of(place.nodes[0]) if place.slurm else "127.0.0.1"
+        inherited = {**os.environ, **common_environment(run), **path_environment(Path(self.code), os.environ)}
+        if not place.slurm:
+            inherited.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides all GPUs when none are asked for
+        environments = {
+            rank: {**inherited, **self.environment, **rank_environment(place, rank, address, port)} for rank in ranks
+        }
+        python, *rest = self.command
+        command = [sys.executable if python == "python" else python, *rest]
+        logs = {rank: log_path(run, place.job, rank) for rank in ranks if not place.slurm and rank > 0}
+        log.info("attempt %s: ranks %s of %d on %s, rank 0 at %s:%d: %s",
+                 place.attempt, list(ranks), place.world, place.node, address, port, " ".join(command))  # fmt: skip
+        started = children.start(command, environments, logs)
+        return children.wait(started, heard, alive=run / "metrics.jsonl", stall_s=self.restart.stall_min * 60)
+
+
+def log_path(run: Path, job: str, rank: int) -> Path:
+    """Where the output of a rank is; the name is submitit's."""
+    return record.launch_folder(run) / f"{job}_{rank}_log.out"
+
+
+def begin(run: Path, place: Place) -> None:
+    """Note the start of an attempt."""
+    record.append_event(
+        run,
+        {
+            "event": "start",
+            "attempt": place.attempt,
+            "nodes": list(place.nodes),
+            "world": place.world,
+            "checkpoint": record.newest_checkpoint(run),
+        },
+    )
+
+
+def judge(ends: Sequence[Ended], heard: Heard) -> Outcome:
+    """One word for how ranks ended."""
+    bad = [end for end in ends if end.code not in (DONE, STOPPED) and not children.excused(end.code, heard)]
+    if any(end.code == BAD_INPUT for end in bad):
+        return "bad_input"
+    if bad:
+        return "cancelled" if heard.to_end else "failed"
+    if all(end.code == DONE for end in ends):
+        return "done"
+    return "cancelled" if heard.to_end else "stopped"
+
+
+def _end(ended: Ended, place: Place, outcome: Outcome) -> End:
+    return End(ended.rank, place.node, ended.code, outcome, ended.reason, ended.echo, time.time())
+
+
+def exit_code(outcome: Outcome) -> int:
+    return {"done": DONE, "bad_input": BAD_INPUT, "failed": FAILED}.get(outcome, STOPPED)
+
+
+def conclude(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexplained: str = "") -> Decision:
+    """Decide what becomes of a run after an attempt, and note it."""
+    events = record.read_events(run)
+    started = [event for event in events if event["event"] == "start" and event["attempt"] == attempt]
+    checkpoint = record.newest_checkpoint(run)
+    progress = bool(started) and started[-1]["checkpoint"] != checkpoint
+    ends = [end for end in record.read_ends(run, attempt) if end.outcome == outcome]
+    first = ends[0] if ends and outcome in ("failed", "bad_input") else None
+    event = {
+        "event": "end",
+        "attempt": attempt,
+        "outcome": outcome,
+        "checkpoint": checkpoint,
+        "progress": progress,
+        "reason": f"rank {first.rank} on {first.node}: {first.reason}" if first else unexplained,
+        "node": first.node if first and outcome == "failed" else None,
+    }
+    stop_asked = record.stop_path(run).exists()
+    decision = record.decide(events, rule, outcome=outcome, progress=progress, stop_asked=stop_asked)
+    if decision.requeue:
+        decision = dataclasses.replace(decision, exclude=record.nodes_to_exclude([*events, event], rule))
+    record.append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
+    return decision
+
+
+def after(run: Path, code: int, rule: Restart) -> int:
+    """In the batch script, when the step is over: requeue the job, or say why not.
+
+    Args:
+        run: the run folder.
+        code: exit code of srun.
+        rule: how patient to be with failures.
+
+    Returns:
+        The exit code of the job.
+    """
+    place = Place.here()
+    events = record.read_events(run)
+    if any(event["event"] == "end" and event["attempt"] == place.attempt for event in events):
+        return STOPPED  # cancelled or preempted: the scheduler decides
+    ends = record.read_ends(run, place.attempt)
+    outcome: Outcome = ends[0].outcome if ends else "failed"
+    if code != 0 and outcome not in ("failed", "bad_input"):
+        outcome = "failed"
+    unexplained = f"no rank said why; srun exited with {code}" if outcome == "failed" else ""
+    decision = conclude(run, place.attempt, outcome, rule, unexplained=unexplained)
+    log.info("attempt %s: %s: %s", place.attempt, outcome, decision.why)
+    if decision.requeue and scheduler.requeue(place.job, exclude=decision.exclude, nodes=len(place.nodes)):
+        time.sleep(120)  # the scheduler kills this script
+    return exit_code(outcome)
+
+
+def _owner(run: Path, job: str) -> str | None:
+    """The job that a run folder belongs to. It is noted after the submission, so a job that starts at once waits."""
+    owner = None
+    for _ in range(30):
+        owner = (record.read_json(record.launch_folder(run) / "job.json") or {}).get("job")
+        if owner == job:
+            break
+        time.sleep(1)
+    return owner
+
+
+def speak() -> None:
+    """Show what this room has to say; submitit shows its own."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("%(asctime)s launch: %(message)s"))
+    room = logging.getLogger("vjepa_launch")
+    room.addHandler(shown)
+    room.setLevel(logging.INFO)
+    room.propagate = False
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once, without the result file that submitit would write."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def main() -> int:
+    """`python -m vjepa_launch.job after LAUNCH_FOLDER CODE`, the last line of a batch script."""
+    speak()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script while it still has things to say
+    _, folder, code = sys.argv[1:]
+    job = DelayedSubmission.load(JobPaths(folder, Place.here().job).submitted_pickle).function
+    assert isinstance(job, Job)
+    return after(Path(job.run), int(code), job.restart)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Where one process of a job stands: its rank, its node, and how to find rank 0."""
+
+import hashlib
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+
+log = logging.getLogger(__name__)
+
+FIRST_PORT, PORTS = 15000, 15000
+"""Below 32768, where Linux takes the ports of outgoing connections from."""
+
+SCHEDULER_TIMEOUT_S = 30.0
+"""A busy slurmctld answers in seconds or not at all."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a supervisor stands. On SLURM it has one rank to look after, on this machine all of them."""
+
+    job: str
+    """Job id; `22_0` for an element of an array."""
+    restart: int
+    """How often the job was requeued."""
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    node: str
+    """Name of this node, as the scheduler knows it."""
+    nodes: tuple[str, ...]
+    slurm: bool
+
+    @property
+    def attempt(self) -> str:
+        """A name for this start of the job."""
+        return f"{self.job}.{self.restart}"
+
+    @staticmethod
+    def here() -> "Place":
+        """Read the place from the variables that submitit and SLURM set."""
+        job = submitit.JobEnvironment()
+        slurm = job.name() == "slurm"
+        return Place(
+            job=job.job_id,
+            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if slurm else 0,
+            rank=job.global_rank,
+            world=job.num_tasks,
+            local_rank=job.local_rank,
+            local_world=max(1, job.num_tasks // job.num_nodes),
+            node=os.environ.get("SLURMD_NODENAME") or job.hostname if slurm else job.hostname,
+            nodes=tuple(job.hostnames),
+            slurm=slurm,
+        )
+
+
+def port_of(attempt: str) -> int:
+    """A port that differs between jobs and between the starts of one job: ranks of the last start may linger."""
+    return FIRST_PORT + int.from_bytes(hashlib.blake2b(attempt.encode(), digest_size=4).digest()) % PORTS
+
+
+def port_is_free(port: int) -> bool:
+    """Whether rank 0 could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def address_of(node: str) -> str:
+    """An address under which other nodes reach a node.
+
+    Names of nodes need not resolve (SLURM has its own table), and the scheduler may hang; so ask the resolver, then
+    the scheduler for a while, and then take the address from which the step was started.
+    """
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        pass
+    else:
+        return node
+    command = ["scontrol", "show", "node", "--oneliner", node]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=SCHEDULER_TIMEOUT_S, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("the scheduler does not tell the address of %s (%s); trying the launching node's", node, error)
+        shown = ""
+    for word in shown.split():
+        name, _, value = word.partition("=")
+        if name == "NodeAddr" and value:
+            return value
+    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or node
+
+
+def common_environment(run: Path) -> dict[str, str]:
+    """Variables of every process of a run, beside those that say which rank it is.
+
+    What is here has a reason: one thread per process, since loader workers multiply; memory that can grow in place;
+    a hang that ends with stacks and a record of collectives in place of silence; compiled kernels that outlive a
+    restart; a crash in native code that leaves a Python stack.
+    """
+    return {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "20000",
+        "TORCH_FR_DUMP_TEMP_FILE": str(run / "launch" / "collectives_"),
+        "TORCHINDUCTOR_CACHE_DIR": str(run / "launch" / "inductor"),
+        "NCCL_DEBUG": "WARN",
+    }
+
+
+def path_environment(code: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Variables that put the frozen code before anything else, the working folder included."""
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), inherited.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def rank_environment(place: Place, rank: int, address: str, port: int) -> dict[str, str]:
+    """Variables that torch.distributed reads, for one rank on this node."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_RANK": str(rank if not place.slurm else place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,112 @@
+"""A run of the stand-in trainer that a drill launches, disturbs and then checks step by step."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vjepa_launch import record, stand_in, submit
+from vjepa_launch.settings import Cluster
+
+
+class Rehearsal:
+    """A run folder whose command is the stand-in.
+
+    Args:
+        folder: where; must not exist.
+        options: of the stand-in.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder.resolve()
+        self.command = ["python", "-m", "vjepa_launch.stand_in", str(self.folder), *options]
+        self.executor = ""
+        self.job = ""
+
+    def launch(
+        self, cluster: Cluster, *, config: str = "name: rehearsal\n", nodes: int | None = None
+    ) -> submit.Launched:
+        launched = submit.launch(self.folder, cluster, self.command, config=config, name="rehearsal", nodes=nodes)
+        self.executor, self.job = cluster.executor, launched.job
+        return launched
+
+    def inject(self, *, rank: int, step: int, do: str, restarts: int = 1) -> None:
+        """Have a rank meet its fate at a step, in the first `restarts` starts that reach it."""
+        fault = {"rank": rank, "step": step, "restarts": restarts, "do": do}
+        record.write_json(self.folder / "fault.json", fault)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The history of the run: its `launch`, `start` or `end` events."""
+        return [event for event in record.read_events(self.folder) if event["event"] == kind]
+
+    def outcomes(self) -> list[str]:
+        return [event["outcome"] for event in self.events("end")]
+
+    def pid(self, rank: int) -> int:
+        """Process of a rank, on this machine."""
+        return json.loads((self.folder / "pids" / f"rank_{rank}.json").read_text())["pid"]
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid(rank), number)
+
+    def ask_to_return(self) -> None:
+        """Tell the run to save and come back, as before a time limit."""
+        submit.signal_job(self.executor, self.job, "USR2")
+
+    def cancel(self) -> None:
+        submit.cancel_job(self.executor, self.job)
+
+    def step(self) -> int:
+        """Newest step that was recorded."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def is_alive(self) -> bool:
+        return submit.is_alive(self.executor, self.job)
+
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60.0, poll_s: float = 0.05) -> None:
+        """Wait for something to become true.
+
+        Raises:
+            TimeoutError: it did not; with all that the ranks wrote.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {timeout_s:.0f} s in vain\n{self.log()}")
+            time.sleep(poll_s)
+
+    def wait(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Wait until the job is over.
+
+        Returns:
+            The last event of the run's history.
+        """
+        self.wait_for(lambda: not self.is_alive(), timeout_s, poll_s=0.05 if self.executor == "local" else 0.5)
+        return record.read_events(self.folder)[-1]
+
+    def log(self) -> str:
+        """All that the ranks and their supervisors wrote."""
+        return "\n".join(path.read_text() for path in sorted((self.folder / "launch").glob("*.out")))
+
+    def wrong_steps(self, steps: int) -> list[int]:
+        """Steps that are missing, or that were anything else than in a run that nothing disturbed."""
+        seen: dict[int, set[float]] = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            seen.setdefault(row["step"], set()).add(row["loss/prediction"])
+        state, wrong = "", []
+        for step in range(1, steps + 1):
+            state = stand_in.advance(state, step - 1)
+            if seen.pop(step, None) != {stand_in.loss(state)}:
+                wrong.append(step)
+        return wrong + sorted(seen)
+
+    def replayed(self) -> int:
+        """Steps that were done again after a failure."""
+        steps = [json.loads(line)["step"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return len(steps) - len(set(steps))

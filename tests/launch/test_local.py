@@ -1,0 +1,155 @@
+"""Real runs on this machine: what becomes of a run when something happens to it."""
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vjepa_launch import place, record
+from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.settings import BadInput, Cluster
+
+
+def machine(*, ranks: int = 2, **restart: Any) -> Cluster:
+    return Cluster.model_validate({"executor": "local", "tasks_per_node": ranks, "restart": restart})
+
+
+Make = Callable[..., Rehearsal]
+
+
+def test_a_run_starts_all_ranks_and_is_done(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "20", "--step-s", "0.01")
+    run.launch(machine(ranks=3))
+    end = run.wait()
+    assert (end["outcome"], end["requeue"], end["checkpoint"]) == ("done", False, 20)
+    assert run.wrong_steps(20) == []
+    assert "rank 2 done" in (run.folder / "launch" / f"{run.job}_2_log.out").read_text()
+
+
+def test_usr2_saves_and_comes_back_without_losing_a_step(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "60", "--step-s", "0.03", "--every", "1000")
+    run.launch(machine())
+    run.wait_for(lambda: run.step() >= 10)
+    run.ask_to_return()
+    end = run.wait()
+    assert run.outcomes() == ["stopped", "done"], run.log()
+    assert end["checkpoint"] == 60
+    assert run.wrong_steps(60) == []
+    assert run.replayed() == 0
+
+
+def test_usr2_before_the_command_listens_is_not_lost(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "80", "--step-s", "0.05", "--every", "1000")
+    run.launch(machine())
+    run.wait_for(lambda: "ranks [0, 1]" in run.log())
+    run.ask_to_return()
+    assert run.wait()["outcome"] == "done"
+    assert run.outcomes()[0] == "stopped"
+    assert run.wrong_steps(80) == []
+
+
+def test_a_killed_rank_brings_the_run_back_from_its_checkpoint(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "40", "--step-s", "0.03", "--every", "10")
+    run.launch(machine())
+    run.wait_for(lambda: run.step() >= 15)
+    run.kill(1)
+    assert run.wait()["outcome"] == "done"
+    first, _ = run.events("end")
+    assert (first["outcome"], first["requeue"]) == ("failed", True)
+    assert "rank 1" in first["reason"]
+    assert "SIGKILL" in first["reason"]
+    assert run.events("start")[1]["checkpoint"] == 10
+    assert run.wrong_steps(40) == []
+
+
+def test_three_attempts_without_a_new_checkpoint_end_the_loop(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "40", "--step-s", "0.01", "--every", "10")
+    run.inject(rank=1, step=15, restarts=100, do="1")
+    run.launch(machine())
+    end = run.wait()
+    # The first attempt leaves a checkpoint at 10 and so is not one of the three.
+    assert [event["progress"] for event in run.events("end")] == [True, False, False, False]
+    assert (end["outcome"], end["requeue"]) == ("failed", False)
+    assert "failed 3 times in a row without a new checkpoint" in end["why"]
+
+
+def test_refused_input_is_not_tried_again(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "40", "--step-s", "0.01")
+    run.inject(rank=1, step=5, restarts=100, do="2")
+    run.launch(machine())
+    end = run.wait()
+    assert (end["outcome"], end["requeue"]) == ("bad_input", False)
+    assert len(run.events("start")) == 1
+
+
+def test_a_suspended_rank_is_found_and_the_run_comes_back(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "30", "--step-s", "0.03", "--every", "10")
+    run.inject(rank=1, step=15, restarts=1, do="suspend")
+    run.launch(machine(stall_min=0.05))
+    assert run.wait()["outcome"] == "done"
+    first = run.events("end")[0]
+    assert first["outcome"] == "failed"
+    assert "no progress" in first["reason"]
+    assert "Current thread" in run.log()  # the stacks
+    assert run.wrong_steps(30) == []
+
+
+def test_cancelling_saves_and_does_not_resurrect(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "1000", "--step-s", "0.03", "--every", "1000")
+    run.launch(machine())
+    run.wait_for(lambda: run.step() >= 5)
+    run.cancel()
+    end = run.wait()
+    assert (end["outcome"], end["requeue"]) == ("cancelled", False)
+    assert record.newest_checkpoint(run.folder) == run.step()
+
+
+def test_stop_after_checkpoint_does_not_come_back(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "1000", "--step-s", "0.03", "--every", "1000")
+    run.launch(machine())
+    run.wait_for(lambda: run.step() >= 5)
+    record.stop_path(run.folder).touch()
+    run.ask_to_return()
+    end = run.wait()
+    assert (end["outcome"], end["requeue"]) == ("stopped", False)
+    assert end["checkpoint"] == run.step()
+
+
+def test_launching_again_resumes_with_the_frozen_code(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "40", "--step-s", "0.03", "--every", "5")
+    first = run.launch(machine())
+    run.wait_for(lambda: run.step() >= 12)
+    with pytest.raises(BadInput, match=f"in use by job {run.job}"):
+        run.launch(machine())
+    run.cancel()
+    run.wait()
+    with pytest.raises(BadInput, match=r"holds other settings \(-name: rehearsal; \+name: large\)"):
+        run.launch(machine(), config="name: large\n")
+    second = run.launch(machine())
+    assert second.resumes is not None
+    assert second.resumes >= 10
+    assert second.code == first.code
+    assert run.wait()["outcome"] == "done"
+    assert run.wrong_steps(40) == []
+
+
+def test_changed_code_is_refused_at_start(rehearsal: Make) -> None:
+    run = rehearsal("--steps", "2000", "--step-s", "0.02", "--every", "5")
+    run.launch(machine())
+    run.wait_for(lambda: run.step() >= 6)
+    with (run.folder / "code" / "vjepa_launch" / "stand_in.py").open("a") as file:
+        file.write("# changed\n")
+    run.kill(0)
+    end = run.wait()
+    assert (end["outcome"], end["requeue"]) == ("bad_input", False)
+    assert "was changed after it was frozen" in end["reason"]
+
+
+def test_a_port_in_use_is_seen_and_the_next_start_takes_another() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", place.port_of("77.0")))
+        holder.listen()
+        assert not place.port_is_free(place.port_of("77.0"))
+    assert place.port_is_free(place.port_of("77.0"))
+    assert place.port_of("77.1") != place.port_of("77.0")

@@ -1,0 +1,109 @@
+"""What would be submitted, as text; the profiles that are shipped; and what is refused before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from vjepa_launch import submit
+from vjepa_launch.settings import BadInput, Cluster
+
+CLUSTERS = Path(__file__).parents[2] / "launch" / "clusters"
+CONFIG = "name: tiny\nsteps: 10\n"
+
+
+def read(name: str) -> Cluster:
+    return Cluster.model_validate(yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text()))
+
+
+def describe(run: Path, cluster: Cluster, *, nodes: int | None = None) -> str:
+    return submit.describe(run, cluster, submit.train_command(run), config=CONFIG, name="tiny", nodes=nodes)
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_profile_is_valid_and_can_be_described(path: Path, tmp_path: Path) -> None:
+    text = describe(tmp_path / "run", read(path.stem))
+    assert "vjepa/train.py" in text or "vjepa/config.py" in text
+    assert path.read_text().startswith("# ")
+
+
+def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
+    text = describe(tmp_path / "run", read("h100"), nodes=16)
+    for line in (
+        "#SBATCH --nodes=16",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --partition=h100",
+        "#SBATCH --signal=USR2@600",
+        "#SBATCH --requeue",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
+        "--kill-on-bad-exit=1",
+        "NCCL_IB_HCA=mlx5",
+        "PYTHONSAFEPATH=1",
+        f'export PYTHONPATH="{tmp_path}/run/code:$PYTHONPATH"',
+        f"vjepa_launch.job after {tmp_path}/run/launch",
+        f"python -m vjepa train {tmp_path}/run/config.yaml --out {tmp_path}/run",
+        "# Command of each of 128 ranks",
+        "steps: 10",
+        "vjepa_launch/submit.py",
+    ):
+        assert line in text, line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_container_wraps_the_ranks_but_not_the_last_word(tmp_path: Path) -> None:
+    lines = describe(tmp_path / "run", read("h200")).splitlines()
+    step = next(line for line in lines if line.startswith("srun"))
+    assert "--container-image=/shared/images/vjepa-pretrain.sqsh" in step
+    assert "--container-mounts=/shared:/shared" in step
+    assert " python3 -u -m submitit" in step
+    assert any(line.startswith(f"{sys.executable} -m vjepa_launch.job after") for line in lines)
+
+
+def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
+    program = f"""
+import sys, yaml
+sys.modules["torch"] = None
+from pathlib import Path
+from vjepa_launch import submit
+from vjepa_launch.settings import Cluster
+cluster = Cluster.model_validate(yaml.safe_load(Path({str(CLUSTERS / "slurm.yaml")!r}).read_text()))
+print(submit.describe(Path("run"), cluster, ["python"], config="", name="tiny"))
+"""
+    environment = {"PATH": "/nowhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "#!/bin/bash" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_cannot_be_submitted_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BadInput, match=r"the job was not submitted: .*srun"):
+        submit.launch(tmp_path / "run", read("slurm"), ["python"], config=CONFIG, name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"executor": "slrum"}, "executor"),
+        ({"executor": "slurm", "nodse": 2}, "nodse"),
+        ({"executor": "local", "nodes": 2}, "must be 1 on this machine"),
+        ({"executor": "slurm", "hours": 0.1, "notice_s": 600}, "must be shorter than hours"),
+        ({"executor": "slurm", "container_mounts": ["/a:/a"]}, "needs container_image"),
+    ],
+)
+def test_a_profile_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Cluster.model_validate(values)
+
+
+def test_more_nodes_than_this_machine_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--nodes 2"):
+        describe(tmp_path / "run", read("local"), nodes=2)
