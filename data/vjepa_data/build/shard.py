@@ -1,0 +1,212 @@
+"""The builder: runs the stages, may be killed at any time and run again, alone or beside others."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import av
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vjepa_data.build.ingest import Source, ingest
+from vjepa_data.build.pack import BuildPlan, ShardPlan, freeze, thaw
+from vjepa_data.build.select import select
+from vjepa_data.build.write import Tally, write_shards
+from vjepa_data.pool import Pool
+from vjepa_data.settings import BadInput
+from vjepa_data.shards import Manifest, Reject, read_record, remove_leftovers, write_manifest
+from vjepa_data.spec import Spec
+
+log = logging.getLogger(__name__)
+
+WRITTEN = frozenset({"plan", "shards", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", "status"})
+"""All that a build puts into its folder."""
+
+
+def shard(sources: Sequence[str], out: Path, *, spec: Spec, workers: int, console: Console | None = None) -> Manifest:
+    """Turn raw videos into a corpus of shards.
+
+    May be killed at any moment and called again with the same arguments, on any number of machines at once: the
+    result is the same to the byte.
+
+    Args:
+        sources: folders, video files, tables of videos.
+        out: folder of the corpus; new, empty, or that of the same build begun earlier.
+        spec: what to take and how to store it.
+        workers: processes that decode and encode.
+        console: where to show progress; by default the terminal's.
+
+    Returns:
+        The manifest of the corpus.
+
+    Raises:
+        BadInput: nothing can be built from this, or not there. Nothing half-written is left behind.
+        SystemExit: 75, after a SIGTERM: whole shards stay, call again to go on.
+    """
+    found = ingest(sources, spec=spec)
+    pool = Pool[Any, Any]("vjepa_data.build.work", workers=workers, timeout_s=spec.timeout_s)
+    with _stop_in_good_order(), _disk_trouble(out), _progress(console) as progress, pool:
+        is_new = _open(out)
+        try:
+            return _build(found, out, spec=spec, pool=pool, progress=progress)
+        except BadInput:
+            if is_new:
+                _remove(out)
+            raise
+
+
+def _build(found: Sequence[Source], out: Path, *, spec: Spec, pool: Pool[Any, Any], progress: Progress) -> Manifest:
+    tools = tool_versions()
+    plan = thaw(out, sources=found, spec=spec, tools=tools)
+    if plan is None:
+        bar = progress.add_task("looking at sources", total=len(found), note="")
+        clips, rejects = select(found, spec=spec, pool=pool, advance=lambda n: progress.advance(bar, n))
+        if not clips:
+            raise BadInput(_nothing_left(len(found), rejects))
+        plan = freeze(out, clips, rejects, sources=found, spec=spec, tools=tools)
+    remove_leftovers(out / "shards")
+    clips_in_plan = sum(len(shard.clips) for shard in plan.shards)
+    done = sum(len(shard.clips) for shard in plan.shards if read_record(out, shard.number, plan=plan.hash))
+    bar = progress.add_task("writing clips", total=clips_in_plan, completed=done, note="")
+
+    def advance(tally: Tally) -> None:
+        refused = sum(tally.rejects.values())
+        note = f"{tally.bytes / 1e6:.1f} MB" + (f", {refused} refused" if refused else "")
+        progress.update(bar, completed=done + tally.clips, note=note)
+
+    write_shards(
+        out,
+        plan,
+        _own_order(plan),
+        paths={source.name: source.path for source in found},
+        spec=spec,
+        pool=pool,
+        advance=advance,
+    )
+    return _finish(found, out, plan, spec=spec, tools=tools)
+
+
+def _own_order(plan: BuildPlan) -> list[ShardPlan]:
+    """The shards, from a place of this builder's own, so that several on one folder rarely do the same."""
+    start = os.getpid() % max(1, len(plan.shards))
+    return [*plan.shards[start:], *plan.shards[:start]]
+
+
+def _finish(found: Sequence[Source], out: Path, plan: BuildPlan, *, spec: Spec, tools: dict[str, str]) -> Manifest:
+    """Write the tables and the manifest from the commit records."""
+    records = [read_record(out, shard.number, plan=plan.hash) for shard in plan.shards]
+    missing = [shard.file for shard, record in zip(plan.shards, records, strict=True) if record is None]
+    if missing:
+        raise BadInput(f"{out}: {len(missing)} shards are missing, the first {missing[0]}; run the same command again")
+    complete = [record for record in records if record is not None]
+    late = [Reject(**reject) for record in complete for reject in record["rejects"]]
+    rejects = [*plan.rejects, *late]
+    if not any(record["samples"] for record in complete):
+        raise BadInput(_nothing_left(len(found), rejects))
+    refused = len({reject.source for reject in rejects})
+    if refused > spec.max_rejects * len(found):
+        raise BadInput(
+            f"{refused} of {len(found)} sources were refused ({_by_reason(rejects)}), at most {spec.max_rejects:.0%} "
+            f"allowed; mend the sources or raise max_rejects"
+        )
+    return write_manifest(out, complete, plan.rejects, name=spec.name, spec=spec.model_dump(mode="json"), tools=tools)
+
+
+def _nothing_left(sources: int, rejects: Sequence[Reject]) -> str:
+    first = rejects[0]
+    return (
+        f"none of the {sources} sources can be used ({_by_reason(rejects)}); the first is {first.source}: "
+        f"{first.reason}, {first.detail}; give videos that ffprobe can read, or relax `filter`"
+    )
+
+
+def _by_reason(rejects: Sequence[Reject]) -> str:
+    counts = Counter(reject.reason for reject in rejects)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of all that has a part in the bytes."""
+    versions = {name: metadata.version(name) for name in ("av", "pyarrow", "webdataset")}
+    versions["ffmpeg"] = str(av.ffmpeg_version_info)
+    return versions
+
+
+def _open(out: Path) -> bool:
+    """Make the folder, and say whether it holds nothing yet.
+
+    Raises:
+        BadInput: it is a file, or holds something that no build wrote.
+    """
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; give a folder to --out")
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    if there - WRITTEN:
+        raise BadInput(f"{out} holds other things ({min(there - WRITTEN)}); give an empty or new folder to --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return not there
+
+
+def _remove(out: Path) -> None:
+    """Take away what a build that came to nothing wrote."""
+    for name in WRITTEN:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()
+
+
+@contextlib.contextmanager
+def _disk_trouble(out: Path) -> Iterator[None]:
+    """Say in a user's words what the disk objects to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise
+        raise BadInput(
+            f"{out}: cannot be written ({error.strerror}); make room or give another --out, then run it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def _stop_in_good_order() -> Iterator[None]:
+    """Turn a SIGTERM into an exit with code 75, so that temporary files go and whole shards stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(75)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield progress

@@ -1,0 +1,306 @@
+"""Any video to the canonical form, with the libraries inside PyAV: no command, no second installation of FFmpeg.
+
+The same frames and settings give the same bytes on every x86-64 machine. For that, x264 runs in one thread without
+its macroblock tree, which in this build is not reproducible on AVX-512 and differs between generations of CPUs
+(costs about 8 % more bytes at equal PSNR), and swscale runs in its bit-exact mode.
+"""
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeVar
+
+import av
+import av.container
+import av.filter
+import av.video.stream
+import numpy as np
+from av.error import BlockingIOError, EOFError, FFmpegError
+from av.video.frame import PictureType
+
+from vjepa_data.spec import Encode, Filter
+from vjepa_data.video import Reason, Refused, Stored, open_video, probe, read_canonical, shown_size, video_stream
+
+TURN = {
+    0: (),
+    90: (("transpose", "cclock"),),
+    180: (("hflip", None), ("vflip", None)),
+    270: (("transpose", "clock"),),
+}
+"""FFmpeg's filters for a frame that is to be shown turned counter-clockwise by so many degrees."""
+
+UNTIMED = frozenset(["avi", "h264", "hevc", "mpegvideo", "m4v", "av1", "obu", "yuv4mpegpipe"])
+"""Containers that do not say when a frame is shown."""
+
+MAX_GAP_S = 60
+"""Longest time that one frame may stay on the screen; a longer gap is a damaged clock."""
+
+Frame = TypeVar("Frame")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A stored clip: its bytes and its form."""
+
+    data: bytes
+    stored: Stored
+
+
+def stored_rate(rate: Fraction, *, encode: Encode) -> Fraction:
+    """Frames per second of the stored clip, from those of the video.
+
+    Never more than the video has: a faster one is thinned by a whole number, so that 60 becomes 30 and 50 becomes 25.
+    """
+    if encode.fps is not None:
+        return Fraction(encode.fps).limit_denominator(1001)
+    return rate / max(1, math.ceil(rate / Fraction(encode.max_fps).limit_denominator(1001) - Fraction(1, 100)))
+
+
+def stored_size(width: int, height: int, *, encode: Encode) -> tuple[int, int]:
+    """Width and height of the stored clip: the shorter side as asked, the longer one to the nearest even number."""
+    short = encode.short_side_px
+    if width <= height:
+        return short, 2 * max(1, round(height * short / width / 2))
+    return 2 * max(1, round(width * short / height / 2)), short
+
+
+def shown_at(
+    frames: Iterator[tuple[Fraction, Frame]], *, start_s: float | None, seconds: float | None, rate: Fraction
+) -> Iterator[Frame]:
+    """Choose for each tick of a constant rate the frame that is on the screen then.
+
+    Frame k of the result is the last one that begins at or before `start_s + k / rate` (a quarter of a tick of slack
+    absorbs rounded time stamps). One that stays for many ticks is given as often, one that falls between two never.
+
+    Args:
+        frames: times in seconds, and frames, in order.
+        start_s: time of tick 0 on the same clock; by default that of the first frame.
+        seconds: length of the part to use; by default up to the last frame.
+        rate: ticks per second.
+
+    Raises:
+        Refused: the clock stands still for over a minute, or runs backwards.
+    """
+    ticks = None if seconds is None else max(1, round(Fraction(seconds) * rate))
+    start = None if start_s is None else Fraction(start_s)
+    slack = Fraction(1, 4) / rate
+    last: Frame | None = None
+    last_time, tick = Fraction(0), 0
+    for time, frame in frames:
+        start = time if start is None else start
+        if last is not None and not 0 <= time - last_time <= MAX_GAP_S:
+            raise Refused(Reason.DAMAGED, f"time goes from {float(last_time):.3f} to {float(time):.3f} s")
+        while last is not None and start + tick / rate + slack < time:
+            yield last
+            tick += 1
+            if tick == ticks:
+                return
+        last, last_time = frame, time
+    if last is not None:
+        yield last
+
+
+def transcode(path: Path, *, start_s: float | None, end_s: float | None, encode: Encode, accept: Filter) -> Clip:
+    """Store a video, or a part of it, in the canonical form.
+
+    Args:
+        path: a local file.
+        start_s, end_s: the part to use, in seconds from the first frame; by default all of it.
+        encode: the form.
+        accept: what the pictures must show.
+
+    Raises:
+        Refused: the video cannot be decoded from start to end, ends early, or is still or dark.
+    """
+    facts = probe(path)
+    rate = stored_rate(Fraction(*facts.rate), encode=encode)
+    seconds = None if end_s is None else end_s - (start_s or 0.0)
+    with open_video(path) as source:
+        stream = video_stream(source)
+        begin = None if not start_s else facts.start_s + start_s
+        frames = shown_at(
+            decode(source, stream, begin, Fraction(*facts.rate)), start_s=begin, seconds=seconds, rate=rate
+        )
+        clip = _encode(frames, stream, rate=rate, encode=encode, accept=accept)
+    expected = seconds if seconds is not None else facts.duration_s - (start_s or 0.0)
+    missing = expected - clip.stored.frames / float(rate)
+    if missing > max(0.5, 0.02 * expected, 2 / facts.fps) and (seconds is not None or not facts.audio or facts.frames):
+        raise Refused(
+            Reason.TRUNCATED, f"{clip.stored.frames / float(rate):.2f} s of pictures, {expected:.2f} s declared"
+        )
+    return clip
+
+
+def decode(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, begin: float | None, rate: Fraction
+) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Decode from the key frame at or before a time on the stream's own clock, and refuse damage instead of hiding it.
+
+    Gives the time of each frame in seconds, and the frame. Where the container stores no times of showing (AVI, raw
+    streams), frames are counted at `rate`.
+
+    Raises:
+        Refused: a frame is damaged or of another size than the first.
+    """
+    stream.codec_context.options = {"err_detect": "explode"}
+    is_timed = container.format.name not in UNTIMED
+    if begin is not None and stream.time_base and is_timed:
+        container.seek(int(begin / stream.time_base), stream=stream)
+    number, size = 0, None
+    try:
+        for number, frame in enumerate(container.decode(stream), start=1):
+            if frame.is_corrupt:
+                raise Refused(Reason.DAMAGED, f"frame {number} is damaged")
+            if size not in (None, (frame.width, frame.height, frame.format.name)):
+                raise Refused(Reason.SIZE_CHANGES, f"frame {number} is {frame.width}x{frame.height}, before {size}")
+            size = (frame.width, frame.height, frame.format.name)
+            if is_timed and frame.pts is not None and frame.time_base is not None:
+                yield frame.pts * frame.time_base, frame
+            else:
+                yield (number - 1) / rate, frame
+    except FFmpegError as error:
+        raise Refused(Reason.DAMAGED, f"after {number} frames: {error.strerror}") from None
+
+
+def _encode(
+    frames: Iterator[av.VideoFrame],
+    stream: av.video.stream.VideoStream,
+    *,
+    rate: Fraction,
+    encode: Encode,
+    accept: Filter,
+) -> Clip:
+    first = next(frames, None)
+    if first is None:
+        raise Refused(Reason.DAMAGED, "no frame in the part to use")
+    width, height = stored_size(*shown_size(first, stream), encode=encode)
+    graph = _graph(first, width, height)
+    # In memory, so that a killed process leaves nothing behind; by a name, because the index is moved to the front
+    # in a second pass over the file.
+    with os.fdopen(os.memfd_create("clip"), "w+b") as file:
+        target = av.open(
+            f"/proc/self/fd/{file.fileno()}",
+            "w",
+            format="mp4",
+            options={"movflags": "+faststart+negative_cts_offsets", "use_editlist": "0", "fflags": "+bitexact"},
+        )
+        output = target.add_stream("libx264", rate=rate)
+        output.width, output.height, output.pix_fmt = width, height, "yuv420p"
+        output.time_base = 1 / rate
+        output.thread_count = 1
+        output.options = {
+            "preset": encode.preset,
+            "crf": str(encode.crf),
+            "g": str(encode.gop),
+            "keyint_min": str(encode.gop),
+            "sc_threshold": "0",
+            "tune": "fastdecode",
+            "flags": "+bitexact+cgop",
+            "x264-params": "mbtree=0",
+        }
+        look = Look(rate)
+        count = 0
+        for count, frame in enumerate(_filtered(graph, itertools.chain([first], frames)), start=1):
+            look.at(frame)
+            frame.pts, frame.time_base, frame.pict_type = count - 1, 1 / rate, PictureType.NONE
+            target.mux(output.encode(frame))
+        target.mux(output.encode(None))
+        target.close()
+        file.seek(0)
+        data = file.read()
+    look.judge(accept)
+    return Clip(data, Stored(count, (rate.numerator, rate.denominator), width, height))
+
+
+def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """What comes out of the filters; one of them may hold frames back, so that out is not in step with in."""
+    for frame in itertools.chain(frames, [None]):
+        graph.vpush(frame)
+        while True:
+            try:
+                filtered = graph.vpull()
+            except (BlockingIOError, EOFError):
+                break
+            yield filtered
+
+
+def _graph(frame: av.VideoFrame, width: int, height: int) -> av.filter.Graph:
+    """One frame in, one out: deinterlaced if need be, upright, of the size and pixels that are stored."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    chain = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+        )
+    ]
+    if frame.interlaced_frame:
+        chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
+    for name, options in TURN[frame.rotation % 360]:
+        chain.append(graph.add(name, options))
+    chain.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:out_range=tv"))
+    chain.append(graph.add("setsar", "1"))
+    chain.append(graph.add("format", "pix_fmts=yuv420p"))
+    chain.append(graph.add("buffersink"))
+    for one, following in itertools.pairwise(chain):
+        one.link_to(following)
+    graph.configure()
+    return graph
+
+
+class Look:
+    """How bright the frames of a clip are and how much changes within a second, in grey levels of 255."""
+
+    def __init__(self, rate: Fraction) -> None:
+        self._every = max(1, round(rate))
+        self._seen = 0
+        self._last: np.ndarray | None = None
+        self._brightness: list[float] = []
+        self._changes: list[float] = []
+
+    def at(self, frame: av.VideoFrame) -> None:
+        if self._seen % self._every == 0:
+            plane = frame.planes[0]
+            luma = (
+                np.frombuffer(memoryview(plane), np.uint8)
+                .reshape(-1, plane.line_size)[::4, : frame.width : 4]
+                .astype(np.float32)
+            )
+            self._brightness.append(float(luma.mean()))
+            if self._last is not None:
+                self._changes.append(float(np.abs(luma - self._last).mean()))
+            self._last = luma
+        self._seen += 1
+
+    def judge(self, accept: Filter) -> None:
+        """Refuse a clip that stays below the limits."""
+        brightness = max(self._brightness, default=0.0)
+        change = max(self._changes, default=math.inf)
+        if brightness < accept.min_brightness:
+            raise Refused(Reason.DARK, f"mean luma {brightness:.1f}, at least {accept.min_brightness:g} wanted")
+        if change < accept.min_motion:
+            raise Refused(Reason.STILL, f"frames differ by {change:.2f}, at least {accept.min_motion:g} wanted")
+
+
+def check(data: bytes, stored: Stored, *, gop: int) -> None:
+    """Check a stored clip from its very bytes: its form, and that the training decoder gives every frame.
+
+    Raises:
+        Refused: it is not canonical, or decord fails or gives another number or size of frames.
+    """
+    found = read_canonical(data, gop=gop)
+    if found != stored:
+        raise Refused(Reason.NOT_CANONICAL, f"{found} in the bytes, {stored} encoded")
+    import decord  # loads a second FFmpeg, which only this process needs
+
+    try:
+        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
+        shapes = {reader.next().shape for _ in range(len(reader))}
+    except decord.DECORDError as error:
+        raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None
+    if len(reader) != stored.frames or shapes != {(stored.height, stored.width, 3)}:
+        raise Refused(Reason.CHECK_FAILED, f"decord gives {len(reader)} frames of {sorted(shapes)}, expected {stored}")
