@@ -1,0 +1,114 @@
+"""Where in time to look: which frames of a video make a clip.
+
+A clip is asked for in seconds: `frames` pictures, 1 / fps apart. It starts on a frame of the file drawn at random; each
+picture is the frame nearest to its exact time, so a 29.97 fps video sampled at 4 fps keeps its speed (steps of 7 and 8
+frames) instead of running 7 % fast (steps of 7).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vjepa_data.draws import generator
+from vjepa_data.settings import BadInput
+
+if TYPE_CHECKING:
+    from vjepa_data.index import Index
+
+# A file at 29.97 frames a second may serve 30: one repeated frame in a thousand is no lie.
+RATE_TOLERANCE = 1.001
+
+
+@dataclass(frozen=True)
+class Look:
+    """The frames of one clip."""
+
+    frames: tuple[int, ...]
+    """Numbers of the frames in the file, rising."""
+
+    start_s: float
+    """Time of the first, seconds from the start of the stored video."""
+
+
+def offsets(*, frames: int, fps: float, file_fps: float) -> np.ndarray:
+    """Say how many frames of the file after the first each frame of a clip lies.
+
+    Args:
+        frames: frames of the clip.
+        fps: frames per second of video time asked for.
+        file_fps: frames per second of the file.
+
+    Returns:
+        int64 [frames], from 0; frame `k` is the one nearest to k / fps seconds (of two equally near, the later).
+    """
+    return np.floor(np.arange(frames) * (file_fps / fps) + 0.5).astype(np.int64)
+
+
+def can_serve(file_frames: np.ndarray, file_fps: np.ndarray, *, frames: int, fps: float) -> np.ndarray:
+    """Say which videos are long enough and fast enough for a clip.
+
+    Args:
+        file_frames: frames of each video, int [N].
+        file_fps: rate of each video, float [N].
+        frames, fps: the clip asked for.
+
+    Returns:
+        bool [N]. A clip of one frame has no rate, any video serves it.
+    """
+    reach = np.floor((frames - 1) * (file_fps / fps) + 0.5)
+    fast = np.ones(len(file_fps), dtype=bool) if frames == 1 else file_fps * RATE_TOLERANCE >= fps
+    return (reach < file_frames) & fast
+
+
+def choose(
+    *, file_frames: int, file_fps: float, frames: int, fps: float, seed: int, step: int, slot: int, attempt: int = 0
+):
+    """Draw the clip that fills a slot: every start that leaves room for the whole clip is equally likely.
+
+    Args:
+        file_frames, file_fps: length and rate of the video.
+        frames, fps: the clip asked for.
+        seed, step, slot, attempt: all that the draw depends on.
+
+    Returns:
+        The frames to decode.
+    """
+    ahead = offsets(frames=frames, fps=fps, file_fps=file_fps)
+    first = int(generator(seed, "clip", step, slot, attempt).integers(file_frames - int(ahead[-1])))
+    return Look(tuple(int(i) for i in first + ahead), first / file_fps)
+
+
+class Offer:
+    """The samples of one source that can serve its clips: what the plan draws from."""
+
+    def __init__(self, index: "Index", *, frames: int, fps: float) -> None:
+        """Args:
+        index: the corpus.
+        frames, fps: the clips asked for.
+
+        Raises:
+            BadInput: no sample can serve them.
+        """
+        self.index, self.frames, self.fps = index, frames, fps
+        good = can_serve(index.frames, index.fps, frames=frames, fps=fps)
+        self.left_out = len(good) - int(good.sum())
+        """Samples that are too short or too slow, and never drawn."""
+        if not good.any():
+            longest_s = float(np.max(index.frames / index.fps, initial=0))
+            fastest = float(np.max(index.fps, initial=0))
+            raise BadInput(
+                f"none of the {len(index)} {index.split} samples of {index.folder} can serve {frames} frames at "
+                f"{fps:g} fps, which last {(frames - 1) / fps:.2f} s; the longest has {longest_s:.2f} s, the fastest "
+                f"{fastest:g} fps; lower data.clip.frames, or choose another data.clip.fps"
+            )
+        sums = np.concatenate([[0], np.cumsum(good)])
+        self.counts = np.diff(sums[index.first])
+        self.name = f"{index.hash}/{index.split}/{frames}@{fps:g}"
+
+    def members(self, shard: int) -> np.ndarray:
+        """Give the ids of the samples that a shard offers."""
+        a, b = int(self.index.first[shard]), int(self.index.first[shard + 1])
+        rows = slice(a, b)
+        good = can_serve(self.index.frames[rows], self.index.fps[rows], frames=self.frames, fps=self.fps)
+        return a + np.flatnonzero(good)

@@ -1,0 +1,70 @@
+"""Where in the picture to look: random resized crop and flip of uint8 frames, as functions of (seed, step, slot)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vjepa_data.draws import generator
+from vjepa_data.settings import Crop
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of the picture, in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def choose(crop: Crop, *, height: int, width: int, seed: int, step: int, slot: int, attempt: int = 0) -> Box:
+    """Draw the crop that a slot sees; all frames of a clip share it.
+
+    The area is uniform in `crop.scale` of the frame, the logarithm of width / height uniform in `crop.aspect`. A box
+    that does not fit is drawn again, ten times; then the largest centred box of an allowed aspect is taken.
+
+    Args:
+        crop: the settings.
+        height, width: of the frames, pixels.
+        seed, step, slot, attempt: all that the draw depends on.
+
+    Source: random resized crop, Szegedy et al. (arXiv:1409.4842); V-JEPA 2: area 0.3 to 1, aspect 0.75 to 1.35.
+    """
+    draws = generator(seed, "crop", step, slot, attempt)
+    flip = bool(draws.random() < crop.flip)
+    low, high = math.log(crop.aspect[0]), math.log(crop.aspect[1])
+    for area, log_aspect in draws.random((10, 2)).tolist():
+        pixels = (crop.scale[0] + area * (crop.scale[1] - crop.scale[0])) * height * width
+        aspect = math.exp(low + log_aspect * (high - low))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = draws.integers(0, [height - h + 1, width - w + 1]).tolist()
+            return Box(top, left, h, w, flip)
+    aspect = min(max(width / height, crop.aspect[0]), crop.aspect[1])
+    w = min(width, max(1, round(height * aspect)))
+    h = min(height, max(1, round(width / aspect)))
+    return Box((height - h) // 2, (width - w) // 2, h, w, flip)
+
+
+def cut_out(frames: np.ndarray, box: Box, px: int) -> UInt8[Tensor, "T px px C"]:
+    """Cut a box out of every frame and scale it to a square, on uint8 all the way.
+
+    Bilinear with antialiasing; 3 to 4 ms for 16 frames of 340x256 to 256x256 on one core.
+
+    Args:
+        frames: uint8 [T H W C], contiguous.
+        box: what to cut.
+        px: height and width of the result.
+    """
+    part = torch.from_numpy(frames[:, box.top : box.top + box.height, box.left : box.left + box.width])
+    pictures = part.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    if (box.height, box.width) != (px, px):
+        pictures = torch.nn.functional.interpolate(pictures, (px, px), mode="bilinear", antialias=True)
+    pictures = pictures.permute(0, 2, 3, 1)
+    return pictures.flip(2) if box.flip else pictures

@@ -1,0 +1,208 @@
+"""Batches of uint8 clips for one rank, from any step on, for ever.
+
+The plan says which samples, `stream` turns them into batches, DataLoader spreads that over processes and hands the
+batches out in turn. All that must be saved of it is the step.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import webdataset as wds
+from torch.utils.data import DataLoader
+
+from vjepa_data.batch import Batch, Clips
+from vjepa_data.servant import die_with_parent, ignore_stop_signals
+from vjepa_data.settings import BadInput, Data, Loader
+from vjepa_data.stream import BOARD_BYTES, Decode, Gather, Samples, open_plan
+from vjepa_data.watch import Rejected, TooManyRejects, Watchdog
+
+__all__ = ["Batch", "ClipLoader", "Clips", "TooManyRejects", "open_plan"]
+
+log = logging.getLogger(__name__)
+
+RESTARTS = 5  # times that killed workers are replaced before the loader gives up
+
+
+class ClipLoader:
+    """The stream of one rank: an endless iterator of `Batch`, from a given step on.
+
+        loader = ClipLoader(run.data, run.loader, seed=0, batch_size=256, rank=3, world=8, step=1000)
+        for batch in loader: ...      # the batches of steps 1000, 1001, ...
+
+    A worker that is killed is replaced and its steps are made again; the stream does not change.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        loader: Loader,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        step: int = 0,
+        folder: Path | None = None,
+        stall_s: float = 60.0,
+    ) -> None:
+        """Args:
+        data, loader: the settings.
+        seed: seed of the run.
+        batch_size: slots of a step, over all ranks.
+        rank, world: which share of the slots is ours.
+        step: first step to make.
+        folder: run folder, for `rejected.jsonl` and `stalls.txt`.
+        stall_s: seconds of waiting for a batch after which stacks and keys in flight are written down.
+
+        Raises:
+            BadInput: data or numbers do not fit; see `open_plan` and `Plan.slots`.
+        """
+        self.data, self.settings, self.rank, self.world, self.step, self.folder = (
+            data,
+            loader,
+            rank,
+            world,
+            step,
+            folder,
+        )
+        self.plan = open_plan(data, seed=seed, batch_size=batch_size)
+        self.slots = self.plan.slots(rank, world)
+        self.rejects = Rejected(data.rejects.max_share, folder, rank)
+        self._board = torch.zeros(max(1, loader.workers), BOARD_BYTES, dtype=torch.uint8).share_memory_()
+        self._check_shared_memory()
+        self._stalls = (
+            None if folder is None else str(folder / ("stalls.txt" if rank == 0 else f"stalls-{rank:05d}.txt"))
+        )
+        self._restarts = 0
+        self._batches: Iterator[Batch] = self._open()
+        self._watchdog = Watchdog(stall_s, self._describe_stall)
+
+    def __iter__(self) -> "ClipLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        with self._watchdog:
+            batch = self._next()
+        if batch.stop is not None:
+            self.close()
+            raise TooManyRejects(batch.stop)
+        assert batch.step == self.step, f"the loader gave step {batch.step} in place of {self.step}"
+        self.step += 1
+        self.rejects.add(batch)
+        return batch
+
+    def __enter__(self) -> "ClipLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End workers and servants."""
+        self._watchdog.close()
+        self._shut()
+
+    def _next(self) -> Batch:
+        while True:
+            try:
+                return next(self._batches)
+            except RuntimeError as e:
+                if not str(e).startswith("DataLoader worker") or self._restarts == RESTARTS:
+                    raise
+                self._restarts += 1
+                log.warning("%s: starting the workers again at step %d", str(e).splitlines()[0], self.step)
+            self._shut()
+            self._batches = self._open()
+
+    def _open(self) -> Iterator[Batch]:
+        samples = Samples(self.plan, rank=self.rank, world=self.world, step=self.step)
+        decode = Decode(
+            samples,
+            crop=self.data.crop,
+            loader=self.settings,
+            max_in_a_row=self.data.rejects.max_in_a_row,
+            board=self._board,
+        )
+        pipeline = wds.DataPipeline(samples, decode, Gather(self.slots, self.data.crop.px))  # pyright: ignore[reportAttributeAccessIssue]
+        workers = self.settings.workers
+        more: dict = {}
+        if workers:
+            prepare = functools.partial(_prepare_worker, os.getpid(), self._stalls)
+            context = multiprocessing.get_context(self.settings.start_method)
+            if self.settings.start_method == "forkserver":
+                context.set_forkserver_preload(["vjepa_data.stream"])  # torch is then imported once, not per worker
+            more = {
+                "multiprocessing_context": context,
+                "prefetch_factor": self.settings.prefetch_steps,
+                "persistent_workers": True,
+                "worker_init_fn": prepare,
+            }
+        pin = torch.cuda.is_available()
+        batches = DataLoader(
+            pipeline, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=pin, **more
+        )
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(batches)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+            # DataLoader's handler would raise in the middle of a training step; next() notices dead workers as well.
+            signal.signal(signal.SIGCHLD, before)
+        return iterator
+
+    def _shut(self) -> None:
+        batches, self._batches = self._batches, iter(())
+        for worker in getattr(batches, "_workers", ()):
+            worker.kill()  # they ignore what a terminal or a scheduler sends; nothing they hold must be kept
+        del batches
+
+    def _check_shared_memory(self) -> None:
+        if not self.settings.workers or not os.path.isdir("/dev/shm"):
+            return
+        frames = max(s.frames or self.data.clip.frames for s in self.data.sources)
+        per_batch = len(self.slots) * frames * self.data.crop.px**2 * 3
+        need = per_batch * (self.settings.workers * self.settings.prefetch_steps + 1)
+        free = shutil.disk_usage("/dev/shm").free
+        if need > free:
+            raise BadInput(
+                f"{self.settings.workers} workers with {self.settings.prefetch_steps} steps of prefetch need "
+                f"{need / 1e9:.1f} GB of shared memory, /dev/shm has {free / 1e9:.1f} GB free; lower loader.workers or "
+                "loader.prefetch_steps, or give the container more (docker run --shm-size)"
+            )
+
+    def _describe_stall(self, waited_s: float) -> None:
+        at = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in self._board]
+        log.error("no batch for %.0f s at step %d; in flight: %s", waited_s, self.step, "; ".join(filter(None, at)))
+        with open(self._stalls, "a") if self._stalls else contextlib.nullcontext(sys.stderr) as out:
+            print(
+                f"rank {self.rank}: no batch for {waited_s:.0f} s at step {self.step}; in flight:",
+                *at,
+                sep="\n",
+                file=out,
+            )
+            out.flush()
+            faulthandler.dump_traceback(out)
+        for worker in getattr(self._batches, "_workers", ()):
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGUSR1)
+
+
+def _prepare_worker(trainer: int, stalls: str | None, worker: int) -> None:
+    """Set up a worker process: it dies with its parent and leaves signals to the trainer."""
+    die_with_parent(os.getppid())
+    ignore_stop_signals()
+    out = open(stalls, "a") if stalls else sys.stderr  # noqa: SIM115  stays open as long as the worker
+    faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
+
+
+def _as_it_is(batch: list) -> list:
+    return batch

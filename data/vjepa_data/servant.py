@@ -1,0 +1,325 @@
+"""Decoding in a process of its own, which may be killed.
+
+decord hangs for ever on some ordinary files, and a decoder fed damaged bytes may crash or grow without bound. So each
+loader worker keeps one servant:
+
+    worker                                          servant (one process, one thread, imports no torch)
+      encoded bytes -> shared memory A
+      "decode frames 0 8 15 ... with decord"  --->    decodes
+      crops the clip before, in memory B              frames -> shared memory A
+      uint8 frames in memory A                <---    "done"
+
+If no answer comes in time it is killed and another is started; if it dies, so too. Both are tried once more, so that an
+overloaded machine or a stray signal changes nothing of the stream; what fails twice is `Unreadable`. The servant dies
+with its worker. What it prints goes to a file of bounded size. Measured cost of the detour: see data/README.md.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import mmap
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vjepa_data.decode import Expect, Undecodable, decode
+from vjepa_data.index import Unreadable
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+RECYCLE_CLIPS = 5000  # decord leaks up to 160 kB for each file it cannot open
+RECYCLE_RSS_BYTES = 1_500_000_000
+ADDRESS_SPACE_BYTES = 8 << 30  # a file that declares absurd sizes ends the servant, not the machine
+PRINTED_BYTES = 1 << 20  # decord prints whole files to stderr when it cannot open them
+PR_SET_PDEATHSIG = 1
+
+
+class Servant:
+    """One decoding process and the two pieces of memory shared with it."""
+
+    def __init__(self, decoder: str = "decord", *, timeout_s: float = 20.0, fallback: str | None = "pyav") -> None:
+        """Args:
+        decoder: backend of `vjepa_data.decode`.
+        timeout_s: seconds after which a servant that does not answer is killed.
+        fallback: backend that tries what the first gave up on.
+        """
+        self.decoder, self.timeout_s = decoder, timeout_s
+        self.fallback = fallback if fallback != decoder else None
+        self.counts: Counter[str] = Counter()
+        """How often what happened: "clips", "fallback", "timeout", "crash", "error", "frames", "recycled"."""
+        self._memory = [_Memory(), _Memory()]
+        self._turn = 0
+        self._request: dict | None = None
+        self._served = 0
+        self._start()
+
+    def decode(self, video: bytes, frames: Sequence[int], expect: Expect, *, suffix: str = "mp4") -> np.ndarray:
+        """Decode some frames of a video: `begin` and `finish` in one."""
+        self.begin(video, frames, expect, suffix=suffix)
+        return self.finish()
+
+    def begin(self, video: bytes, frames: Sequence[int], expect: Expect, *, suffix: str = "mp4") -> None:
+        """Hand over a video; the frames of the `finish` before stay valid until the `finish` after.
+
+        Args:
+            video: the file's bytes.
+            frames: numbers of the frames, not falling.
+            expect: what the index says of the video.
+            suffix: "mp4" or, for a picture, "jpg".
+        """
+        assert self._request is None, "the servant is busy; call finish() first"
+        self._turn = 1 - self._turn
+        is_video = suffix not in ("jpg", "jpeg", "png", "webp")
+        self._request = {
+            "video": video,
+            "frames": [int(f) for f in frames],
+            "expect": expect,
+            "backend": self.decoder if is_video else "image",
+            "fallback": self.fallback if is_video else None,
+            "tries": 0,
+        }
+        self._send()
+
+    def finish(self) -> np.ndarray:
+        """Wait for the frames.
+
+        Returns:
+            uint8 [T H W 3] in shared memory, valid until the next but one `begin`.
+
+        Raises:
+            Unreadable: the video cannot be decoded; the servant is ready for another.
+            BadInput: the decoder cannot be imported.
+        """
+        request = self._request
+        assert request is not None, "nothing was begun"
+        while True:
+            reply, failure = self._receive()
+            if reply is not None:
+                break
+            self.counts[failure] += 1
+            self._kill()
+            self._start()
+            request["tries"] += 1
+            if request["tries"] == 2:
+                self._request = None
+                raise Unreadable(failure, self._explain(failure))
+            self._send()
+        self._request = None
+        self._served += 1
+        self._recycle_if_due(reply)
+        if "fatal" in reply:
+            raise BadInput(f"the decoder {request['backend']} cannot be used ({reply['fatal']}); set loader.decoder")
+        if "reason" in reply:
+            self.counts[reply["reason"]] += 1
+            raise Unreadable(reply["reason"], _one_line(reply["detail"]))
+        self.counts["clips"] += 1
+        if reply["fallback"]:
+            self.counts["fallback"] += 1
+            log.debug("fell back to %s: %s", request["fallback"], _one_line(reply["fallback"]))
+        e = request["expect"]
+        return self._memory[self._turn].array((len(request["frames"]), e.height, e.width, 3))
+
+    def close(self) -> None:
+        """End the process."""
+        self._finalizer()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the servant of the moment."""
+        return self._process.pid
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._printed = tempfile.TemporaryFile(mode="a+b", prefix="vjepa-servant-")  # noqa: SIM115
+        memory = [m.descriptor for m in self._memory]
+        limit = 0 if self.decoder == "torchcodec" else ADDRESS_SPACE_BYTES  # torch reserves more than it uses
+        facts = [theirs.fileno(), os.getpid(), limit, *memory]
+        room = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(p for p in (room, os.environ.get("PYTHONPATH", "")) if p)
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from vjepa_data.servant import serve; serve(*{facts})"],
+            stdin=subprocess.DEVNULL,
+            stdout=self._printed,
+            stderr=self._printed,
+            pass_fds=[theirs.fileno(), *memory],
+            env={**os.environ, **threads, "PYTHONPATH": path},
+        )
+        theirs.close()
+        self._socket, self._served = ours, 0
+        self._finalizer = weakref.finalize(self, _end, self._process, ours, self._printed)
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._finalizer()
+
+    def _recycle_if_due(self, reply: dict) -> None:
+        if self._served >= RECYCLE_CLIPS or reply.get("rss", 0) > RECYCLE_RSS_BYTES:
+            self.counts["recycled"] += 1
+            self._finalizer()
+            self._start()
+
+    def _send(self) -> None:
+        request = self._request
+        assert request is not None
+        video, e = request["video"], request["expect"]
+        memory = self._memory[self._turn]
+        size = memory.hold(max(len(video), len(request["frames"]) * e.height * e.width * 3))
+        memory.map[: len(video)] = video
+        self._deadline = time.monotonic() + self.timeout_s
+        text = {k: request[k] for k in ("frames", "backend", "fallback")}
+        text |= {"expect": [e.frames, e.width, e.height], "memory": self._turn, "size": size, "video": len(video)}
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # it died; finish() sees that and starts another
+            _write(self._socket, text)
+
+    def _receive(self) -> tuple[dict | None, str]:
+        """Wait for an answer; give it, or None and what went wrong."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        left_ms = max(0, int((self._deadline - time.monotonic()) * 1000))
+        if not poll.poll(left_ms):
+            return None, "timeout"
+        try:
+            return _read(self._socket), ""
+        except (EOFError, ConnectionResetError):
+            return None, "crash"
+
+    def _explain(self, failure: str) -> str:
+        if failure == "timeout":
+            return f"{self.decoder} gave no answer in {self.timeout_s:g} s, twice"
+        return f"{self.decoder} crashed, twice"
+
+
+class _Memory:
+    """A piece of memory that two processes map; it grows, never shrinks."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("vjepa-servant")
+        self.size = 0
+        self.map: mmap.mmap
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def hold(self, size: int) -> int:
+        if size > self.size:
+            self.size = (size + (1 << 20)) >> 20 << 20
+            os.ftruncate(self.descriptor, self.size)
+            self.map = mmap.mmap(self.descriptor, self.size)  # views of the old map keep it alive
+        return self.size
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.frombuffer(self.map, dtype=np.uint8, count=int(np.prod(shape))).reshape(shape)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies; end at once if it has died already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def ignore_stop_signals() -> None:
+    """Leave it to the training process to answer the signals that a terminal or a scheduler sends to all of a job."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def serve(channel: int, parent: int, address_space: int, *memory: int) -> None:
+    """Answer requests until the worker hangs up: the main function of the servant's process."""
+    die_with_parent(parent)
+    ignore_stop_signals()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PRINTED_BYTES, PRINTED_BYTES))
+    if address_space:
+        resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    connection = socket.socket(fileno=channel)
+    maps: dict[int, mmap.mmap] = {}
+    while True:
+        try:
+            request = _read(connection)
+        except (EOFError, ConnectionResetError):
+            return
+        number, size = request["memory"], request["size"]
+        if number not in maps or len(maps[number]) != size:
+            maps[number] = mmap.mmap(memory[number], size)
+        _write(connection, {**_answer(request, maps[number]), "rss": _rss_bytes()})
+
+
+def _answer(request: dict, memory: mmap.mmap) -> dict:
+    video = memory[: request["video"]]
+    expect = Expect(*request["expect"])
+    given_up = None
+    for backend in (request["backend"], request["fallback"]):
+        if backend is None:
+            continue
+        try:
+            frames = decode(video, request["frames"], backend=backend, expect=expect)
+        except Undecodable as e:
+            given_up = given_up or e
+            continue
+        except MemoryError:
+            return {"reason": "memory", "detail": f"{backend} wants more than {ADDRESS_SPACE_BYTES >> 30} GiB"}
+        except ImportError as e:
+            return {"fatal": str(e)}
+        np.frombuffer(memory, dtype=np.uint8, count=frames.size).reshape(frames.shape)[:] = frames
+        return {"fallback": given_up.detail if given_up else None}
+    assert given_up is not None
+    return {"reason": given_up.reason, "detail": given_up.detail}
+
+
+def _rss_bytes() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def _write(channel: socket.socket, message: dict) -> None:
+    text = json.dumps(message).encode()
+    channel.sendall(struct.pack("<I", len(text)) + text)
+
+
+def _read(channel: socket.socket) -> dict:
+    (length,) = struct.unpack("<I", _read_exactly(channel, 4))
+    return json.loads(_read_exactly(channel, length))
+
+
+def _read_exactly(channel: socket.socket, size: int) -> bytes:
+    parts = b""
+    while len(parts) < size:
+        part = channel.recv(size - len(parts))
+        if not part:
+            raise EOFError("the other side hung up")
+        parts += part
+    return parts
+
+
+def _one_line(text: str) -> str:
+    """Cut a message to 160 printable characters of one line."""
+    return re.sub(r"[^ -~]+", " ", text)[:160].strip()
+
+
+def _end(process: subprocess.Popen, channel: socket.socket, printed) -> None:
+    channel.close()  # an idle servant ends at this
+    try:
+        process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    printed.close()

@@ -1,0 +1,237 @@
+"""From the plan to batches, in three stages of an ordinary `wds.DataPipeline`.
+
+    Samples               ->  Decode                      ->  Gather
+    {__key__, __url__,        decoded by a servant,           one Batch for each step,
+     json, mp4} as the        cropped, and replaced           of the slots of one rank
+     plan draws them          if bad
+
+Worker `w` of `n` makes the steps `step + w`, `step + w + n`, ..., so that the worker count changes nothing.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vjepa_data import clips, crops
+from vjepa_data.batch import Batch, Clips, Reject
+from vjepa_data.clips import Offer
+from vjepa_data.decode import Expect
+from vjepa_data.index import Index, Unreadable
+from vjepa_data.plan import Draw, Plan
+from vjepa_data.servant import Servant
+from vjepa_data.settings import Crop, Data, Loader
+from vjepa_data.watch import TooManyRejects
+
+log = logging.getLogger(__name__)
+
+BOARD_BYTES = 256  # what a worker is at, for the watchdog
+
+
+def open_plan(data: Data, *, seed: int, batch_size: int) -> Plan:
+    """Open the corpora and lay out the stream.
+
+    Logs how many samples each source offers, and how many are too short or too slow for its clips.
+
+    Raises:
+        BadInput: a corpus is missing or offers nothing; the lanes do not divide the batch.
+    """
+    offers = []
+    for source in data.sources:
+        index = Index(source.shards, source.split)
+        offer = Offer(index, frames=source.frames or data.clip.frames, fps=source.fps or data.clip.fps)
+        offers.append(offer)
+        if offer.left_out:
+            log.warning(
+                "%s: %d of %d samples are too short or too slow for %d frames at %g fps and are left out",
+                source.shards,
+                offer.left_out,
+                len(index),
+                offer.frames,
+                offer.fps,
+            )
+    return Plan(
+        offers,
+        [source.weight for source in data.sources],
+        seed=seed,
+        batch_size=batch_size,
+        lanes=data.lanes,
+        window_shards=data.window_shards,
+    )
+
+
+class Samples(IterableDataset):
+    """First stage: the encoded samples of a rank's slots, step by step, as any WebDataset pipeline knows them."""
+
+    def __init__(self, plan: Plan, *, rank: int, world: int, step: int) -> None:
+        super().__init__()
+        self.plan, self.slots, self.step = plan, plan.slots(rank, world), step
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        step = self.step + worker
+        while True:
+            for slot in self.slots:
+                yield self.read(self.plan.draw(step, slot), step, slot)
+            step += workers
+
+    def read(self, draw: Draw, step: int, slot: int) -> dict:
+        """Read a drawn sample; one that cannot be read carries `__error__` in place of its members."""
+        index: Index = self.plan.populations[draw.source].index  # pyright: ignore[reportAttributeAccessIssue]
+        shard = f"{index.folder}/{index.shards[int(index.shard[draw.sample])].file}"
+        place = {"__url__": shard, "__key__": index.key(draw.sample), "__step__": step, "__slot__": slot}
+        try:
+            sample = index.read(draw.sample)
+        except Unreadable as e:
+            return {**place, "__draw__": draw, "__error__": e}
+        return {**place, "__draw__": draw, "json": sample.json, sample.suffix: sample.video}
+
+
+class Decode:
+    """Second stage: samples become clips of uint8 frames; what cannot be decoded is replaced by another draw.
+
+    While the servant decodes a sample, this process crops the one before and reads the one after.
+    """
+
+    def __init__(self, samples: Samples, *, crop: Crop, loader: Loader, max_in_a_row: int, board: Tensor) -> None:
+        self.samples, self.crop, self.loader, self.max_in_a_row = samples, crop, loader, max_in_a_row
+        self.board = board
+        """uint8 [workers BOARD_BYTES] in shared memory: what each worker is at."""
+
+    def __call__(self, samples: Iterable[dict]) -> Iterator[dict]:
+        info = get_worker_info()
+        self.row = self.board[info.id if info else 0].numpy()
+        self.known: set[tuple[int, int]] = set()
+        servant = Servant(self.loader.decoder, timeout_s=self.loader.decode_timeout_s)
+        try:
+            before = None
+            for sample in samples:
+                done = self._finish(servant, before) if before else None
+                before = self._begin(servant, sample)
+                if done:
+                    yield self._crop(done)
+        finally:
+            servant.close()
+
+    def _begin(self, servant: Servant, sample: dict) -> dict:
+        """Give a sample to the servant, unless it is known to be bad."""
+        draw: Draw = sample["__draw__"]
+        index = self._index(draw)
+        self._note(
+            f"step {sample['__step__']} slot {sample['__slot__']} key {sample['__key__']} in {sample['__url__']}"
+        )
+        if (draw.source, draw.sample) in self.known:
+            sample["__error__"] = Unreadable("known", "rejected before")
+        if "__error__" in sample:
+            return sample
+        offer: Offer = self.samples.plan.populations[draw.source]  # pyright: ignore[reportAssignmentType]
+        look = clips.choose(
+            file_frames=int(index.frames[draw.sample]),
+            file_fps=float(index.fps[draw.sample]),
+            frames=offer.frames,
+            fps=offer.fps,
+            seed=self.samples.plan.seed,
+            step=sample["__step__"],
+            slot=sample["__slot__"],
+            attempt=draw.attempt,
+        )
+        expect = Expect(*(int(c[draw.sample]) for c in (index.frames, index.width, index.height)))
+        suffix = index.suffix(draw.sample)
+        servant.begin(sample[suffix], look.frames, expect, suffix=suffix)
+        return {**sample, "start_s": look.start_s}
+
+    def _finish(self, servant: Servant, sample: dict) -> dict:
+        """Wait for the frames of a sample, or of the first replacement of it that can be decoded.
+
+        Raises:
+            TooManyRejects: too many in a row are bad.
+        """
+        rejected = []
+        while True:
+            error = sample.get("__error__")
+            if error is None:
+                try:
+                    return {**sample, "frames": servant.finish(), "rejected": rejected}
+                except Unreadable as e:
+                    error = e
+            draw: Draw = sample["__draw__"]
+            self.known.add((draw.source, draw.sample))
+            step, slot = sample["__step__"], sample["__slot__"]
+            names = (draw.source, sample["__key__"], sample["__url__"])
+            rejected.append(Reject(step, slot, draw.attempt, *names, error.reason, error.detail))
+            if len(rejected) >= self.max_in_a_row:
+                raise TooManyRejects(
+                    f"{len(rejected)} samples in a row cannot be used, the last is {sample['__key__']} in "
+                    f"{sample['__url__']}: {error.detail}; check the data with `vjepa verify`"
+                )
+            again = self.samples.plan.redraw(step, slot, draw.attempt + 1)
+            sample = self._begin(servant, self.samples.read(again, step, slot))
+
+    def _crop(self, sample: dict) -> dict:
+        frames: np.ndarray = sample.pop("frames")
+        box = crops.choose(
+            self.crop,
+            height=frames.shape[1],
+            width=frames.shape[2],
+            seed=self.samples.plan.seed,
+            step=sample["__step__"],
+            slot=sample["__slot__"],
+            attempt=sample["__draw__"].attempt,
+        )
+        return {**sample, "clip": crops.cut_out(frames, box, self.crop.px)}
+
+    def _index(self, draw: Draw) -> Index:
+        return self.samples.plan.populations[draw.source].index  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _note(self, text: str) -> None:
+        data = text.encode()[:BOARD_BYTES].ljust(BOARD_BYTES, b"\0")
+        self.row[:] = np.frombuffer(data, dtype=np.uint8)
+
+
+class Gather:
+    """Third stage: the clips of a step become a batch, written straight into memory that the trainer shares."""
+
+    def __init__(self, slots: tuple[int, ...], px: int) -> None:
+        self.slots, self.px = slots, px
+
+    def __call__(self, samples: Iterable[dict]) -> Iterator[Batch]:
+        of_step: list[dict] = []
+        try:
+            for sample in samples:
+                of_step.append(sample)
+                if len(of_step) == len(self.slots):
+                    yield self._batch(of_step)
+                    of_step = []
+        except TooManyRejects as e:
+            yield Batch(-1, (), stop=str(e))
+
+    def _batch(self, samples: list[dict]) -> Batch:
+        groups = []
+        for frames in sorted({len(s["clip"]) for s in samples}):
+            alike = [s for s in samples if len(s["clip"]) == frames]
+            out = _shared_uint8(len(alike), frames, self.px, self.px, 3)
+            for row, sample in zip(out, alike, strict=True):
+                row.copy_(sample["clip"])
+            groups.append(
+                Clips(
+                    out,
+                    slots=tuple(s["__slot__"] for s in alike),
+                    keys=tuple(s["__key__"] for s in alike),
+                    sources=tuple(s["__draw__"].source for s in alike),
+                    start_s=tuple(s["start_s"] for s in alike),
+                )
+            )
+        rejected = tuple(r for s in samples for r in s["rejected"])
+        return Batch(samples[0]["__step__"], tuple(groups), rejected)
+
+
+def _shared_uint8(*shape: int) -> Tensor:
+    """Make an empty tensor, in shared memory if this is a loader worker: the trainer then gets it without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
