@@ -1,0 +1,205 @@
+"""Exports give the same features to others, and refuse what others would compute differently."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vjepa import export as export_module
+from vjepa.checkpoint import load_weights
+from vjepa.encoder import Encoder, View, normalise
+from vjepa.export import export, load_encoder, write_safetensors
+from vjepa.predictor import Guess
+from vjepa.weights import mask_token_order, read_weights
+from vjepa_data.settings import BadInput
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def clip(px: int = 32, frames: int = 4) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(7).integers(0, 256, (2, frames, px, px, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def hf_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "hf"
+    export(trained, out)
+    return out
+
+
+def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_folder: Path) -> None:
+    run = read_weights(trained)
+    encoder = Encoder(run.model)
+    encoder.load_state_dict(load_weights(trained, "target"))
+    model = transformers.AutoModel.from_pretrained(hf_folder)
+    assert type(model).__name__ == "VJEPA2Model"
+    pixels = normalise(clip())
+    with torch.no_grad():
+        (ours,) = encoder([View(pixels)])
+        theirs = model(pixels.transpose(1, 2), skip_predictor=True).last_hidden_state
+    assert (ours - theirs).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_the_predictor_answers_to_the_mask_kind_asked_for(trained: Path, tmp_path: Path, kind: int) -> None:
+    export(trained, tmp_path / "hf", mask_kind=kind)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    weights = read_weights(trained)
+    features = torch.randn(1, 32, 48, generator=torch.Generator().manual_seed(0))
+    visible, hidden = torch.arange(20)[None], torch.arange(20, 32)[None]
+    predictor = export_module.Predictor(weights.model, 2)
+    predictor.load_state_dict(weights.part("predictor"))
+    from vjepa.grid import Grid
+
+    with torch.no_grad():
+        theirs = model.predictor(features, [visible], [hidden]).last_hidden_state
+        answers = [predictor([Guess(features[:, :20], visible, hidden, Grid(2, 4, 4), token)])[0] for token in range(2)]
+    assert (answers[kind] - theirs).abs().max() == 0
+    assert (answers[1 - kind] - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_hugging_face_folder_reads_back_byte_for_byte(trained: Path, tmp_path: Path, kind: int) -> None:
+    export(trained, tmp_path / "hf", mask_kind=kind)
+    before, after = read_weights(trained), read_weights(tmp_path / "hf")
+    assert after.model == before.model
+    assert after.masks == before.masks
+    assert set(after.tensors) == set(before.tensors)
+    assert all(torch.equal(after.tensors[name], before.tensors[name]) for name in before.tensors)
+
+
+def test_a_native_export_holds_what_hugging_face_cannot(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_trained(tmp_path / "run", rope="interleaved")
+    with pytest.raises(BadInput, match=r"cannot express.*interleaved.*--format native"):
+        export(run, tmp_path / "out")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run"]
+    export(run, tmp_path / "out", format="native")
+    frames = clip(px=48, frames=6)
+    assert torch.equal(load_encoder(tmp_path / "out")(frames), load_encoder(run)(frames))
+    assert load_encoder(tmp_path / "out")(frames).shape == (2, 3, 6, 6, 48)
+
+
+def test_target_and_online_weights_are_told_apart(trained: Path, tmp_path: Path) -> None:
+    export(trained, tmp_path / "online", part="encoder")
+    said = json.loads((tmp_path / "online" / "provenance.json").read_text())
+    assert (said["part"], said["step"], said["manifests"]) == ("encoder", 40, ["c0ffee"])
+    wanted = load_weights(trained, "encoder")["norm.weight"]
+    assert torch.equal(load_file(tmp_path / "online" / "model.safetensors")["encoder.layernorm.weight"], wanted)
+    assert not torch.equal(load_weights(trained, "target")["norm.weight"], wanted)
+
+
+def test_the_folder_is_complete_and_says_what_it_is(hf_folder: Path) -> None:
+    names = sorted(one.name for one in hf_folder.iterdir())
+    files = ["README.md", "config.json", "model.safetensors", "provenance.json", "video_preprocessor_config.json"]
+    assert names == files
+    card = (hf_folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: other\n")
+    assert "40 steps in run `tiny`" in card
+    assert "c0ffee" in card
+    processor = json.loads((hf_folder / "video_preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 36}
+    assert transformers.VJEPA2Config.from_pretrained(hf_folder).crop_size == 32
+
+
+def test_an_export_that_would_lie_is_not_finished(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = export_module._hf_tensors
+
+    def swapped(*args):
+        found = dict(honest(*args))
+        one, other = "encoder.layer.0.norm1.bias", "encoder.layer.0.norm2.bias"
+        found[one], found[other] = found[other], found[one]
+        yield from found.items()
+
+    monkeypatch.setattr(export_module, "_hf_tensors", swapped)
+    with pytest.raises(ValueError, match="does not give the same numbers"):
+        export(trained, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_unless_told_so(hf_folder: Path, trained: Path, tmp_path: Path) -> None:
+    before = (hf_folder / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match=r"exists already.*--overwrite"):
+        export(trained, hf_folder)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "photo.jpg").write_text("mine")
+    with pytest.raises(BadInput, match=r"holds no provenance\.json"):
+        export(trained, tmp_path / "precious", overwrite=True)
+    assert (tmp_path / "precious" / "photo.jpg").read_text() == "mine"
+    export(trained, hf_folder, overwrite=True)
+    assert (hf_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "no such model"),
+        (lambda folder: folder.mkdir(), "not a model"),
+        (lambda folder: (folder / "checkpoints").mkdir(parents=True), "no complete checkpoint"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "not JSON"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text('{"model_type": "vit"}')), "only vjepa2"),
+        (lambda folder: (folder.mkdir(), (folder / "model.json").write_text("{}")), "export the model again"),
+    ],
+)
+def test_what_is_no_model_is_named_in_one_line(tmp_path: Path, make: Callable, message: str) -> None:
+    make(tmp_path / "it")
+    with pytest.raises(BadInput, match=message) as caught:
+        export(tmp_path / "it", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_noticed(make_trained: Callable[..., Path], tmp_path: Path, hf_folder: Path) -> None:
+    run = make_trained(tmp_path / "run")
+    shard = next((run / "checkpoints").glob("step_*/*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(BadInput, match="no complete checkpoint"):
+        read_weights(run)
+    with pytest.raises(BadInput, match="changed since it was written"):
+        read_weights(shard.parent)
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    with pytest.raises(BadInput, match="is missing"):
+        read_weights(torn)
+    (torn / "model.safetensors").write_bytes((hf_folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(BadInput, match="torn"):
+        read_weights(torn)
+    content = json.loads((hf_folder / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (torn / "config.json").write_text(json.dumps(content))
+    (torn / "model.safetensors").write_bytes((hf_folder / "model.safetensors").read_bytes())
+    with pytest.raises(BadInput, match=r"lacks encoder\.layer\.2\.norm1\.weight"):
+        read_weights(torn)
+
+
+def test_the_streamed_file_is_what_the_library_would_write(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7).bfloat16(), "empty": torch.zeros(0, 2)}
+    write_safetensors(tmp_path / "ours.safetensors", tensors.items())
+    save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
+    ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [one.name for one in tmp_path.glob("ours*")] == ["ours.safetensors"]
+
+
+def test_the_wanted_mask_token_stands_where_hugging_face_looks() -> None:
+    assert mask_token_order(1, 0) == [0]
+    assert mask_token_order(2, 1) == [0, 1]
+    assert mask_token_order(2, 0) == [1, 0]
+    assert mask_token_order(4, 3) == [0, 3, 2, 1]
+
+
+def test_without_transformers_the_other_format_is_offered(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"vjepa-pretrain\[hf\].*--format native"):
+        export(trained, tmp_path / "out")
+    export(trained, tmp_path / "out", format="native")

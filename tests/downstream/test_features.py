@@ -1,0 +1,143 @@
+"""Evaluation clips are the same every time, and token labels are where the objects are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vjepa.config import Model
+from vjepa.evals.clips import EvalClip, EvalClips, centre_view
+from vjepa.evals.features import PixelReader, read_features
+from vjepa.evals.tracks import token_labels
+from vjepa.grid import Grid
+from vjepa.weights import load_encoder, random_encoder
+from vjepa_data.settings import BadInput
+
+MODEL = Model.model_validate(
+    {"encoder": {"name": "custom", "width": 48, "depth": 2, "heads": 3}, "patch_px": 8, "tubelet_frames": 2}
+)
+
+
+def open_scenes(folder: Path, **options) -> EvalClips:
+    return EvalClips(folder, **{"split": "val", "px": 32, "frames": 4, "fps": 8.0, "per_video": 3, **options})
+
+
+def test_clips_are_evenly_spaced_and_come_out_the_same_twice(scenes: Path) -> None:
+    clips = open_scenes(scenes)
+    first, second = list(clips), list(clips)
+    assert len(first) == len(clips) == 24 * 3
+    assert [clip.numbers for clip in first[:3]] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+    assert all(torch.equal(one.frames, other.frames) for one, other in zip(first, second, strict=True))
+    assert next(iter(open_scenes(scenes, per_video=1, frames=3, fps=4.0))).numbers == (3, 5, 7)
+    assert open_scenes(scenes, max_videos=5).chosen == open_scenes(scenes, max_videos=5).chosen
+    assert open_scenes(scenes, max_videos=5).videos == 5
+
+
+def test_the_whole_frame_is_seen(scenes: Path) -> None:
+    clip = next(iter(open_scenes(scenes, px=64)))
+    track = clip.labels["tracks"][0]
+    x, y = round(track["x"][0] * 64), round(track["y"][0] * 64)
+    ground = clip.frames[0, 2, 2].float()
+    assert (ground - 60).abs().max() < 12
+    assert (clip.frames[0, y, x].float() - ground).abs().max() > 40
+
+
+def test_a_damaged_sample_is_left_out_and_counted(scenes: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(scenes, tmp_path / "copy")
+    clips = open_scenes(folder)
+    at = int(clips.index.video_offset[2]) + 200
+    path = next((folder / "shards").glob("*-val-*.tar"))
+    data = bytearray(path.read_bytes())
+    data[at] ^= 255
+    path.write_bytes(data)
+    assert len(list(clips)) == 23 * 3
+    assert clips.skipped == 3
+
+
+def test_too_short_videos_are_refused(scenes: Path) -> None:
+    with pytest.raises(BadInput, match="none of the 24 videos of split 'val' holds 64 frames"):
+        open_scenes(scenes, frames=64)
+    with pytest.raises(BadInput, match="has no split 'test'"):
+        open_scenes(scenes, split="test")
+
+
+def make_clip(tracks: list[dict], frames: int = 4) -> EvalClip:
+    numbers = tuple(range(frames))
+    return EvalClip("k", 0, torch.zeros(frames, 32, 32, 3, dtype=torch.uint8), numbers, 8.0, {"tracks": tracks})
+
+
+def still(shape: str, x: float, y: float, size: float, frames: int = 4, **more) -> dict:
+    track = {"shape": shape, "size": size, "x": [x] * frames, "y": [y] * frames, "visible": [True] * frames}
+    return {**track, **more}
+
+
+def test_tokens_belong_to_the_nearest_object_in_its_own_size() -> None:
+    # A grid of 4 x 4: token centres at 1/8, 3/8, 5/8, 7/8.
+    clip = make_clip([still("disc", 0.375, 0.125, 0.1), still("ring", 0.8, 0.8, 0.3)])
+    labels = token_labels(clip, Grid(2, 4, 4), MODEL, clip_number=5)
+    first = labels.token < 16
+    assert labels.token[first].tolist() == [1, 10, 11, 14, 15]
+    assert labels.shape[first].tolist() == ["disc", "ring", "ring", "ring", "ring"]
+    assert set(labels.clip.tolist()) == {5}
+    np.testing.assert_allclose(labels.centre[first][0], [0, 0], atol=1e-12)
+    np.testing.assert_allclose(labels.centre[first][1], [0.8 - 0.625, 0.8 - 0.625])
+    assert np.array_equal(labels.token[first] + 16, labels.token[~first])
+
+
+def test_velocity_and_direction_are_those_of_the_tracks() -> None:
+    # To the right 0.01 a frame at 8 frames per second, then down.
+    moving = {**still("disc", 0, 0, 0.2), "x": [0.30, 0.31, 0.32, 0.32], "y": [0.4, 0.4, 0.4, 0.41]}
+    labels = token_labels(make_clip([moving]), Grid(2, 4, 4), MODEL, clip_number=0)
+    early = labels.token < 16
+    np.testing.assert_allclose(labels.velocity[early], [[0.08, 0]] * early.sum(), atol=1e-9)
+    np.testing.assert_allclose(labels.velocity[~early], [[0, 0.08]] * (~early).sum(), atol=1e-9)
+    assert set(labels.direction[early].tolist()) == {0}
+    assert set(labels.direction[~early].tolist()) == {2}
+
+
+def test_an_object_hidden_in_a_tubelet_labels_nothing_there() -> None:
+    clip = make_clip([still("disc", 0.5, 0.5, 0.3, visible=[True, True, True, False])])
+    labels = token_labels(clip, Grid(2, 4, 4), MODEL, clip_number=0)
+    assert len(labels.token) > 0
+    assert labels.token.max() < 16
+    assert len(token_labels(make_clip([]), Grid(2, 4, 4), MODEL, clip_number=0).token) == 0
+
+
+def test_features_of_labelled_tokens_are_those_of_their_places(scenes: Path, trained: Path) -> None:
+    from vjepa.evals.features import EncoderReader
+
+    encoder = load_encoder(trained)
+    clips = open_scenes(scenes, max_videos=3)
+    readers = {"encoder": EncoderReader(encoder), "pixels": PixelReader(encoder.model)}
+    seen = read_features(readers, clips, encoder.model, batch=4)
+    every = list(clips)
+    row = len(seen.labels.clip) // 2
+    clip, token = every[seen.labels.clip[row]], int(seen.labels.token[row])
+    t, y, x = token // 16, token // 4 % 4, token % 4
+    wanted = encoder(clip.frames[None])[0, t, y, x]
+    torch.testing.assert_close(seen.features["encoder"].tokens[row], wanted)
+    pixels = clip.frames[t * 2 : t * 2 + 2, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8].float() / 255
+    assert torch.equal(seen.features["pixels"].tokens[row], pixels.flatten())
+    assert seen.features["encoder"].pooled.shape == (9, 2 * 48)
+    assert json.dumps(dict(seen.scalars[0]))
+    assert "tracks" not in seen.scalars[0]
+
+
+def test_random_encoders_differ_by_seed_and_repeat(trained: Path) -> None:
+    encoder = load_encoder(trained)
+    frames = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    one, again, other = (random_encoder(encoder, seed)(frames) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert (one - other).abs().max() > 0.1
+    assert (one - encoder(frames)).abs().max() > 0.1
+
+
+def test_the_centre_view_is_hugging_faces(trained: Path) -> None:
+    frames = torch.randint(0, 256, (2, 90, 160, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert centre_view(frames, 32).shape == (2, 32, 32, 3)
+    flat = torch.full((1, 50, 70, 3), 77, dtype=torch.uint8)
+    assert (centre_view(flat, 32) == 77).all()

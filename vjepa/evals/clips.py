@@ -1,0 +1,137 @@
+"""Clips to evaluate on: the same ones every time, nothing random about where or when they look.
+
+In time, `per_video` clips whose starts are evenly spaced from the first frame to the last start that fits. In space,
+the whole frame scaled to a square, so that nothing is cut off and a place in the grid is a place in the picture.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vjepa_data.clips import can_serve, offsets
+from vjepa_data.crops import Box, cut_out
+from vjepa_data.decode import Expect, Undecodable, decode
+from vjepa_data.draws import generator
+from vjepa_data.index import Index, Unreadable
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalClip:
+    """One clip of one video."""
+
+    key: str
+    video: int
+    """Number of the sample in the index."""
+    frames: UInt8[Tensor, "T px px C"]
+    numbers: tuple[int, ...]
+    """Of the frames in the video file."""
+    fps: float
+    """Frames per second of the video file."""
+    labels: Mapping[str, Any]
+
+    @property
+    def start_s(self) -> float:
+        return self.numbers[0] / self.fps
+
+
+class EvalClips:
+    """The evaluation clips of one split, decoded as they are asked for."""
+
+    def __init__(
+        self,
+        shards: Path,
+        *,
+        split: str,
+        px: int,
+        frames: int,
+        fps: float,
+        per_video: int = 1,
+        max_videos: int | None = None,
+    ) -> None:
+        """Args:
+        shards: a corpus.
+        split: which part of it.
+        px: height and width of the clips.
+        frames, fps: of the clips, in video time.
+        per_video: clips of each video, fewer where it is too short for so many different ones.
+        max_videos: at most so many, the first ones of a shuffle that is always the same.
+
+        Raises:
+            BadInput: no corpus, no such split, or no video in it that is long enough.
+        """
+        self.index, self.px, self.frames, self.rate, self.per_video = Index(shards, split), px, frames, fps, per_video
+        fit = np.flatnonzero(can_serve(self.index.frames, self.index.fps, frames=frames, fps=fps))
+        if not len(fit):
+            raise BadInput(
+                f"{shards}: none of the {len(self.index)} videos of split {split!r} holds {frames} frames at {fps:g} "
+                "per second; give another split, or a model of shorter clips"
+            )
+        if len(fit) < len(self.index):
+            log.info("%s: %d videos are too short or too slow and left out", shards, len(self.index) - len(fit))
+        if max_videos is not None and len(fit) > max_videos:
+            fit = np.sort(generator(0, "evaluation videos").permutation(fit)[:max_videos])
+        self.chosen = [(int(video), start) for video in fit for start in self._starts(int(video))]
+        self.videos = len(fit)
+        self.skipped = 0
+        """Clips that could not be read or decoded so far."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __iter__(self) -> Iterator[EvalClip]:
+        video, sample = -1, None
+        for number, start in self.chosen:
+            try:
+                if number != video or sample is None:
+                    video, sample = number, self.index.read(number)
+                yield self._clip(number, start, sample.video, sample.json, sample.suffix)
+            except (Unreadable, Undecodable) as error:
+                self.skipped += 1
+                log.warning("%s is left out: %s", self.index.key(number), error.detail)
+
+    def _starts(self, video: int) -> list[int]:
+        last = int(self.index.frames[video]) - 1 - int(self._ahead(video)[-1])
+        if self.per_video == 1:
+            return [last // 2]
+        return sorted(set(np.linspace(0, last, self.per_video).round().astype(int).tolist()))
+
+    def _ahead(self, video: int) -> np.ndarray:
+        return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))
+
+    def _clip(self, video: int, start: int, data: bytes, text: bytes, suffix: str) -> EvalClip:
+        index = self.index
+        numbers = (start + self._ahead(video)).tolist()
+        expect = Expect(int(index.frames[video]), int(index.width[video]), int(index.height[video]))
+        # PyAV rather than decord: the same bits, and it has not been seen to hang.
+        frames = decode(data, numbers, backend="image" if suffix != "mp4" else "pyav", expect=expect)
+        labels = json.loads(text).get("labels") or {}
+        return EvalClip(
+            index.key(video), video, whole_view(frames, self.px), tuple(numbers), float(index.fps[video]), labels
+        )
+
+
+def whole_view(frames: UInt8[np.ndarray, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:
+    """Scale whole frames to a square."""
+    return cut_out(frames, Box(0, 0, frames.shape[1], frames.shape[2], flip=False), px).contiguous()
+
+
+def centre_view(frames: UInt8[Tensor, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:
+    """Short side to px * 256 / 224, then the centre: what V-JEPA 2's image processor and Hugging Face's do."""
+    height, width = frames.shape[1:3]
+    short = int(px * 256 / 224)
+    scale = short / min(height, width)
+    size = (short, int(width * scale)) if height <= width else (int(height * scale), short)
+    pictures = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
+    top, left = round((size[0] - px) / 2), round((size[1] - px) / 2)
+    return pictures[:, :, top : top + px, left : left + px].permute(0, 2, 3, 1)

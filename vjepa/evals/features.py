@@ -1,0 +1,125 @@
+"""Frozen features of clips, and of the tokens that lie on an object; and the baselines that see the same clips.
+
+Letters: B clips, T frames, H W pixels, t h w the grid of tokens, D channels, d numbers per row.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from vjepa.config import Model
+from vjepa.evals.clips import EvalClip
+from vjepa.evals.tracks import TokenLabels, token_labels
+from vjepa.grid import Grid
+from vjepa.weights import VideoEncoder
+
+
+class Reader(Protocol):
+    """Something that turns frames into numbers: the encoder, or what it must beat."""
+
+    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B d"]]:
+        """Features of each token, and of the whole clip."""
+        ...
+
+
+class EncoderReader:
+    """Tokens of a frozen encoder; a clip is their mean over space at each time, one after another (d = t D)."""
+
+    def __init__(self, encoder: VideoEncoder) -> None:
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encoder(frames)
+        return tokens, tokens.mean((2, 3)).flatten(1)
+
+
+class PixelReader:
+    """Raw pixels: a token is its own pixels; a clip is its frames, shrunk to a pixel per token."""
+
+    def __init__(self, model: Model) -> None:
+        self.tubelet, self.patch = model.tubelet_frames, model.patch_px
+
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        clips, steps, height, width, _ = frames.shape
+        t, h, w = steps // self.tubelet, height // self.patch, width // self.patch
+        values = frames.float() / 255
+        tokens = values.view(clips, t, self.tubelet, h, self.patch, w, self.patch, 3)
+        tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+        small = adaptive_avg_pool2d(values.flatten(0, 1).permute(0, 3, 1, 2), (h, w))
+        return tokens, small.reshape(clips, -1)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one reader saw in all clips."""
+
+    pooled: Float[Tensor, "clips d"]
+    tokens: Float[Tensor, "n D"]
+    """Of the labelled tokens only, in the order of `Seen.labels`."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The clips that were read, in order."""
+
+    keys: tuple[str, ...]
+    videos: ndarray
+    """[clips] number of the video of each clip."""
+    scalars: tuple[Mapping[str, Any], ...]
+    """Labels of each clip that are single words or numbers."""
+    labels: TokenLabels
+    """Of all tokens that lie on an object; `labels.clip` counts clips."""
+    features: dict[str, Features]
+
+
+def read_features(readers: Mapping[str, Reader], clips: Iterable[EvalClip], model: Model, *, batch: int = 8) -> Seen:
+    """Let every reader look at the same clips, each decoded once.
+
+    Args:
+        readers: by name.
+        clips: all of one size.
+        model: patch and tubelet of the tokens.
+        batch: clips that go through a reader together.
+    """
+    pooled: dict[str, list[Tensor]] = {name: [] for name in readers}
+    tokens: dict[str, list[Tensor]] = {name: [] for name in readers}
+    keys, videos, scalars, labels = [], [], [], []
+    for group in batches(clips, batch):
+        frames = torch.stack([clip.frames for clip in group])
+        _, steps, height, width, _ = frames.shape
+        grid = Grid.of(steps, height, width, model)
+        found = [token_labels(clip, grid, model, clip_number=len(keys) + n) for n, clip in enumerate(group)]
+        for name, reader in readers.items():
+            every, whole = reader(frames)
+            pooled[name].append(whole)
+            tokens[name] += [one.flatten(0, 2)[ids.token] for one, ids in zip(every, found, strict=True)]
+        keys += [clip.key for clip in group]
+        videos += [clip.video for clip in group]
+        scalars += [_scalars(clip.labels) for clip in group]
+        labels += found
+    features = {name: Features(torch.cat(pooled[name]), torch.cat(tokens[name])) for name in readers}
+    return Seen(tuple(keys), np.array(videos), tuple(scalars), TokenLabels.join(labels), features)
+
+
+def batches(clips: Iterable[EvalClip], size: int) -> Iterable[Sequence[EvalClip]]:
+    """Clips in groups of `size`, the last one smaller."""
+    group: list[EvalClip] = []
+    for clip in clips:
+        group.append(clip)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _scalars(labels: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in labels.items() if isinstance(value, str | bool | int | float)}

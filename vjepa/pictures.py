@@ -1,0 +1,210 @@
+"""Pictures of what goes in and what comes out: frames, masks, features, curves. Arrays in, arrays or SVG out.
+
+Letters: B clips, T frames, H W pixels, t h w the grid of tokens, D channels.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor
+
+# One palette for all pictures: blue for what is ours, orange for what is hidden, greys for the rest.
+INK, FAINT, GRID = "#1c2330", "#6b7585", "#e4e8ee"
+COLOURS = ("#2563eb", "#ea7317", "#0f9d8a", "#b4349b", "#8a93a3")
+HIDDEN = np.array([234, 115, 23], np.float32)
+
+
+def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None = None) -> UInt8[ndarray, "H W 3"]:
+    """Frames side by side, left to right in time, white between them.
+
+    Args:
+        frames: of one clip.
+        gap: pixels between two frames.
+        height: of the strip; small pictures are enlarged without smoothing, large ones shrunk.
+    """
+    if height is not None:
+        frames = np.stack([resize(frame, height) for frame in frames])
+    white = np.full((frames.shape[1], gap, 3), 255, np.uint8)
+    parts = [part for frame in frames for part in (white, frame)][1:]
+    return np.concatenate(parts, axis=1)
+
+
+def stack(rows: Sequence[UInt8[ndarray, "H W 3"]], *, gap: int = 2) -> UInt8[ndarray, "H W 3"]:
+    """Pictures of one width above each other."""
+    white = np.full((gap, rows[0].shape[1], 3), 255, np.uint8)
+    return np.concatenate([part for row in rows for part in (white, row)][1:], axis=0)
+
+
+def resize(picture: UInt8[ndarray, "H W 3"], height: int) -> UInt8[ndarray, "h w 3"]:
+    """Scale to a height: nearest when enlarging, so that a token stays a square; smooth when shrinking."""
+    width = round(picture.shape[1] * height / picture.shape[0])
+    how = Image.Resampling.NEAREST if height >= picture.shape[0] else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(picture).resize((width, height), how))
+
+
+def draw_masks(
+    frames: UInt8[ndarray, "T H W 3"], visible: Bool[ndarray, "t h w"], hidden: Bool[ndarray, "t h w"]
+) -> UInt8[ndarray, "T H W 3"]:
+    """Show a clip as the encoder sees it.
+
+    Visible tokens keep their pixels, hidden ones (to be guessed) are orange with a trace of theirs, those that are
+    neither are grey.
+    """
+    steps, height, width, _ = frames.shape
+    t, h, w = visible.shape
+
+    def spread(cells: ndarray) -> ndarray:
+        return cells.repeat(steps // t, 0).repeat(height // h, 1).repeat(width // w, 2)[..., None]
+
+    grey = frames.astype(np.float32).mean(-1, keepdims=True)
+    guessed = 0.78 * HIDDEN + 0.22 * grey
+    unused = 0.25 * grey + 0.75 * 225
+    return np.where(spread(visible), frames, np.where(spread(hidden), guessed, unused)).astype(np.uint8)
+
+
+def feature_colours(tokens: Float[Tensor, "B t h w D"]) -> UInt8[ndarray, "B t h w 3"]:
+    """The three main directions of features as red, green and blue; the same for all clips, so colours compare.
+
+    Each direction is cut at its 1 % and 99 % quantiles. Signs are fixed (the largest weight is positive), so that a
+    picture does not flip between runs.
+    """
+    flat = tokens.flatten(0, 3).double()
+    centred = flat - flat.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    axes = vectors[:, -3:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    values = (centred @ axes).numpy()
+    low, high = np.quantile(values, (0.01, 0.99), axis=0)
+    colours = np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return (colours * 255).round().astype(np.uint8).reshape(*tokens.shape[:4], 3)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def plot(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    marks: Sequence[float] = (),
+    log: bool = False,
+    size: tuple[float, float] = (4.4, 2.3),
+) -> str:
+    """Lines over the step, as SVG text that takes the width it is given.
+
+    Args:
+        curves: what to draw; a long one is drawn faint, with its running mean on top.
+        title: what is shown, with its unit.
+        marks: steps at which to draw a thin vertical line: a run that was started again.
+        log: logarithmic heights.
+        size: inches.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for curve, colour in zip(curves, COLOURS, strict=False):
+        x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+        window = len(x) // 40
+        label = curve.label if len(curves) > 1 else None
+        if window > 1:
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(x, running_mean(y, window), color=colour, linewidth=1.6, label=label)
+        else:
+            axes.plot(x, y, color=colour, linewidth=1.6, label=label, marker="." if len(x) < 30 else None)
+    for mark in marks:
+        axes.axvline(mark, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)))
+    if log:
+        axes.set_yscale("log")
+    axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
+    _dress(axes)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=7, labelcolor=INK)
+    return _svg(figure)
+
+
+def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str) -> str:
+    """Groups of bars with intervals, as SVG text.
+
+    Args:
+        rows: name of each group.
+        series: for each colour, a (value, low, high) for each group.
+        title: what is shown.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.9, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    width, places = 0.8 / len(series), np.arange(len(rows))
+    colours = (COLOURS[0], "#93a5c4", "#c3ccda", "#e0e4ea")
+    for number, (name, values) in enumerate(series.items()):
+        height, low, high = np.array(values, float).T
+        where = places + (number - (len(series) - 1) / 2) * width
+        axes.bar(where, height, width * 0.92, color=colours[number % len(colours)], label=name)
+        axes.errorbar(where, height, [np.maximum(height - low, 0), np.maximum(high - height, 0)],
+                      fmt="none", ecolor=INK, elinewidth=0.9, capsize=1.5)  # fmt: skip
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.set_xticks(places, rows)
+    axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
+    _dress(axes)
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=len(series), loc="lower right", bbox_to_anchor=(1, 1))
+    return _svg(figure)
+
+
+def running_mean(values: Float[ndarray, " n"], window: int) -> Float[ndarray, " n"]:
+    """Mean of the values around each one, fewer at the ends; what is not a number is left out."""
+    known = np.isfinite(values)
+    ones = np.ones(window)
+    total = np.convolve(np.where(known, values, 0), ones, "same")
+    count = np.convolve(known.astype(float), ones, "same")
+    return total / np.maximum(count, 1)
+
+
+def _dress(axes) -> None:
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(length=0, labelsize=8, labelcolor=FAINT)
+
+
+def _svg(figure) -> str:
+    """SVG without the XML header, the date or random ids: the same picture gives the same text."""
+    import matplotlib as mpl
+
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "vjepa", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def png(picture: UInt8[ndarray, "H W 3"]) -> str:
+    """A picture as a `data:` address for a page."""
+    return _address(picture, "png", optimize=True)
+
+
+def jpeg(picture: UInt8[ndarray, "H W 3"], quality: int = 85) -> str:
+    """A photograph as a `data:` address for a page: a tenth of the size of `png`."""
+    return _address(picture, "jpeg", quality=quality)
+
+
+def _address(picture: ndarray, kind: str, **options: int | bool) -> str:
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
