@@ -212,6 +212,10 @@ class Parallel(Settings):
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a collective that does not return ends the process."""
 
+    collect_every_steps: int = Field(default=100, ge=1)
+    """Steps between collections of Python's garbage, at the same step on all ranks: one that collects alone makes all
+    others wait."""
+
 
 class Checkpoint(Settings):
     """When to save and what to keep."""
@@ -242,15 +246,37 @@ class Track(Settings):
     project: str = "vjepa"
     entity: str | None = None
 
+    wandb_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds to wait for W&B's server at the start, before the record goes on offline."""
+
 
 class Health(Settings):
     """When a run must stop, rather than go on wrongly."""
 
     max_skipped_in_a_row: int = Field(default=3, ge=1)
-    """Steps in a row with a loss or gradient that is not finite, which are skipped, before the run stops."""
+    """Steps in a row with a loss or gradient that is not finite, which are skipped, before the run goes back to its
+    newest checkpoint."""
+
+    max_loss_ratio: float | None = Field(default=None, gt=1)
+    """A loss above this many times the median of the last 200 recorded steps, `max_skipped_in_a_row` times in a row,
+    is a spike, and the run goes back to its newest checkpoint; by default only what is not finite counts."""
+
+    roll_backs: int = Field(default=1, ge=0)
+    """How often an attempt may go back, before it stops. The same steps with the same data come again, so this mends
+    what a faulty machine did, and shows what was no machine's fault."""
+
+    collapse_share: Share = 0.25
+    """RankMe or spread of the features below this share of its own highest value so far is called a collapse."""
+
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """What to do then."""
 
     stall_s: float = Field(default=60.0, gt=0)
-    """Seconds without a batch after which the stacks of all threads are written to the run folder."""
+    """Seconds without a step after which the stacks of all threads are written to the run folder; ten times as long
+    for the first step, which may compile."""
+
+    hang_s: float = Field(default=3600.0, gt=0)
+    """Seconds without a step after which the process ends, so that a launcher can start it again."""
 
 
 class Run(Settings):
@@ -267,6 +293,10 @@ class Run(Settings):
 
     batch_size: int = Field(ge=1)
     """Clips per step over all ranks: the number of slots."""
+
+    start: str | None = None
+    """Run or checkpoint whose networks and optimizer moments this run begins with, at step 0 of its own schedule: a
+    cooldown, or further training on other data. By default new weights."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of activations and gradients in flight; weights, averages and reductions are fp32."""

@@ -1,0 +1,95 @@
+"""A corpus of real shards and a run that is small enough to train in a test."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from vjepa.config import Run
+from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest
+
+FRAMES, FPS, SIDE = 24, 8, 48
+
+
+def encode_video(look: int) -> bytes:
+    """A moving pattern as H.264: one closed group of pictures every 12 frames."""
+    sink = io.BytesIO()
+    y, x = np.mgrid[:SIDE, :SIDE]
+    with av.open(sink, "w", format="mp4") as container:
+        options = {"crf": "20", "g": "12", "preset": "ultrafast", "threads": "1", "x264-params": "open-gop=0"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv420p"
+        for number in range(FRAMES):
+            ring = np.hypot(x - SIDE / 2 - number * (look % 3 - 1), y - SIDE / 2 - number * (look % 2)) + 7 * look
+            picture = np.stack([128 + 100 * np.sin(ring / (2 + channel)) for channel in range(3)], axis=-1)
+            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return sink.getvalue()
+
+
+def write_tiny_corpus(folder: Path) -> Path:
+    """Twenty samples in three uneven shards, made by the builder's own writer."""
+    (folder / "shards").mkdir(parents=True)
+    stored = {"frames": FRAMES, "fps": float(FPS), "width": SIDE, "height": SIDE, "duration_s": FRAMES / FPS}
+    videos = [encode_video(look) for look in range(5)]
+    first = 0
+    for number, count in enumerate((7, 9, 4)):
+        writer = ShardWriter(folder, number=number, file=f"shards/tiny-train-{number:06d}.tar", split="train")
+        for key in range(first, first + count):
+            facts = {"stored": stored, "group": str(key), "labels": {}}
+            writer.write(Sample(key=f"tiny-{key:03d}", video=videos[key % len(videos)], suffix="mp4", facts=facts))
+        writer.commit([], plan="test")
+        first += count
+    records = [record for number in range(3) if (record := read_record(folder, number, plan="test"))]
+    write_manifest(folder, records, [], name="tiny", spec={}, tools={})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty samples in three shards; read only."""
+    return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_corpus: Path) -> Callable[..., Run]:
+    """Make a run of a few seconds; nested settings are given as `optim={"lr": 1.0}` and replace single names."""
+
+    def make(**changes: Any) -> Run:
+        settings: dict[str, Any] = {
+            "name": "tiny",
+            "steps": 6,
+            "batch_size": 4,
+            "precision": "fp32",
+            "data": {
+                "sources": [{"shards": str(tiny_corpus)}],
+                "clip": {"frames": 4, "fps": 4},
+                "crop": {"px": 32},
+            },
+            "model": {
+                "encoder": {"name": "custom", "width": 24, "depth": 2, "heads": 2},
+                "predictor": {"width": 12, "depth": 1, "heads": 1},
+                "patch_px": 8,
+            },
+            "masks": [
+                {"mode": "balanced", "blocks": 2, "block_share": 0.15},
+                {"mode": "balanced", "blocks": 1, "block_share": 0.5},
+            ],
+            "optim": {"lr": 1e-2, "warmup_steps": 1, "decay": "constant", "ema": 0.9},
+            "loader": {"workers": 0, "decoder": "pyav"},
+            "checkpoint": {"every_steps": 3},
+            "track": {"wandb": "off", "every_steps": 2},
+            "parallel": {"timeout_s": 60},
+        }
+        for name, value in changes.items():
+            old = settings.get(name)
+            settings[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        return Run.model_validate(settings)
+
+    return make

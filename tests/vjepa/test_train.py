@@ -1,0 +1,206 @@
+"""One process, real shards, the real model: what a run leaves behind, and how it goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from vjepa import checkpoint
+from vjepa.config import Run
+from vjepa.health import Unhealthy
+from vjepa.stop import Stop
+from vjepa.train import train
+from vjepa_data.settings import BadInput
+
+MakeRun = Callable[..., Run]
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(60)
+"""
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss/prediction"] for record in map(json.loads, lines)}
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    path = checkpoint.folder_of(folder, step)
+    return {
+        f"{part}.{name}": tensor
+        for part in ("encoder", "predictor", "target")
+        for name, tensor in checkpoint.load_weights(path, part).items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps without any trouble."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert train(tiny_run(), folder) == 0
+    return folder
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask to stop as a signal would, when so many steps are made."""
+    calls = iter(range(1000))
+    agreed = Stop.agreed
+
+    def count(self: Stop) -> bool:
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return agreed(self)
+
+    monkeypatch.setattr(Stop, "agreed", count)
+
+
+def test_a_run_leaves_its_settings_its_record_and_its_checkpoints(straight: Path, tiny_run: MakeRun) -> None:
+    assert Run.model_validate(yaml.safe_load((straight / "config.yaml").read_text())) == tiny_run()
+    assert sorted(losses(straight)) == [1, 2, 3, 4, 5, 6]
+    assert (straight / "checkpoints" / "latest").read_text() == "step_00000006\n"
+    attempt = json.loads((straight / "environment.json").read_text())["attempts"][0]
+    assert attempt["step"] == 0
+    assert attempt["versions"]["torch"] == torch.__version__
+    assert "step 6" in (straight / "log.txt").read_text()
+    last = json.loads((straight / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["masks/visible_share"] + last["masks/hidden_share"] == pytest.approx(1)
+    parts = last["time/data_s"] + last["time/forward_s"] + last["time/backward_s"] + last["time/optimizer_s"]
+    assert 0 < parts < last["time/step_s"]
+
+
+def test_a_signal_stops_after_the_step_and_the_next_attempt_ends_with_the_same_bits(
+    straight: Path, tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        assert train(tiny_run(), tmp_path) == 75
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+    assert train(tiny_run(), tmp_path) == 0
+    assert losses(tmp_path) == losses(straight)
+    assert same(tensors(tmp_path, 6), tensors(straight, 6))
+    attempts = json.loads((tmp_path / "environment.json").read_text())["attempts"]
+    assert [attempt["step"] for attempt in attempts] == [0, 4]
+
+
+def test_steps_after_a_checkpoint_are_made_again_bit_for_bit_and_a_damaged_one_is_passed_over(
+    straight: Path, tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(tiny_run(), tmp_path) == 0
+    shard = next(checkpoint.folder_of(tmp_path, 6).glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert train(tiny_run(), tmp_path) == 0
+    assert "has changed since it was written" in caplog.text
+    assert "step 3 of 6" in caplog.text
+    assert losses(tmp_path) == losses(straight)
+    assert same(tensors(tmp_path, 6), tensors(straight, 6))
+
+
+def test_micro_batches_and_recomputation_do_not_move_the_numbers(
+    straight: Path, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    for name, parallel in (
+        ("accumulate", {"accumulate": 4}),
+        ("selective", {"recompute": "selective"}),
+        ("full", {"recompute": "full"}),
+    ):
+        assert train(tiny_run(parallel=parallel), tmp_path / name) == 0
+        assert losses(tmp_path / name) == pytest.approx(losses(straight), abs=2e-6), name
+
+
+def test_workers_do_not_move_the_numbers(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
+    assert train(tiny_run(loader={"workers": 2}), tmp_path) == 0
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_half_precision_learns_nearly_the_same_and_keeps_its_weights_in_fp32(
+    straight: Path, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    assert train(tiny_run(precision="bf16"), tmp_path) == 0
+    assert losses(tmp_path) == pytest.approx(losses(straight), abs=2e-2)
+    assert {tensor.dtype for tensor in tensors(tmp_path, 6).values()} == {torch.float32}
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vjepa import train as module
+
+    jepa_loss, bad_calls, calls = module.jepa_loss, {4}, 0
+
+    def poisoned(models: Any, puzzles: Any, run: Run) -> Any:
+        nonlocal calls
+        calls += 1
+        loss = jepa_loss(models, puzzles, run)
+        return dataclasses.replace(loss, value=loss.value * float("nan")) if calls in bad_calls else loss
+
+    monkeypatch.setattr(module, "jepa_loss", poisoned)
+    run = tiny_run(steps=4, checkpoint={"every_steps": 1, "keep_last": 4})
+    assert train(run, tmp_path / "once") == 0
+    records = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["optim/applied"] for record in records] == [1, 1, 1, 0]
+    assert records[3]["optim/grad_norm"] is None
+    assert same(tensors(tmp_path / "once", 3), tensors(tmp_path / "once", 4))
+
+    calls, bad_calls = 0, set(range(3, 100))
+    with pytest.raises(Unhealthy, match="step 6 is the last of 3 bad ones in a row"):
+        train(tiny_run(steps=8, track={"every_steps": 1}), tmp_path / "often")
+    log = (tmp_path / "often" / "log.txt").read_text()
+    assert "going back to the newest checkpoint" in log
+
+
+def test_missing_shards_a_changed_setting_and_a_folder_in_use_are_one_clear_line(
+    straight: Path, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    missing = tiny_run(data={"sources": [{"shards": str(tmp_path / "nowhere")}]})
+    with pytest.raises(BadInput, match="nowhere"):
+        train(missing, tmp_path / "a")
+    with pytest.raises(BadInput, match=r"batch_size was 4 when step 6 was saved and is 2 now"):
+        train(tiny_run(batch_size=2), straight)
+    folder = tmp_path / "b"
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder / ".lock"], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout
+        owner.stdout.readline()
+        with pytest.raises(BadInput, match="in use by another process"):
+            train(tiny_run(), folder)
+        owner.kill()
+    assert train(tiny_run(steps=1), folder) == 0
+
+
+def test_more_steps_of_the_same_schedule_are_recorded_and_other_rates_are_refused(
+    straight: Path, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    assert train(tiny_run(steps=3), tmp_path) == 0
+    assert train(tiny_run(), tmp_path) == 0
+    attempts = json.loads((tmp_path / "environment.json").read_text())["attempts"]
+    assert attempts[1]["changes"] == {"steps": [3, 6]}
+    assert losses(tmp_path) == losses(straight)
+    with pytest.raises(BadInput, match=r"optim\.lr was 0.01 when step 6 was saved and is 0.02 now: other rates"):
+        train(tiny_run(optim={"lr": 2e-2}), tmp_path)
+
+
+def test_a_run_may_begin_with_the_weights_of_another(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run(steps=1, start=str(straight), optim={"lr": 1e-9, "warmup_steps": 0, "ema": 1.0})
+    assert train(run, tmp_path) == 0
+    begun, trained = tensors(tmp_path, 1), tensors(straight, 6)
+    assert all(torch.allclose(begun[name], trained[name], atol=1e-6) for name in trained)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1

@@ -1,0 +1,68 @@
+"""How fast a run goes and what it really saw: counted in every step, read when the record is written."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from vjepa.clock import Clock
+from vjepa.config import Run
+from vjepa.objective import Loss
+from vjepa.parallel import World
+from vjepa_data.loader import Batch
+
+GIB = 2**30
+
+
+class Meter:
+    """Counts of this rank since the last reading."""
+
+    def __init__(self, run: Run, world: World) -> None:
+        self._run, self._world = run, world
+        self._since_s = time.perf_counter()
+        self._reset()
+
+    def count(self, batch: Batch, losses: Sequence[Loss]) -> None:
+        """Count a step: this rank's clips, and what became of them."""
+        self._steps += 1
+        self._rejected += len(batch.rejected)
+        self._sources.update(source for clips in batch.groups for source in clips.sources)
+        for loss in losses:
+            self._tokens += loss.tokens
+            self._visible += loss.visible
+            self._hidden += loss.hidden
+
+    def read(self, clock: Clock) -> dict[str, float]:
+        """Numbers of the steps since the last reading; waits for the device. All ranks must call it together."""
+        seconds = clock.read()
+        now_s = time.perf_counter()
+        wall_s, self._since_s = now_s - self._since_s, now_s
+        steps = self._steps
+        spent = {f"time/{name}_s": value / steps for name, value in seconds.items()}
+        everyone = self._world.gather((seconds.get("data", 0.0) / steps, self._rejected, dict(self._sources)))
+        waits = [wait for wait, _, _ in everyone]
+        seen = sum((Counter(sources) for _, _, sources in everyone), Counter[int]())
+        numbers = {
+            "speed/clips_per_s": self._run.batch_size * steps / wall_s,
+            "time/step_s": wall_s / steps,
+            **spent,
+            "time/slowest_data_s": max(waits),
+            "time/slowest_rank": waits.index(max(waits)),
+            "data/rejected": sum(rejected for _, rejected, _ in everyone),
+            "masks/visible_share": self._visible / self._tokens,
+            "masks/hidden_share": self._hidden / self._tokens,
+            **{f"data/source_{source}_share": count / seen.total() for source, count in sorted(seen.items())},
+        }
+        if self._world.device.type == "cuda":
+            memory = torch.cuda.memory_stats(self._world.device)
+            numbers["memory/allocated_gib"] = memory["allocated_bytes.all.peak"] / GIB
+            numbers["memory/reserved_gib"] = memory["reserved_bytes.all.peak"] / GIB
+            numbers["memory/retries"] = memory["num_alloc_retries"]
+            torch.cuda.reset_peak_memory_stats(self._world.device)
+        self._reset()
+        return numbers
+
+    def _reset(self) -> None:
+        self._steps = self._rejected = self._tokens = self._visible = self._hidden = 0
+        self._sources: Counter[int] = Counter()

@@ -1,0 +1,185 @@
+"""The method, in the order of the paper: guess the features of what is hidden, in the target encoder's words.
+
+    frames --> target encoder --> layer norm --> h       (no gradient: the encoder's moving average sees everything)
+    frames --> encoder, visible tokens only  --> c
+    c, where the hidden tokens are --> predictor --> z
+    loss = mean |z - h| over the hidden tokens of a clip, then over clips and kinds of mask
+
+The last mean is over all clips of the step, whichever ranks and micro-batches they are in, and every clip counts the
+same however many of its tokens are hidden. Where counts are equal this is V-JEPA 2's loss.
+
+V-JEPA 2: Assran et al., arXiv:2506.09985, section 2.1; V-JEPA: Bardes et al., arXiv:2404.08471, section 3.
+
+B clips, T frames, Y X pixels, N tokens of a clip, V visible, K hidden, D width, M kinds of mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vjepa.config import Run
+from vjepa.encoder import View, normalise
+from vjepa.grid import Grid
+from vjepa.masks import Mask, sample_masks
+from vjepa.predictor import Guess
+from vjepa_data.loader import Batch
+
+WATCHED = 4096
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three networks: two that learn and one that follows."""
+
+    encoder: nn.Module
+    predictor: nn.Module
+    target: nn.Module
+
+    @property
+    def learning(self) -> dict[str, nn.Module]:
+        """Those with gradients."""
+        return {"encoder": self.encoder, "predictor": self.predictor}
+
+    @property
+    def all(self) -> dict[str, nn.Module]:
+        """Those with a place in a checkpoint."""
+        return {**self.learning, "target": self.target}
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Clips of one shape with what each kind of mask shows and hides of them, on the device."""
+
+    frames: Float[Tensor, "B C T Y X"]
+    grid: Grid
+    masks: Sequence[Mask]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One micro-batch's part of the step's loss: added up over micro-batches and ranks, the parts are the loss."""
+
+    value: Float[Tensor, ""]
+    """With its gradient."""
+
+    numbers: Float[Tensor, " 2+M"]
+    """Without: the same; what guessing a clip's mean feature everywhere would have cost (per clip, so that it is the
+    same on any number of ranks; falls with the loss when features collapse); the loss of each kind of mask."""
+
+    features: Float[Tensor, "tokens D"]
+    """Some of the targets, for those who watch over collapse: evenly spread, at most 4,096."""
+
+    tokens: int
+    """Tokens of these clips, once for each mask that they were seen through."""
+
+    visible: int
+    """Those that were visible."""
+
+    hidden: int
+    """Those that were guessed. With `reference` masks some are neither."""
+
+
+def draw_masks(run: Run, batch: Batch, device: torch.device) -> list[Puzzle]:
+    """Bring clips to the device and decide what is hidden of them, by (seed, step, slot)."""
+    puzzles = []
+    for clips in batch.groups:
+        _, frames, height, width, _ = clips.frames.shape
+        grid = Grid.of(frames, height, width, run.model)
+        masks = sample_masks(run.masks, grid, seed=run.seed, step=batch.step, slots=clips.slots)
+        masks = [Mask(mask.kind, mask.rows, _send(mask.visible, device), _send(mask.hidden, device)) for mask in masks]
+        puzzles.append(Puzzle(normalise(_send(clips.frames, device)), grid, masks))
+    return puzzles
+
+
+def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
+    """How wrong the predictor is about the features of hidden tokens.
+
+    Args:
+        models: the three networks.
+        puzzles: this rank's clips, or some of them.
+        run: for the number of clips in the whole step, the kinds of mask and the objective.
+    """
+    with torch.no_grad():
+        seen_whole = models.target([View(puzzle.frames) for puzzle in puzzles])
+        targets = [F.layer_norm(h.float(), h.shape[-1:]) for h in seen_whole]
+
+    pairs = [(number, mask) for number, puzzle in enumerate(puzzles) for mask in puzzle.masks]
+    contexts = models.encoder([View(mask.select(puzzles[n].frames), mask.visible) for n, mask in pairs])
+    guesses = models.predictor(
+        [
+            Guess(context, mask.visible, mask.hidden, puzzles[n].grid, token=mask.kind)
+            for context, (n, mask) in zip(contexts, pairs, strict=True)
+        ]
+    )
+
+    by_kind = [torch.zeros((), device=targets[0].device) for _ in run.masks]
+    baseline = torch.zeros((), device=targets[0].device)
+    for guess, (n, mask) in zip(guesses, pairs, strict=True):
+        wanted = mask.select(targets[n]).take_along_dim(mask.hidden[..., None], dim=1)  # [B K D]
+        by_kind[mask.kind] = by_kind[mask.kind] + _error(guess.float() - wanted, run)
+        with torch.no_grad():
+            baseline = baseline + _error(mask.select(targets[n]).mean(1, keepdim=True) - wanted, run)
+    kinds = torch.stack(by_kind) / run.batch_size
+    value = kinds.mean()
+    baseline = baseline / (run.batch_size * len(run.masks))
+    return Loss(
+        value=value,
+        numbers=torch.cat((torch.stack((value, baseline)), kinds)).detach(),
+        features=_some(targets),
+        tokens=sum(len(mask.rows) * puzzles[n].grid.tokens for n, mask in pairs),
+        visible=sum(mask.visible.numel() for _, mask in pairs),
+        hidden=sum(mask.hidden.numel() for _, mask in pairs),
+    )
+
+
+def _some(features: Sequence[Float[Tensor, "B N D"]]) -> Float[Tensor, "tokens D"]:
+    """At most `WATCHED` of the tokens, evenly spread over clips and places."""
+    tokens = torch.cat([h.flatten(0, 1) for h in features])
+    return tokens[:: -(-len(tokens) // WATCHED)].clone()  # a view would keep all of them
+
+
+def _error(difference: Float[Tensor, "B K D"], run: Run) -> Float[Tensor, ""]:
+    """Mean over the tokens and channels of a clip, summed over clips."""
+    p = run.objective.loss_exponent
+    error = difference.abs()
+    if p != 1:
+        error = error**p / p
+    return error.mean((1, 2)).sum()
+
+
+@torch.no_grad()
+def update_target(models: Models, rate: float, *, applied: Float[Tensor, ""]) -> None:
+    """Let the target follow the encoder: target = rate * target + (1 - rate) * encoder, slice by slice, no messages.
+
+    Kept in fp32: at 0.99925 an update in bf16 rounds to nothing.
+
+    Args:
+        models: sharded alike.
+        rate: how much of the target stays.
+        applied: 1, or 0 for a step that was skipped, which leaves the target as it is; on the device.
+    """
+    target, encoder = (_slices(model) for model in (models.target, models.encoder))
+    way = torch._foreach_sub(encoder, target)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_mul_(way, applied * (1 - rate))  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(target, way)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _slices(model: nn.Module) -> list[Tensor]:
+    """This rank's part of every parameter."""
+    slices = []
+    for name, parameter in model.named_parameters():
+        # A gathered root would take the average and drop it: see `parallel.shard`.
+        assert isinstance(parameter, DTensor), f"{name} is gathered; the average would be written to a passing copy"
+        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, too coarse for a moving average"
+        slices.append(parameter.to_local())
+    return slices
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device while it is busy; from ordinary memory the host would wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,291 @@
+"""What is recorded of a run: a file that is the truth, a terminal, and Weights & Biases when it can be had.
+
+`metrics.jsonl` has a line for every step, with what is a function of the step (losses, rates, gradient norm: equal in a
+run that was killed and resumed); every `track.every_steps` the line also says how fast it went. Numbers stay on the
+device until then, so recording never makes it wait. Values that are not finite are written as null.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from vjepa.config import Run
+from vjepa.parallel import World
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+SHOWN = {"loss/prediction": "loss", "loss/explained": "explained", "optim/lr": "lr", "speed/clips_per_s": "clips/s"}
+
+
+class Track:
+    """The record of one attempt. Every rank keeps it, rank 0 writes it."""
+
+    def __init__(self, run: Run, folder: Path, world: World, *, step: int, wandb_id: str | None) -> None:
+        """Open the record at the step from which the attempt goes on.
+
+        Args:
+            run: the run.
+            folder: its folder.
+            world: this rank.
+            step: updates already made; later lines, of an attempt that was killed, are dropped.
+            wandb_id: of the run at Weights & Biases, if a checkpoint knows it.
+        """
+        self.run, self.world = run, world
+        self._buffer: list[Mapping[str, Tensor | float | int]] = []
+        self._file = self._terminal = self._wandb = None
+        self.wandb_id = wandb_id
+        if world.is_first:
+            self._file = _open_truncated(folder / "metrics.jsonl", step)
+            self._terminal = Terminal(run, step)
+            if run.track.wandb != "off":
+                self.wandb_id = _remembered_id(folder / "wandb" / "id", wandb_id)
+                self._wandb = Wandb(run, folder, self.wandb_id)
+
+    def add(self, step: int, measures: Mapping[str, Tensor | float | int]) -> None:
+        """Keep what was measured in a step; nothing is waited for.
+
+        Args:
+            step: updates made, this one included.
+            measures: numbers, on the device or not, equal on all ranks.
+        """
+        self._buffer.append({"step": step, "time": time.time(), **measures})
+
+    def amend(self, measures: Mapping[str, Tensor | float | int]) -> None:
+        """Add to what was kept of the last step."""
+        self._buffer[-1] = {**self._buffer[-1], **measures}
+
+    def is_due(self, step: int) -> bool:
+        """Whether lines should be written after so many updates."""
+        return step % self.run.track.every_steps == 0 or step == self.run.steps
+
+    def write(self, extra: Mapping[str, float]) -> list[Record]:
+        """Write the lines of all steps since the last time; waits for the device.
+
+        Args:
+            extra: measured over these steps, added to the last line.
+
+        Returns:
+            The records, equal on all ranks but for `extra`.
+        """
+        records = _to_host(self._buffer)
+        self._buffer = []
+        if not records:
+            return []
+        records[-1].update(extra)
+        if self._file and self._terminal:
+            self._file.write("".join(json.dumps(_jsonable(record)) + "\n" for record in records))
+            self._file.flush()
+            self._terminal.show(records[-1])
+            if self._wandb:
+                self._wandb.log(records[-1])
+        return records
+
+    def alert(self, title: str, text: str) -> None:
+        """Shout, wherever someone may hear it."""
+        if self.world.is_first:
+            log.warning("%s: %s", title, text)
+            if self._wandb:
+                self._wandb.alert(title, text)
+
+    def close(self, code: int) -> None:
+        """Close all records.
+
+        Args:
+            code: exit code of the attempt.
+        """
+        if self._file:
+            self._file.close()
+        if self._terminal:
+            self._terminal.close()
+        if self._wandb:
+            self._wandb.close(code)
+
+
+class Terminal:
+    """A bar where someone watches, lines where not."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._steps = run.steps
+        self._progress = None
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                transient=False,
+            )
+            self._task = self._progress.add_task(run.name, total=run.steps, completed=step, numbers="")
+            self._progress.start()
+
+    def show(self, record: Record) -> None:
+        """The last numbers."""
+        numbers = "  ".join(f"{short} {_brief(record[name])}" for name, short in SHOWN.items() if name in record)
+        if self._progress:
+            self._progress.update(self._task, completed=record["step"], numbers=numbers)
+        else:
+            log.info("step %d/%d  %s", record["step"], self._steps, numbers)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._progress:
+            self._progress.stop()
+
+
+class Wandb:
+    """Weights & Biases: a copy of the record, never a reason to stop.
+
+    One run there for all attempts, with an axis of its own, because W&B drops what is logged for a step that it has
+    seen, which a resumed run must do.
+    """
+
+    def __init__(self, run: Run, folder: Path, run_id: str) -> None:
+        import wandb
+
+        self._errors = (wandb.Error, OSError, AssertionError)
+        self._run = None
+        wanted = run.track.wandb
+        online = wanted == "online" or (wanted == "auto" and _has_key())
+        modes: tuple[Literal["online", "offline"], ...] = ("online", "offline") if online else ("offline",)
+        for mode in modes:
+            try:
+                self._run = wandb.init(
+                    project=run.track.project,
+                    entity=run.track.entity,
+                    id=run_id,
+                    name=run.name,
+                    resume="allow",
+                    dir=folder,
+                    mode=mode,
+                    config=run.model_dump(mode="json"),
+                    settings=wandb.Settings(init_timeout=run.track.wandb_timeout_s, console="off", silent=True),
+                )
+            except self._errors as error:
+                log.warning("W&B cannot be used %s (%s)", mode, _first_line(error))
+                continue
+            self._run.define_metric("*", step_metric="trainer/step")
+            where = self._run.url or f"`wandb sync {folder}/wandb/offline-run-*-{run_id}` sends it"
+            log.info("W&B: %s, run %s, %s", mode, run_id, where)
+            return
+
+    def log(self, record: Record) -> None:
+        """Copy one record."""
+        numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
+        self._try(lambda run: run.log({"trainer/step": record["step"], **numbers}))
+
+    def alert(self, title: str, text: str) -> None:
+        """Send a notice."""
+        self._try(lambda run: run.alert(title=title, text=text))
+
+    def close(self, code: int) -> None:
+        """Say how it ended. A run that will go on is no failure."""
+        self._try(lambda run: run.finish(exit_code=0 if code == 75 else code))
+        self._run = None
+
+    def _try(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except self._errors as error:
+            log.warning("W&B is lost for the rest of this attempt (%s); metrics.jsonl has it all", _first_line(error))
+            self._run = None
+
+
+@contextmanager
+def logging_to(file: Path, world: World) -> Iterator[None]:
+    """Copy the log of rank 0 to the run folder; other ranks only shout."""
+    root, ours = logging.getLogger(), [logging.getLogger(room) for room in ("vjepa", "vjepa_data")]
+    levels = [logger.level for logger in ours]
+    handler = logging.FileHandler(file) if world.is_first else logging.NullHandler()
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(handler)
+    for logger in ours:
+        logger.setLevel(logging.INFO if world.is_first else logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for logger, level in zip(ours, levels, strict=True):
+            logger.setLevel(level)
+        handler.close()
+
+
+def _open_truncated(file: Path, step: int) -> Any:
+    """Open for appending, without the lines of steps that will be made again and without a torn last line."""
+    kept = []
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record["step"] <= step:
+                kept.append(line)
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_text("".join(line + "\n" for line in kept))
+    os.replace(beside, file)
+    return file.open("a")
+
+
+def _remembered_id(file: Path, known: str | None) -> str:
+    """The run's id at W&B, the same for all attempts."""
+    if file.is_file():
+        return file.read_text().strip()
+    made = known or secrets.token_hex(4)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(made + "\n")
+    return made
+
+
+def _has_key() -> bool:
+    """Whether someone has logged in, by either of the two ways that W&B knows."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return bool(host and netrc.netrc(file).authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _to_host(buffer: list[Mapping[str, Tensor | float | int]]) -> list[Record]:
+    """Bring all numbers over in one copy."""
+    tensors = [value for measures in buffer for value in measures.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else [])
+    return [
+        {name: next(numbers) if isinstance(value, Tensor) else value for name, value in measures.items()}
+        for measures in buffer
+    ]
+
+
+def _jsonable(record: Record) -> Record:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
+def _brief(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

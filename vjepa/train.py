@@ -1,0 +1,242 @@
+"""Train one model: the pieces are built here, and `learn` is the whole of it, in the order things happen."""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vjepa import checkpoint
+from vjepa.attention import choose
+from vjepa.clock import Clock
+from vjepa.config import Run
+from vjepa.encoder import Encoder
+from vjepa.folder import check_alike, code_digest, occupy, record_attempt, settings_hash, versions, write_settings
+from vjepa.health import Nurse, Unhealthy, Watchdog, watchdog
+from vjepa.meter import Meter
+from vjepa.objective import Loss, Models, draw_masks, jepa_loss, update_target
+from vjepa.optimizer import Update, build_optimizer, update_weights
+from vjepa.parallel import World, join, materialise, send_gradients, shard
+from vjepa.predictor import Predictor
+from vjepa.resume import check_changes
+from vjepa.schedule import Rates, rates_at
+from vjepa.stop import STOPPED, Stop, stop_signals
+from vjepa.track import Track, logging_to
+from vjepa_data.index import Index
+from vjepa_data.loader import Batch, ClipLoader
+
+log = logging.getLogger(__name__)
+
+
+def train(run: Run, folder: Path) -> int:
+    """Train one model, from wherever the last attempt stopped to the last step.
+
+    Args:
+        run: all settings.
+        folder: of the run; one that holds checkpoints is continued.
+
+    Returns:
+        Exit code: 0 done, 75 stopped in good order and wishing to go on.
+
+    Raises:
+        BadInput: the folder is in use, the data is missing, settings do not fit the checkpoint.
+        Unhealthy: the run went wrong, also after going back to a checkpoint.
+    """
+    with (
+        join(run.parallel) as world,
+        occupy(folder, world),
+        logging_to(folder / "log.txt", world),
+        stop_signals(world) as stop,
+    ):
+        for left in reversed(range(run.health.roll_backs + 1)):
+            try:
+                with start(run, folder, world) as attempt:
+                    return learn(run, attempt, stop)
+            except Unhealthy as error:
+                if not left:
+                    raise
+                log.warning("%s; going back to the newest checkpoint", error)
+    raise AssertionError("not reached")
+
+
+def learn(run: Run, now: "Attempt", stop: Stop) -> int:
+    """V-JEPA 2, step by step, until the last one or until asked to stop."""
+    models, world = now.models, now.world
+    while now.step < run.steps and not stop.agreed():
+        batch, rates = next(now.batches), rates_at(now.step, run)
+        losses: list[Loss] = []
+        for part in batch.split(run.parallel.accumulate):
+            puzzles = draw_masks(run, part, world.device)
+            loss = jepa_loss(models, puzzles, run)
+            send_gradients(models, now=len(losses) + 1 == run.parallel.accumulate)
+            (loss.value * world.size).backward()  # FSDP2 takes the mean over ranks, where ours is a sum
+            losses.append(loss)
+        total = world.sum(torch.stack([loss.numbers for loss in losses]).sum(0))
+        update = update_weights(now.optimizer, total[0], rates, clip_norm=run.optim.clip_norm)
+        update_target(models, rates.ema, applied=update.applied)
+        now.step += 1
+        now.record(total, losses, rates, update, batch)
+        if now.saver.is_due(now.step):
+            now.save()
+    now.save()
+    return 0 if now.step == run.steps else STOPPED
+
+
+@dataclass
+class Attempt:
+    """Everything one attempt works with; what must survive it is in `checkpoint.tensors_of` and the step."""
+
+    run: Run
+    world: World
+    models: Models
+    optimizer: torch.optim.AdamW
+    batches: Iterator[Batch]
+    step: int
+    """Updates made, in all attempts; the next one uses the batch and the masks of this step."""
+
+    saver: checkpoint.Saver
+    track: Track
+    nurse: Nurse
+    dog: Watchdog
+    clock: Clock
+    manifests: list[str]
+    meter: Meter
+
+    def record(self, total: Tensor, losses: Sequence[Loss], rates: Rates, update: Update, batch: Batch) -> None:
+        """Keep the numbers of a step; now and then write them down, look at them, and sweep up."""
+        step, run = self.step, self.run
+        self.dog.beat(f"making step {step + 1}", step=step)
+        self.track.add(
+            step,
+            {
+                "loss/prediction": total[0],
+                "loss/explained": 1 - total[0] / total[1],
+                **{f"loss/mask_{kind}": loss for kind, loss in enumerate(total[2:])},
+                "optim/lr": rates.lr,
+                "optim/weight_decay": rates.weight_decay,
+                "optim/ema": rates.ema,
+                "optim/grad_norm": update.grad_norm,
+                "optim/applied": update.applied,
+            },
+        )
+        self.meter.count(batch, losses)
+        if self.track.is_due(step):
+            self.nurse.check(self.track.write(self.meter.read(self.clock)))
+        if step % run.parallel.collect_every_steps == 0:
+            gc.collect()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless the newest one is."""
+        self.dog.beat(f"saving step {self.step}")
+        with self.clock.host("save"):
+            self.saver.save(
+                checkpoint.tensors_of(self.models, self.optimizer),
+                checkpoint.Facts(
+                    step=self.step,
+                    world=self.world.size,
+                    settings=self.run.model_dump(mode="json"),
+                    settings_hash=settings_hash(self.run),
+                    manifests=self.manifests,
+                    wandb_id=self.track.wandb_id,
+                    versions=versions(),
+                ),
+            )
+
+
+@contextmanager
+def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
+    """Build the pieces, bring them to where the last attempt stopped, and close them at the end."""
+    check_alike(world, {"settings": settings_hash(run), "code": code_digest(), "torch": torch.__version__})
+    newest = checkpoint.find_newest(folder, world)
+    facts = checkpoint.read_facts(newest) if newest else None
+    step = facts.step if facts else 0
+    with ExitStack() as closing:
+        dog = closing.enter_context(watchdog(run.health, folder, world.rank))
+        clips = closing.enter_context(open_clips(run, folder, world, step))
+        manifests = [Index(source.shards, source.split).hash for source in run.data.sources]
+        check_alike(world, {"the corpora": str(manifests), "the plan of samples": clips.plan.fingerprint})
+        changes = {}
+        if facts:
+            changes = check_changes(facts.settings, run, step=step, manifests=manifests, manifests_then=facts.manifests)
+        models = build_models(run, world)
+        optimizer = build_optimizer(models.learning, run.optim)
+        origin = newest or (checkpoint.resolve(Path(run.start)) if run.start else None)
+        if origin:
+            checkpoint.load_into(checkpoint.tensors_of(models, optimizer), origin, world)
+        if world.is_first:
+            write_settings(folder, run)
+            record_attempt(folder, step=step, world=world, changes=changes)
+            log.info("step %d of %d, %s", step, run.steps, f"from {origin}" if origin else "from new weights")
+            for name, (old, new) in changes.items():
+                log.info("changed since step %d: %s was %s, is %s", step, name, old, new)
+        track = Track(run, folder, world, step=step, wandb_id=facts.wandb_id if facts else None)
+        closing.push(lambda kind, *_: track.close(1 if kind else 0))
+        clock = Clock(models, optimizer, world.device)
+        closing.callback(clock.close)
+        saver = checkpoint.Saver(folder, run.checkpoint, world)
+        saver.newest = step if newest else -1
+        closing.callback(saver.wait)
+        closing.enter_context(quiet_garbage())
+        yield Attempt(
+            run=run,
+            world=world,
+            models=models,
+            optimizer=optimizer,
+            batches=clock.waiting("data", clips),
+            step=step,
+            saver=saver,
+            track=track,
+            nurse=Nurse(run.health, track.alert),
+            dog=dog,
+            clock=clock,
+            manifests=manifests,
+            meter=Meter(run, world),
+        )
+
+
+def build_models(run: Run, world: World) -> Models:
+    """The three networks, spread over the ranks, with the first weights of this seed."""
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    stacks = (run.model.encoder, run.model.predictor)
+    attention = choose(
+        run.parallel.attention, world.device, dtype, head_widths=[stack.width // stack.heads for stack in stacks]
+    )
+    with torch.device("meta"):
+        models = Models(
+            encoder=Encoder(run.model, attention=attention),
+            predictor=Predictor(run.model, mask_tokens=len(run.masks), attention=attention),
+            target=Encoder(run.model, attention=attention).requires_grad_(False),
+        )
+    shard(models, run.parallel, mesh=world.mesh, dtype=dtype)
+    materialise(models, world.device, seed=run.seed)
+    return models
+
+
+def open_clips(run: Run, folder: Path, world: World, step: int) -> ClipLoader:
+    """The stream of this rank's clips, from the batch of a step on."""
+    return ClipLoader(
+        run.data,
+        run.loader,
+        seed=run.seed,
+        batch_size=run.batch_size,
+        rank=world.rank,
+        world=world.size,
+        step=step,
+        folder=folder,
+        stall_s=run.health.stall_s,
+    )
+
+
+@contextmanager
+def quiet_garbage() -> Iterator[None]:
+    """Let no rank stop to collect garbage when it pleases; `Attempt.record` does, on all ranks at the same step."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
