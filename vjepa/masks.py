@@ -163,10 +163,12 @@ def _hide_rectangles(kind: BalancedMask, grid: Grid, draws: Sequence[np.random.G
     rows, columns = np.arange(grid.h), np.arange(grid.w)
     down = np.abs(rows + 0.5 - top - height / 2) * (2 / height)  # [B blocks h]
     across = np.abs(columns + 0.5 - left - width / 2) * (2 / width)  # [B blocks w]
-    score = np.maximum(down[..., :, None], across[..., None, :]).min(axis=1)  # [B h w]
+    down, across = down[..., :, None], across[..., None, :]
+    score = np.maximum(down, across) + 1e-6 * (np.abs(down - across) < 1e-9)  # a corner after its row, never alone
+    score = score.min(axis=1)  # [B h w]
     turn = 2 * np.pi * u[:, -1, None, None]
     ramp = np.cos(turn) * rows[:, None] + np.sin(turn) * columns  # breaks ties, far below any true difference
-    return _lowest((score + 1e-6 * ramp).reshape(len(u), -1), hidden)
+    return _lowest((score + 1e-9 * ramp).reshape(len(u), -1), hidden)
 
 
 def _rectangle(

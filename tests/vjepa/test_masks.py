@@ -107,7 +107,7 @@ def test_hidden_regions_are_large_and_whole(kind: BalancedMask) -> None:
     Of pairs of neighbours with a hidden cell, 45 % (8 small rectangles) and 72 % (2 large ones) would be hidden whole
     were cells hidden at random.
     """
-    (mask,) = sample_masks([kind], PLAIN, seed=0, step=0, slots=range(200))
+    (mask,) = sample_masks([kind], PLAIN, seed=0, step=0, slots=range(1000))
     hidden = planes(mask, PLAIN, hidden=True)[:, 0]
     for axis in (1, 2):
         both = np.take(hidden, range(15), axis) & np.take(hidden, range(1, 16), axis)
