@@ -3,7 +3,7 @@
     sbatch script            srun ->  supervisor of rank 0  ->  python -m vjepa train RUN/config.yaml --out RUN
     (first node)                      supervisor of rank 1  ->  ...          (a process each; see children.py)
          |                            ...
-         +-- python -m vjepa_launch.job after RUN            once, when the step is over: requeue, or say why not
+         +-- python -m vjepa_launch.after RUN/launch     once, when the step is over: requeue, or say why not (after.py)
 
 On this machine one supervisor looks after all ranks, and starts them again itself.
 
@@ -13,7 +13,6 @@ A command exits with 0 (done), 1 (failed), 2 (refused its input) or 75 (stopped 
 import dataclasses
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.core.utils import DelayedSubmission
 
 from vjepa_launch import children, freeze, record, scheduler
 from vjepa_launch.children import Ended, Heard
@@ -37,7 +36,7 @@ from vjepa_launch.place import (
 from vjepa_launch.record import BAD_INPUT, DONE, FAILED, STOPPED, Decision, End, Outcome
 from vjepa_launch.settings import BadInput, Restart
 
-log = logging.getLogger("vjepa_launch.job")  # as a program, this module has another __name__
+log = logging.getLogger(__name__)
 
 WAIT_TO_BE_KILLED_S = 3600.0
 """After TERM the scheduler kills us when its grace is over (GraceTime or KillWait: seconds to minutes), and so decides
@@ -76,17 +75,33 @@ class Job:
         if place.rank == 0:
             begin(run, place)
         (ended,) = self._attempt(place, [place.rank], heard)
-        end = _end(ended, place, judge([ended], heard))
-        if place.rank == 0 or end.outcome in ("failed", "bad_input"):
-            record.write_end(run, place.attempt, end)
-        if end.outcome == "done":
+        outcome = judge([ended], heard)
+        if outcome == "cancelled" and ended.code != STOPPED and not self._told_by_scheduler(place):
+            # SLURM tells all ranks to end when one has failed; that is no cancellation, and we are not to blame.
+            outcome, ended = "failed", dataclasses.replace(ended, echo=True)
+        if place.rank == 0 or outcome in ("failed", "bad_input"):
+            record.write_end(run, place.attempt, _end(ended, place, outcome))
+        if outcome == "done":
             return DONE
-        if end.outcome == "cancelled":
+        if outcome == "cancelled":
             log.info("rank %d has stopped and waits: the scheduler decides between the end and a requeue", place.rank)
             if place.rank == 0:
                 conclude(run, place.attempt, "cancelled", self.restart)
             time.sleep(WAIT_TO_BE_KILLED_S)
-        _leave(FAILED if ended.code < 0 and end.outcome == "failed" else ended.code if ended.code != STOPPED else DONE)
+        _leave(DONE if outcome == "stopped" else exit_code(outcome))
+
+    def _told_by_scheduler(self, place: Place) -> bool:
+        """Whether TERM came because the job is to end, rather than because another rank failed.
+
+        One rank asks: thousands at once would bring the scheduler down. For the others it makes no difference.
+        """
+        if place.rank != 0:
+            return False
+        try:
+            return not scheduler.still_runs(place.job)
+        except scheduler.Unreachable as error:
+            log.warning("cannot ask why we are to end: %s", error)
+            return False
 
     def _on_this_machine(self, place: Place, heard: Heard) -> int:
         """All ranks of a run, as many times as it takes."""
@@ -201,33 +216,6 @@ def conclude(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexpl
     return decision
 
 
-def after(run: Path, code: int, rule: Restart) -> int:
-    """In the batch script, when the step is over: requeue the job, or say why not.
-
-    Args:
-        run: the run folder.
-        code: exit code of srun.
-        rule: how patient to be with failures.
-
-    Returns:
-        The exit code of the job.
-    """
-    place = Place.here()
-    events = record.read_events(run)
-    if any(event["event"] == "end" and event["attempt"] == place.attempt for event in events):
-        return STOPPED  # cancelled or preempted: the scheduler decides
-    ends = record.read_ends(run, place.attempt)
-    outcome: Outcome = ends[0].outcome if ends else "failed"
-    if code != 0 and outcome not in ("failed", "bad_input"):
-        outcome = "failed"
-    unexplained = f"no rank said why; srun exited with {code}" if outcome == "failed" else ""
-    decision = conclude(run, place.attempt, outcome, rule, unexplained=unexplained)
-    log.info("attempt %s: %s: %s", place.attempt, outcome, decision.why)
-    if decision.requeue and scheduler.requeue(place.job, exclude=decision.exclude, nodes=len(place.nodes)):
-        time.sleep(120)  # the scheduler kills this script
-    return exit_code(outcome)
-
-
 def _owner(run: Path, job: str) -> str | None:
     """The job that a run folder belongs to. It is noted after the submission, so a job that starts at once waits."""
     owner = None
@@ -254,17 +242,3 @@ def _leave(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
-
-
-def main() -> int:
-    """`python -m vjepa_launch.job after LAUNCH_FOLDER CODE`, the last line of a batch script."""
-    speak()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script while it still has things to say
-    _, folder, code = sys.argv[1:]
-    job = DelayedSubmission.load(JobPaths(folder, Place.here().job).submitted_pickle).function
-    assert isinstance(job, Job)
-    return after(Path(job.run), int(code), job.restart)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -71,6 +71,16 @@ def show_job(job: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def still_runs(job: str) -> bool:
+    """Whether the scheduler means a job to go on: it was neither cancelled, nor preempted, nor is its time over.
+
+    Raises:
+        Unreachable: it does not say.
+    """
+    shown = show_job(job)
+    return shown.get("JobState") == "RUNNING" and shown.get("PreemptTime", "None") in ("None", "")
+
+
 def requeue(job: str, *, exclude: Sequence[str], nodes: int) -> bool:
     """Requeue a job, away from some nodes if enough others remain.
 

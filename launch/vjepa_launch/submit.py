@@ -178,7 +178,7 @@ def _parameters(run: Path, cluster: Cluster, name: str) -> dict[str, Any]:
     if cluster.container_mounts:
         srun.append(f"--container-mounts={','.join(cluster.container_mounts)}")
     paths = path_environment(run / "code", {"PYTHONPATH": "$PYTHONPATH"})
-    after = [sys.executable, "-m", "vjepa_launch.job", "after", str(record.launch_folder(run))]
+    after = [sys.executable, "-m", "vjepa_launch.after", str(record.launch_folder(run))]
     asked = {
         "job_name": name,
         "time": int(cluster.hours * 60),
@@ -222,7 +222,9 @@ def _submit(run: Path, cluster: Cluster, job: Job, name: str) -> str:
             # Its count of time-outs is of no use here: our own rule decides, and it knows about progress.
             executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=10**6, python=python)
             executor.update_parameters(**_parameters(run, cluster, name))
-            with submitit.helpers.clean_env():
+            # No rank or job of ours may leak into the new one; but where SLURM's configuration lies must stay known.
+            kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+            with submitit.helpers.clean_env(), _environment(kept):
                 return executor.submit(job).job_id
         except (RuntimeError, FailedJobError, FileNotFoundError) as error:
             raise BadInput(f"the job was not submitted: {' '.join(str(error).split())}") from None

@@ -45,7 +45,7 @@ def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
         "NCCL_IB_HCA=mlx5",
         "PYTHONSAFEPATH=1",
         f'export PYTHONPATH="{tmp_path}/run/code:$PYTHONPATH"',
-        f"vjepa_launch.job after {tmp_path}/run/launch",
+        f"vjepa_launch.after {tmp_path}/run/launch",
         f"python -m vjepa train {tmp_path}/run/config.yaml --out {tmp_path}/run",
         "# Command of each of 128 ranks",
         "steps: 10",
@@ -61,7 +61,7 @@ def test_a_container_wraps_the_ranks_but_not_the_last_word(tmp_path: Path) -> No
     assert "--container-image=/shared/images/vjepa-pretrain.sqsh" in step
     assert "--container-mounts=/shared:/shared" in step
     assert " python3 -u -m submitit" in step
-    assert any(line.startswith(f"{sys.executable} -m vjepa_launch.job after") for line in lines)
+    assert any(line.startswith(f"{sys.executable} -m vjepa_launch.after") for line in lines)
 
 
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:

@@ -1,0 +1,246 @@
+"""A real SLURM of several nodes on one machine, on loopback only, for tests and rehearsals.
+
+    python tests/slurm/mini_slurm.py up DIR [--nodes 2] [--cpus 2]     then: export SLURM_CONF=DIR/slurm.conf
+    python tests/slurm/mini_slurm.py down DIR
+
+Needs root and Debian's packages: apt-get install --no-install-recommends slurm-wlm munge. Everything lives under DIR;
+daemons are stopped by the numbers that they recorded there. Two partitions share the nodes: `high` preempts `low`.
+"""
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
+
+# Why each line is there:
+# - NoCtldInAddrAny, NoInAddrAny: listen on 127.0.0.1 in place of all interfaces.
+# - linuxproc, task/none, jobacct_gather/none, accounting_storage/none: no cgroups, no systemd, no database. So sacct
+#   does not work, as on many real clusters.
+# - config_overrides: believe the number of CPUs below, whatever the machine has.
+# - cred_expire: a requeued job does not start before its old credential has expired (120 s by default).
+# - KillWait: what remains after TERM at a cancellation; GraceTime: the same at a preemption.
+# - SlurmdTimeout: after which a node that does not answer is given up, and its jobs are requeued.
+CONF = """
+ClusterName=mini
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CredType=cred/munge
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+SlurmctldDebug=info
+SlurmdDebug=info
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MailProg=/bin/true
+PropagateResourceLimits=NONE
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{preempt_signal}
+KillWait=5
+ReturnToService=2
+SlurmdTimeout={node_timeout}
+SlurmctldTimeout=30
+InactiveLimit=0
+MinJobAge=600
+MessageTimeout=10
+"""
+
+
+def missing() -> str:
+    """Why there can be no SLURM here; empty when there can."""
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed (apt-get install --no-install-recommends slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "needs root"
+
+
+def write_files(
+    folder: Path, *, nodes: int, cpus: int, preempt_signal: bool, node_timeout_s: int, grace_s: int
+) -> None:
+    """All files that the daemons read."""
+    for name in ("munge", "state", "spool", "log", "run"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for at in (folder, folder / "munge"):
+        at.chmod(0o711)
+    key = folder / "munge" / "key"
+    if not key.exists():
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+    conf = folder / "slurm.conf"
+    ports = _read_ports(conf) or _free_ports(nodes + 1)
+    lines = [
+        CONF.format(
+            host=socket.gethostname().partition(".")[0],
+            port=ports[0],
+            folder=folder,
+            preempt_signal="SlurmctldParameters=preempt_send_user_signal" if preempt_signal else "",
+            node_timeout=node_timeout_s,
+        ).strip()
+    ]
+    memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    for number, port in enumerate(ports[1:], start=1):
+        lines.append(
+            f"NodeName=n{number} NodeHostname=n{number} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
+            f"RealMemory={memory_mib} State=UNKNOWN"
+        )
+        (folder / "spool" / f"n{number}").mkdir(exist_ok=True)
+    shared = "Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO"
+    lines.append(f"PartitionName=low {shared} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s}")
+    lines.append(f"PartitionName=high {shared} Default=NO PriorityTier=10 PreemptMode=OFF")
+    conf.write_text("\n".join(lines) + "\n")
+    # 22.05 has no cgroup plugin called disabled, and its v2 wants systemd; v1 loads even where nothing is mounted.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+
+def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = True, node_timeout_s: int = 15,
+       grace_s: int = 15) -> None:  # fmt: skip
+    """Start the daemons and wait until all nodes are idle."""
+    if missing():
+        sys.exit(f"no SLURM here: {missing()}")
+    folder = folder.resolve()
+    assert not set(str(folder)) & set(" ,"), "slurm.conf cannot quote"
+    write_files(folder, nodes=nodes, cpus=cpus, preempt_signal=preempt_signal, node_timeout_s=node_timeout_s,
+                grace_s=grace_s)  # fmt: skip
+    munge, conf = folder / "munge", folder / "slurm.conf"
+    environment = {**os.environ, "SLURM_CONF": str(conf)}
+    if not _alive(folder / "run" / "munged.pid"):
+        (munge / "socket").unlink(missing_ok=True)
+        # --force: the folder belongs to root, and not to a user called munge
+        _run("munged", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket", f"--seed-file={munge}/seed",
+             f"--pid-file={folder}/run/munged.pid", f"--log-file={folder}/log/munged.log")  # fmt: skip
+        _wait_for(lambda: (munge / "socket").exists(), "munged", folder)
+    if not _alive(folder / "run" / "slurmctld.pid"):
+        _run("slurmctld", "-f", str(conf), environment=environment)
+    for number in range(1, nodes + 1):
+        start_node(folder, f"n{number}")
+
+    def ready() -> bool:
+        command = ["sinfo", "--noheader", "--Node", "--partition=low", "--states=idle", "--format=%N"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return len(set(done.stdout.split())) == nodes
+
+    _wait_for(ready, "slurmctld", folder)
+
+
+def start_node(folder: Path, name: str) -> None:
+    """Start the daemon of one node, unless it runs."""
+    if not _alive(folder / "run" / f"slurmd.{name}.pid"):
+        conf = folder / "slurm.conf"
+        _run("slurmd", "-f", str(conf), "-N", name, environment={**os.environ, "SLURM_CONF": str(conf)})
+
+
+def node_pid(folder: Path, name: str) -> int:
+    """Process of the daemon of one node."""
+    return int((folder / "run" / f"slurmd.{name}.pid").read_text())
+
+
+def down(folder: Path) -> None:
+    """Cancel all jobs, and stop the daemons that were recorded."""
+    folder = folder.resolve()
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    if _alive(folder / "run" / "slurmctld.pid"):
+        subprocess.run(["scancel", "--me"], env=environment, check=False, capture_output=True, timeout=20)
+        command = ["squeue", "--noheader"]
+        for _ in range(100):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
+            if not done.stdout.strip():
+                break
+            time.sleep(0.2)
+    for pid_file in [*sorted((folder / "run").glob("slurmd.*.pid")), *sorted((folder / "run").glob("*.pid"))]:
+        if not _alive(pid_file):
+            continue
+        pid = int(pid_file.read_text())
+        os.kill(pid, signal.SIGTERM)
+        for _ in range(100):
+            if not _alive(pid_file):
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _alive(pid_file: Path) -> bool:
+    """Whether the daemon that recorded its number still runs; a number alone may have passed to another program."""
+    try:
+        pid = pid_file.read_text().strip()
+        program = Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return False
+    return bool(pid) and program.startswith(pid_file.name.partition(".")[0])
+
+
+def _run(*command: str, environment: dict[str, str] | None = None) -> None:
+    subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL)
+
+
+def _wait_for(condition: Callable[[], bool], program: str, folder: Path, timeout_s: float = 40.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = "\n".join(path.read_text()[-2000:] for path in sorted((folder / "log").glob("*.log")))
+            raise TimeoutError(f"{program} is not ready after {timeout_s:.0f} s\n{logs}")
+        time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    holders = [socket.socket() for _ in range(count)]
+    for holder in holders:
+        holder.bind(("127.0.0.1", 0))
+    ports = [holder.getsockname()[1] for holder in holders]
+    for holder in holders:
+        holder.close()
+    return ports
+
+
+def _read_ports(conf: Path) -> list[int]:
+    """The ports of a configuration that was written before: a new one must find the old daemons."""
+    words = conf.read_text().split() if conf.exists() else []
+    return [int(word.partition("=")[2]) for word in words if word.startswith(("SlurmctldPort=", "Port="))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["up", "down"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node pretends to have")
+    options = parser.parse_args()
+    if options.action == "up":
+        up(options.folder, nodes=options.nodes, cpus=options.cpus)
+        print(f"export SLURM_CONF={options.folder.resolve()}/slurm.conf")
+    else:
+        down(options.folder)
+
+
+if __name__ == "__main__":
+    main()
