@@ -136,3 +136,9 @@ def corpus(videos: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def make_corpus() -> Callable[..., Path]:
     """The writer itself, for corpora of a test's own."""
     return write_corpus
+
+
+@pytest.fixture(scope="session", name="read_number")
+def _read_number() -> Callable[[np.ndarray], int]:
+    """Reads the number off a frame of `videos`."""
+    return read_number

@@ -1,0 +1,70 @@
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vjepa_data.clips import Offer, can_serve, choose, offsets
+from vjepa_data.index import Index
+from vjepa_data.settings import BadInput
+
+
+@given(
+    st.integers(1, 64), st.sampled_from([1.0, 4.0, 5.0, 7.5, 10.0]), st.sampled_from([12.0, 24.0, 25.0, 29.97, 60.0])
+)
+def test_each_frame_is_the_nearest_to_its_exact_time(frames: int, fps: float, file_fps: float):
+    for k, i in enumerate(offsets(frames=frames, fps=fps, file_fps=file_fps)):
+        error_s = abs(Fraction(int(i)) / Fraction(file_fps) - Fraction(k) / Fraction(fps))
+        assert error_s <= Fraction(1, 2) / Fraction(file_fps) + Fraction(1, 10**9)
+
+
+def test_a_fractional_step_keeps_the_speed_of_the_film():
+    assert offsets(frames=5, fps=4, file_fps=30).tolist() == [0, 8, 15, 23, 30]
+    assert offsets(frames=16, fps=4, file_fps=30000 / 1001)[-1] == 112  # 3.75 s, where steps of 7 frames reach 105
+
+
+@given(st.integers(1, 200), st.sampled_from([8.0, 24.0, 30.0]), st.integers(1, 16), st.integers(0, 1000))
+def test_a_clip_lies_inside_its_video(file_frames: int, file_fps: float, frames: int, slot: int):
+    ask = {"frames": frames, "fps": 4.0}
+    if can_serve(np.array([file_frames]), np.array([file_fps]), **ask)[0]:
+        look = choose(file_frames=file_frames, file_fps=file_fps, **ask, seed=0, step=1, slot=slot)
+        assert 0 <= look.frames[0] <= look.frames[-1] < file_frames
+        assert len(look.frames) == frames
+        assert look.start_s == look.frames[0] / file_fps
+    else:
+        assert offsets(**ask, file_fps=file_fps)[-1] >= file_frames
+
+
+def test_every_start_is_equally_likely():
+    ask = {"file_frames": 20, "file_fps": 10.0, "frames": 4, "fps": 2.0}
+    starts = Counter(choose(**ask, seed=0, step=0, slot=slot).frames[0] for slot in range(5000))
+    assert sorted(starts) == [0, 1, 2, 3, 4]
+    assert max(starts.values()) - min(starts.values()) < 200  # standard deviation of each: 28
+
+
+@pytest.mark.parametrize(("file_fps", "good"), [(8.0, True), (29.97, True), (3.0, False), (3.999, True)])
+def test_a_video_slower_than_the_rate_is_refused(file_fps: float, good: bool):
+    assert can_serve(np.array([1000]), np.array([file_fps]), frames=16, fps=4)[0] == good
+
+
+def test_one_frame_is_served_by_any_video():
+    assert can_serve(np.array([1]), np.array([1.0]), frames=1, fps=30.0)[0]
+
+
+def test_samples_that_cannot_serve_are_left_out_and_counted(videos, make_corpus, tmp_path: Path):
+    facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
+    lengths = [48, 10, 48, 12, 13, 48]  # 4 frames at 3 fps reach 12 frames ahead, so take 13
+    samples = [{"key": f"k{i}", "frames": n, **facts} for i, n in enumerate(lengths)]
+    index = Index(make_corpus(tmp_path / "c", [samples[:2], samples[2:4], samples[4:]]))
+    offer = Offer(index, frames=4, fps=3)
+    assert offer.left_out == 2
+    assert offer.counts.tolist() == [1, 1, 2]
+    assert [offer.members(s).tolist() for s in range(3)] == [[0], [2], [4, 5]]
+
+
+def test_a_corpus_that_can_serve_nothing_is_refused_with_the_numbers(corpus: Path):
+    with pytest.raises(BadInput, match=r"none of the 26 train samples .* 64 frames at 4 fps, .*15.75 s; .* has 4.00 s"):
+        Offer(Index(corpus), frames=64, fps=4)

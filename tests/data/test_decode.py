@@ -1,0 +1,84 @@
+import io
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vjepa_data.decode import BACKENDS, Expect, Undecodable, decode
+
+EXPECT = Expect(frames=48, width=96, height=64)
+FRAMES = [0, 5, 11, 12, 23, 40, 47]
+
+
+@pytest.fixture(params=["decord", "pyav", "torchcodec"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "torchcodec":
+        pytest.importorskip("torchcodec")
+    return request.param
+
+
+def test_the_frames_are_those_asked_for(videos: list[bytes], read_number, backend: str):
+    rng = np.random.default_rng(0)
+    for video in videos[:2]:
+        for _ in range(20):
+            wanted = np.sort(rng.choice(48, size=6, replace=False)).tolist()
+            got = decode(video, wanted, backend=backend, expect=EXPECT)
+            assert [read_number(f) for f in got] == wanted
+
+
+def test_all_decoders_give_the_same_bits(videos: list[bytes], backend: str):
+    for video in videos:
+        want = decode(video, FRAMES, backend="decord", expect=EXPECT)
+        assert np.array_equal(decode(video, FRAMES, backend=backend, expect=EXPECT), want)
+
+
+def test_a_frame_may_be_asked_for_twice(videos: list[bytes], read_number, backend: str):
+    got = decode(videos[0], [3, 3, 9, 47, 47], backend=backend, expect=EXPECT)
+    assert [read_number(f) for f in got] == [3, 3, 9, 47, 47]
+
+
+def test_a_video_of_another_length_or_size_is_refused(videos: list[bytes], backend: str):
+    for wrong in (Expect(47, 96, 64), Expect(49, 96, 64), Expect(48, 64, 96)):
+        with pytest.raises(Undecodable) as e:
+            decode(videos[0], [0, 1], backend=backend, expect=wrong)
+        assert e.value.reason == "frames"
+
+
+@pytest.mark.parametrize("damage", ["empty", "html", "no moov", "half", "noise"])
+def test_damaged_bytes_are_refused(videos: list[bytes], backend: str, damage: str):
+    video = videos[0]
+    noise = np.random.default_rng(0).bytes(len(video) // 2)
+    bad = {
+        "empty": b"",
+        "html": b"<html><body>503 Slow Down</body></html>" * 30,
+        "no moov": video.replace(b"moov", b"xxxx", 1),
+        "half": video[: len(video) // 2],
+        "noise": video[: len(video) // 2] + noise,
+    }[damage]
+    with pytest.raises(Undecodable):
+        decode(bad, list(range(48)), backend=backend, expect=EXPECT)
+
+
+@pytest.mark.parametrize("frames", [[-1, 2], [47, 48], []])
+def test_frames_outside_the_video_are_refused(videos: list[bytes], frames: list[int]):
+    with pytest.raises(Undecodable, match="asked of a video of 48"):
+        decode(videos[0], frames, backend="decord", expect=EXPECT)
+
+
+def test_a_picture_is_a_video_of_one_frame():
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG")
+    got = decode(out.getvalue(), [0], backend="image", expect=Expect(1, 96, 64))
+    assert np.array_equal(got[0], picture)
+    with pytest.raises(Undecodable, match="pillow"):
+        decode(out.getvalue()[:100], [0], backend="image", expect=Expect(1, 96, 64))
+
+
+def test_every_backend_of_the_settings_exists():
+    from vjepa_data.settings import Loader
+
+    names = get_args(Loader.model_fields["decoder"].annotation)
+    assert names
+    assert set(names) <= set(BACKENDS)

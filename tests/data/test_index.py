@@ -1,0 +1,142 @@
+import gc
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from vjepa_data.index import Index, Unreadable
+from vjepa_data.settings import BadInput
+
+
+@pytest.fixture
+def copy(corpus: Path, tmp_path: Path) -> Path:
+    """A corpus that a test may damage."""
+    shutil.copytree(corpus, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def read_with_webdataset(urls: str) -> list[dict]:
+    """Read shards as any user of webdataset does; it leaves its files to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        samples = list(wds.WebDataset(urls, shardshuffle=False))  # pyright: ignore[reportAttributeAccessIssue]
+        gc.collect()
+    return samples
+
+
+def edit_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_samples_are_those_that_webdataset_reads(corpus: Path):
+    index = Index(corpus)
+    theirs = read_with_webdataset(str(corpus / "shards" / "toy-train-{000000..000003}.tar"))
+    count = 0
+    for i, sample in enumerate(theirs):
+        mine = index.read(i)
+        assert (mine.key, mine.json, mine.video) == (sample["__key__"], sample["json"], sample["mp4"])
+        assert json.loads(mine.json)["key"] == mine.key
+        count += 1
+    assert count == len(index) == 26
+    assert index.first.tolist() == [0, 9, 10, 22, 26]
+
+
+def test_columns_are_arrays_that_are_not_copied(corpus: Path):
+    index = Index(corpus)
+    assert index.frames.dtype == np.int32
+    assert not index.fps.flags.owndata
+    assert index.fps.tolist() == [12.0] * 26
+
+
+def test_a_large_index_is_mapped_from_a_file_that_is_written_once(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    want = Index(copy)
+    monkeypatch.setattr("vjepa_data.index.MAPPED_FROM", 10)
+    first = Index(copy)
+    (file,) = (copy / ".index").iterdir()
+    written = file.stat().st_mtime_ns
+    again = Index(copy)
+    assert file.stat().st_mtime_ns == written
+    for index in (first, again):
+        assert [index.read(i) for i in range(26)] == [want.read(i) for i in range(26)]
+    assert str(file) in Path("/proc/self/maps").read_text()
+
+
+def test_a_large_index_of_a_read_only_corpus_goes_to_the_user_cache(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("vjepa_data.index.MAPPED_FROM", 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (copy / ".index").write_text("in the way")  # works for root too, unlike permissions
+    assert len(Index(copy)) == 26
+    assert len(list((tmp_path / "cache" / "vjepa_data").iterdir())) == 1
+
+
+def damage_cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 1024 * 512)
+
+
+@pytest.mark.parametrize(("damage", "reason"), [(damage_cut, "size"), (Path.unlink, "missing")])
+def test_a_shard_that_is_cut_or_missing_is_noticed(copy: Path, damage, reason: str):
+    damage(copy / "shards" / "toy-train-000002.tar")
+    index = Index(copy)
+    assert index.read(9).key == "toy-0009"
+    for sample in (10, 21):
+        with pytest.raises(Unreadable) as e:
+            index.read(sample)
+        assert e.value.reason == reason
+        assert "toy-train-000002.tar" in e.value.detail
+
+
+def test_a_flipped_bit_is_noticed_in_the_sample_that_has_it(copy: Path):
+    index = Index(copy)
+    path = copy / "shards" / "toy-train-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[int(index.video_offset[16]) + 1000] ^= 1
+    path.write_bytes(data)
+    bad = []
+    for sample in range(26):
+        try:
+            index.read(sample)
+        except Unreadable as e:
+            bad.append((sample, e.reason))
+    assert bad == [(16, "hash")]
+
+
+def test_a_cut_at_a_header_that_webdataset_accepts_in_silence_is_noticed(copy: Path):
+    path = copy / "shards" / "toy-train-000002.tar"
+    index = Index(copy)
+    cut = int(index.json_offset[15]) - 512
+    os.truncate(path, cut)
+    assert len(read_with_webdataset(str(path))) == 5  # of 12, and no error
+    with pytest.raises(Unreadable, match=r"has \d+ bytes, its manifest says"):
+        Index(copy).read(10)
+
+
+@pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "pipe:touch evil", "file:///etc/passwd", "a/../b"])
+def test_a_manifest_cannot_point_elsewhere_or_run_anything(copy: Path, file: str):
+    edit_manifest(copy, lambda m: m["shards"][0].update(file=file))
+    with pytest.raises(BadInput, match="no plain path below it"):
+        Index(copy)
+
+
+def test_bad_corpora_are_refused_in_one_line(copy: Path, tmp_path: Path):
+    with pytest.raises(BadInput, match=r"is no corpus: manifest\.json cannot be read"):
+        Index(tmp_path)
+    with pytest.raises(BadInput, match="has no split 'val', only train"):
+        Index(copy, "val")
+    edit_manifest(copy, lambda m: m["splits"]["train"].update(samples=27))
+    with pytest.raises(BadInput, match=r"has 26 samples of train in samples\.parquet, its manifest says 27"):
+        Index(copy)
+    edit_manifest(copy, lambda m: m.update(format=2))
+    with pytest.raises(BadInput, match="format 2, this version reads format 1"):
+        Index(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="is not JSON"):
+        Index(copy)

@@ -1,0 +1,201 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vjepa_data.decode import Expect, decode
+from vjepa_data.index import Unreadable
+from vjepa_data.servant import Servant
+from vjepa_data.settings import BadInput
+
+EXPECT = Expect(frames=48, width=96, height=64)
+
+# Stands in for decord in the servant: what it does is written in the bytes it is given.
+BAD_DECORD = """
+import os, sys, time
+class DECORDError(Exception): pass
+def cpu(n): return n
+class VideoReader:
+    def __init__(self, file, **_):
+        order = file.read()
+        if order.startswith(b"HANG"): time.sleep(1000)
+        if order.startswith(b"CRASH"): os.abort()
+        if order.startswith(b"EAT"): self.eaten = bytearray(100 << 30)
+        if order.startswith(b"TALK"): print("x" * 70_000, file=sys.stderr); sys.stderr.flush()
+        raise DECORDError("cannot\\n open \\x07 " + "y" * 500)
+"""
+
+
+@pytest.fixture
+def servant():
+    made = Servant(timeout_s=10)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bad_servant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "decord.py").write_text(BAD_DECORD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = Servant(timeout_s=20)
+    yield made
+    made.close()
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(claim, limit_s: float = 10) -> bool:
+    end = time.monotonic() + limit_s
+    while not (done := claim()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return done
+
+
+def test_frames_are_those_of_the_decoder_itself(servant: Servant, videos: list[bytes]):
+    for video in videos:
+        got = servant.decode(video, [1, 7, 30], EXPECT)
+        assert np.array_equal(got, decode(video, [1, 7, 30], backend="decord", expect=EXPECT))
+
+
+def test_frames_stay_valid_while_the_next_are_decoded(servant: Servant, videos: list[bytes]):
+    first = servant.decode(videos[0], [1, 2], EXPECT)
+    copy = first.copy()
+    servant.begin(videos[1], [1, 2], EXPECT)
+    time.sleep(0.2)
+    assert np.array_equal(first, copy)
+    assert not np.array_equal(servant.finish(), copy)
+
+
+def test_requests_of_any_size_fit(servant: Servant, videos: list[bytes]):
+    for frames in (1, 48, 3, 40):
+        assert servant.decode(videos[0], list(range(frames)), EXPECT).shape == (frames, 64, 96, 3)
+
+
+def test_damaged_bytes_are_unreadable_and_the_next_clip_is_served(servant: Servant, videos: list[bytes]):
+    pid = servant.pid
+    for bad in (b"", b"<html>503</html>", videos[0][: len(videos[0]) // 2]):
+        with pytest.raises(Unreadable) as e:
+            servant.decode(bad, [0, 47], EXPECT)
+        assert e.value.reason == "error"
+    assert servant.decode(videos[0], [0], EXPECT).shape == (1, 64, 96, 3)
+    assert servant.pid == pid
+
+
+def test_a_killed_servant_is_replaced_and_the_clip_is_served(servant: Servant, videos: list[bytes]):
+    want = servant.decode(videos[0], [3], EXPECT).copy()
+    old = servant.pid
+    os.kill(old, signal.SIGKILL)
+    assert np.array_equal(servant.decode(videos[0], [3], EXPECT), want)
+    assert servant.pid != old
+    assert not Path(f"/proc/{old}").exists()  # reaped: no zombie
+    assert servant.counts["crash"] == 1
+
+
+def test_a_stopped_servant_is_killed_and_the_clip_is_served(servant: Servant, videos: list[bytes]):
+    servant.decode(videos[0], [3], EXPECT)
+    servant.timeout_s = 2
+    os.kill(servant.pid, signal.SIGSTOP)
+    assert servant.decode(videos[0], [3], EXPECT).shape[0] == 1
+    assert servant.counts["timeout"] == 1
+
+
+def test_a_hang_costs_two_time_outs_and_no_more(bad_servant: Servant):
+    with pytest.raises(Unreadable):
+        bad_servant.decode(b"warm up", [0], EXPECT)
+    bad_servant.timeout_s = 1.5
+    began = time.monotonic()
+    with pytest.raises(Unreadable) as e:
+        bad_servant.decode(b"HANG", [0], EXPECT)
+    assert e.value.reason == "timeout"
+    assert 2.9 < time.monotonic() - began < 6
+    bad_servant.timeout_s = 20
+    with pytest.raises(Unreadable):  # the next is answered
+        bad_servant.decode(b"nothing", [0], EXPECT)
+
+
+@pytest.mark.parametrize(("order", "reason"), [(b"CRASH", "crash"), (b"EAT", "memory")])
+def test_a_crash_and_a_flood_of_memory_are_contained(bad_servant: Servant, order: bytes, reason: str):
+    with pytest.raises(Unreadable) as e:
+        bad_servant.decode(order, [0], EXPECT)
+    assert e.value.reason == reason
+
+
+def test_what_a_decoder_prints_stays_bounded_and_messages_are_one_line(bad_servant: Servant):
+    details = []
+    for _ in range(40):
+        with pytest.raises(Unreadable) as e:
+            bad_servant.decode(b"TALK", [0], EXPECT)
+        details.append(e.value.detail)
+    assert os.fstat(bad_servant._printed.fileno()).st_size <= 1 << 20
+    assert all(detail.isprintable() and len(detail) <= 160 for detail in details)
+
+
+def test_what_one_decoder_gives_up_on_another_may_decode(bad_servant: Servant, videos: list[bytes], read_number):
+    assert read_number(bad_servant.decode(videos[0], [9], EXPECT)[0]) == 9
+    assert bad_servant.counts["fallback"] == 1
+
+
+def test_it_is_recycled_after_so_many_clips(videos: list[bytes], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vjepa_data.servant.RECYCLE_CLIPS", 3)
+    servant = Servant()
+    pids = set()
+    for i in range(7):
+        pids.add(servant.pid)
+        servant.decode(videos[i % 6], [i], EXPECT)
+    assert len(pids) == 3
+    assert [alive(pid) for pid in pids].count(True) == 1
+    servant.close()
+
+
+def test_a_missing_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "decord.py").write_text("raise ImportError('no decord for this machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    servant = Servant()
+    with pytest.raises(BadInput, match=r"decord cannot be used \(no decord for this machine\); set loader.decoder"):
+        servant.decode(b"", [0], EXPECT)
+    servant.close()
+
+
+def test_it_imports_no_torch_and_runs_few_threads(servant: Servant, videos: list[bytes]):
+    servant.decode(videos[0], [0], EXPECT)
+    assert "libtorch" not in Path(f"/proc/{servant.pid}/maps").read_text()
+    assert len(os.listdir(f"/proc/{servant.pid}/task")) <= 2
+
+
+def test_it_dies_with_its_owner_even_in_the_middle_of_a_hang(tmp_path: Path):
+    (tmp_path / "decord.py").write_text(BAD_DECORD)
+    code = (
+        "from vjepa_data.servant import Servant, Expect\n"
+        "s = Servant(timeout_s=100)\n"
+        "s.begin(b'HANG', [0], Expect(1, 8, 8)); print(s.pid, flush=True); s.finish()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    time.sleep(1)
+    assert alive(pid)
+    owner.kill()
+    owner.communicate()
+    assert wait_until(lambda: not alive(pid))
+
+
+def test_signals_of_a_terminal_or_scheduler_do_not_end_it(servant: Servant, videos: list[bytes]):
+    servant.decode(videos[0], [0], EXPECT)
+    pid = servant.pid
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(pid, number)
+    servant.decode(videos[0], [0], EXPECT)
+    assert servant.pid == pid
