@@ -1,0 +1,114 @@
+"""Generated scenes: the labels are the truth, and a video is a function of its number."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from vjepa_data.settings import BadInput
+from vjepa_data.synthetic import COLOURS, Rules, describe, draw_frames, draw_scene, write_corpus
+
+ALONE = Rules(objects=(1, 1), pillar_share=0)
+
+
+def decoded(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def painted(frames: np.ndarray, colour: str) -> np.ndarray:
+    """Pixels that are nearly of a colour."""
+    return np.abs(frames / 255 - np.array(COLOURS[colour])).max(-1) < 0.1
+
+
+def middle(mask: np.ndarray) -> np.ndarray:
+    """Centre of mass, x and y, in sides of the frame."""
+    y, x = np.nonzero(mask)
+    return (np.array([x.mean(), y.mean()]) + 0.5) / mask.shape[1]
+
+
+def test_a_video_is_a_function_of_its_seed_and_number(tmp_path):
+    long = write_corpus(tmp_path / "long", videos=3, seed=5, px=32, seconds=1)
+    short = write_corpus(tmp_path / "short", videos=2, seed=5, px=32, seconds=1)
+    other = write_corpus(tmp_path / "other", videos=1, seed=6, px=32, seconds=1)
+    for a, b in zip(short, long, strict=False):
+        assert a.read_bytes() == b.read_bytes()
+        assert a.with_suffix(".json").read_bytes() == b.with_suffix(".json").read_bytes()
+    assert not np.array_equal(decoded(short[0]), decoded(short[1]))
+    assert not np.array_equal(decoded(short[0]), decoded(other[0]))
+
+
+def test_the_object_is_where_its_track_says(tmp_path):
+    for path in write_corpus(tmp_path, videos=8, seed=0, px=64, seconds=1, rules=ALONE):
+        labels, frames = json.loads(path.with_suffix(".json").read_text()), decoded(path)
+        (track,) = labels["tracks"]
+        assert frames.shape == (12, 64, 64, 3)
+        assert len(track["x"]) == 12
+        for frame, x, y in zip(frames, track["x"], track["y"], strict=True):
+            assert np.abs(middle(painted(frame, track["colour"])) - (x, y)).max() < 0.03
+
+
+def test_each_object_of_several_has_its_own_colour_and_track():
+    scene = draw_scene(3, 1, frames=24, fps=12, rules=Rules(objects=(3, 3), size=(0.1, 0.15), pillar_share=0))
+    frames = draw_frames(scene, 64)
+    for k, colour in enumerate(scene.colours):
+        for frame, centre in zip(frames, scene.centres[:, k], strict=True):
+            assert np.abs(middle(painted(frame, colour)) - centre).max() < 0.03
+
+
+def test_what_is_behind_the_pillar_is_not_visible():
+    seen, hidden = 0, 0
+    for number in range(20):
+        scene = draw_scene(0, number, frames=24, fps=12, rules=Rules(pillar_share=1))
+        for frame, centres, visible in zip(draw_frames(scene, 96), scene.centres, scene.visible, strict=True):
+            for (x, y), colour, is_visible, shape in zip(centres, scene.colours, visible, scene.shapes, strict=True):
+                edge = min(abs(x - end) for end in scene.pillar)
+                if shape == "ring" or edge < 0.02:
+                    continue
+                assert painted(frame, colour)[int(y * 96), int(x * 96)] == is_visible
+                seen, hidden = seen + is_visible, hidden + (not is_visible)
+    assert seen > 100
+    assert hidden > 50
+
+
+def test_speed_and_direction_are_those_of_the_first_track():
+    for number in range(20):
+        labels = describe(draw_scene(1, number, frames=24, fps=240, rules=Rules(gravity_share=0, objects=(1, 1))))
+        track = labels["tracks"][0]
+        velocity = np.array([track["x"][1] - track["x"][0], track["y"][1] - track["y"][0]]) * 240
+        expected = labels["speed"] * np.array([np.cos(labels["direction"]), np.sin(labels["direction"])])
+        bounced = (
+            min(track["x"][0], track["y"][0], 1 - track["x"][0], 1 - track["y"][0]) < labels["tracks"][0]["size"] + 0.01
+        )
+        assert bounced or np.abs(velocity - expected).max() < 0.05
+
+
+def test_objects_stay_in_the_box_and_out_of_each_other():
+    for number in range(20):
+        scene = draw_scene(2, number, frames=60, fps=12, rules=Rules(objects=(2, 2)))
+        assert (scene.centres >= scene.sizes[:, None] - 0.02).all()
+        assert (scene.centres <= 1 - scene.sizes[:, None] + 0.02).all()
+        apart = np.hypot(*(scene.centres[:, 0] - scene.centres[:, 1]).T)
+        assert (apart > scene.sizes.sum() - 0.03).all()
+
+
+def test_without_gravity_energy_is_kept_through_every_bounce():
+    for number in range(10):
+        scene = draw_scene(4, number, frames=600, fps=100, rules=Rules(gravity_share=0, objects=(2, 2)))
+        speed2 = (np.diff(scene.centres, axis=0) ** 2).sum(-1) * 100**2
+        energy = (speed2 * scene.sizes**2).sum(-1)
+        assert np.median(abs(energy / energy[0] - 1)) < 0.02
+
+
+def test_colours_come_in_pairs_around_mid_grey():
+    values = np.array(list(COLOURS.values()))
+    np.testing.assert_allclose(values[0::2] + values[1::2], 1)
+
+
+@pytest.mark.parametrize(("videos", "px"), [(0, 64), (1, 63), (1, 8)])
+def test_a_corpus_that_cannot_be_is_refused(tmp_path, videos, px):
+    with pytest.raises(BadInput, match="must be"):
+        write_corpus(tmp_path / "out", videos=videos, seed=0, px=px)
+    assert not (tmp_path / "out").exists()
