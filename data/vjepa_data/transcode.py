@@ -9,11 +9,11 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import av
 import av.container
@@ -295,12 +295,44 @@ def check(data: bytes, stored: Stored, *, gop: int) -> None:
     found = read_canonical(data, gop=gop)
     if found != stored:
         raise Refused(Reason.NOT_CANONICAL, f"{found} in the bytes, {stored} encoded")
-    import decord  # loads a second FFmpeg, which only this process needs
+    decode_all(data, frames=stored.frames, width=stored.width, height=stored.height)
 
+
+def decode_all(data: bytes, *, frames: int, width: int, height: int) -> None:
+    """Decode a stored clip from first to last frame with the training decoder.
+
+    Raises:
+        Refused: decord fails, or gives another number or size of frames.
+    """
+    reader, decord = _open_decord(data)
     try:
-        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
         shapes = {reader.next().shape for _ in range(len(reader))}
     except decord.DECORDError as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None
-    if len(reader) != stored.frames or shapes != {(stored.height, stored.width, 3)}:
-        raise Refused(Reason.CHECK_FAILED, f"decord gives {len(reader)} frames of {sorted(shapes)}, expected {stored}")
+    if len(reader) != frames or shapes != {(height, width, 3)}:
+        raise Refused(
+            Reason.CHECK_FAILED, f"decord gives {len(reader)} frames of {sorted(shapes)}, not {frames} {width}x{height}"
+        )
+
+
+def decode_frames(data: bytes, numbers: Sequence[int]) -> np.ndarray:
+    """Decode some frames of a stored clip, uint8 [T H W 3], with the training decoder.
+
+    Raises:
+        Refused: decord fails.
+    """
+    reader, decord = _open_decord(data)
+    try:
+        return reader.get_batch(list(numbers)).asnumpy()
+    except decord.DECORDError as error:
+        raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None
+
+
+def _open_decord(data: bytes) -> tuple[Any, Any]:
+    """A reader and its library, which brings a second FFmpeg that only a child process should load."""
+    import decord
+
+    try:
+        return decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1), decord
+    except decord.DECORDError as error:
+        raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None

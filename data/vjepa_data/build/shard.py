@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vjepa_data.build.ingest import Source, ingest
 from vjepa_data.build.pack import BuildPlan, ShardPlan, freeze, thaw
+from vjepa_data.build.report import write_report
 from vjepa_data.build.select import select
 from vjepa_data.build.write import Tally, write_shards
 from vjepa_data.pool import Pool
@@ -29,7 +30,7 @@ from vjepa_data.spec import Spec
 
 log = logging.getLogger(__name__)
 
-WRITTEN = frozenset({"plan", "shards", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", "status"})
+WRITTEN = frozenset({"plan", "shards", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", ".index"})
 """All that a build puts into its folder."""
 
 
@@ -84,7 +85,7 @@ def _build(found: Sequence[Source], out: Path, *, spec: Spec, pool: Pool[Any, An
         note = f"{tally.bytes / 1e6:.1f} MB" + (f", {refused} refused" if refused else "")
         progress.update(bar, completed=done + tally.clips, note=note)
 
-    write_shards(
+    tally = write_shards(
         out,
         plan,
         _own_order(plan),
@@ -93,7 +94,9 @@ def _build(found: Sequence[Source], out: Path, *, spec: Spec, pool: Pool[Any, An
         pool=pool,
         advance=advance,
     )
-    return _finish(found, out, plan, spec=spec, tools=tools)
+    manifest = _finish(found, out, plan, spec=spec, tools=tools)
+    write_report(out, manifest, tally, pool=pool)
+    return manifest
 
 
 def _own_order(plan: BuildPlan) -> list[ShardPlan]:

@@ -38,7 +38,7 @@ def write_shards(
     spec: Spec,
     pool: Pool[Store, Done],
     advance: Callable[[Tally], None],
-) -> None:
+) -> Tally:
     """Write those of the shards that are not there yet.
 
     Args:
@@ -49,6 +49,9 @@ def write_shards(
         spec: how to encode.
         pool: processes that encode.
         advance: called after each clip with all that was done so far.
+
+    Returns:
+        What was done here.
     """
     (out / "shards").mkdir(exist_ok=True)
     by_number = {shard.number: shard for shard in shards}
@@ -80,6 +83,7 @@ def write_shards(
     finally:
         if writer is not None:
             writer.abandon()
+    return tally
 
 
 def _tasks(

@@ -1,0 +1,150 @@
+"""A page about a corpus, in one file: totals, histograms, a contact sheet, and what was refused."""
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from vjepa_data.build.work import Picture, Strip
+from vjepa_data.build.write import Tally
+from vjepa_data.pool import Pool
+from vjepa_data.shards import Manifest, write_whole
+from vjepa_data.video import Refused
+
+SHEET_CLIPS, SHEET_FRAMES, SHEET_PX = 64, 4, 72
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem } code { font-size: 90% }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+.sheet { display: flex; flex-wrap: wrap; gap: 4px } .sheet img { height: 72px; display: block }
+"""
+
+
+def write_report(folder: Path, manifest: Manifest, tally: Tally, *, pool: Pool[Any, Any]) -> Path:
+    """Write `report.html` beside the manifest.
+
+    Args:
+        folder: the corpus.
+        manifest: what was written.
+        tally: what this builder did of it; earlier runs and other builders are not in it.
+        pool: processes that decode the contact sheet.
+    """
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    rejects = pq.read_table(folder / "rejects.parquet").to_pylist()
+    strips = _strips(folder, manifest, rows, pool)
+    parts = [
+        f"<h1>{html.escape(manifest.name)}</h1>",
+        _table([[key, value] for key, value in _totals(manifest, rows, rejects, tally)]),
+        "<h2>Clips</h2>",
+        f'<img src="data:image/png;base64,{_histograms(rows, [strip.decode_s for _, strip in strips])}" width="100%">',
+        f"<h2>{len(strips)} clips, {SHEET_FRAMES} frames of each</h2>",
+        '<div class="sheet">'
+        + "".join(
+            f'<img loading="lazy" title="{html.escape(row["key"])} {html.escape(row["labels"][:200])}" '
+            f'src="data:image/jpeg;base64,{base64.b64encode(strip.jpeg).decode()}">'
+            for row, strip in strips
+        )
+        + "</div>",
+        f"<h2>{len(rejects)} refused</h2>",
+        _reject_table(rejects),
+        "<h2>Spec</h2>",
+        _table([[key, value] for key, value in _flat(manifest.spec)]),
+    ]
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(manifest.name)}</title>"
+        f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+    )
+    write_whole(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def _totals(
+    manifest: Manifest, rows: Sequence[dict[str, Any]], rejects: Sequence[dict[str, Any]], tally: Tally
+) -> list[tuple[str, str]]:
+    total = sum(row["video_size"] for row in rows)
+    lines = [("Corpus", manifest.hash)]
+    for split, counts in manifest.splits.items():
+        hours = counts["seconds"] / 3600
+        lines.append((split, f"{counts['samples']:.0f} clips in {counts['shards']:.0f} shards, {hours:.2f} hours"))
+    lines.append(("Video", f"{total / 1e9:.3f} GB, {total / max(1, len(rows)) / 1e3:.0f} KB a clip"))
+    lines.append(("Refused", f"{len(rejects)}, from {len({reject['source'] for reject in rejects})} sources"))
+    if tally.clips:
+        cost = f"{tally.encode_s:.1f} s to encode and {tally.check_s:.1f} s to check {tally.video_s:.0f} s of video"
+        lines.append(("CPU time of the last run", cost))
+    lines.append(("Tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())))
+    return lines
+
+
+def _strips(
+    folder: Path, manifest: Manifest, rows: Sequence[dict[str, Any]], pool: Pool[Any, Any]
+) -> list[tuple[dict[str, Any], Strip]]:
+    """Clips at equal distances in the table, which is shuffled already."""
+    videos = [row for row in rows if row["suffix"] == "mp4"]
+    chosen = (
+        [videos[i * len(videos) // SHEET_CLIPS] for i in range(SHEET_CLIPS)] if len(videos) > SHEET_CLIPS else videos
+    )
+    tasks = [
+        Picture(
+            key=row["key"],
+            path=str(folder / manifest.shards[row["shard"]].file),
+            offset=row["video_offset"],
+            size=row["video_size"],
+            frames=tuple((2 * i + 1) * row["frames"] // (2 * SHEET_FRAMES) for i in range(SHEET_FRAMES)),
+            height_px=SHEET_PX,
+        )
+        for row in chosen
+    ]
+    answers = [answer for _, answer in pool.map(tasks)]
+    return [(row, answer) for row, answer in zip(chosen, answers, strict=True) if not isinstance(answer, Refused)]
+
+
+def _histograms(rows: Sequence[dict[str, Any]], decode_s: Sequence[float]) -> str:
+    """Six histograms as a base64 PNG."""
+    figure = Figure(figsize=(13, 5), dpi=90, layout="constrained")
+    panels = [
+        ("length (s)", [row["duration_s"] for row in rows]),
+        ("frames per second", [row["fps"] for row in rows]),
+        ("width / height", [row["width"] / row["height"] for row in rows]),
+        ("size (KB)", [row["video_size"] / 1e3 for row in rows]),
+        ("bit rate (kbit/s)", [row["video_size"] * 8e-3 / max(row["duration_s"], 1e-3) for row in rows]),
+        (f"CPU ms to decode {SHEET_FRAMES} frames (contact sheet)", [1e3 * seconds for seconds in decode_s]),
+    ]
+    for axes, (name, values) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        axes.hist(values, bins=30, color="#3b6ea5")
+        axes.set_xlabel(name)
+        axes.set_yscale("symlog", linthresh=10)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _reject_table(rejects: Sequence[dict[str, Any]]) -> str:
+    if not rejects:
+        return "<p>Nothing.</p>"
+    counts = Counter((reject["stage"], reject["reason"]) for reject in rejects)
+    lines = [["<b>stage</b>", "<b>reason</b>", "<b>count</b>", "<b>examples</b>"]]
+    for (stage, reason), count in counts.most_common():
+        found = [r for r in rejects if (r["stage"], r["reason"]) == (stage, reason)][:3]
+        examples = "<br>".join(f"<code>{html.escape(r['source'])}</code>: {html.escape(r['detail'])}" for r in found)
+        lines.append([stage, reason, str(count), examples])
+    return _table(lines, is_html=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for name, value in values.items():
+        lines.extend(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", str(value))])
+    return lines
+
+
+def _table(lines: Sequence[Sequence[str]], *, is_html: bool = False) -> str:
+    rows = ["".join(f"<td>{cell if is_html else html.escape(cell)}</td>" for cell in line) for line in lines]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

@@ -1,0 +1,167 @@
+"""Is a corpus what its manifest says? Every byte is read once; with `deep`, every clip is decoded as well."""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow.parquet as pq
+import xxhash
+
+from vjepa_data.build.work import Check, Checked
+from vjepa_data.pool import Pool
+from vjepa_data.settings import BadInput
+from vjepa_data.shards import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
+from vjepa_data.video import Refused
+
+KEY = re.compile(r"[a-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in a corpus."""
+
+    manifest: Manifest
+    problems: tuple[str, ...]
+    """One line each; empty if all is well."""
+    bytes: int
+    """Bytes that were read."""
+    samples: int
+    decoded: int
+    """Clips that were decoded from first to last frame."""
+
+
+def verify(
+    folder: Path,
+    *,
+    deep: bool = False,
+    workers: int = 1,
+    timeout_s: float = 120.0,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Verdict:
+    """Check a corpus against its manifest: tables, sizes, sha256, and each sample at its recorded place.
+
+    Args:
+        folder: the corpus.
+        deep: decode every clip from first to last frame as well.
+        workers: processes that decode.
+        timeout_s: after which a clip that is still being decoded counts as bad.
+        advance: called with the bytes that were read, and the bytes that there are.
+
+    Raises:
+        BadInput: there is no manifest, or it was changed.
+    """
+    manifest = read_manifest(folder)
+    rows, problems = _read_rows(folder, manifest)
+    total = sum(shard.bytes for shard in manifest.shards)
+    done = decoded = 0
+    with Pool[Check, Checked]("vjepa_data.build.work", workers=workers, timeout_s=timeout_s) as pool:
+        for number, shard in enumerate(manifest.shards):
+            own = [row for row in rows if row["shard"] == number]
+            found = list(_check_shard(folder, shard, own))
+            if deep and not found:
+                decoded += len(own)
+                found.extend(_decode_all(folder / shard.file, shard.file, own, pool))
+            problems.extend(found)
+            done += shard.bytes
+            advance(done, total)
+    return Verdict(manifest, tuple(problems), done, len(rows), decoded)
+
+
+def _read_rows(folder: Path, manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
+    """The samples' table, and what is wrong with it as a whole."""
+    path = folder / "samples.parquet"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); build the corpus again") from None
+    if hashlib.sha256(data).hexdigest() != manifest.samples_sha256:
+        raise BadInput(f"{path}: it is not the table that the manifest names (sha256 differs); build the corpus again")
+    table = pq.read_table(path)
+    problems: list[str] = []
+    missing = set(SAMPLE_COLUMNS.names) - set(table.column_names)
+    if missing:
+        raise BadInput(f"{path}: no column {min(missing)!r}; build the corpus again")
+    rows = table.to_pylist()
+    keys = [row["key"] for row in rows]
+    if len(set(keys)) < len(keys):
+        problems.append(f"samples.parquet: {len(keys) - len(set(keys))} keys are not unique")
+    if rows != sorted(rows, key=lambda row: (row["split"], row["shard"], row["position"])):
+        problems.append("samples.parquet: rows are not in the order of split, shard and position")
+    groups: dict[str, set[str]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], set()).add(row["split"])
+    torn = sorted(group for group, splits in groups.items() if len(splits) > 1)
+    if torn:
+        problems.append(f"samples.parquet: {len(torn)} groups are in several splits, the first {torn[0]!r}")
+    for split, totals in manifest.splits.items():
+        count = sum(row["split"] == split for row in rows)
+        if count != totals["samples"]:
+            problems.append(f"samples.parquet: {count} samples of {split}, the manifest says {totals['samples']}")
+    return rows, problems
+
+
+def _check_shard(folder: Path, shard: ShardEntry, rows: list[dict[str, Any]]) -> Iterator[str]:
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+        file = path.open("rb")
+    except OSError as error:
+        yield f"{shard.file}: {error.strerror}"
+        return
+    with file:
+        if size != shard.bytes:
+            yield f"{shard.file}: {size} bytes, the manifest says {shard.bytes}"
+            return
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            yield f"{shard.file}: its sha256 differs from the manifest's"
+        if len(rows) != shard.samples:
+            yield f"{shard.file}: {len(rows)} samples in samples.parquet, the manifest says {shard.samples}"
+        names = _member_names(file)
+        expected = [name for row in rows for name in (f"{row['key']}.json", f"{row['key']}.{row['suffix']}")]
+        if names is None or names != expected:
+            yield f"{shard.file}: its members are not those of samples.parquet"
+        for row in rows:
+            yield from (f"{shard.file}: {row['key']}: {problem}" for problem in _check_sample(file, row))
+
+
+def _member_names(file: BinaryIO) -> list[str] | None:
+    """Names of a tar's members in order, or None if it is damaged."""
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            return [member.name for member in tar]
+    except tarfile.TarError:
+        return None
+
+
+def _check_sample(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the sample at its recorded place."""
+    if not KEY.fullmatch(row["key"]):
+        yield "a key may hold only a-z, 0-9, _ and -, at most 64"
+    file.seek(row["video_offset"])
+    if xxhash.xxh64_hexdigest(file.read(row["video_size"])) != row["xxh64"]:
+        yield f"the {row['suffix']} is not the one that was stored (xxh64 differs)"
+    file.seek(row["json_offset"])
+    try:
+        facts = json.loads(file.read(row["json_size"]))
+    except ValueError:
+        yield "the json cannot be read"
+        return
+    if not isinstance(facts, dict) or facts.get("key", row["key"]) != row["key"]:
+        yield "the json belongs to another sample"
+
+
+def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: Pool[Check, Checked]) -> Iterator[str]:
+    tasks = [
+        Check(row["key"], str(path), row["video_offset"], row["video_size"], row["frames"], row["width"], row["height"])
+        for row in rows
+        if row["suffix"] == "mp4"
+    ]
+    for task, answer in pool.map(tasks):
+        if isinstance(answer, Refused):
+            yield f"{name}: {task.key}: {answer.reason}: {answer.detail}"

@@ -1,0 +1,321 @@
+"""Raw videos to shards: real files, real child processes, real signals."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from rich.console import Console
+
+from vjepa_data.build import shard
+from vjepa_data.settings import BadInput
+from vjepa_data.settings_files import load_settings
+from vjepa_data.shards import Manifest, read_manifest
+from vjepa_data.spec import Spec
+from vjepa_data.verify import verify
+
+SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "shard_samples=4", "name=toy"]
+
+
+def spec(*overrides: str) -> Spec:
+    return load_settings(Spec, None, [*SMALL, *overrides]).settings
+
+
+def build(sources: Path | list[Path], out: Path, *overrides: str, workers: int = 1) -> Manifest:
+    sources = [sources] if isinstance(sources, Path) else sources
+    console = Console(file=io.StringIO())
+    return shard([str(path) for path in sources], out, spec=spec(*overrides), workers=workers, console=console)
+
+
+def write_video(path: Path, *, look: int = 0, frames: int = 20, px: int = 48) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = px, px, "yuv420p"
+        y, x = np.mgrid[:px, :px]
+        for number in range(frames):
+            picture = np.stack([x * 4 + number * 5, y * 5 + look * 31, x + y + number * 3 + look], axis=-1) % 256
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine good videos in two folders, labels beside some, a copy, and three bad files."""
+    folder = tmp_path_factory.mktemp("raw") / "videos"
+    for number in range(9):
+        path = write_video(folder / f"{'ab'[number % 2]}" / f"clip {number}.mp4", look=number)
+        if number % 3 == 0:
+            path.with_suffix(".json").write_text(json.dumps({"speed": number, "shape": "disc"}))
+    data = (folder / "a" / "clip 0.mp4").read_bytes()
+    (folder / "b" / "copy.mp4").write_bytes(data)
+    (folder / "b" / "half.mp4").write_bytes(data[: len(data) // 2])
+    (folder / "b" / "page.mp4").write_text("<html></html>")
+    (folder / "notes.txt").write_text("not a video, and not called like one")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "corpus"
+    build(videos, out, "split.val_share=0.3")
+    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file of a corpus with its sha256; the report tells of the run and is left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "report.html")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_every_source_is_stored_or_refused_with_its_reason(corpus: Path) -> None:
+    samples = pq.read_table(corpus / "samples.parquet").to_pylist()
+    rejects = pq.read_table(corpus / "rejects.parquet").to_pylist()
+    assert len(samples) == 9
+    assert {(row["source"], row["stage"], row["reason"]) for row in rejects} == {
+        ("videos/b/copy.mp4", "dedupe", "duplicate"),
+        ("videos/b/half.mp4", "probe", "no_index"),
+        ("videos/b/page.mp4", "probe", "not_video"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its tars open
+def test_plain_webdataset_reads_every_shard_and_offsets_give_the_same_bytes(corpus: Path) -> None:
+    manifest = read_manifest(corpus)
+    rows = pq.read_table(corpus / "samples.parquet").to_pylist()
+    seen = []
+    for number, entry in enumerate(manifest.shards):
+        data = (corpus / entry.file).read_bytes()
+        own = [row for row in rows if row["shard"] == number]
+        urls = wds.WebDataset(  # pyright: ignore[reportAttributeAccessIssue]
+            str(corpus / entry.file), shardshuffle=False, nodesplitter=None, empty_check=False
+        )
+        for position, (sample, row) in enumerate(zip(urls, own, strict=True)):
+            assert (sample["__key__"], position) == (row["key"], row["position"])
+            assert data[row["video_offset"] :][: row["video_size"]] == sample["mp4"]
+            assert data[row["json_offset"] :][: row["json_size"]] == sample["json"]
+            facts = json.loads(sample["json"])
+            assert (facts["key"], facts["split"], facts["group"]) == (row["key"], row["split"], row["group"])
+            assert facts["labels"] == json.loads(row["labels"])
+            assert facts["stored"]["xxh64"] == row["xxh64"]
+            seen.append(row["key"])
+        with tarfile.open(corpus / entry.file) as tar:
+            assert [member.name.split(".")[1] for member in tar] == ["json", "mp4"] * len(own)
+    assert len(seen) == len(set(seen)) == 9
+
+
+def test_labels_beside_a_video_are_kept(corpus: Path) -> None:
+    rows = pq.read_table(corpus / "samples.parquet").to_pylist()
+    labels = {row["group"]: json.loads(row["labels"]) for row in rows}
+    assert labels["videos/b/clip 3.mp4"] == {"speed": 3, "shape": "disc"}
+    assert labels["videos/b/clip 1.mp4"] == {}
+
+
+def test_a_group_is_in_one_split_only(corpus: Path, videos: Path, tmp_path: Path) -> None:
+    assert set(read_manifest(corpus).splits) == {"train", "val"}
+    build(videos, tmp_path / "o", "split.val_share=0.5", "split.group=folder", "cut.kind=fixed", "cut.length_s=0.7")
+    rows = pq.read_table(tmp_path / "o" / "samples.parquet").to_pylist()
+    assert len(rows) == 27
+    splits = {row["group"]: row["split"] for row in rows}
+    assert set(splits) == {"videos/a", "videos/b"}
+    assert all(splits[row["group"]] == row["split"] for row in rows)
+
+
+def test_the_result_is_the_same_for_any_place_and_any_number_of_workers(
+    videos: Path, corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(videos, tmp_path / "elsewhere" / "videos")
+    build(tmp_path / "elsewhere" / "videos", tmp_path / "o", "split.val_share=0.3", workers=3)
+    assert digests(tmp_path / "o") == digests(corpus)
+
+
+def test_a_second_call_finds_everything_done(videos: Path, corpus: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (corpus / "shards").iterdir()}
+    assert build(videos, corpus, "split.val_share=0.3") == read_manifest(corpus)
+    assert {path: path.stat().st_mtime_ns for path in (corpus / "shards").iterdir()} == before
+
+
+def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from pathlib import Path; from vjepa_data.build import shard; from vjepa_data.spec import Spec;"
+        "from vjepa_data.settings_files import load_settings;"
+        "shard([sys.argv[1]], Path(sys.argv[2]), spec=load_settings(Spec, None, sys.argv[3:]).settings, workers=1)"
+    )
+    words = [sys.executable, "-c", code, str(videos), str(out), *SMALL, "split.val_share=0.3"]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for(claim: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_build_that_is_killed_goes_on_to_the_same_bytes_and_leaves_no_process(
+    videos: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    builder = start(videos, out)
+    wait_for(lambda: list((out / "shards").glob("*.tar")) != [] if (out / "shards").exists() else False)
+    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+    builder.kill()
+    builder.communicate()
+    assert not (out / "manifest.json").exists()
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert children
+    build(videos, out, "split.val_share=0.3")
+    assert digests(out) == digests(corpus)
+
+
+def test_a_build_that_is_asked_to_stop_exits_with_75_and_leaves_no_temporary_file(
+    videos: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    builder = start(videos, out)
+    wait_for(lambda: list((out / "shards").glob(".*.tmp")) != [] if (out / "shards").exists() else False)
+    builder.send_signal(signal.SIGTERM)
+    builder.communicate(timeout=30)
+    assert builder.returncode == 75
+    assert [path.name for path in out.rglob(".*")] == []
+    build(videos, out, "split.val_share=0.3")
+    assert digests(out) == digests(corpus)
+
+
+def test_builders_at_once_on_one_folder_give_the_same_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
+    builders = [start(videos, tmp_path / "o") for _ in range(2)]
+    for builder in builders:
+        assert builder.communicate(timeout=120)[1] == b""
+        assert builder.returncode == 0
+    assert digests(tmp_path / "o") == digests(corpus)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_bytes(write_video(tmp_path / "v.mp4").read_bytes()[:500])
+    for name, message in {
+        "empty": r"no videos in .*empty \(empty\); give",
+        "texts": r"no videos in .*texts \(1 other files: 1 x .txt\); give",
+        "bad": r"none of the 1 sources can be used \(1 no_index\); the first is bad/a.mp4: .*; give",
+        "absent": r"absent: no such file or folder; give",
+    }.items():
+        with pytest.raises(BadInput, match=message) as caught:
+            build(tmp_path / name, tmp_path / "o")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(videos: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(BadInput, match=r"holds other things \(thesis.tex\); give"):
+        build(videos, tmp_path)
+    with pytest.raises(BadInput, match=r"holds a build with another spec .*; give a new --out"):
+        build(videos, corpus, "encode.crf=20", "split.val_share=0.3")
+    assert verify(corpus).problems == ()
+
+
+def test_too_many_refusals_fail_the_build(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"3 of 12 sources were refused .*, at most 10% allowed"):
+        build(videos, tmp_path / "o", "max_rejects=0.1")
+
+
+def test_filters_give_their_reason(videos: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "in" / "short.mp4", frames=3)
+    write_video(tmp_path / "in" / "tiny.mp4", px=16)
+    write_video(tmp_path / "in" / "long.mp4", frames=60)
+    write_video(tmp_path / "in" / "banned.mp4", look=5)
+    write_video(tmp_path / "in" / "fine.mp4", look=6)
+    (tmp_path / "deny.txt").write_text("in/banned.mp4\n")
+    build(tmp_path / "in", tmp_path / "o", "filter.max_duration_s=5", f"filter.deny={tmp_path}/deny.txt")
+    rejects = pq.read_table(tmp_path / "o" / "rejects.parquet").to_pylist()
+    assert {(row["source"], row["reason"]) for row in rejects} == {
+        ("in/short.mp4", "too_short"),
+        ("in/tiny.mp4", "too_small"),
+        ("in/long.mp4", "too_long"),
+        ("in/banned.mp4", "denied"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables_name_videos_with_labels_parts_and_splits(kind: str, tmp_path: Path) -> None:
+    write_video(tmp_path / "a, b.mp4", look=1)
+    write_video(tmp_path / "c.mp4", look=2)
+    rows = [
+        {"path": "a, b.mp4", "start_s": 0.5, "end_s": 1.5, "label": "left", "split": "val"},
+        {"path": "c.mp4", "start_s": None, "end_s": None, "label": "right", "split": "train"},
+    ]
+    path = tmp_path / f"table.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        mark = "," if kind == "csv" else "\t"
+        lines = [mark.join(rows[0])]
+        lines += [
+            mark.join("" if v is None else f'"{v}"' if "," in str(v) else str(v) for v in r.values()) for r in rows
+        ]
+        path.write_text("\n".join(lines) + "\n")
+    build(path, tmp_path / "o")
+    found = {row["group"]: row for row in pq.read_table(tmp_path / "o" / "samples.parquet").to_pylist()}
+    assert json.loads(found["a, b.mp4"]["labels"]) == {"label": "left"}
+    assert (found["a, b.mp4"]["frames"], found["a, b.mp4"]["split"]) == (10, "val")
+    assert (found["c.mp4"]["frames"], found["c.mp4"]["split"]) == (20, "train")
+
+
+def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file,label\na.mp4,1\n")
+    with pytest.raises(BadInput, match=r"no column 'path', it has file, label; set columns.path=NAME"):
+        build(tmp_path / "t.csv", tmp_path / "o")
+
+
+def test_canonical_files_are_kept_byte_for_byte_when_asked(corpus: Path, videos: Path, tmp_path: Path) -> None:
+    row = pq.read_table(corpus / "samples.parquet").to_pylist()[0]
+    data = (corpus / read_manifest(corpus).shards[0].file).read_bytes()[row["video_offset"] :][: row["video_size"]]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "kept.mp4").write_bytes(data)
+    write_video(tmp_path / "in" / "encoded.mp4", look=77)
+    build(tmp_path / "in", tmp_path / "o", "mode=copy")
+    found = {row["group"]: row["xxh64"] for row in pq.read_table(tmp_path / "o" / "samples.parquet").to_pylist()}
+    assert found["in/kept.mp4"] == row["xxh64"]
+    assert found["in/encoded.mp4"] != row["xxh64"]
+
+
+def test_hostile_names_stay_names(tmp_path: Path) -> None:
+    for number, name in enumerate(
+        ["-i.mp4", "a b'\"\n.mp4", "http:x.mp4", "<script>.mp4", "$(touch x).mp4", "ü#?%.mp4"]
+    ):
+        write_video(tmp_path / "in" / name, look=number)
+    build(tmp_path / "in", tmp_path / "o")
+    rows = pq.read_table(tmp_path / "o" / "samples.parquet").to_pylist()
+    assert len(rows) == 6
+    assert verify(tmp_path / "o").problems == ()
+    assert "<script>.mp4" not in (tmp_path / "o" / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o"]
+
+
+def test_a_folder_that_cannot_be_written_is_said(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match=r"cannot be written|is a file"):
+        build(videos, tmp_path / "file")
+    with pytest.raises(BadInput, match=r"cannot be written \(Not a directory\)"):
+        build(videos, tmp_path / "file" / "below")
+    assert os.listdir(tmp_path) == ["file"]
