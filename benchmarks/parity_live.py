@@ -1,0 +1,393 @@
+"""Hold our network, masks and training step against a clone of facebookresearch/vjepa2, number by number.
+
+    git clone https://github.com/facebookresearch/vjepa2 /somewhere
+    VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py            compare, a minute on one core
+    VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py --record   write tests/numerics/fixtures anew
+
+The fixtures are numbers that came out of the reference, so that `tests/numerics` compares with it where there is no
+clone. The reference is imported and called, never changed; of its packages only torch and numpy are needed.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vjepa.config import Model, ReferenceMask, Run
+from vjepa.encoder import Encoder, View
+from vjepa.grid import Grid
+from vjepa.masks import Mask, reference_masks
+from vjepa.objective import Models, Puzzle, jepa_loss, update_target
+from vjepa.optimizer import build_optimizer, update_weights
+from vjepa.parallel import join, shard
+from vjepa.predictor import Guess, Predictor
+from vjepa.schedule import Rates
+from vjepa_data.draws import generator
+
+FIXTURES = Path(__file__).parent.parent / "tests" / "numerics" / "fixtures"
+
+Numbers = dict[str, np.ndarray]
+
+# (name, kind, grid, clips, first seed): the released kinds, at several sizes, and what else the sampler can do.
+MASK_CASES = (
+    ("short-256px-16f", ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), Grid(8, 16, 16), 24, 0),
+    ("long-256px-16f", ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)), Grid(8, 16, 16), 24, 0),
+    ("short-64px-8f", ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), Grid(4, 4, 4), 4, 5),
+    ("long-224px-16f", ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)), Grid(8, 14, 14), 6, 11),
+    (
+        "parts-of-time",
+        ReferenceMask(blocks=3, spatial_scale=(0.2, 0.6), temporal_scale=(0.3, 0.9), aspect=(0.4, 2.5)),
+        Grid(8, 10, 10),
+        6,
+        23,
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write the fixtures of tests/numerics")
+    record = parser.parse_args().record
+    torch.set_num_threads(1)
+    with reference():
+        theirs = {
+            "reference_masks": reference_mask_sets(),
+            "reference_network": reference_network(),
+            "reference_steps": reference_steps(),
+        }
+    for name, (compare, tolerance) in COMPARISONS.items():
+        difference = compare(theirs[name])
+        print(f"{name}: largest difference {difference:.1e}, allowed {tolerance:.0e}")
+        if not difference <= tolerance:
+            sys.exit(f"{name} differs from the reference")
+        if record:
+            FIXTURES.mkdir(exist_ok=True)
+            np.savez_compressed(FIXTURES / f"{name}.npz", **theirs[name])  # pyright: ignore[reportArgumentType]
+            print(f"wrote {FIXTURES / name}.npz")
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """Make the clone importable, with stand-ins for the packages that it imports and that we do not need."""
+    folder = os.environ.get("VJEPA2_REFERENCE")
+    if not folder or not (Path(folder) / "src" / "models" / "predictor.py").exists():
+        sys.exit(f"VJEPA2_REFERENCE must name a clone of facebookresearch/vjepa2, got {folder!r}; clone it and set it")
+    for name in ("timm", "timm.models", "timm.models.layers", "einops"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["timm.models.layers"].__dict__.setdefault("drop_path", None)
+    sys.modules["einops"].__dict__.setdefault("rearrange", None)
+    sys.path.insert(0, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def reference_mask_sets() -> Numbers:
+    """What the reference's sampler hides in three batches running: packed bits, [visible | hidden] x clips x tokens."""
+    sampler = importlib.import_module("src.masks.multiseq_multiblock3d")._MaskGenerator
+    sets = {}
+    for name, kind, grid, clips, seed in MASK_CASES:
+        sample = sampler(
+            crop_size=(16 * grid.h, 16 * grid.w),
+            num_frames=2 * grid.t,
+            spatial_patch_size=(16, 16),
+            temporal_patch_size=2,
+            spatial_pred_mask_scale=kind.spatial_scale,
+            temporal_pred_mask_scale=kind.temporal_scale,
+            aspect_ratio=kind.aspect,
+            npred=kind.blocks,
+        )
+        torch.manual_seed(seed)
+        for call in range(3):
+            sets[f"{name}-{call}"] = pack_masks(sample(clips), grid)
+    return sets
+
+
+def our_mask_sets() -> Numbers:
+    """The same from ours."""
+    sets = {}
+    for name, kind, grid, clips, seed in MASK_CASES:
+        places = torch.Generator().manual_seed(seed)
+        for call in range(3):
+            masks = reference_masks(kind, grid, clips=clips, size_seed=call, places=places)
+            sets[f"{name}-{call}"] = pack_masks(masks, grid)
+    return sets
+
+
+def pack_masks(masks: tuple[Tensor, Tensor], grid: Grid) -> np.ndarray:
+    """Index sets as bits. Nothing is lost: sets are sorted, and sizes are equal over clips."""
+    bits = []
+    for ids in masks:
+        assert (ids.diff(dim=1) > 0).all()
+        bits.append(np.zeros((len(ids), grid.tokens), dtype=bool))
+        np.put_along_axis(bits[-1], ids.numpy(), True, axis=1)
+    return np.packbits(np.stack(bits), axis=-1)
+
+
+def compare_masks(theirs: Numbers) -> float:
+    """Share of bits that differ."""
+    ours = our_mask_sets()
+    assert theirs.keys() == ours.keys()
+    return max(float((ours[name] != bits).mean()) for name, bits in theirs.items())
+
+
+# --- the network --------------------------------------------------------------------------------------------------
+
+NETWORK = Model.model_validate(
+    {
+        "encoder": {"name": "custom", "width": 96, "depth": 3, "heads": 3},
+        "predictor": {"width": 48, "depth": 2, "heads": 3},
+    }
+)
+GRID = Grid(4, 4, 4)
+
+
+def fill(module: nn.Module, part: str) -> None:
+    """Parameters as a function of their names: nothing at 0 or 1, where a swap would go unnoticed."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            drawn = generator(0, f"{part}.{name}").standard_normal(parameter.numel(), dtype=np.float32) * 0.05
+            one = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(torch.from_numpy(drawn).view(parameter.shape) + one)
+
+
+def our_network() -> tuple[Encoder, Predictor]:
+    encoder, predictor = Encoder(NETWORK), Predictor(NETWORK, mask_tokens=2)
+    fill(encoder, "encoder")
+    fill(predictor, "predictor")
+    return encoder, predictor
+
+
+def their_network() -> tuple[nn.Module, nn.Module]:
+    """The reference's encoder and predictor of the same size, with the same parameters."""
+    size, narrow = NETWORK.encoder, NETWORK.predictor
+    common: dict[str, Any] = {
+        "img_size": (64, 64),
+        "patch_size": 16,
+        "num_frames": 8,
+        "tubelet_size": 2,
+        "qkv_bias": True,
+        "use_rope": True,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "embed_dim": size.width,
+    }
+    encoder = importlib.import_module("src.models.vision_transformer").VisionTransformer(
+        **common, depth=size.depth, num_heads=size.heads, mlp_ratio=size.mlp_ratio, use_sdpa=True
+    )
+    predictor = importlib.import_module("src.models.predictor").VisionTransformerPredictor(
+        **common,
+        predictor_embed_dim=narrow.width,
+        depth=narrow.depth,
+        num_heads=narrow.heads,
+        mlp_ratio=narrow.mlp_ratio,
+        use_mask_tokens=True,
+        num_mask_tokens=2,
+    )
+    ours = our_network()
+    encoder.load_state_dict(ours[0].state_dict(), strict=True)
+    weights = ours[1].state_dict()
+    tokens = weights.pop("mask_tokens")
+    predictor.load_state_dict({**weights, **{f"mask_tokens.{i}": token for i, token in enumerate(tokens)}}, strict=True)
+    return encoder, predictor
+
+
+def some_frames(step: int) -> Tensor:
+    """Normalised pixels of four clips, different in each step."""
+    drawn = generator(0, "frames", step).standard_normal((4, 3, 8, 64, 64), dtype=np.float32)
+    return torch.from_numpy(drawn)
+
+
+def some_masks(step: int) -> list[tuple[Tensor, Tensor]]:
+    """(visible, hidden) of the two released kinds of mask."""
+    kinds = (ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)))
+    places = torch.Generator().manual_seed(step)
+    return [reference_masks(kind, GRID, clips=4, size_seed=step, places=places) for kind in kinds]
+
+
+@torch.no_grad()
+def reference_network() -> Numbers:
+    """Features of whole and of masked clips, and guesses with either mask token; every 16th channel."""
+    encoder, predictor = their_network()
+    frames, masks = some_frames(0), some_masks(0)
+    numbers = {"whole": encoder(frames)}
+    for kind, (visible, hidden) in enumerate(masks):
+        context = encoder(frames, masks=[visible])
+        numbers[f"context-{kind}"] = context
+        numbers[f"guess-{kind}"] = predictor(context, [visible], [hidden], mask_index=kind)
+    return {name: value[..., ::16].numpy() for name, value in numbers.items()}
+
+
+@torch.no_grad()
+def our_network_numbers() -> Numbers:
+    """The same from ours, all masks in one pass."""
+    encoder, predictor = our_network()
+    frames, masks = some_frames(0), some_masks(0)
+    whole, *contexts = encoder([View(frames), *(View(frames, visible) for visible, _ in masks)])
+    numbers = {"whole": whole}
+    guesses = [Guess(c, *mask, GRID, kind) for kind, (c, mask) in enumerate(zip(contexts, masks, strict=True))]
+    for kind, guess in enumerate(predictor(guesses)):
+        numbers[f"context-{kind}"] = contexts[kind]
+        numbers[f"guess-{kind}"] = guess
+    return {name: value[..., ::16].numpy() for name, value in numbers.items()}
+
+
+def compare_network(theirs: Numbers) -> float:
+    """Largest difference of any feature; features are of order 1."""
+    ours = our_network_numbers()
+    assert theirs.keys() == ours.keys()
+    return max(float(np.abs(ours[name] - value).max()) for name, value in theirs.items())
+
+
+# --- three training steps -----------------------------------------------------------------------------------------
+
+STEPS = 3
+
+
+def reference_steps() -> Numbers:
+    """Three optimizer steps as the reference's training loop makes them.
+
+    Its own networks, optimizer, schedules and loss, in the order of its loop, with one correction: each kind of mask
+    has its own mask token (its wrapper counts clip lengths where it should count masks).
+    """
+    encoder, predictor = their_network()
+    target = copy.deepcopy(encoder).requires_grad_(False)
+    init_opt = importlib.import_module("app.vjepa.utils").init_opt
+    optimizer, _, lr_schedule, decay_schedule = init_opt(
+        is_anneal=False,
+        encoder=encoder,
+        predictor=predictor,
+        iterations_per_epoch=10,
+        start_lr=1e-4,
+        ref_lr=1e-3,
+        warmup=1,
+        num_epochs=2,
+        wd=0.04,
+        final_wd=0.4,
+        mixed_precision=False,
+    )
+    numbers: Numbers = {}
+    for step in range(STEPS):
+        lr, weight_decay, ema = lr_schedule.step(), decay_schedule.step(), 0.9 + 0.02 * step
+        frames, masks = some_frames(step), some_masks(step)
+        with torch.no_grad():
+            h = F.layer_norm(target(frames), (NETWORK.encoder.width,))
+        loss = torch.zeros(())
+        for kind, (visible, hidden) in enumerate(masks):
+            guess = predictor(encoder(frames, masks=[visible]), [visible], [hidden], mask_index=kind)
+            loss = loss + (guess - h.take_along_dim(hidden[..., None], 1)).abs().mean() / len(masks)
+        loss.backward()
+        gradients = {name: p.grad for name, p in _named(encoder, predictor)}
+        numbers[f"{step}-rates"] = np.array([lr, weight_decay, ema])
+        numbers[f"{step}-loss"] = np.array(loss.item())
+        numbers[f"{step}-gradients"] = project(gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
+                slow.mul_(ema).add_(fast, alpha=1 - ema)
+        numbers[f"{step}-weights"] = project(dict(_named(encoder, predictor)))
+        numbers[f"{step}-target"] = project({f"encoder.{name}": p for name, p in target.named_parameters()})
+    return numbers
+
+
+def our_steps(rates: list[Rates]) -> Numbers:
+    """The same three steps with our objective, optimizer and average, sharded as in a run, on one process."""
+    run = Run.model_validate(
+        {
+            "name": "parity",
+            "steps": STEPS,
+            "batch_size": 4,
+            "precision": "fp32",
+            "model": NETWORK,
+            "masks": [{"mode": "random", "visible_share": 0.5}] * 2,  # stand-ins: the masks are the reference's
+            "optim": {"lr": 1e-3},
+            "data": {"sources": [{"shards": "none"}], "clip": {"frames": 8}, "crop": {"px": 64}},
+        }
+    )
+    numbers: Numbers = {}
+    with join(run.parallel) as world:
+        encoder, predictor = our_network()
+        models = Models(encoder=encoder, predictor=predictor, target=copy.deepcopy(encoder).requires_grad_(False))
+        shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+        optimizer = build_optimizer(models.learning, run.optim)
+        for step in range(STEPS):
+            frames = some_frames(step)
+            masks = [Mask(kind, (0, 1, 2, 3), *ids) for kind, ids in enumerate(some_masks(step))]
+            loss = jepa_loss(models, [Puzzle(frames, GRID, masks)], run)
+            loss.value.backward()
+            gradients = {name: whole(p.grad) for name, p in _named(encoder, predictor) if p.grad is not None}
+            numbers[f"{step}-loss"] = np.array(loss.value.item())
+            numbers[f"{step}-gradients"] = project(gradients)
+            update = update_weights(optimizer, loss.value.detach(), rates[step], clip_norm=None)
+            update_target(models, rates[step].ema, applied=update.applied)
+            numbers[f"{step}-weights"] = project({name: whole(p) for name, p in _named(encoder, predictor)})
+            target = {f"encoder.{name}": whole(p) for name, p in models.target.named_parameters()}
+            numbers[f"{step}-target"] = project(target)
+    return numbers
+
+
+def _named(encoder: nn.Module, predictor: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for part, module in (("encoder", encoder), ("predictor", predictor)):
+        for name, parameter in module.named_parameters():
+            yield f"{part}.{name}", parameter
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, in one piece."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def project(tensors: Mapping[str, Tensor | None]) -> np.ndarray:
+    """A few numbers for each tensor, in order of names: its norm, and its products with four fixed random directions.
+
+    A difference in any element moves the products by about as much, so that a fixture need not hold every number.
+    The reference's separate mask tokens are put together as ours are.
+    """
+    gathered = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+    tokens = [gathered.pop(name) for name in sorted(gathered) if ".mask_tokens." in name]
+    if tokens:
+        gathered["predictor.mask_tokens"] = torch.stack(tokens)
+    rows = []
+    for name in sorted(gathered):
+        values = gathered[name].double().flatten().numpy()
+        directions = generator(0, name).standard_normal((4, len(values)))
+        rows.append([np.linalg.norm(values), *(directions @ values)])
+    return np.array(rows)
+
+
+def compare_steps(theirs: Numbers) -> float:
+    """Largest difference: of a loss; of any projection, relative to the norm of its tensor."""
+    ours = our_steps([Rates(*map(float, theirs[f"{step}-rates"])) for step in range(STEPS)])
+    worst = 0.0
+    for name, value in ours.items():
+        difference = np.abs(value - theirs[name])
+        if value.ndim:
+            difference = difference / theirs[name][:, :1]
+        worst = max(worst, float(difference.max()))
+    return worst
+
+
+COMPARISONS = {
+    "reference_masks": (compare_masks, 0.0),
+    # Not zero: hidden pixels are left out before the patches are embedded, and tokens are not sorted by place.
+    "reference_network": (compare_network, 1e-5),
+    "reference_steps": (compare_steps, 1e-4),
+}
+
+
+if __name__ == "__main__":
+    main()
