@@ -29,7 +29,7 @@ REPEAT_S = 2.0
 ECHO_S = 10.0
 """Time for other ranks to end by themselves when one has failed, before they are told and then killed."""
 
-SUSPENDED_S = 30.0
+SUSPENDED_S = 10.0
 """A child that is suspended (SIGSTOP) for so long, while we are not, is taken to hang."""
 
 

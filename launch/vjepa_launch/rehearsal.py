@@ -59,11 +59,16 @@ class Rehearsal:
     def cancel(self) -> None:
         submit.cancel_job(self.executor, self.job)
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """All that was recorded, in order; a line that is being written is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def step(self) -> int:
         """Newest step that was recorded."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        rows = self.metrics()
+        return rows[-1]["step"] if rows else 0
 
     def is_alive(self) -> bool:
         return submit.is_alive(self.executor, self.job)
@@ -96,8 +101,7 @@ class Rehearsal:
     def wrong_steps(self, steps: int) -> list[int]:
         """Steps that are missing, or that were anything else than in a run that nothing disturbed."""
         seen: dict[int, set[float]] = {}
-        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in self.metrics():
             seen.setdefault(row["step"], set()).add(row["loss/prediction"])
         state, wrong = "", []
         for step in range(1, steps + 1):
@@ -108,5 +112,5 @@ class Rehearsal:
 
     def replayed(self) -> int:
         """Steps that were done again after a failure."""
-        steps = [json.loads(line)["step"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [row["step"] for row in self.metrics()]
         return len(steps) - len(set(steps))

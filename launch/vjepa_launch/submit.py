@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,24 +204,37 @@ def _parameters(run: Path, cluster: Cluster, name: str) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value is not None}
 
 
+def _python(cluster: Cluster) -> str:
+    """The interpreter as words of a shell. It starts deaf to USR2, which would kill it before it can listen."""
+    deaf = 'trap \'\' USR2; exec "$0" "$@"'
+    return shlex.join(["sh", "-c", deaf, cluster.python or sys.executable])
+
+
 def _batch_text(run: Path, cluster: Cluster, name: str) -> list[str]:
     if cluster.executor == "local":
         return [f"# ---- on this machine, in the background: one supervisor, {cluster.ranks_per_node} ranks", ""]
     folder = record.launch_folder(run)
-    python = shlex.quote(cluster.python or sys.executable)
-    command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{_python(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     text = _make_sbatch_string(command=command, folder=folder, **_parameters(run, cluster, name))
     return ["# ---- batch script, submitted through submitit", *text.splitlines(), ""]
 
 
 def _submit(run: Path, cluster: Cluster, job: Job, name: str) -> str:
     """Hand a job to submitit; its id."""
+    with _one_at_a_time:
+        return _submit_alone(run, cluster, job, name)
+
+
+_one_at_a_time = threading.Lock()
+"""Variables of this process are what a job inherits, and they are set while one is submitted."""
+
+
+def _submit_alone(run: Path, cluster: Cluster, job: Job, name: str) -> str:
     folder = record.launch_folder(run)
     if cluster.executor == "slurm":
-        python = shlex.quote(cluster.python or sys.executable)
         try:
             # Its count of time-outs is of no use here: our own rule decides, and it knows about progress.
-            executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=10**6, python=python)
+            executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=10**6, python=_python(cluster))
             executor.update_parameters(**_parameters(run, cluster, name))
             # No rank or job of ours may leak into the new one; but where SLURM's configuration lies must stay known.
             kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}

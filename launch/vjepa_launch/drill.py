@@ -1,0 +1,202 @@
+"""Rehearse what can happen to a run, and see what becomes of it: `vjepa drill --on CLUSTER`.
+
+Each drill launches a small run of the stand-in trainer (steps, checkpoints and signals as `vjepa train` has them, but
+no torch), does something to it, and then checks every step against a run that nothing disturbed.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vjepa_launch import record
+from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.settings import BadInput, Cluster
+
+STEP_S = 0.05
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One thing that can happen, and what must become of a run."""
+
+    name: str
+    fault: str
+    """What happens, for the table."""
+    expected: tuple[str, ...]
+    """Outcomes of the attempts, in order."""
+    steps: int = 60
+    every: int = 20
+    """Steps between checkpoints."""
+    act: Callable[[Rehearsal], None] | None = None
+    """What is done from outside, once the run is launched."""
+    inject: Mapping[str, Any] | None = None
+    """What a rank does to itself."""
+    finishes: bool = True
+    """Whether all steps must be there in the end; otherwise all up to the last one that was recorded."""
+    restart: Mapping[str, Any] = field(default_factory=dict)
+    """Rules other than the profile's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run."""
+
+    drill: Drill
+    seen: tuple[str, ...]
+    lost: int
+    """Steps that are missing or wrong."""
+    replayed: int
+    """Steps done again, exactly as before."""
+    recovery_s: float | None
+    """Seconds from the first end to the first step after it."""
+    passed: bool
+    note: str
+
+
+def _after_steps(run: Rehearsal, steps: int, act: Callable[[], None]) -> None:
+    run.wait_for(lambda: run.step() >= steps, timeout_s=300)
+    act()
+
+
+def _return_early(run: Rehearsal) -> None:
+    run.wait_for(lambda: run.events("start"), timeout_s=300)
+    run.ask_to_return()
+
+
+def _return_twice(run: Rehearsal) -> None:
+    _after_steps(run, 10, run.ask_to_return)
+    run.ask_to_return()
+
+
+def _stop_after_checkpoint(run: Rehearsal) -> None:
+    record.stop_path(run.folder).touch()
+    run.ask_to_return()
+
+
+def _launch_again(run: Rehearsal, cluster: Cluster) -> None:
+    try:
+        run.launch(cluster)
+    except BadInput:
+        return
+    raise AssertionError("a second job was let onto the folder")
+
+
+def _change_code(run: Rehearsal) -> None:
+    with (run.folder / "code" / "vjepa_launch" / "stand_in.py").open("a") as file:
+        file.write("# changed\n")
+    run.ask_to_return()
+
+
+def drills(cluster: Cluster) -> list[Drill]:
+    """All drills for a cluster of at least two ranks."""
+    last = cluster.nodes * cluster.ranks_per_node - 1
+    return [
+        Drill("return", "told to save and come back (USR2)", ("stopped", "done"), every=1000,
+              act=lambda run: _after_steps(run, 10, run.ask_to_return)),
+        Drill("return-early", "the same before it listens", ("stopped", "done"), steps=120, every=1000,
+              act=_return_early),
+        Drill("return-twice", "the same, twice in a row", ("stopped", "done"), every=1000, act=_return_twice),
+        Drill("kill-first", "kill -9 of rank 0", ("failed", "done"), inject={"rank": 0, "step": 30, "do": "kill"}),
+        Drill("kill-last", f"kill -9 of rank {last}", ("failed", "done"),
+              inject={"rank": last, "step": 30, "do": "kill"}),
+        Drill("suspend", f"rank {last} is suspended (SIGSTOP)", ("failed", "done"),
+              inject={"rank": last, "step": 30, "do": "suspend"}),
+        Drill("hang", f"rank {last} waits for ever", ("failed", "done"), restart={"stall_min": 0.1},
+              inject={"rank": last, "step": 30, "do": "sleep"}),
+        Drill("crash-loop", "fails at the same step each time", ("failed",) * 4, finishes=False,
+              inject={"rank": last, "step": 30, "do": "1", "restarts": 99}),
+        Drill("refuse", "refuses its input (exit code 2)", ("bad_input",), finishes=False,
+              inject={"rank": last, "step": 30, "do": "2", "restarts": 99}),
+        Drill("cancel", "cancelled by the user", ("cancelled",), steps=2000, every=1000, finishes=False,
+              act=lambda run: _after_steps(run, 10, run.cancel)),
+        Drill("stop", "cancelled after a checkpoint", ("stopped",), steps=2000, every=1000, finishes=False,
+              act=lambda run: _after_steps(run, 10, partial(_stop_after_checkpoint, run))),
+        Drill("two-jobs", "launched again while it runs", ("done",), steps=120,
+              act=lambda run: _after_steps(run, 10, partial(_launch_again, run, cluster))),
+        Drill("change-code", "frozen code was changed", ("stopped", "bad_input"), steps=2000, every=1000,
+              finishes=False, act=lambda run: _after_steps(run, 10, partial(_change_code, run))),
+    ]  # fmt: skip
+
+
+def choose(cluster: Cluster, only: Sequence[str]) -> list[Drill]:
+    """The drills of these names, or all.
+
+    Raises:
+        BadInput: a name is unknown, or the cluster has fewer than two ranks.
+    """
+    ranks = cluster.nodes * cluster.ranks_per_node
+    if ranks < 2:
+        raise BadInput(f"a drill needs two ranks, and this profile has {ranks}; set tasks_per_node: 2, or --nodes 2")
+    known = {drill.name: drill for drill in drills(cluster)}
+    for name in only:
+        if name not in known:
+            raise BadInput(f"{name} is not a drill; there are {', '.join(known)}")
+    return [known[name] for name in only] if only else list(known.values())
+
+
+def rehearse(drill: Drill, folder: Path, cluster: Cluster, *, timeout_s: float = 600.0) -> Result:
+    """Launch a run, let the drill happen to it, wait for its end and look at every step."""
+    run = Rehearsal(folder, "--steps", str(drill.steps), "--every", str(drill.every), "--step-s", str(STEP_S))
+    cluster = cluster.model_copy(update={"restart": cluster.restart.model_copy(update=dict(drill.restart))})
+    if drill.inject:
+        run.inject(**drill.inject)
+    run.launch(cluster)
+    note = ""
+    try:
+        if drill.act:
+            drill.act(run)
+        run.wait(timeout_s)
+    except (TimeoutError, AssertionError) as error:
+        note = str(error).partition("\n")[0]
+        run.cancel()
+    steps = drill.steps if drill.finishes else run.step()
+    seen = tuple(run.outcomes())
+    lost = len(run.wrong_steps(steps)) if run.step() else steps
+    # Whoever was stopped in good order has saved, so that nothing is left to be lost.
+    if seen and seen[-1] in ("stopped", "cancelled") and record.newest_checkpoint(run.folder) != run.step():
+        lost, note = lost + 1, "stopped without a checkpoint of the last step"
+    passed = seen == drill.expected and not lost and not note
+    return Result(drill, seen, lost, run.replayed() if run.step() else 0, _recovery(run), passed, note)
+
+
+def _recovery(run: Rehearsal) -> float | None:
+    ends, starts = run.events("end"), run.events("start")
+    if len(starts) < 2 or not ends:
+        return None
+    later = [row["time"] for row in run.metrics() if row["time"] > starts[1]["time"]]
+    return later[0] - ends[0]["time"] if later else None
+
+
+def rehearse_all(chosen: Sequence[Drill], folder: Path, cluster: Cluster, *, at_once: int = 1) -> Iterator[Result]:
+    """Results as they come, in the order asked for. Folders are named after the drills."""
+    with ThreadPoolExecutor(at_once) as pool:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        jobs = [pool.submit(rehearse, drill, folder / stamp / drill.name, cluster) for drill in chosen]
+        for job in jobs:
+            yield job.result()
+
+
+def table(results: Sequence[Result]) -> str:
+    """Results as text."""
+    rows = [("drill", "what happens", "expected", "seen", "lost", "replayed", "recovery", "")]
+    for result in results:
+        rows.append(
+            (
+                result.drill.name,
+                result.drill.fault,
+                " > ".join(result.drill.expected),
+                " > ".join(result.seen) or "-",
+                str(result.lost),
+                str(result.replayed),
+                "-" if result.recovery_s is None else f"{result.recovery_s:.1f} s",
+                "ok" if result.passed else f"FAILED {result.note}".rstrip(),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
