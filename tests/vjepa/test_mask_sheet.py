@@ -1,0 +1,48 @@
+"""The picture of a run's masks says what the masks say."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vjepa.config import Run
+from vjepa.grid import Grid
+from vjepa.mask_sheet import draw_mask_sheet, mask_states
+from vjepa.masks import sample_masks
+
+
+def run(*masks: dict[str, object]) -> Run:
+    return Run.model_validate(
+        {
+            "name": "sheet",
+            "steps": 1,
+            "batch_size": 8,
+            "data": {"sources": [{"shards": "none"}], "clip": {"frames": 8}, "crop": {"px": 64}},
+            "model": {"encoder": "vit_tiny"},
+            "masks": masks,
+            "optim": {"lr": 1e-3},
+        }
+    )
+
+
+REFERENCE = {"mode": "reference", "blocks": 2, "spatial_scale": [0.15, 0.15], "batch": 4}
+
+
+def test_states_are_those_of_the_masks() -> None:
+    settings = run(REFERENCE, {"mode": "causal", "visible_tubelets": 1})
+    grid = Grid(4, 4, 4)
+    states = mask_states(settings, grid, 0, step=3).reshape(8, -1)
+    for mask in sample_masks(settings.masks, grid, seed=0, step=3, slots=range(8)):
+        if mask.kind == 0:
+            for row, visible, hidden in zip(mask.rows, mask.visible, mask.hidden, strict=True):
+                assert np.flatnonzero(states[row] == 1).tolist() == visible.tolist()
+                assert np.flatnonzero(states[row] == 2).tolist() == hidden.tolist()
+    future = mask_states(settings, grid, 1, step=3)
+    assert (future[:, 0] == 1).all()
+    assert (future[:, 1:] == 2).all()
+
+
+def test_the_picture_shows_visible_hidden_and_neither(tmp_path: Path) -> None:
+    draw_mask_sheet(run(REFERENCE), tmp_path / "masks.png")
+    colours = {tuple(pixel) for pixel in np.asarray(Image.open(tmp_path / "masks.png").convert("RGB")).reshape(-1, 3)}
+    assert {(0x25, 0x63, 0xEB), (0xEA, 0x73, 0x17), (0xC9, 0xCF, 0xD8)} <= colours
