@@ -10,6 +10,7 @@ A tar is written beside its name, forced to the disk and renamed; only then its 
 whole, and whatever has none never happened.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,12 +20,11 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from webdataset.writer import TarWriter
 
 from vjepa_data.settings import BadInput
 
@@ -210,7 +210,8 @@ class _Hashing(io.RawIOBase):
         return self._sha256.hexdigest()
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is still in its buffer may not fit the disk
+            self._file.close()
 
 
 class ShardWriter:
@@ -227,10 +228,8 @@ class ShardWriter:
         self._folder, self._number, self._file, self._split = folder, number, file, split
         self._temporary = temporary_name(folder / file)
         self._sink = _Hashing(self._temporary)
-        # No time stamp and no owner, so that equal samples make equal bytes.
-        self._tar = TarWriter(
-            cast(BinaryIO, self._sink), mtime=0, user="", group="", mode=0o644, compress=False, encoder=False
-        )
+        # webdataset's own TarWriter does no more than this, but needs torch.
+        self._tar = tarfile.TarFile(fileobj=self._sink, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[dict[str, Any]] = []
 
     def write(self, sample: Sample) -> None:
@@ -260,8 +259,10 @@ class ShardWriter:
 
     def _append(self, key: str, suffix: str, data: bytes) -> int:
         """Append one member and say where its data begins. A key of ours fits the header, which is then one block."""
-        begin = self._tar.tarstream.offset + tarfile.BLOCKSIZE
-        self._tar.write({"__key__": key, suffix: data})
+        header = tarfile.TarInfo(f"{key}.{suffix}")  # no time stamp and no owner: equal samples make equal bytes
+        header.size = len(data)
+        begin = self._sink.tell() + tarfile.BLOCKSIZE
+        self._tar.addfile(header, io.BytesIO(data))
         return begin
 
     def commit(self, rejects: Sequence[Reject], *, plan: str) -> None:

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 import xxhash
 
-from vjepa_data.build.work import Check, Checked
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
 from vjepa_data.video import Refused
+from vjepa_data.work import Check, Checked
 
 KEY = re.compile(r"[a-z0-9_-]{1,64}")
 
@@ -59,7 +59,7 @@ def verify(
     rows, problems = _read_rows(folder, manifest)
     total = sum(shard.bytes for shard in manifest.shards)
     done = decoded = 0
-    with Pool[Check, Checked]("vjepa_data.build.work", workers=workers, timeout_s=timeout_s) as pool:
+    with Pool[Check, Checked]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
         for number, shard in enumerate(manifest.shards):
             own = [row for row in rows if row["shard"] == number]
             found = list(_check_shard(folder, shard, own))

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from vjepa_data.build.work import Picture, Strip
 from vjepa_data.build.write import Tally
 from vjepa_data.pool import Pool
 from vjepa_data.shards import Manifest, write_whole
 from vjepa_data.video import Refused
+from vjepa_data.work import Picture, Strip
 
 SHEET_CLIPS, SHEET_FRAMES, SHEET_PX = 64, 4, 72
 

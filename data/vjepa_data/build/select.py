@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_data.build.ingest import Source, as_refusal
-from vjepa_data.build.work import Look, Seen
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import Reject, canonical_json
 from vjepa_data.spec import Filter, Spec
 from vjepa_data.video import Probe, Reason, Refused
+from vjepa_data.work import Look, Seen
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def shard(sources: Sequence[str], out: Path, *, spec: Spec, workers: int, consol
         SystemExit: 75, after a SIGTERM: whole shards stay, call again to go on.
     """
     found = ingest(sources, spec=spec)
-    pool = Pool[Any, Any]("vjepa_data.build.work", workers=workers, timeout_s=spec.timeout_s)
+    pool = Pool[Any, Any]("vjepa_data.work", workers=workers, timeout_s=spec.timeout_s)
     with _stop_in_good_order(), _disk_trouble(out), _progress(console) as progress, pool:
         is_new = _open(out)
         try:

@@ -10,11 +10,11 @@ import xxhash
 
 from vjepa_data.build.pack import BuildPlan, ShardPlan
 from vjepa_data.build.select import Cutting
-from vjepa_data.build.work import Done, Store
 from vjepa_data.pool import Pool
 from vjepa_data.shards import Reject, Sample, ShardWriter, read_record
 from vjepa_data.spec import Spec
 from vjepa_data.video import Refused
+from vjepa_data.work import Done, Store
 
 
 @dataclass
