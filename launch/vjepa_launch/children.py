@@ -22,9 +22,10 @@ from vjepa_launch.record import DONE, STOPPED
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.05
 REPEAT_S = 2.0
-"""A stop signal is repeated until it is heeded: a child that is still starting does not listen yet."""
+"""USR2 is repeated until it is heeded: a child that is still starting does not listen yet. TERM is not: it ends a
+child that does not listen, as it should, and would end one that has saved and is tidying up."""
 
 ECHO_S = 10.0
 """Time for other ranks to end by themselves when one has failed, before they are told and then killed."""
@@ -119,7 +120,7 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
         stall_s: seconds without growth after which the run is taken to hang.
     """
     ended: dict[int, Ended] = {}
-    started, signalled, failed_at = time.time(), 0.0, None
+    started, signalled, failed_at, ending = time.time(), 0.0, None, False
     while len(ended) < len(children):
         time.sleep(POLL_S)
         now = time.time()
@@ -130,9 +131,12 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
                 ended[child.rank] = Ended(child.rank, code, child.hang or describe(code), echo=child.told)
                 if code not in (DONE, STOPPED) and not excused(code, heard) and failed_at is None:
                     failed_at = now
-        if heard.signals and now - signalled > REPEAT_S:
+        if heard.to_end and not ending:
+            ending = True
+            _send(running, signal.SIGTERM)
+        elif heard.to_return and not heard.to_end and now - signalled > REPEAT_S:
             signalled = now
-            _send(running, signal.SIGTERM if heard.to_end else signal.SIGUSR2)
+            _send(running, signal.SIGUSR2)
         if failed_at is not None and now - failed_at > ECHO_S:
             for child in running:
                 _send([child], signal.SIGKILL if child.told else signal.SIGABRT)

@@ -149,7 +149,12 @@ class Job:
         log.info("attempt %s: ranks %s of %d on %s, rank 0 at %s:%d: %s",
                  place.attempt, list(ranks), place.world, place.node, address, port, " ".join(command))  # fmt: skip
         started = children.start(command, environments, logs)
-        return children.wait(started, heard, alive=run / "metrics.jsonl", stall_s=self.restart.stall_min * 60)
+        ended = children.wait(started, heard, alive=run / "metrics.jsonl", stall_s=self.restart.stall_min * 60)
+        if place.restart == 0:
+            return ended
+        # What was accepted at the first start is refused for a passing reason (a lock that lingers, a disk that is
+        # gone), which is a failure like others.
+        return [dataclasses.replace(one, code=FAILED) if one.code == BAD_INPUT else one for one in ended]
 
 
 def log_path(run: Path, job: str, rank: int) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vjepa_launch import record, stand_in, submit
+from vjepa_launch import jobs, record, stand_in, submit
 from vjepa_launch.settings import Cluster
 
 
@@ -54,10 +54,10 @@ class Rehearsal:
 
     def ask_to_return(self) -> None:
         """Tell the run to save and come back, as before a time limit."""
-        submit.signal_job(self.executor, self.job, "USR2")
+        jobs.send_signal(self.executor, self.job, "USR2")
 
     def cancel(self) -> None:
-        submit.cancel_job(self.executor, self.job)
+        jobs.cancel(self.executor, self.job)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All that was recorded, in order; a line that is being written is left out."""
@@ -71,7 +71,7 @@ class Rehearsal:
         return rows[-1]["step"] if rows else 0
 
     def is_alive(self) -> bool:
-        return submit.is_alive(self.executor, self.job)
+        return jobs.is_alive(self.executor, self.job)
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60.0, poll_s: float = 0.05) -> None:
         """Wait for something to become true.

@@ -12,7 +12,6 @@ import difflib
 import fcntl
 import os
 import shlex
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from vjepa_launch import freeze, record, scheduler
+from vjepa_launch import freeze, jobs, record
 from vjepa_launch.job import Job
 from vjepa_launch.place import common_environment, path_environment
 from vjepa_launch.settings import BadInput, Cluster
@@ -279,60 +278,8 @@ def _refuse_if_in_use(run: Path) -> None:
     owner = record.read_json(record.launch_folder(run) / "job.json")
     if owner is None:
         return
-    if is_alive(owner["executor"], owner["job"]):
+    if jobs.is_alive(owner["executor"], owner["job"]):
         raise BadInput(f"{run} is in use by job {owner['job']}; wait for it, or `vjepa runs cancel {run}`")
-
-
-def is_alive(executor: str, job: str) -> bool:
-    """Whether a job waits or runs.
-
-    Raises:
-        BadInput: the scheduler does not answer.
-    """
-    if executor == "slurm":
-        try:
-            return scheduler.state_of(job) is not None
-        except scheduler.Unreachable as error:
-            raise BadInput(f"cannot tell whether job {job} is over: {error}") from None
-    return local_process_is_alive(int(job))
-
-
-def local_process_is_alive(pid: int) -> bool:
-    """Whether a process is one of submitit's controllers and runs; numbers of processes come round again."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    # While a process becomes another program it has no command line yet; when it is over and unmourned, no longer.
-    return b"submitit.local._local" in command if command else state != "Z"
-
-
-def local_supervisor(pid: int) -> int | None:
-    """The supervisor of a job on this machine, a child of submitit's controller, which passes on TERM but not USR2."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return None
-    return int(children[0]) if children else None
-
-
-def signal_job(executor: str, job: str, name: str) -> None:
-    """Send USR2 to the ranks of a running job: save, and come back (or stay away, if RUN/launch/stop is there)."""
-    if executor == "slurm":
-        scheduler.send_signal(job, name)
-        return
-    supervisor = local_supervisor(int(job))
-    if supervisor:
-        os.kill(supervisor, getattr(signal, f"SIG{name}"))
-
-
-def cancel_job(executor: str, job: str) -> None:
-    """End a job; its ranks save first, in the time that the cluster grants them (KillWait)."""
-    if executor == "slurm":
-        scheduler.cancel(job)
-    elif local_process_is_alive(int(job)):
-        os.kill(int(job), signal.SIGTERM)
 
 
 @contextlib.contextmanager
