@@ -91,8 +91,8 @@ class Curve:
     """One line of a plot."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Float[ndarray, " n"]
+    y: Float[ndarray, " n"]
 
 
 def plot(
@@ -117,7 +117,7 @@ def plot(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     for curve, colour in zip(curves, COLOURS, strict=False):
-        x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+        x, y = curve.x, curve.y
         window = len(x) // 40
         label = curve.label if len(curves) > 1 else None
         if window > 1:
@@ -129,7 +129,10 @@ def plot(
         axes.axvline(mark, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)))
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
+    axes.set_xlabel("step", loc="right", fontsize=7, color=FAINT)
     _dress(axes)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=7, labelcolor=INK)
@@ -157,6 +160,7 @@ def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, 
         axes.errorbar(where, height, [np.maximum(height - low, 0), np.maximum(high - height, 0)],
                       fmt="none", ecolor=INK, elinewidth=0.9, capsize=1.5)  # fmt: skip
     axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.3))  # an R2 far below 0 says no more than one a little below
     axes.set_xticks(places, rows)
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
     _dress(axes)

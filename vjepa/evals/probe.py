@@ -105,7 +105,7 @@ def probe(
             "report": split if train_split else f"one third of the videos of {split}",
             "clips_per_video": clips_per_video,
             "clips": {"fit": len(train[1]), "report": len(test[1])},
-            "readout": "ridge, penalty chosen on a fifth of the videos to fit on",
+            "readout": "ridge, penalty cross-validated by video",
             "interval": "2.5 % and 97.5 % over 1,000 resamplings of the videos",
             "random_seeds": random_seeds,
             "seed": seed,
@@ -115,6 +115,7 @@ def probe(
     if out is not None:
         with new_file(out, overwrite=overwrite) as path:
             path.write_text(json.dumps(result, indent=2) + "\n")
+    log.info("%s on %s\n%s", model, shards, table(result))
     return result
 
 

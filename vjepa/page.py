@@ -1,0 +1,96 @@
+"""A page in one file: no script, nothing from elsewhere, readable on a phone and on paper."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+STYLE = """
+:root { --ink: #1c2330; --faint: #6b7585; --line: #e4e8ee; --soft: #f6f8fb; --accent: #2563eb; --paper: #fff }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif }
+main { max-width: 1060px; margin: 0 auto; padding: 48px 28px 72px }
+header { border-bottom: 1px solid var(--line); padding-bottom: 28px; margin-bottom: 12px }
+h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px }
+h2 { font-size: 21px; letter-spacing: -0.01em; margin: 44px 0 6px }
+p { color: var(--faint); margin: 0 0 18px; max-width: 78ch }
+.facts { display: flex; flex-wrap: wrap; gap: 12px 40px; margin: 24px 0 0 }
+.facts div { min-width: 90px }
+.facts b { display: block; font-size: 25px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums }
+.facts span { color: var(--faint); font-size: 13px }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 14px 28px }
+svg { width: 100%; height: auto; display: block }
+figure { margin: 0 0 24px }
+figcaption { color: var(--faint); font: 12.5px ui-monospace, Menlo, Consolas, monospace; margin: 0 0 5px }
+.strip { display: grid; grid-template-columns: 88px 1fr; align-items: center; margin-bottom: 3px }
+.strip span { color: var(--faint); font-size: 12.5px }
+.strip img { max-width: 100%; height: auto; border-radius: 3px; image-rendering: pixelated }
+table { border-collapse: collapse; width: 100%; margin: 8px 0 20px; font-size: 14px }
+table { font-variant-numeric: tabular-nums }
+th { text-align: left; font-weight: 600; color: var(--faint); font-size: 12.5px }
+th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: baseline }
+small { color: var(--faint); font-weight: 400; font-size: 12px; white-space: nowrap }
+details { border: 1px solid var(--line); border-radius: 8px; padding: 10px 16px; background: var(--soft) }
+summary { cursor: pointer; font-weight: 600 }
+pre { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; margin: 12px 0 4px }
+.wide { overflow-x: auto }
+footer { color: var(--faint); font-size: 12.5px; margin-top: 56px; padding-top: 16px }
+footer { border-top: 1px solid var(--line) }
+@media print {
+  main { max-width: none; padding: 0 } body { font-size: 11px } h2 { margin-top: 24px; break-after: avoid }
+  figure, svg, tr { break-inside: avoid } .grid { grid-template-columns: 1fr 1fr }
+  details { border: 0; background: none; padding: 0 }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page."""
+
+    title: str
+    text: str
+    """A paragraph under the title: HTML."""
+    body: str = ""
+    """What is shown: HTML."""
+
+
+def render(title: str, subtitle: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """Put a page together.
+
+    Args:
+        title, subtitle: plain text.
+        facts: label and value of the numbers at the top, plain text.
+        sections: the rest.
+    """
+    numbers = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in facts)
+    parts = "".join(f"<section><h2>{escape(one.title)}</h2><p>{one.text}</p>{one.body}</section>" for one in sections)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f'<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p><div class="facts">{numbers}</div></header>'
+        f"{parts}<footer>Made by vjepa-pretrain.</footer></main></body></html>\n"
+    )
+
+
+def note(title: str, text: str) -> Section:
+    """A section that says why it is empty; plain text."""
+    return Section(title, escape(text))
+
+
+def strips(caption: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Picture strips of one clip above each other: names and `data:` addresses."""
+    lines = "".join(
+        f'<div class="strip"><span>{escape(name)}</span><img src="{address}" alt="{escape(name)}"></div>'
+        for name, address in rows
+    )
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{lines}</figure>"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of HTML cells; the first row is the head."""
+    head, *rest = rows
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rest)
+    names = "".join(f"<th>{name}</th>" for name in head)
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>'
