@@ -108,9 +108,9 @@ def export(args: argparse.Namespace) -> None:
 
 
 def eval(args: argparse.Namespace) -> None:
-    from vjepa.evals.probe import probe
+    from vjepa.evals.probe import probe, table
 
-    probe(args.model, args.shards, out=args.out, split=args.split, overwrite=args.overwrite)
+    print(table(probe(args.model, args.shards, out=args.out, split=args.split, overwrite=args.overwrite)))
 
 
 def report(args: argparse.Namespace) -> None:
