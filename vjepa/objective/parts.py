@@ -1,32 +1,20 @@
-"""The method, in the order of the paper: guess the features of what is hidden, in the target encoder's words.
+"""What all objectives are made of: the networks, the clips with their masks, the loss, and the moving average.
 
-    frames --> target encoder --> layer norm --> h       (no gradient: the encoder's moving average sees everything)
-    frames --> encoder, visible tokens only  --> c
-    c, where the hidden tokens are --> predictor --> z
-    loss = mean |z - h| over the hidden tokens of a clip, then over clips and kinds of mask
-
-The last mean is over all clips of the step, whichever ranks and micro-batches they are in, and every clip counts the
-same however many of its tokens are hidden. Where counts are equal this is V-JEPA 2's loss.
-
-V-JEPA 2: Assran et al., arXiv:2506.09985, section 2.1; V-JEPA: Bardes et al., arXiv:2404.08471, section 3.
-
-B clips, T frames, Y X pixels, N tokens of a clip, V visible, K hidden, D width, M kinds of mask.
+Letters: B clips, T frames, Y X pixels, N tokens of a clip, D width, M kinds of mask.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vjepa.config import Run
-from vjepa.encoder import View, normalise
+from vjepa.encoder import normalise
 from vjepa.grid import Grid
 from vjepa.masks import Mask, sample_masks
-from vjepa.predictor import Guess
 from vjepa_data.loader import Batch
 
 WATCHED = 4096
@@ -96,60 +84,10 @@ def draw_masks(run: Run, batch: Batch, device: torch.device) -> list[Puzzle]:
     return puzzles
 
 
-def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
-    """How wrong the predictor is about the features of hidden tokens.
-
-    Args:
-        models: the three networks.
-        puzzles: this rank's clips, or some of them.
-        run: for the number of clips in the whole step, the kinds of mask and the objective.
-    """
-    with torch.no_grad():
-        seen_whole = models.target([View(puzzle.frames) for puzzle in puzzles])
-        targets = [F.layer_norm(h.float(), h.shape[-1:]) for h in seen_whole]
-
-    pairs = [(number, mask) for number, puzzle in enumerate(puzzles) for mask in puzzle.masks]
-    contexts = models.encoder([View(mask.select(puzzles[n].frames), mask.visible) for n, mask in pairs])
-    guesses = models.predictor(
-        [
-            Guess(context, mask.visible, mask.hidden, puzzles[n].grid, token=mask.kind)
-            for context, (n, mask) in zip(contexts, pairs, strict=True)
-        ]
-    )
-
-    by_kind = [torch.zeros((), device=targets[0].device) for _ in run.masks]
-    baseline = torch.zeros((), device=targets[0].device)
-    for guess, (n, mask) in zip(guesses, pairs, strict=True):
-        wanted = mask.select(targets[n]).take_along_dim(mask.hidden[..., None], dim=1)  # [B K D]
-        by_kind[mask.kind] = by_kind[mask.kind] + _error(guess.float() - wanted, run)
-        with torch.no_grad():
-            baseline = baseline + _error(mask.select(targets[n]).mean(1, keepdim=True) - wanted, run)
-    kinds = torch.stack(by_kind) / run.batch_size
-    value = kinds.mean()
-    baseline = baseline / (run.batch_size * len(run.masks))
-    return Loss(
-        value=value,
-        numbers=torch.cat((torch.stack((value, baseline)), kinds)).detach(),
-        features=_some(targets),
-        tokens=sum(len(mask.rows) * puzzles[n].grid.tokens for n, mask in pairs),
-        visible=sum(mask.visible.numel() for _, mask in pairs),
-        hidden=sum(mask.hidden.numel() for _, mask in pairs),
-    )
-
-
-def _some(features: Sequence[Float[Tensor, "B N D"]]) -> Float[Tensor, "tokens D"]:
+def some_tokens(features: Sequence[Float[Tensor, "B N D"]]) -> Float[Tensor, "tokens D"]:
     """At most `WATCHED` of the tokens, evenly spread over clips and places."""
     tokens = torch.cat([h.flatten(0, 1) for h in features])
     return tokens[:: -(-len(tokens) // WATCHED)].clone()  # a view would keep all of them
-
-
-def _error(difference: Float[Tensor, "B K D"], run: Run) -> Float[Tensor, ""]:
-    """Mean over the tokens and channels of a clip, summed over clips."""
-    p = run.objective.loss_exponent
-    error = difference.abs()
-    if p != 1:
-        error = error**p / p
-    return error.mean((1, 2)).sum()
 
 
 @torch.no_grad()
