@@ -32,6 +32,9 @@ class Undecodable(Exception):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
 
 def decode(video: bytes, frames: Sequence[int], *, backend: str, expect: Expect) -> np.ndarray:
     """Decode some frames of a video.

@@ -48,6 +48,9 @@ class Unreadable(Exception):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -197,11 +197,21 @@ class ClipLoader:
 
 
 def _prepare_worker(trainer: int, stalls: str | None, worker: int) -> None:
-    """Set up a worker process: it dies with its parent and leaves signals to the trainer."""
-    die_with_parent(os.getppid())
+    """Set up a worker process: it dies with the trainer and leaves signals to it."""
+    if trainer == os.getppid():
+        die_with_parent(trainer)
+    else:  # started by the fork server, which lives as long as its last child
+        threading.Thread(target=_die_with_trainer, name="dies with the trainer", daemon=True).start()
     ignore_stop_signals()
     out = open(stalls, "a") if stalls else sys.stderr  # noqa: SIM115  stays open as long as the worker
     faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
+
+
+def _die_with_trainer() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _as_it_is(batch: list) -> list:

@@ -16,6 +16,7 @@ with its worker. What it prints goes to a file of bounded size. Measured cost of
 
 import contextlib
 import ctypes
+import importlib
 import json
 import logging
 import mmap
@@ -47,7 +48,9 @@ RECYCLE_CLIPS = 5000  # decord leaks up to 160 kB for each file it cannot open
 RECYCLE_RSS_BYTES = 1_500_000_000
 ADDRESS_SPACE_BYTES = 8 << 30  # a file that declares absurd sizes ends the servant, not the machine
 PRINTED_BYTES = 1 << 20  # decord prints whole files to stderr when it cannot open them
+START_TIMEOUT_S = 180
 PR_SET_PDEATHSIG = 1
+MODULES = {"pyav": "av"}
 
 
 class Servant:
@@ -149,7 +152,7 @@ class Servant:
         self._printed = tempfile.TemporaryFile(mode="a+b", prefix="vjepa-servant-")  # noqa: SIM115
         memory = [m.descriptor for m in self._memory]
         limit = 0 if self.decoder == "torchcodec" else ADDRESS_SPACE_BYTES  # torch reserves more than it uses
-        facts = [theirs.fileno(), os.getpid(), limit, *memory]
+        facts = [self.decoder, theirs.fileno(), os.getpid(), limit, *memory]
         room = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (room, os.environ.get("PYTHONPATH", "")) if p)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -162,7 +165,7 @@ class Servant:
             env={**os.environ, **threads, "PYTHONPATH": path},
         )
         theirs.close()
-        self._socket, self._served = ours, 0
+        self._socket, self._served, self._is_ready = ours, 0, False
         self._finalizer = weakref.finalize(self, _end, self._process, ours, self._printed)
 
     def _kill(self) -> None:
@@ -192,15 +195,38 @@ class Servant:
 
     def _receive(self) -> tuple[dict | None, str]:
         """Wait for an answer; give it, or None and what went wrong."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        if not self._is_ready:
+            self._wait_until_ready()
         left_ms = max(0, int((self._deadline - time.monotonic()) * 1000))
-        if not poll.poll(left_ms):
+        if not self._answers_within(left_ms):
             return None, "timeout"
         try:
             return _read(self._socket), ""
         except (EOFError, ConnectionResetError):
             return None, "crash"
+
+    def _wait_until_ready(self) -> None:
+        """Wait for the process to start, which takes long where Python lies on a slow disk; then the clock runs.
+
+        Raises:
+            BadInput: it does not start.
+        """
+        try:
+            if not self._answers_within(START_TIMEOUT_S * 1000):
+                raise EOFError
+            _read(self._socket)
+        except (EOFError, ConnectionResetError):
+            self._process.kill()
+            self._printed.seek(0)
+            said = _one_line(self._printed.read()[-160:].decode(errors="replace"))
+            raise BadInput(f"the process that decodes does not start ({said}); try `vjepa doctor`") from None
+        self._is_ready = True
+        self._deadline = time.monotonic() + self.timeout_s
+
+    def _answers_within(self, milliseconds: int) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(milliseconds))
 
     def _explain(self, failure: str) -> str:
         if failure == "timeout":
@@ -241,7 +267,7 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def serve(channel: int, parent: int, address_space: int, *memory: int) -> None:
+def serve(decoder: str, channel: int, parent: int, address_space: int, *memory: int) -> None:
     """Answer requests until the worker hangs up: the main function of the servant's process."""
     die_with_parent(parent)
     ignore_stop_signals()
@@ -252,6 +278,9 @@ def serve(channel: int, parent: int, address_space: int, *memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     connection = socket.socket(fileno=channel)
     maps: dict[int, mmap.mmap] = {}
+    with contextlib.suppress(ImportError):  # the first request tells
+        importlib.import_module(MODULES.get(decoder, decoder))
+    _write(connection, {"ready": True})
     while True:
         try:
             request = _read(connection)

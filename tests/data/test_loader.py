@@ -2,9 +2,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 
+from vjepa_data.batch import Batch, Clips
 from vjepa_data.loader import ClipLoader
-from vjepa_data.settings import Clip, Crop, Data, Loader, Source
+from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 BATCH = 12
 
@@ -58,3 +60,57 @@ def test_an_epoch_shows_each_sample_once(corpus: Path):
     keys = [key for step in stream(settings(corpus), range(13)) for key, _ in step.values()]
     assert len(keys) == 6 * 26
     assert {keys.count(k) for k in set(keys)} == {6}
+
+
+def test_sources_are_mixed_and_may_have_clips_of_their_own_length(corpus: Path, videos, make_corpus, tmp_path: Path):
+    facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
+    other = make_corpus(tmp_path / "b", [[{"key": f"b{i}", "video": videos[0], **facts} for i in range(5)]], name="b")
+    sources = (Source(shards=str(corpus), weight=3), Source(shards=str(other), frames=8, fps=2.5))
+    data = Data(sources=sources, clip=Clip(frames=4, fps=4), crop=Crop(px=32))
+    with ClipLoader(data, Loader(workers=0), seed=0, batch_size=8) as loader:
+        for _ in range(3):
+            batch = next(loader)
+            short, long = batch.groups
+            assert short.frames.shape == (6, 4, 32, 32, 3)
+            assert long.frames.shape == (2, 8, 32, 32, 3)
+            assert set(short.sources) == {0}
+            assert set(long.sources) == {1}
+            assert all(key.startswith("b") for key in long.keys)
+            assert sorted(short.slots + long.slots) == list(range(8))
+
+
+def batch_of(slots: list[tuple[int, ...]]) -> Batch:
+    groups = []
+    for frames, of_group in enumerate(slots, start=1):
+        pixels = torch.tensor(of_group, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, frames, 2, 2, 3)
+        names = tuple(f"k{s}" for s in of_group)
+        groups.append(Clips(pixels, of_group, names, (0,) * len(names), (0.0,) * len(names)))
+    return Batch(7, tuple(groups))
+
+
+def test_micro_batches_are_cut_by_slot():
+    parts = batch_of([(0, 1, 6, 7), (2, 3, 8, 9)]).split(4)
+    assert [sorted(s for g in p.groups for s in g.slots) for p in parts] == [[0, 1], [2, 3], [6, 7], [8, 9]]
+    for part in parts:
+        for group in part.groups:
+            assert group.frames[:, 0, 0, 0, 0].tolist() == list(group.slots)
+            assert group.keys == tuple(f"k{s}" for s in group.slots)
+    assert [len(p.groups) for p in batch_of([(0, 1, 6), (2, 3, 8)]).split(2)] == [2, 2]
+    with pytest.raises(BadInput, match=r"8 clips .* set parallel.accumulate to a divisor of 8"):
+        batch_of([(0, 1, 6, 7), (2, 3, 8, 9)]).split(3)
+
+
+def test_more_shared_memory_than_there_is_is_refused(corpus: Path):
+    data = settings(corpus, crop=Crop(px=4096), clip=Clip(frames=16, fps=4))
+    with pytest.raises(BadInput, match=r"need [\d.]+ GB of shared memory, /dev/shm has .* lower loader.workers"):
+        ClipLoader(data, Loader(workers=8, prefetch_steps=10), seed=0, batch_size=120)
+
+
+def test_clips_left_out_are_told_of_at_the_start(videos, make_corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
+    samples = [{"key": f"k{i}", "frames": 48 if i else 5, **facts} for i in range(4)]
+    folder = make_corpus(tmp_path / "c", [samples])
+    with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=4) as loader:
+        assert "1 of 4 samples are too short or too slow for 4 frames at 4 fps" in caplog.text
+        keys = {k for _ in range(3) for k in next(loader).groups[0].keys}
+    assert keys == {"k1", "k2", "k3"}

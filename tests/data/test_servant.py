@@ -167,6 +167,24 @@ def test_a_missing_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     servant.close()
 
 
+def test_one_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "decord.py").write_text("raise RuntimeError('the library is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    servant = Servant()
+    with pytest.raises(BadInput, match=r"does not start \(.*the library is broken\)"):
+        servant.decode(b"", [0], EXPECT)
+    servant.close()
+
+
+def test_starting_slowly_is_no_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "decord.py").write_text("import time; time.sleep(1.5)\n" + BAD_DECORD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    servant = Servant(timeout_s=1)
+    with pytest.raises(Unreadable, match=r"cannot +open"):
+        servant.decode(b"", [0], EXPECT)
+    servant.close()
+
+
 def test_it_imports_no_torch_and_runs_few_threads(servant: Servant, videos: list[bytes]):
     servant.decode(videos[0], [0], EXPECT)
     assert "libtorch" not in Path(f"/proc/{servant.pid}/maps").read_text()
