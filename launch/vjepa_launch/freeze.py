@@ -94,6 +94,11 @@ def describe() -> tuple[Code, dict[str, Path], str]:
     return Code(digest_files(files), len(files), commit, bool(diff), source), files, diff
 
 
+def home(run: Path) -> Path:
+    """The folder that holds the frozen code of a run: its own, or that of its sweep."""
+    return (run / "code").resolve().parent
+
+
 def freeze(run: Path) -> Code:
     """Copy the live code into a run folder: complete or absent.
 
@@ -109,7 +114,9 @@ def freeze(run: Path) -> Code:
         shutil.copyfile(path, target)
     beside.chmod(0o755)
     frozen = run / "code"
-    if frozen.exists():
+    if frozen.is_symlink():  # an element of a sweep that gets code of its own
+        frozen.unlink()
+    elif frozen.exists():
         shutil.rmtree(frozen)
     beside.rename(frozen)
     write_json(launch_folder(run) / "code.json", code.__dict__)

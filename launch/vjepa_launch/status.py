@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vjepa_launch import jobs, record, scheduler
+from vjepa_launch import freeze, jobs, record, scheduler
 from vjepa_launch.settings import BadInput
 
 TAIL_BYTES = 65536
@@ -189,7 +189,7 @@ def describe(run: Path) -> str:
     """All about one run, as text: its state, its attempts, its code, and where its output is."""
     (status,), warning = read_all([_existing(run)])
     owner = record.read_json(record.launch_folder(run) / "job.json") or {}
-    code = record.read_json(record.launch_folder(run) / "code.json")
+    code = record.read_json(record.launch_folder(freeze.home(run)) / "code.json")
     lines = [
         f"{status.name}: {status.state}" + (f" ({status.detail})" if status.detail else ""),
         f"  step        {status.step if status.step is not None else '-'} of {status.steps or '?'}"

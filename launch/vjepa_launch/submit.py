@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+import yaml
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
@@ -60,6 +61,7 @@ def launch(
     name: str,
     nodes: int | None = None,
     refreeze: bool = False,
+    replace_settings: bool = False,
 ) -> Launched:
     """Start a run, or go on with it, as a job.
 
@@ -71,6 +73,8 @@ def launch(
         name: name of the job.
         nodes: nodes, in place of the profile's number.
         refreeze: freeze the present code, though the run folder holds code already.
+        replace_settings: go on with these settings, though the run folder holds others; the trainer has the last
+            word on which may change.
 
     Raises:
         BadInput: the folder is in use by another job, or holds other settings or changed code; or the scheduler
@@ -78,26 +82,49 @@ def launch(
     """
     run = run.resolve()
     cluster = with_nodes(cluster, nodes)
-    with _locked(run):
+    with locked(run):
         _refuse_if_in_use(run)
-        _write_config(run, config)
-        code, note = _freeze_once(run, refreeze)
-        record.stop_path(run).unlink(missing_ok=True)
-        record.append_event(run, {"event": "launch", "executor": cluster.executor, "code": code.digest})
-        job = _submit(run, cluster, _job(run, cluster, command), name)
-        record.write_json(
-            record.launch_folder(run) / "job.json",
-            {
-                "job": job,
-                "executor": cluster.executor,
-                "name": name,
-                "command": list(command),
-                "cluster": cluster.model_dump(mode="json"),
-                "logs": str(record.launch_folder(run)),
-            },
-        )
-    log = record.launch_folder(run) / f"{job}_0_log.out"
-    return Launched(job, run, log, record.newest_checkpoint(run), code, note)
+        write_config(run, config, replace_settings)
+        code, note = freeze_once(run if refreeze else freeze.home(run), refreeze)
+        begin(run, cluster, code)
+        (job,) = submit(run, cluster, [make_job(run, cluster, command, code=freeze.home(run) / "code")], name)
+        note_owner(run, cluster, job, logs=run, name=name, command=command)
+    return Launched(job, run, record.launch_folder(run) / f"{job}_0_log.out", record.newest_checkpoint(run), code, note)
+
+
+def begin(run: Path, cluster: Cluster, code: freeze.Code) -> None:
+    """Note a launch; it clears what was asked of earlier jobs, and starts the count of failures anew."""
+    record.stop_path(run).unlink(missing_ok=True)
+    record.append_event(run, {"event": "launch", "executor": cluster.executor, "code": code.digest})
+
+
+def note_owner(run: Path, cluster: Cluster, job: str, *, logs: Path, name: str, command: Sequence[str]) -> None:
+    """Write down whose a run folder is from now on, and all that a launch by `vjepa runs requeue` needs."""
+    record.write_json(
+        record.launch_folder(run) / "job.json",
+        {
+            "job": job,
+            "executor": cluster.executor,
+            "name": name,
+            "command": list(command),
+            "cluster": cluster.model_dump(mode="json"),
+            "logs": str(record.launch_folder(logs)),
+        },
+    )
+
+
+def launch_again(run: Path) -> Launched:
+    """Launch a run as it was launched the last time: same profile, command and settings.
+
+    Raises:
+        BadInput: it was never launched, or it is in use.
+    """
+    owner = record.read_json(record.launch_folder(run) / "job.json")
+    if owner is None:
+        raise BadInput(f"{run} was not launched, so there is nothing to repeat; use `vjepa launch`")
+    config = (run / "config.yaml").read_text()
+    cluster = Cluster.model_validate(owner["cluster"])
+    return launch(run, cluster, owner["command"], config=config, name=owner["name"])
 
 
 def describe(
@@ -109,20 +136,22 @@ def describe(
     name: str,
     nodes: int | None = None,
     refreeze: bool = False,
+    array: tuple[int, int] | None = None,
 ) -> str:
     """What `launch` would do, as text: the batch script, the environment, the settings and the files of the snapshot.
 
-    Touches nothing, and works without SLURM.
+    Touches nothing, and works without SLURM. For a sweep, `run` is its folder, and `array` the number of elements and
+    how many run at a time.
     """
     run = run.resolve()
     cluster = with_nodes(cluster, nodes)
     if (run / "code").exists() and not refreeze:
-        code, source = freeze.verify(run), "already frozen in the run folder"
+        code, source = freeze.verify(freeze.home(run)), "already frozen in the run folder"
         files = freeze.list_files({room: run / "code" / room for room in freeze.ROOMS})
     else:
         code, files, _ = freeze.describe()
         source = ", ".join(sorted({str(Path(folder).parent) for folder in code.source.values()}))
-    job = _job(run, cluster, command)
+    job = make_job(run, cluster, command, code=run / "code")
     state = "the commit and changes of its own" if code.dirty else "the commit"
     environment = {**common_environment(run), **path_environment(run / "code", {}), **job.environment}
     kib = sum(path.stat().st_size for path in files.values()) / 1024
@@ -131,7 +160,7 @@ def describe(
         f"# Run folder: {run}" + ("" if run.exists() else " (would be made)"),
         f"# Command of each of {cluster.nodes * cluster.ranks_per_node} ranks: {shlex.join(command)}",
         "",
-        *_batch_text(run, cluster, name),
+        *_batch_text(run, cluster, name, array),
         "# ---- environment of every rank (beside RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)",
         *(f"{key}={value}" for key, value in sorted(environment.items())),
         "",
@@ -154,7 +183,8 @@ def with_nodes(cluster: Cluster, nodes: int | None) -> Cluster:
     return cluster.model_copy(update={"nodes": nodes})
 
 
-def _job(run: Path, cluster: Cluster, command: Sequence[str]) -> Job:
+def make_job(run: Path, cluster: Cluster, command: Sequence[str], *, code: Path) -> Job:
+    """What each node will execute."""
     environment = dict(cluster.environment)
     if cluster.executor == "local" and cluster.gpus_per_node:
         environment.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cluster.gpus_per_node))))
@@ -163,7 +193,7 @@ def _job(run: Path, cluster: Cluster, command: Sequence[str]) -> Job:
     return Job(
         run=str(run),
         command=tuple(command),
-        code=str(run / "code"),
+        code=str(code),
         ranks=cluster.ranks_per_node,
         environment=environment,
         restart=cluster.restart,
@@ -181,7 +211,7 @@ def _parameters(run: Path, cluster: Cluster, name: str) -> dict[str, Any]:
     after = [sys.executable, "-m", "vjepa_launch.after", str(record.launch_folder(run))]
     asked = {
         "job_name": name,
-        "time": int(cluster.hours * 60),
+        "time": max(1, round(cluster.hours * 60)),
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
@@ -209,65 +239,86 @@ def _python(cluster: Cluster) -> str:
     return shlex.join(["sh", "-c", deaf, cluster.python or sys.executable])
 
 
-def _batch_text(run: Path, cluster: Cluster, name: str) -> list[str]:
+def _batch_text(run: Path, cluster: Cluster, name: str, array: tuple[int, int] | None) -> list[str]:
     if cluster.executor == "local":
         return [f"# ---- on this machine, in the background: one supervisor, {cluster.ranks_per_node} ranks", ""]
     folder = record.launch_folder(run)
     command = f"{_python(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    text = _make_sbatch_string(command=command, folder=folder, **_parameters(run, cluster, name))
+    asked = _parameters(run, cluster, name)
+    if array:
+        asked |= {"map_count": array[0], "array_parallelism": array[1]}
+    text = _make_sbatch_string(command=command, folder=folder, **asked)
     return ["# ---- batch script, submitted through submitit", *text.splitlines(), ""]
 
 
-def _submit(run: Path, cluster: Cluster, job: Job, name: str) -> str:
-    """Hand a job to submitit; its id."""
+def submit(folder: Path, cluster: Cluster, tasks: Sequence[Job], name: str, at_once: int = 1) -> list[str]:
+    """Hand jobs to submitit, several as one array; their ids.
+
+    Args:
+        folder: holds the frozen code, and gets submitit's files.
+        cluster: where.
+        tasks: the jobs.
+        name: name of the job.
+        at_once: jobs of an array that run at a time.
+    """
     with _one_at_a_time:
-        return _submit_alone(run, cluster, job, name)
+        if cluster.executor == "slurm":
+            return _submit_to_slurm(folder, cluster, tasks, name, at_once)
+        local = submitit.LocalExecutor(
+            folder=record.launch_folder(folder), python=cluster.python and shlex.quote(cluster.python)
+        )
+        local.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=1, gpus_per_node=cluster.gpus_per_node)
+        local.update_parameters(stderr_to_stdout=True)
+        with submitit.helpers.clean_env(), _environment(path_environment(folder / "code", os.environ)):
+            started = [local.submit(task) for task in tasks]
+        _started.extend(started)
+        return [job.job_id for job in started]
+
+
+def _submit_to_slurm(folder: Path, cluster: Cluster, tasks: Sequence[Job], name: str, at_once: int) -> list[str]:
+    # No rank or job of ours may leak into the new one; but where SLURM's configuration lies must stay known.
+    kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    try:
+        # submitit's count of time-outs is of no use here: our own rule decides, and it knows about progress.
+        executor = submitit.SlurmExecutor(
+            folder=record.launch_folder(folder), max_num_timeout=10**6, python=_python(cluster)
+        )
+        executor.update_parameters(**_parameters(folder, cluster, name), array_parallelism=at_once)
+        with submitit.helpers.clean_env(), _environment(kept):
+            return [job.job_id for job in executor.submit_array(tasks)]
+    except (RuntimeError, FailedJobError, FileNotFoundError) as error:
+        raise BadInput(f"the job was not submitted: {' '.join(str(error).split())}") from None
 
 
 _one_at_a_time = threading.Lock()
 """Variables of this process are what a job inherits, and they are set while one is submitted."""
 
-
-def _submit_alone(run: Path, cluster: Cluster, job: Job, name: str) -> str:
-    folder = record.launch_folder(run)
-    if cluster.executor == "slurm":
-        try:
-            # Its count of time-outs is of no use here: our own rule decides, and it knows about progress.
-            executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=10**6, python=_python(cluster))
-            executor.update_parameters(**_parameters(run, cluster, name))
-            # No rank or job of ours may leak into the new one; but where SLURM's configuration lies must stay known.
-            kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
-            with submitit.helpers.clean_env(), _environment(kept):
-                return executor.submit(job).job_id
-        except (RuntimeError, FailedJobError, FileNotFoundError) as error:
-            raise BadInput(f"the job was not submitted: {' '.join(str(error).split())}") from None
-    local = submitit.LocalExecutor(folder=folder, python=cluster.python and shlex.quote(cluster.python))
-    local.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=1, gpus_per_node=cluster.gpus_per_node)
-    local.update_parameters(stderr_to_stdout=True)
-    with submitit.helpers.clean_env(), _environment(path_environment(run / "code", os.environ)):
-        started = local.submit(job)
-    _started.append(started)
-    return started.job_id
-
-
 _started: list[Any] = []
 """Jobs on this machine that this process started: kept, for they outlive it and need no farewell."""
 
 
-def _write_config(run: Path, config: str) -> None:
+def write_config(run: Path, config: str, replace_settings: bool = False) -> None:
+    """Write the settings of a run, unless it has other ones."""
     path = run / "config.yaml"
-    if path.exists() and path.read_text() != config:
-        lines = difflib.unified_diff(path.read_text().splitlines(), config.splitlines(), n=0, lineterm="")
-        changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
-        shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
-        raise BadInput(f"{path} holds other settings ({shown}); launch with the same ones, or give another run folder")
+    if path.exists() and not replace_settings:
+        # The trainer writes the file too, in its own hand; what it says is compared, not how it is written.
+        before, after = (yaml.safe_dump(yaml.safe_load(text)).splitlines() for text in (path.read_text(), config))
+        changed = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[0] in "+-"][2:]
+        if changed:
+            shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
+            raise BadInput(
+                f"{path} holds other settings ({shown}); launch with the same ones, give another run folder, or go on "
+                "with these by --replace-settings"
+            )
+        return
     path.write_text(config)
 
 
-def _freeze_once(run: Path, refreeze: bool) -> tuple[freeze.Code, str]:
-    if refreeze or not (run / "code").exists():
-        return freeze.freeze(run), ""
-    code = freeze.verify(run)
+def freeze_once(folder: Path, refreeze: bool) -> tuple[freeze.Code, str]:
+    """Freeze the code unless that was done, and say so when it is no longer the present one."""
+    if refreeze or not (folder / "code").exists():
+        return freeze.freeze(folder), ""
+    code = freeze.verify(folder)
     live, _, _ = freeze.describe()
     if live.digest == code.digest:
         return code, ""
@@ -283,7 +334,7 @@ def _refuse_if_in_use(run: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[None]:
     """Only one launch at a time onto a run folder."""
     record.launch_folder(run).mkdir(parents=True, exist_ok=True)
     with (record.launch_folder(run) / "lock").open("w") as file:
