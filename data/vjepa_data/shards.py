@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import tarfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,6 +170,19 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
+LEASE_S = 120.0
+"""Seconds without a write after which another builder's temporary file no longer keeps us from its shard."""
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether another builder seems to be writing this file: its temporary file was touched a moment ago."""
+    for other in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if other != temporary_name(path) and time.time() - other.stat().st_mtime < LEASE_S:
+                return True
+    return False
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of processes of this machine that are no more."""
     for path in folder.glob(".*.tmp"):
@@ -231,6 +245,12 @@ class ShardWriter:
         # webdataset's own TarWriter does no more than this, but needs torch.
         self._tar = tarfile.TarFile(fileobj=self._sink, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[dict[str, Any]] = []
+        self._rejects: list[Reject] = []
+
+    def refuse(self, reject: Reject) -> None:
+        """Note a clip that should have been in this shard."""
+        self._rejects.append(reject)
+        os.utime(self._temporary)  # we are still at work on it
 
     def write(self, sample: Sample) -> None:
         """Append one sample: its JSON, then its video."""
@@ -265,7 +285,7 @@ class ShardWriter:
         self._tar.addfile(header, io.BytesIO(data))
         return begin
 
-    def commit(self, rejects: Sequence[Reject], *, plan: str) -> None:
+    def commit(self, *, plan: str) -> None:
         """Make the shard visible: to the disk, its name, then its record. A shard without samples leaves only that."""
         self._tar.close()
         sha256 = self._sink.finish()
@@ -283,7 +303,7 @@ class ShardWriter:
             "bytes": size if self._rows else 0,
             "sha256": sha256 if self._rows else "",
             "samples": self._rows,
-            "rejects": [asdict(reject) for reject in rejects],
+            "rejects": [asdict(reject) for reject in self._rejects],
         }
         write_whole(record_path(self._folder, self._number), canonical_json(record) + b"\n")
 

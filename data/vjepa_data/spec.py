@@ -47,6 +47,9 @@ class Encode(Settings):
     crf: int = Field(default=23, ge=0, le=51)
     """x264's constant rate factor: lower is better and larger."""
 
+    jpeg_quality: int = Field(default=92, ge=1, le=100)
+    """Quality of stored images."""
+
     preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "veryfast"
     """x264's effort."""
 
@@ -91,8 +94,8 @@ class Cut(Settings):
     length_s: float = Field(default=10.0, gt=0)
     """Length of a window, in seconds; of a scene, at most."""
 
-    threshold: float = Field(default=27.0, gt=0)
-    """How large a change of content begins a new scene. 27 is PySceneDetect's default."""
+    threshold: float = Field(default=10.0, gt=0, le=100)
+    """How large a change from frame to frame begins a new scene, in percent: FFmpeg's `scdet`, whose default is 10."""
 
 
 class Dedupe(Settings):
@@ -102,7 +105,7 @@ class Dedupe(Settings):
     """Drop videos whose files are equal byte for byte."""
 
     perceptual_bits: int | None = Field(default=None, ge=0, le=64)
-    """Drop clips of equal length whose perceptual hashes differ in at most this many bits of 64; 4 is a good start."""
+    """Drop videos of equal length whose perceptual hashes differ in at most this many bits of 64; 4 is a good start."""
 
 
 class Split(Settings):
@@ -129,6 +132,9 @@ class Spec(Settings):
 
     origin: str = ""
     """Where the sources come from, kept in the manifest."""
+
+    media: Literal["videos", "images"] = "videos"
+    """What the sources hold; images become samples of one frame, stored as `.jpg`."""
 
     mode: Literal["transcode", "copy"] = "transcode"
     """`copy` keeps files that already have the canonical form, byte for byte, and encodes the others."""

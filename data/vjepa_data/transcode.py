@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -304,7 +304,7 @@ def decode_all(data: bytes, *, frames: int, width: int, height: int) -> None:
     Raises:
         Refused: decord fails, or gives another number or size of frames.
     """
-    reader, decord = _open_decord(data)
+    reader, decord = open_decord(data)
     try:
         shapes = {reader.next().shape for _ in range(len(reader))}
     except decord.DECORDError as error:
@@ -315,20 +315,7 @@ def decode_all(data: bytes, *, frames: int, width: int, height: int) -> None:
         )
 
 
-def decode_frames(data: bytes, numbers: Sequence[int]) -> np.ndarray:
-    """Decode some frames of a stored clip, uint8 [T H W 3], with the training decoder.
-
-    Raises:
-        Refused: decord fails.
-    """
-    reader, decord = _open_decord(data)
-    try:
-        return reader.get_batch(list(numbers)).asnumpy()
-    except decord.DECORDError as error:
-        raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None
-
-
-def _open_decord(data: bytes) -> tuple[Any, Any]:
+def open_decord(data: bytes) -> tuple[Any, Any]:
     """A reader and its library, which brings a second FFmpeg that only a child process should load."""
     import decord
 

@@ -12,11 +12,13 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 import xxhash
 
+from vjepa_data.decode import Expect
+from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
 from vjepa_data.video import Refused
-from vjepa_data.work import Check, Checked
+from vjepa_data.work import Check
 
 KEY = re.compile(r"[a-z0-9_-]{1,64}")
 
@@ -59,7 +61,7 @@ def verify(
     rows, problems = _read_rows(folder, manifest)
     total = sum(shard.bytes for shard in manifest.shards)
     done = decoded = 0
-    with Pool[Check, Checked]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
+    with Pool[Check, None]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
         for number, shard in enumerate(manifest.shards):
             own = [row for row in rows if row["shard"] == number]
             found = list(_check_shard(folder, shard, own))
@@ -156,11 +158,15 @@ def _check_sample(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
         yield "the json belongs to another sample"
 
 
-def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: Pool[Check, Checked]) -> Iterator[str]:
+def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: Pool[Check, None]) -> Iterator[str]:
     tasks = [
-        Check(row["key"], str(path), row["video_offset"], row["video_size"], row["frames"], row["width"], row["height"])
+        Check(
+            key=row["key"],
+            place=Place(str(path), row["video_offset"], row["video_size"]),
+            suffix=row["suffix"],
+            expect=Expect(row["frames"], row["width"], row["height"]),
+        )
         for row in rows
-        if row["suffix"] == "mp4"
     ]
     for task, answer in pool.map(tasks):
         if isinstance(answer, Refused):

@@ -26,6 +26,9 @@ SUFFIXES = frozenset(
 )
 """File names that are taken for videos when a folder is searched; what such a file is, its content decides."""
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+"""File names that are taken for images when the corpus is one of images."""
+
 MAX_PIXELS = 8192 * 8192
 
 
@@ -44,6 +47,8 @@ class Reason(StrEnum):
     """No known container: a text, a web page, a playlist, noise."""
     NO_INDEX = "no_index"
     """An MP4 without its index (`moov`): a download or recording that was cut off."""
+    NOT_IMAGE = "not_image"
+    """No image of a known kind, or a damaged one."""
     NO_VIDEO_STREAM = "no_video_stream"
     """A container without moving pictures: sound only."""
     NO_DECODER = "no_decoder"

@@ -8,9 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from vjepa_data.decode import Expect, Undecodable, decode
+from vjepa_data.fetch import Place, local
+from vjepa_data.image import probe_image, store_image
+from vjepa_data.look import perceptual_hashes, scene_starts
 from vjepa_data.spec import Encode, Filter
-from vjepa_data.transcode import Clip, check, decode_all, decode_frames, transcode
-from vjepa_data.video import Probe, Refused, probe, read_canonical
+from vjepa_data.transcode import Clip, check, decode_all, open_decord, transcode
+from vjepa_data.video import Probe, Reason, Refused, Stored, probe, read_canonical
 
 
 @dataclass(frozen=True)
@@ -18,15 +22,23 @@ class Look:
     """Ask what a file is."""
 
     number: int
-    path: str
+    place: Place
+    media: str
+    scene_threshold: float | None
+    """If given, ask for scenes as well."""
+    wants_hashes: bool
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What it is, and the sha256 of its bytes."""
+    """What it is."""
 
     probe: Probe
     sha256: str
+    scenes: tuple[float, ...]
+    """When scenes begin after the first, in seconds."""
+    hashes: tuple[int, ...]
+    """Perceptual hashes of three moments."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,8 @@ class Store:
 
     shard: int
     position: int
-    path: str
+    place: Place
+    media: str
     start_s: float | None
     end_s: float | None
     encode: Encode
@@ -55,20 +68,30 @@ class Done:
 
 @dataclass(frozen=True)
 class Check:
-    """Ask whether a stored clip still decodes to what the table says."""
+    """Ask whether a stored clip decodes from first to last frame to what the table says."""
 
     key: str
-    path: str
-    offset: int
-    size: int
-    frames: int
-    width: int
-    height: int
+    place: Place
+    suffix: str
+    expect: Expect
 
 
 @dataclass(frozen=True)
-class Checked:
-    """It does."""
+class Examine:
+    """Ask what a stored clip of a foreign corpus is, and whether it decodes."""
+
+    key: str
+    place: Place
+    suffix: str
+    gop: int
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Its form, as a reader finds it; why it is not canonical, or nothing; xxh64 is left to the reader of the tar."""
+
+    stored: Stored
+    flaw: str
 
 
 @dataclass(frozen=True)
@@ -76,53 +99,74 @@ class Picture:
     """Ask for a strip of frames of a stored clip."""
 
     key: str
-    path: str
-    offset: int
-    size: int
+    place: Place
+    suffix: str
+    expect: Expect
     frames: tuple[int, ...]
     height_px: int
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The frames side by side, as JPEG, and what it took to decode the clip, in CPU seconds."""
+    """The frames side by side, as JPEG, and what it took to decode them, in CPU seconds."""
 
     jpeg: bytes
     decode_s: float
 
 
-def work(task: Look | Store | Check | Picture) -> Seen | Done | Checked | Strip:
+Task = Look | Store | Check | Examine | Picture
+Answer = Seen | Done | Examined | Strip | None
+
+
+def work(task: Task) -> Answer:
     """Do one task.
 
     Raises:
         Refused: the file is not fit for the corpus.
     """
-    if isinstance(task, Look):
-        found = probe(Path(task.path))
-        with Path(task.path).open("rb") as file:
-            return Seen(found, hashlib.file_digest(file, "sha256").hexdigest())
-    if isinstance(task, Check):
-        decode_all(_read(task), frames=task.frames, width=task.width, height=task.height)
-        return Checked()
-    if isinstance(task, Picture):
-        return _strip(task)
-    return _store(task)
+    with local(task.place) as path:
+        match task:
+            case Look():
+                return _look(task, path)
+            case Store():
+                return _store(task, path)
+            case Check():
+                return _check(path, task.suffix, task.expect)
+            case Examine():
+                return _examine(task, path)
+            case Picture():
+                return _strip(task, path)
 
 
-def _store(task: Store) -> Done:
+def _look(task: Look, path: Path) -> Seen:
+    facts = probe_image(path) if task.media == "images" else probe(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    scenes: tuple[float, ...] = ()
+    hashes: tuple[int, ...] = ()
+    if task.media == "videos":
+        if task.scene_threshold is not None:
+            scenes = scene_starts(path, facts, threshold=task.scene_threshold)
+        if task.wants_hashes:
+            hashes = perceptual_hashes(path, facts)
+    return Seen(facts, sha256, scenes, hashes)
+
+
+def _store(task: Store, path: Path) -> Done:
     begin = time.process_time()
-    kept = _as_it_is(task) if task.may_copy and task.start_s is None and task.end_s is None else None
-    clip = kept or transcode(
-        Path(task.path), start_s=task.start_s, end_s=task.end_s, encode=task.encode, accept=task.accept
-    )
+    if task.media == "images":
+        clip = store_image(path, encode=task.encode)
+        return Done(clip, is_copy=False, encode_s=time.process_time() - begin, check_s=0.0)
+    kept = _as_it_is(task, path) if task.may_copy and task.start_s is None and task.end_s is None else None
+    clip = kept or transcode(path, start_s=task.start_s, end_s=task.end_s, encode=task.encode, accept=task.accept)
     middle = time.process_time()
     check(clip.data, clip.stored, gop=task.encode.gop)
     return Done(clip, kept is not None, middle - begin, time.process_time() - middle)
 
 
-def _as_it_is(task: Store) -> Clip | None:
+def _as_it_is(task: Store, path: Path) -> Clip | None:
     """The file byte for byte if it is canonical already and of the size and rate that are wanted."""
-    data = Path(task.path).read_bytes()
+    data = path.read_bytes()
     try:
         stored = read_canonical(data, gop=task.encode.gop)
     except Refused:
@@ -133,17 +177,47 @@ def _as_it_is(task: Store) -> Clip | None:
     return Clip(data, stored) if is_rate and is_size else None
 
 
-def _read(task: Check | Picture) -> bytes:
-    with Path(task.path).open("rb") as file:
-        file.seek(task.offset)
-        return file.read(task.size)
+def _check(path: Path, suffix: str, expect: Expect) -> None:
+    if suffix == "mp4":
+        decode_all(path.read_bytes(), frames=expect.frames, width=expect.width, height=expect.height)
+    else:
+        _decode(path.read_bytes(), (0,), suffix, expect)
 
 
-def _strip(task: Picture) -> Strip:
+def _examine(task: Examine, path: Path) -> Examined:
+    if task.suffix != "mp4":
+        facts = probe_image(path)
+        stored, flaw = Stored(1, (1, 1), facts.width, facts.height), ""
+    else:
+        facts = probe(path)
+        data = path.read_bytes()
+        try:
+            stored, flaw = read_canonical(data, gop=task.gop), ""
+        except Refused as refusal:
+            stored, flaw = count_frames(data, facts), refusal.detail
+    _check(path, task.suffix, Expect(stored.frames, stored.width, stored.height))
+    return Examined(stored, flaw)
+
+
+def count_frames(data: bytes, facts: Probe) -> Stored:
+    """The form of a clip that is not canonical, as the training decoder finds it."""
+    reader, _ = open_decord(data)
+    height, width = reader.next().shape[:2]
+    return Stored(len(reader), facts.rate, width, height)
+
+
+def _decode(data: bytes, frames: tuple[int, ...], suffix: str, expect: Expect):
+    try:
+        return decode(data, frames, backend="decord" if suffix == "mp4" else "image", expect=expect)
+    except Undecodable as error:
+        raise Refused(Reason.CHECK_FAILED, str(error)) from None
+
+
+def _strip(task: Picture, path: Path) -> Strip:
     """Decode a few frames with the training decoder and put them side by side."""
-    data = _read(task)
+    data = path.read_bytes()
     begin = time.process_time()
-    frames = decode_frames(data, task.frames)
+    frames = _decode(data, task.frames, task.suffix, task.expect)
     decode_s = time.process_time() - begin
     height, width = frames.shape[1:3]
     size = (max(1, round(width * task.height_px / height)), task.height_px)

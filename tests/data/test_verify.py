@@ -37,7 +37,7 @@ def corpus(clip, tmp_path: Path) -> Path:
             key = f"toy-{number}{position}"
             facts = {"key": key, "group": key, "labels": {}, "stored": stored}
             writer.write(Stored(key, clip.data, "mp4", facts))
-        writer.commit([], plan="p")
+        writer.commit(plan="p")
         records.append(json.loads((folder / "shards" / f"{number:06d}.json").read_bytes()))
     write_manifest(folder, records, [], name="toy", spec={}, tools={})
     return folder
@@ -96,7 +96,7 @@ def test_a_clip_that_is_stored_whole_but_does_not_decode_is_found_by_a_deep_look
     stored = {"frames": 48, "fps": 12.0, "width": clip.stored.width, "height": 64, "duration_s": 4.0}
     damaged = clip.data[: len(clip.data) // 2] + noise
     writer.write(Stored("toy-0", damaged, "mp4", {"key": "toy-0", "group": "g", "labels": {}, "stored": stored}))
-    writer.commit([], plan="p")
+    writer.commit(plan="p")
     write_manifest(folder, [json.loads((folder / "shards/000000.json").read_bytes())], [], name="t", spec={}, tools={})
     assert verify(folder).problems == ()
     assert ["toy-0: check_failed" in line for line in verify(folder, deep=True).problems] == [True]

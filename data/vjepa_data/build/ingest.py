@@ -1,20 +1,23 @@
-"""What there is: folders, files and tables of videos become one list of sources."""
+"""What there is: folders, files, lists, tables and tars of videos become one list of sources."""
 
 import itertools
 import json
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from vjepa_data.fetch import SCHEMES, Place
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Columns, Spec
-from vjepa_data.video import SUFFIXES, Reason, Refused
+from vjepa_data.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 
@@ -26,8 +29,8 @@ class Source:
     name: str
     """What the corpus calls it, for ever: its path below the folder that was given, or its place in the table.
     Does not depend on where the folder lies."""
-    path: str
-    """Where it is now: an absolute path or a URL."""
+    place: Place
+    """Where it is now."""
     labels: dict[str, Any] = field(default_factory=dict)
     group: str | None = None
     split: str | None = None
@@ -36,62 +39,80 @@ class Source:
     refused: tuple[str, str] | None = None
     """Reason and detail, if it is known already that it cannot be used."""
 
+    def as_refusal(self) -> Refused | None:
+        return Refused(Reason(self.refused[0]), self.refused[1]) if self.refused else None
+
 
 def ingest(sources: Sequence[str], *, spec: Spec) -> list[Source]:
     """List every source in order of name.
 
     Args:
-        sources: folders (searched with all below them), video files, and tables (CSV, TSV, JSONL, parquet) with one
-            video a row.
-        spec: gives the names of a table's columns.
+        sources: folders (searched with all below them), video files, tables (CSV, TSV, JSONL, parquet) with one video
+            a row, lists (.txt) with one a line, WebDataset tars, and addresses (http, https, s3, gs) of single
+            files, or of a prefix if it ends in `/`.
+        spec: says whether videos or images are wanted, and the names of a table's columns.
 
     Raises:
         BadInput: one does not exist, cannot be read as what it is, or no video is found.
     """
     if not sources:
         raise BadInput("no sources; give folders, video files or tables of videos")
-    found: list[Source] = []
-    for text in sources:
-        found.extend(_one(text, spec.columns))
+    found = [source for text in sources for source in _one(text, spec)]
     if not found:
-        raise BadInput(f"no videos in {', '.join(sources)}{_what_else(sources)}; give a folder that holds some")
+        wanted = spec.media
+        raise BadInput(f"no {wanted} in {', '.join(sources)}{_what_else(sources)}; give a folder that holds some")
     found.sort(key=lambda source: (source.name, source.start_s or 0.0, source.end_s or 0.0))
     for one, following in itertools.pairwise(found):
         if (one.name, one.start_s, one.end_s) == (following.name, following.start_s, following.end_s):
-            raise BadInput(
-                f"two sources are called {one.name!r} ({one.path} and {following.path}); rename a folder or a file"
-            )
+            places = f"{one.place.path} and {following.place.path}"
+            raise BadInput(f"two sources are called {one.name!r} ({places}); rename a folder or a file")
     return found
 
 
-def _one(text: str, columns: Columns) -> Iterable[Source]:
+def _suffixes(spec: Spec) -> frozenset[str]:
+    return SUFFIXES if spec.media == "videos" else IMAGE_SUFFIXES
+
+
+def _one(text: str, spec: Spec) -> Iterable[Source]:
+    if "://" in text:
+        return _address(text, spec)
     path = Path(text).resolve()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, spec)
     if not path.is_file():
         raise BadInput(f"{text}: no such file or folder; give folders, video files or tables of videos")
-    if path.suffix.lower() in TABLES:
-        return _table(path, columns)
-    return [_video(path, path.name)]
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        return _table(path, spec.columns)
+    if suffix == ".txt":
+        return _list(path)
+    if suffix == ".tar":
+        return _tar(path, path.name, spec)
+    return [_file(path, path.name)]
 
 
-def _folder(folder: Path) -> Iterator[Source]:
-    """Every file below a folder that is called like a video; hidden files and folders are left alone."""
+def _folder(folder: Path, spec: Spec) -> Iterator[Source]:
+    """Every file below a folder that is called like a video, or a tar; hidden files and folders are left alone."""
+    wanted = _suffixes(spec)
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not any(p.startswith(".") for p in below.parts):
-            yield _video(path, f"{folder.name}/{below.as_posix()}")
+        if any(part.startswith(".") for part in below.parts) or not path.is_file():
+            continue
+        if path.suffix.lower() in wanted:
+            yield _file(path, f"{folder.name}/{below.as_posix()}")
+        elif path.suffix.lower() == ".tar":
+            yield from _tar(path, f"{folder.name}/{below.as_posix()}", spec)
 
 
-def _video(path: Path, name: str) -> Source:
+def _file(path: Path, name: str) -> Source:
     """A video file, with the labels in the JSON file of the same stem if there is one."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
-        return Source(name, str(path))
+        return Source(name, Place(str(path)))
     try:
-        return Source(name, str(path), labels=_labels(json.loads(sidecar.read_bytes())))
+        return Source(name, Place(str(path)), labels=_labels(json.loads(sidecar.read_bytes())))
     except (OSError, ValueError) as error:
-        return Source(name, str(path), refused=(Reason.BAD_LABELS, f"{sidecar.name}: {error}"))
+        return Source(name, Place(str(path)), refused=(Reason.BAD_LABELS, f"{sidecar.name}: {error}"))
 
 
 def _labels(value: Any) -> dict[str, Any]:
@@ -99,6 +120,28 @@ def _labels(value: Any) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     json.dumps(value, allow_nan=False)
     return value
+
+
+def _address(url: str, spec: Spec) -> Iterator[Source]:
+    scheme = url.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise BadInput(f"{url}: {scheme}: is not opened, only {', '.join(sorted(SCHEMES))}; copy the files here first")
+    if not url.endswith("/"):
+        yield Source(url, Place(url))
+        return
+    if scheme in ("http", "https"):
+        raise BadInput(f"{url}: a web server does not list its files; give a .txt or .csv with one address a row")
+    try:
+        system, root = fsspec.url_to_fs(url)
+        paths = sorted(system.find(root))
+    except (OSError, ImportError, ValueError) as error:
+        raise BadInput(
+            f"{url}: cannot be listed ({str(error).splitlines()[0]}); check the address and the keys"
+        ) from None
+    for path in paths:
+        if PurePosixPath(path).suffix.lower() in _suffixes(spec):
+            address = f"{scheme}://{path}"
+            yield Source(address, Place(address))
 
 
 def _what_else(sources: Sequence[str]) -> str:
@@ -114,8 +157,63 @@ def _what_else(sources: Sequence[str]) -> str:
     return f" ({sum(suffixes.values())} other files: {', '.join(f'{suffixes[s]} x {s}' for s in common)})"
 
 
+def _where(folder: Path, text: str) -> Place:
+    """The place that a cell or line names: an address, or a path from the folder of its table."""
+    return Place(text if "://" in text else str((folder / text).resolve()))
+
+
+def _list(path: Path) -> Iterator[Source]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"{path}: is not a text file; give a list with one path or address a line") from None
+    for line in lines:
+        if line.strip():
+            yield Source(line.strip(), _where(path.parent, line.strip()))
+
+
+def _tar(path: Path, name: str, spec: Spec) -> Iterator[Source]:
+    """The samples of a WebDataset tar, with what their json and txt say; nothing else in them is looked at."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                _, dot, suffix = member.name.rpartition("/")[2].partition(".")
+                if member.isreg() and dot:
+                    samples.setdefault(member.name[: -len(suffix) - 1], {})[suffix.lower()] = member
+            for key, members in samples.items():
+                video = next((m for s, m in members.items() if f".{s}" in _suffixes(spec)), None)
+                if video is not None:
+                    yield _tar_sample(tar, path, f"{name}/{key}", video, members)
+    except (tarfile.TarError, OSError) as error:
+        raise BadInput(f"{path}: is not a whole tar ({error}); copy it again") from None
+
+
+def _tar_sample(
+    tar: tarfile.TarFile, path: Path, name: str, video: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]
+) -> Source:
+    place = Place(str(path), video.offset_data, video.size)
+    text = {suffix: _small(tar, members[suffix]) for suffix in ("json", "txt") if suffix in members}
+    try:
+        facts = _labels(json.loads(text["json"])) if "json" in text else {}
+        caption = {"caption": text["txt"].decode().strip()} if "txt" in text else {}
+    except ValueError as error:
+        return Source(name, place, refused=(Reason.BAD_LABELS, f"json: {error}"))
+    if isinstance(facts.get("labels"), dict) and isinstance(facts.get("group"), str):  # a shard of ours
+        split = facts.get("split")
+        return Source(
+            name, place, facts["labels"], group=facts["group"], split=split if isinstance(split, str) else None
+        )
+    return Source(name, place, {**facts, **caption})
+
+
+def _small(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read(1 << 20) if file is not None else b""
+
+
 def _table(path: Path, columns: Columns) -> Iterator[Source]:
-    table = _read_table(path)
+    table = _read_table(path, columns)
     if columns.path not in table.column_names:
         raise BadInput(
             f"{path}: no column {columns.path!r}, it has {', '.join(table.column_names)}; set columns.path=NAME"
@@ -131,17 +229,18 @@ def _table(path: Path, columns: Columns) -> Iterator[Source]:
             raise BadInput(f"{path}: row {number} has no {columns.path!r}; remove the row or fill it in")
         yield Source(
             name=where,
-            path=str((path.parent / where).resolve()),
+            place=_where(path.parent, where),
             labels={name: _plain(row[name]) for name in labels if row[name] not in (None, "")},
             group=_text(row.get(columns.group)),
-            split=_text(row.get(columns.split)),
+            split=_split(path, number, _text(row.get(columns.split))),
             start_s=_seconds(path, number, row.get(columns.start)),
             end_s=_seconds(path, number, row.get(columns.end)),
         )
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, columns: Columns) -> pa.Table:
     suffix = path.suffix.lower()
+    texts = {name: pa.string() for name in (columns.path, columns.group, columns.split)}
     try:
         if suffix == ".parquet":
             return pq.read_table(path)
@@ -150,6 +249,7 @@ def _read_table(path: Path) -> pa.Table:
         return pa_csv.read_csv(
             path,
             parse_options=pa_csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(column_types=texts, strings_can_be_null=True),
         )
     except (OSError, pa.ArrowException) as error:
         raise BadInput(
@@ -158,12 +258,20 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; dates and the like as text."""
+    """A value as JSON has it; dates and the like as text, what is no number as nothing."""
+    if isinstance(value, float) and value != value:
+        return None
     return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
 
 
 def _text(value: Any) -> str | None:
     return None if value in (None, "") else str(value)
+
+
+def _split(path: Path, number: int, split: str | None) -> str | None:
+    if split is not None and not (split.isascii() and split.isalnum() and split.islower() and len(split) <= 16):
+        raise BadInput(f"{path}: row {number}: split {split!r} is no short lower-case word; write for example val")
+    return split
 
 
 def _seconds(path: Path, number: int, value: Any) -> float | None:
@@ -176,7 +284,3 @@ def _seconds(path: Path, number: int, value: Any) -> float | None:
     if not 0 <= seconds < 1e9:
         raise BadInput(f"{path}: row {number}: {value!r} is no time in seconds; write for example 12.5")
     return seconds
-
-
-def as_refusal(source: Source) -> Refused | None:
-    return Refused(Reason(source.refused[0]), source.refused[1]) if source.refused else None

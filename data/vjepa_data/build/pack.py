@@ -7,6 +7,7 @@ OUT/plan/plan.json       written last: spec, tools, and the sums of what it was 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +24,9 @@ from vjepa_data.spec import Spec
 
 BYTES_PER_PIXEL = 0.018
 """Of a canonical clip at crf 23: median over 12 public clips (0.008 to 0.031). Only the size of shards hangs on it."""
+
+BYTES_PER_PIXEL_IMAGE = 0.35
+"""Of a JPEG of quality 92, roughly; only the size of shards hangs on it."""
 
 CLIP_COLUMNS = pa.schema(
     [
@@ -85,8 +89,12 @@ def _order(clip: Cutting) -> bytes:
 def estimated_bytes(clip: Cutting, *, spec: Spec) -> float:
     """Size of a clip before it is encoded, from its length and shape."""
     original = json.loads(clip.original)
+    if spec.mode == "copy" and clip.start_s is None and clip.end_s is None:
+        return original["bytes"]
     short, long = sorted((original["width"], original["height"]))
     pixels = spec.encode.short_side_px**2 * long / short
+    if spec.media == "images":
+        return pixels * BYTES_PER_PIXEL_IMAGE
     fps = spec.encode.fps or min(original["fps"], spec.encode.max_fps)
     return clip.seconds * fps * pixels * BYTES_PER_PIXEL
 
@@ -102,7 +110,7 @@ def freeze(
 ) -> BuildPlan:
     """Write the plan and read it back as every other builder will."""
     folder = out / "plan"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     rows = [{"shard": number, **asdict(clip)} for number, clip in pack(clips, spec=spec)]
     tables = {
         "clips": table_bytes(rows, CLIP_COLUMNS),
@@ -111,7 +119,8 @@ def freeze(
     for name, data in tables.items():
         write_whole(folder / f"{name}.parquet", data)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
-    values = {**_heading(sources, spec, tools), **sums}
+    counts = Counter(row["shard"] for row in rows)
+    values = {**_heading(sources, spec, tools), **sums, "shard_clips": [counts[n] for n in sorted(counts)]}
     write_whole(folder / "plan.json", json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
     plan = thaw(out, sources=sources, spec=spec, tools=tools)
     assert plan is not None

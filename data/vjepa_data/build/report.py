@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from vjepa_data.build.write import Tally
+from vjepa_data.build.status import Tally
+from vjepa_data.decode import Expect
+from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
 from vjepa_data.shards import Manifest, write_whole
 from vjepa_data.video import Refused
@@ -34,7 +36,7 @@ def write_report(folder: Path, manifest: Manifest, tally: Tally, *, pool: Pool[A
     Args:
         folder: the corpus.
         manifest: what was written.
-        tally: what this builder did of it; earlier runs and other builders are not in it.
+        tally: what all builders did for it.
         pool: processes that decode the contact sheet.
     """
     rows = pq.read_table(folder / "samples.parquet").to_pylist()
@@ -78,7 +80,7 @@ def _totals(
     lines.append(("Refused", f"{len(rejects)}, from {len({reject['source'] for reject in rejects})} sources"))
     if tally.clips:
         cost = f"{tally.encode_s:.1f} s to encode and {tally.check_s:.1f} s to check {tally.video_s:.0f} s of video"
-        lines.append(("CPU time of the last run", cost))
+        lines.append(("CPU time", cost))
     lines.append(("Tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())))
     return lines
 
@@ -87,23 +89,27 @@ def _strips(
     folder: Path, manifest: Manifest, rows: Sequence[dict[str, Any]], pool: Pool[Any, Any]
 ) -> list[tuple[dict[str, Any], Strip]]:
     """Clips at equal distances in the table, which is shuffled already."""
-    videos = [row for row in rows if row["suffix"] == "mp4"]
-    chosen = (
-        [videos[i * len(videos) // SHEET_CLIPS] for i in range(SHEET_CLIPS)] if len(videos) > SHEET_CLIPS else videos
-    )
+    count = min(SHEET_CLIPS, len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
     tasks = [
         Picture(
             key=row["key"],
-            path=str(folder / manifest.shards[row["shard"]].file),
-            offset=row["video_offset"],
-            size=row["video_size"],
-            frames=tuple((2 * i + 1) * row["frames"] // (2 * SHEET_FRAMES) for i in range(SHEET_FRAMES)),
+            place=Place(str(folder / manifest.shards[row["shard"]].file), row["video_offset"], row["video_size"]),
+            suffix=row["suffix"],
+            expect=Expect(row["frames"], row["width"], row["height"]),
+            frames=glances(row["frames"]),
             height_px=SHEET_PX,
         )
         for row in chosen
     ]
     answers = [answer for _, answer in pool.map(tasks)]
     return [(row, answer) for row, answer in zip(chosen, answers, strict=True) if not isinstance(answer, Refused)]
+
+
+def glances(frames: int) -> tuple[int, ...]:
+    """Numbers of a few frames spread over a clip; fewer where it has fewer."""
+    count = min(SHEET_FRAMES, frames)
+    return tuple((2 * i + 1) * frames // (2 * count) for i in range(count))
 
 
 def _histograms(rows: Sequence[dict[str, Any]], decode_s: Sequence[float]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 import signal
@@ -19,32 +18,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vjepa_data.build.ingest import Source, ingest
-from vjepa_data.build.pack import BuildPlan, ShardPlan, freeze, thaw
+from vjepa_data.build.pack import BuildPlan, freeze, thaw
 from vjepa_data.build.report import write_report
-from vjepa_data.build.select import select
-from vjepa_data.build.write import Tally, write_shards
+from vjepa_data.build.select import choose, look_at
+from vjepa_data.build.status import StatusFile, Tally, read_builders, total
+from vjepa_data.build.write import write_shards
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import Manifest, Reject, read_record, remove_leftovers, write_manifest
 from vjepa_data.spec import Spec
 
-log = logging.getLogger(__name__)
-
-WRITTEN = frozenset({"plan", "shards", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", ".index"})
+WRITTEN = frozenset(
+    {"plan", "shards", "status", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", ".index"}
+)
 """All that a build puts into its folder."""
 
 
-def shard(sources: Sequence[str], out: Path, *, spec: Spec, workers: int, console: Console | None = None) -> Manifest:
+def shard(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    spec: Spec,
+    workers: int,
+    start: float | None = None,
+    console: Console | None = None,
+) -> Manifest:
     """Turn raw videos into a corpus of shards.
 
     May be killed at any moment and called again with the same arguments, on any number of machines at once: the
     result is the same to the byte.
 
     Args:
-        sources: folders, video files, tables of videos.
-        out: folder of the corpus; new, empty, or that of the same build begun earlier.
+        sources: folders, video files, tables of videos and more (`ingest`).
+        out: folder of the corpus; new, empty, or that of the same build begun earlier or elsewhere.
         spec: what to take and how to store it.
         workers: processes that decode and encode.
+        start: at which of the shards to begin, as a share of them; task k of an array of n gives k / n, so that they
+            begin apart. By default a number of this process's own.
         console: where to show progress; by default the terminal's.
 
     Returns:
@@ -54,64 +64,61 @@ def shard(sources: Sequence[str], out: Path, *, spec: Spec, workers: int, consol
         BadInput: nothing can be built from this, or not there. Nothing half-written is left behind.
         SystemExit: 75, after a SIGTERM: whole shards stay, call again to go on.
     """
+    start = os.getpid() % 97 / 97 if start is None else start
     found = ingest(sources, spec=spec)
     pool = Pool[Any, Any]("vjepa_data.work", workers=workers, timeout_s=spec.timeout_s)
-    with _stop_in_good_order(), _disk_trouble(out), _progress(console) as progress, pool:
+    with stop_in_good_order(), _disk_trouble(out), show_progress(console) as progress, pool:
         is_new = _open(out)
         try:
-            return _build(found, out, spec=spec, pool=pool, progress=progress)
+            return _build(found, out, spec=spec, pool=pool, start=start, progress=progress)
         except BadInput:
             if is_new:
                 _remove(out)
             raise
 
 
-def _build(found: Sequence[Source], out: Path, *, spec: Spec, pool: Pool[Any, Any], progress: Progress) -> Manifest:
+def _build(
+    found: Sequence[Source], out: Path, *, spec: Spec, pool: Pool[Any, Any], start: float, progress: Progress
+) -> Manifest:
+    """The stages, in order."""
     tools = tool_versions()
     plan = thaw(out, sources=found, spec=spec, tools=tools)
     if plan is None:
         bar = progress.add_task("looking at sources", total=len(found), note="")
-        clips, rejects = select(found, spec=spec, pool=pool, advance=lambda n: progress.advance(bar, n))
+        looks = look_at(found, out, spec=spec, pool=pool, start=start, advance=lambda n: progress.advance(bar, n))
+        clips, rejects = choose(found, looks, spec=spec)
         if not clips:
             raise BadInput(_nothing_left(len(found), rejects))
         plan = freeze(out, clips, rejects, sources=found, spec=spec, tools=tools)
     remove_leftovers(out / "shards")
-    clips_in_plan = sum(len(shard.clips) for shard in plan.shards)
-    done = sum(len(shard.clips) for shard in plan.shards if read_record(out, shard.number, plan=plan.hash))
-    bar = progress.add_task("writing clips", total=clips_in_plan, completed=done, note="")
+    done = [len(shard.clips) for shard in plan.shards if read_record(out, shard.number, plan=plan.hash)]
+    bar = progress.add_task(
+        "writing clips", total=sum(len(shard.clips) for shard in plan.shards), completed=sum(done), note=""
+    )
+    own = StatusFile(out)
+    tally = Tally()
 
-    def advance(tally: Tally) -> None:
+    def advance(now: Tally) -> None:
+        nonlocal tally
+        tally = now
+        own.update(tally)
         refused = sum(tally.rejects.values())
         note = f"{tally.bytes / 1e6:.1f} MB" + (f", {refused} refused" if refused else "")
-        progress.update(bar, completed=done + tally.clips, note=note)
+        progress.update(bar, completed=sum(done) + tally.clips, note=note)
 
-    tally = write_shards(
-        out,
-        plan,
-        _own_order(plan),
-        paths={source.name: source.path for source in found},
-        spec=spec,
-        pool=pool,
-        advance=advance,
-    )
+    places = {source.name: source.place for source in found}
+    write_shards(out, plan, places=places, spec=spec, pool=pool, start=start, advance=advance)
+    own.update(tally, is_last=True)
     manifest = _finish(found, out, plan, spec=spec, tools=tools)
-    write_report(out, manifest, tally, pool=pool)
+    write_report(out, manifest, total(read_builders(out)), pool=pool)
     return manifest
-
-
-def _own_order(plan: BuildPlan) -> list[ShardPlan]:
-    """The shards, from a place of this builder's own, so that several on one folder rarely do the same."""
-    start = os.getpid() % max(1, len(plan.shards))
-    return [*plan.shards[start:], *plan.shards[:start]]
 
 
 def _finish(found: Sequence[Source], out: Path, plan: BuildPlan, *, spec: Spec, tools: dict[str, str]) -> Manifest:
     """Write the tables and the manifest from the commit records."""
     records = [read_record(out, shard.number, plan=plan.hash) for shard in plan.shards]
-    missing = [shard.file for shard, record in zip(plan.shards, records, strict=True) if record is None]
-    if missing:
-        raise BadInput(f"{out}: {len(missing)} shards are missing, the first {missing[0]}; run the same command again")
     complete = [record for record in records if record is not None]
+    assert len(complete) == len(records)
     late = [Reject(**reject) for record in complete for reject in record["rejects"]]
     rejects = [*plan.rejects, *late]
     if not any(record["samples"] for record in complete):
@@ -140,7 +147,7 @@ def _by_reason(rejects: Sequence[Reject]) -> str:
 
 def tool_versions() -> dict[str, str]:
     """Versions of all that has a part in the bytes."""
-    versions = {name: metadata.version(name) for name in ("av", "pyarrow", "webdataset")}
+    versions = {name: metadata.version(name) for name in ("av", "decord", "pillow", "pyarrow")}
     versions["ffmpeg"] = str(av.ffmpeg_version_info)
     return versions
 
@@ -186,7 +193,7 @@ def _disk_trouble(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_in_good_order() -> Iterator[None]:
+def stop_in_good_order() -> Iterator[None]:
     """Turn a SIGTERM into an exit with code 75, so that temporary files go and whole shards stay."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -203,7 +210,7 @@ def _stop_in_good_order() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console | None) -> Iterator[Progress]:
+def show_progress(console: Console | None) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

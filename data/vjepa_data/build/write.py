@@ -1,8 +1,8 @@
 """Encode, check, store: shards are written one by one, their clips by as many children as there are workers."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,94 +10,80 @@ import xxhash
 
 from vjepa_data.build.pack import BuildPlan, ShardPlan
 from vjepa_data.build.select import Cutting
+from vjepa_data.build.status import Tally
+from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
-from vjepa_data.shards import Reject, Sample, ShardWriter, read_record
+from vjepa_data.shards import Reject, Sample, ShardWriter, is_claimed, read_record, remove_leftovers
 from vjepa_data.spec import Spec
 from vjepa_data.video import Refused
 from vjepa_data.work import Done, Store
 
-
-@dataclass
-class Tally:
-    """What this builder did, for progress and report; no part of the corpus."""
-
-    clips: int = 0
-    bytes: int = 0
-    video_s: float = 0.0
-    encode_s: float = 0.0
-    check_s: float = 0.0
-    rejects: dict[str, int] = field(default_factory=dict)
+PATIENCE_S = 1.0
+"""How often to look whether other builders have finished what only they still write."""
 
 
 def write_shards(
     out: Path,
     plan: BuildPlan,
-    shards: Sequence[ShardPlan],
     *,
-    paths: dict[str, str],
+    places: Mapping[str, Place],
     spec: Spec,
     pool: Pool[Store, Done],
+    start: float,
     advance: Callable[[Tally], None],
-) -> Tally:
-    """Write those of the shards that are not there yet.
+) -> None:
+    """Write those shards of a plan that are not there yet; return when all are, whoever wrote them.
 
     Args:
         out: the corpus's folder.
         plan: the frozen plan.
-        shards: this builder's part of it.
-        paths: where each source is now, by name.
+        places: where each source is now, by name.
         spec: how to encode.
         pool: processes that encode.
-        advance: called after each clip with all that was done so far.
-
-    Returns:
-        What was done here.
+        start: at which of the shards to begin, as a share of them, so that several builders begin apart.
+        advance: called after each clip with all that was done here so far.
     """
     (out / "shards").mkdir(exist_ok=True)
-    by_number = {shard.number: shard for shard in shards}
+    turn = int(start * len(plan.shards))
+    order = [*plan.shards[turn:], *plan.shards[:turn]]
+    writers: dict[int, ShardWriter] = {}
     tally = Tally()
-    writer: ShardWriter | None = None
-    rejects: list[Reject] = []
     try:
-        for task, answer in pool.map(_tasks(out, plan, shards, paths, spec)):
-            shard = by_number[task.shard]
-            clip = shard.clips[task.position]
-            if writer is None:
-                writer = ShardWriter(out, number=shard.number, file=shard.file, split=shard.split)
-                rejects = []
-            if isinstance(answer, Refused):
-                rejects.append(Reject(clip.source, clip.start_s, clip.end_s, "store", answer.reason, answer.detail))
-                tally.rejects[answer.reason] = tally.rejects.get(answer.reason, 0) + 1
-            else:
-                sample = Sample(clip.key, answer.clip.data, "mp4", sample_facts(clip, answer))
-                writer.write(sample)
-                tally.bytes += len(sample.video)
-                tally.video_s += sample.facts["stored"]["duration_s"]
-                tally.encode_s += answer.encode_s
-                tally.check_s += answer.check_s
-            tally.clips += 1
-            advance(tally)
-            if task.position == len(shard.clips) - 1:
-                writer.commit(rejects, plan=plan.hash)
-                writer = None
+        while missing := [s for s in order if read_record(out, s.number, plan=plan.hash) is None]:
+            free = [shard for shard in missing if not is_claimed(out / shard.file)]
+            if not free:
+                time.sleep(PATIENCE_S)
+                remove_leftovers(out / "shards")
+            for task, answer in pool.map(_tasks(out, plan, free, writers, places, spec)):
+                shard = plan.shards[task.shard]
+                _store(writers[shard.number], shard.clips[task.position], answer, tally)
+                advance(tally)
+                if task.position == len(shard.clips) - 1:
+                    writers.pop(shard.number).commit(plan=plan.hash)
     finally:
-        if writer is not None:
+        for writer in writers.values():
             writer.abandon()
-    return tally
 
 
 def _tasks(
-    out: Path, plan: BuildPlan, shards: Sequence[ShardPlan], paths: dict[str, str], spec: Spec
+    out: Path,
+    plan: BuildPlan,
+    shards: Sequence[ShardPlan],
+    writers: dict[int, ShardWriter],
+    places: Mapping[str, Place],
+    spec: Spec,
 ) -> Iterator[Store]:
-    """The clips of each shard that is missing. Looked up late, since another builder may have written it meanwhile."""
+    """The clips of each shard that nobody wrote or claimed meanwhile; its writer is opened, which is our claim."""
     for shard in shards:
-        if read_record(out, shard.number, plan=plan.hash) is not None:
+        if read_record(out, shard.number, plan=plan.hash) is not None or is_claimed(out / shard.file):
             continue
+        writers[shard.number] = ShardWriter(out, number=shard.number, file=shard.file, split=shard.split)
         for position, clip in enumerate(shard.clips):
             yield Store(
                 shard=shard.number,
                 position=position,
-                path=paths[clip.source],
+                place=places[clip.source],
+                media=spec.media,
                 start_s=clip.start_s,
                 end_s=clip.end_s,
                 encode=spec.encode,
@@ -106,9 +92,33 @@ def _tasks(
             )
 
 
+def _store(writer: ShardWriter, clip: Cutting, answer: Done | Refused, tally: Tally) -> None:
+    tally.clips += 1
+    if isinstance(answer, Refused):
+        writer.refuse(Reject(clip.source, clip.start_s, clip.end_s, "store", answer.reason, answer.detail))
+        tally.rejects[answer.reason] = tally.rejects.get(answer.reason, 0) + 1
+        return
+    sample = Sample(clip.key, answer.clip.data, _suffix(clip), sample_facts(clip, answer))
+    writer.write(sample)
+    tally.bytes += len(sample.video)
+    tally.video_s += sample.facts["stored"]["duration_s"]
+    tally.encode_s += answer.encode_s
+    tally.check_s += answer.check_s
+
+
+def _suffix(clip: Cutting) -> str:
+    return "jpg" if is_image(json.loads(clip.original)) else "mp4"
+
+
+def is_image(original: Mapping[str, Any]) -> bool:
+    return original["frames"] == 1 and original["duration_s"] == 0
+
+
 def sample_facts(clip: Cutting, done: Done) -> dict[str, Any]:
     """The JSON of a sample."""
     stored = done.clip.stored
+    original = json.loads(clip.original)
+    form = {"codec": "jpeg", "pixel_format": "yuv444p"} if is_image(original) else CANONICAL
     return {
         "key": clip.key,
         "source": clip.source,
@@ -117,17 +127,19 @@ def sample_facts(clip: Cutting, done: Done) -> dict[str, Any]:
         "group": clip.group,
         "split": clip.split,
         "labels": json.loads(clip.labels),
-        "original": json.loads(clip.original),
+        "original": original,
         "stored": {
-            "codec": "h264",
-            "pixel_format": "yuv420p",
+            **form,
             "is_copy": done.is_copy,
             "frames": stored.frames,
             "fps": stored.fps,
             "width": stored.width,
             "height": stored.height,
-            "duration_s": round(stored.frames / stored.fps, 6),
+            "duration_s": 0.0 if is_image(original) else round(stored.frames / stored.fps, 6),
             "bytes": len(done.clip.data),
             "xxh64": xxhash.xxh64_hexdigest(done.clip.data),
         },
     }
+
+
+CANONICAL = {"codec": "h264", "pixel_format": "yuv420p"}

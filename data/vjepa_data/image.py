@@ -1,0 +1,61 @@
+"""Images as samples of one frame: stored as JPEG, upright, RGB, of the size that is asked for."""
+
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vjepa_data.spec import Encode
+from vjepa_data.transcode import Clip, stored_size
+from vjepa_data.video import MAX_PIXELS, Probe, Reason, Refused, Stored
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+def probe_image(path: Path) -> Probe:
+    """Read what an image file says of itself.
+
+    Raises:
+        Refused: it is missing, empty, too large or no image.
+    """
+    with _open(path) as image:
+        width, height = ImageOps.exif_transpose(image).size
+        kind = (image.format or "").lower()
+        size = path.stat().st_size
+        return Probe(size, kind, kind, image.mode, width, height, (1, 1), 0.0, 1, 0.0, False)
+
+
+def store_image(path: Path, *, encode: Encode) -> Clip:
+    """Encode an image as it is stored.
+
+    Raises:
+        Refused: it is damaged.
+    """
+    with _open(path) as image:
+        try:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise Refused(Reason.NOT_IMAGE, str(error)) from None
+    width, height = stored_size(*picture.size, encode=encode)
+    file = io.BytesIO()
+    picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(
+        file, "JPEG", quality=encode.jpeg_quality, subsampling=0
+    )
+    return Clip(file.getvalue(), Stored(1, (1, 1), width, height))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        size = path.stat().st_size
+        image = Image.open(path, formats=FORMATS) if size else None
+    except UnidentifiedImageError:
+        raise Refused(Reason.NOT_IMAGE, "no image of a known kind") from None
+    except Image.DecompressionBombError:
+        raise Refused(Reason.TOO_LARGE, "decompression bomb") from None
+    except OSError as error:
+        raise Refused(Reason.MISSING, error.strerror or "cannot be read") from None
+    if image is None:
+        raise Refused(Reason.EMPTY, "0 bytes")
+    if image.width * image.height > MAX_PIXELS:
+        raise Refused(Reason.TOO_LARGE, f"{image.width}x{image.height}")
+    return image

@@ -1,0 +1,110 @@
+"""What a video shows, as far as a builder needs to know: where its scenes begin, and what it looks like at a glance."""
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.container
+import av.filter
+import av.video.stream
+import numpy as np
+from av.error import BlockingIOError, EOFError, FFmpegError
+
+from vjepa_data.transcode import decode
+from vjepa_data.video import Probe, Reason, Refused, open_video, video_stream
+
+GLANCES = (0.2, 0.5, 0.8)
+"""Where in a video its perceptual hashes are taken, as shares of its length."""
+
+SHORT_S = 0.5
+"""Shortest scene; a second change within this time belongs to the first (flashes, dissolves)."""
+
+
+def scene_starts(path: Path, facts: Probe, *, threshold: float) -> tuple[float, ...]:
+    """Say when scenes begin, in seconds from the first frame, which is not named itself.
+
+    Args:
+        path: a local file.
+        facts: what the file says of itself.
+        threshold: smallest change from frame to frame, in percent.
+
+    Raises:
+        Refused: the video cannot be decoded from start to end.
+
+    Source: FFmpeg's `scdet` filter, at 160 pixels of width.
+    """
+    starts: list[float] = []
+    rate = Fraction(*facts.rate)
+    with open_video(path) as container:
+        stream = video_stream(container)
+        graph: av.filter.Graph | None = None
+        first = Fraction(0)
+        for number, (time, frame) in enumerate(decode(container, stream, None, rate)):
+            if graph is None:
+                graph, first = _detector(frame, threshold), time
+            frame.pts, frame.time_base = number, Fraction(1, 1000)
+            graph.vpush(frame)
+            try:
+                changed = float(graph.vpull().metadata.get("lavfi.scd.score", "0")) >= threshold
+            except (BlockingIOError, EOFError):
+                continue
+            at = float(time - first)
+            if number and changed and at - (starts[-1] if starts else 0.0) >= SHORT_S:
+                starts.append(round(at, 6))
+    return tuple(starts)
+
+
+def _detector(frame: av.VideoFrame, threshold: float) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
+    small = graph.add("scale", "160:-2:flags=fast_bilinear+bitexact")
+    pixels = graph.add("format", "pix_fmts=yuv420p")
+    detector = graph.add("scdet", f"threshold={threshold}")
+    sink = graph.add("buffersink")
+    graph.link_nodes(source, small, pixels, detector, sink).configure()
+    return graph
+
+
+def perceptual_hashes(path: Path, facts: Probe) -> tuple[int, ...]:
+    """Hash what a video shows at three moments, 64 bits each: equal or nearly so after re-encoding or resizing.
+
+    A bit says whether a picture of 9 x 8 grey levels grows brighter from one column to the next.
+
+    Raises:
+        Refused: a frame cannot be decoded.
+
+    Source: the difference hash, Krawetz, "Kind of like that" (2013).
+    """
+    hashes: list[int] = []
+    for share in GLANCES:
+        with open_video(path) as container:
+            stream = video_stream(container)
+            at = facts.start_s + share * facts.duration_s
+            if stream.time_base is not None:
+                container.seek(int(at / stream.time_base), stream=stream)
+            hashes.append(_hash(container, stream, at))
+    return tuple(hashes)
+
+
+def _hash(container: av.container.InputContainer, stream: av.video.stream.VideoStream, at: float) -> int:
+    last: av.VideoFrame | None = None
+    try:
+        for frame in container.decode(stream):
+            last = frame if last is None or (frame.time or 0.0) <= at + 1e-3 else last
+            if (frame.time or math.inf) >= at:
+                break
+    except FFmpegError as error:
+        raise Refused(Reason.DAMAGED, f"near {at:.1f} s: {error.strerror}") from None
+    if last is None:
+        raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
+    return difference_hash(last.to_ndarray(format="gray"))
+
+
+def difference_hash(grey: np.ndarray) -> int:
+    """64 bits of a grey picture, uint8 [H W]: the signs of the differences between the columns of 8 rows of 9 means."""
+    rows = np.array_split(grey.astype(np.float32), 8, axis=0)
+    means = np.array([[block.mean() for block in np.array_split(row, 9, axis=1)] for row in rows])
+    bits = (means[:, 1:] > means[:, :-1]).ravel()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
