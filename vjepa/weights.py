@@ -364,7 +364,7 @@ def _from_hf(path: Path) -> Weights:
     provenance = _provenance(path)
     tensors = FromHF(SafeTensors(path / "model.safetensors"), model, provenance.get("mask_token_order"))
     if missing := tensors.missing():
-        raise BadInput(f"{path}: model.safetensors lacks {_some(missing)}; is it a VJEPA2Model with its predictor?")
+        raise BadInput(f"{path}: model.safetensors lacks {some(missing)}; is it a VJEPA2Model with its predictor?")
     masks = MASKS.validate_python(provenance.get("settings", {}).get("masks", []))
     fps = float(provenance.get("fps", 4.0))  # V-JEPA 2's rate; not a field of config.json
     return Weights(
@@ -478,7 +478,7 @@ def _check_shapes(path: Path, weights: Weights) -> None:
     missing, extra = expected.keys() - set(weights.tensors), set(weights.tensors) - expected.keys()
     if missing or extra:
         what = " and ".join(
-            f"{word} {_some(sorted(names))}" for word, names in (("lacks", missing), ("has", extra)) if names
+            f"{word} {some(sorted(names))}" for word, names in (("lacks", missing), ("has", extra)) if names
         )
         raise BadInput(f"{path}: not the model that its settings describe: it {what}")
     for name, shape in expected.items():
@@ -486,5 +486,5 @@ def _check_shapes(path: Path, weights: Weights) -> None:
             raise BadInput(f"{path}: {name} has shape {list(got)}, its settings ask for {list(shape)}")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

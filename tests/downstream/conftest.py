@@ -134,7 +134,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             video = encode_mp4(folder.parent / "one.mp4", frames)
             writer.write(Sample(f"scene-{number:04d}", video, "mp4", facts))
             number += 1
-        writer.commit((), plan="test")
+        writer.commit(plan="test")
     records = [record for number in range(2) if (record := read_record(folder, number, plan="test"))]
     write_manifest(folder, records, (), name="scenes", spec={}, tools={})
     return folder

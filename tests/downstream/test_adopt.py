@@ -1,0 +1,148 @@
+"""Models of others are taken over byte for byte, and what our network cannot be is refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vjepa.adopt import Sizes, adopt
+from vjepa.checkpoint import load_weights
+from vjepa.export import export, load_encoder
+from vjepa.weights import read_weights
+from vjepa_data.settings import BadInput
+
+SIZES = Sizes(heads=3, predictor_heads=2, px=32, frames=4, fps=8.0)
+
+
+def as_released(trained: Path, *, average: str = "target_encoder") -> dict:
+    """The tensors of a run as V-JEPA 2 writes them: wrapped by DDP and by a wrapper of many clip lengths."""
+
+    def wrap(part: str) -> dict:
+        tensors = load_weights(trained, part)  # type: ignore[arg-type]
+        if "mask_tokens" in tensors:
+            tensors |= {f"mask_tokens.{kind}": one for kind, one in enumerate(tensors.pop("mask_tokens"))}
+        return {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
+
+    return {
+        "encoder": wrap("encoder"),
+        average: wrap("target"),
+        "predictor": wrap("predictor"),
+        "epoch": 3,
+        "loss": 0.5,
+    }
+
+
+@pytest.fixture
+def released(trained: Path, tmp_path: Path) -> Path:
+    torch.save(as_released(trained), tmp_path / "vit.pt")
+    return tmp_path / "vit.pt"
+
+
+def test_a_released_file_is_taken_over_byte_for_byte(trained: Path, released: Path, tmp_path: Path) -> None:
+    path = adopt(released, tmp_path / "out", SIZES)
+    assert path == tmp_path / "out" / "checkpoints" / "step_00000000"
+    for part in ("encoder", "target", "predictor"):
+        before, after = load_weights(trained, part), load_weights(tmp_path / "out", part)  # type: ignore[arg-type]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    frames = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(load_encoder(tmp_path / "out")(frames), load_encoder(trained)(frames))
+
+
+def test_the_way_through_hugging_face_and_back_loses_nothing(trained: Path, tmp_path: Path) -> None:
+    export(trained, tmp_path / "hf")
+    adopt(tmp_path / "hf", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_mask_tokens_are_given_to_our_kinds(trained: Path, released: Path, tmp_path: Path) -> None:
+    sizes = Sizes(**{**SIZES.__dict__, "mask_tokens": (1, 1, 0)})
+    adopt(released, tmp_path / "out", sizes)
+    before, after = (load_weights(one, "predictor")["mask_tokens"] for one in (trained, tmp_path / "out"))
+    assert torch.equal(after, before[[1, 1, 0]])
+    assert len(read_weights(tmp_path / "out").masks) == 3
+    with pytest.raises(BadInput, match="mask_tokens has 2"):
+        adopt(released, tmp_path / "other", Sizes(**{**SIZES.__dict__, "mask_tokens": (2,)}))
+
+
+def test_an_encoder_alone_gets_a_new_predictor(trained: Path, tmp_path: Path) -> None:
+    content = as_released(trained, average="ema_encoder")
+    torch.save({"ema_encoder": content["ema_encoder"]}, tmp_path / "small.pt")
+    adopt(tmp_path / "small.pt", tmp_path / "out", SIZES)
+    wanted = load_weights(trained, "target")
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in load_weights(tmp_path / "out", "encoder").items())
+
+
+class Strange:
+    """Something that would have to be unpickled."""
+
+
+def spoil(change: Callable[[dict], object]) -> Callable[[Path, dict], None]:
+    def write(path: Path, content: dict) -> None:
+        change(content)
+        torch.save(content, path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path, _: path.write_bytes(b"not torch"), "cannot be read|not read"),
+        (lambda path, _: torch.save(Strange(), path), "holds more than tensors"),
+        (lambda path, _: torch.save([1], path), "holds a list"),
+        (lambda path, _: torch.save({"model": {}}, path), "holds model; expected the parts"),
+        (
+            spoil(lambda content: content["encoder"].update({"module.backbone.pos_embed": torch.zeros(1)})),
+            "is V-JEPA 1",
+        ),
+        (
+            spoil(
+                lambda content: content["encoder"].update({"module.backbone.blocks.0.mlp.fc3.weight": torch.zeros(1)})
+            ),
+            "is one with SwiGLU",
+        ),
+        (
+            spoil(lambda content: content["predictor"].update({"module.backbone.action_encoder.bias": torch.zeros(1)})),
+            "action-conditioned",
+        ),
+        (
+            spoil(lambda content: content["encoder"].pop("module.backbone.blocks.1.norm2.bias")),
+            r"encoder lacks blocks\.1\.norm2\.bias",
+        ),
+        (
+            spoil(lambda content: content["target_encoder"].update({"module.backbone.norm.bias": torch.zeros(7)})),
+            r"target norm\.bias is \[7\], expected \[48\]",
+        ),
+        (
+            spoil(lambda content: content["encoder"].update({"module.backbone.cls_token": torch.zeros(1)})),
+            "encoder has cls_token",
+        ),
+    ],
+)
+def test_what_is_no_model_of_this_kind_is_named(
+    trained: Path, tmp_path: Path, write: Callable[[Path, dict], object], message: str
+) -> None:
+    write(tmp_path / "it.pt", as_released(trained))
+    with pytest.raises(BadInput, match=message) as caught:
+        adopt(tmp_path / "it.pt", tmp_path / "out", SIZES)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_sizes_are_asked_for(released: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="width 48 and depth 2 is in no table; give its --heads"):
+        adopt(released, tmp_path / "out")
+    with pytest.raises(BadInput, match="no such model"):
+        adopt(tmp_path / "nothing.pt", tmp_path / "out")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(BadInput, match="exists already"):
+        adopt(released, tmp_path / "taken", SIZES)
