@@ -126,6 +126,7 @@ def _http(url: str, copy: BinaryIO) -> None:
             if length is not None and got != int(length):
                 raise OSError(f"{got} of {length} bytes arrived")
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (408, 425, 429) or error.code >= 500:
             raise OSError(f"HTTP {error.code}") from None
         raise _Gone(f"HTTP {error.code}") from None

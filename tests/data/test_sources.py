@@ -1,0 +1,268 @@
+"""Where videos come from and how they are told apart: tars, addresses, images, scenes, copies."""
+
+import io
+import itertools
+import json
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from vjepa_data import fetch
+from vjepa_data.build import shard
+from vjepa_data.fetch import Place, local
+from vjepa_data.look import difference_hash, perceptual_hashes, scene_starts
+from vjepa_data.settings import BadInput
+from vjepa_data.settings_files import load_settings
+from vjepa_data.shards import Manifest, read_manifest
+from vjepa_data.spec import Spec
+from vjepa_data.verify import verify
+from vjepa_data.video import Reason, Refused, probe
+
+SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "name=toy"]
+
+
+def build(sources: list[Path | str], out: Path, *overrides: str) -> Manifest:
+    spec = load_settings(Spec, None, [*SMALL, *overrides]).settings
+    return shard([str(path) for path in sources], out, spec=spec, workers=1, console=Console(file=io.StringIO()))
+
+
+def rows_of(out: Path, table: str = "samples") -> list[dict]:
+    return pq.read_table(out / f"{table}.parquet").to_pylist()
+
+
+def write_scenes(path: Path, looks: list[int], *, seconds: float = 2.0, px: int = 64, crf: int = 23) -> Path:
+    """A video of still-standing textures that drift, a new one every `seconds`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10, options={"preset": "ultrafast", "crf": str(crf)})
+        stream.width, stream.height, stream.pix_fmt = px, px, "yuv420p"
+        for look in looks:
+            coarse = np.random.default_rng(look).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            texture = np.asarray(Image.fromarray(coarse).resize((px * 3 // 2, px * 3 // 2), Image.Resampling.BICUBIC))
+            for number in range(int(seconds * 10)):
+                at = number * px // 640
+                picture = np.ascontiguousarray(texture[at : at + px, at : at + px])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_scenes_are_found_where_they_begin(tmp_path: Path) -> None:
+    path = write_scenes(tmp_path / "v.mp4", [1, 2, 3])
+    assert scene_starts(path, probe(path), threshold=10.0) == (2.0, 4.0)
+
+
+def test_a_video_is_cut_at_its_scenes_and_long_ones_again(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "in" / "v.mp4", [1, 2, 3])
+    build([tmp_path / "in"], tmp_path / "o", "cut.kind=scene", "cut.length_s=1.5")
+    facts = sorted((f["start_s"], f["end_s"], f["stored"]["frames"]) for f in jsons(tmp_path / "o"))
+    assert facts == [(0.0, 1.5, 15), (2.0, 3.5, 15), (4.0, 5.5, 15)]
+    assert {row["group"] for row in rows_of(tmp_path / "o")} == {"in/v.mp4"}
+
+
+def jsons(out: Path) -> list[dict]:
+    found = []
+    for entry in read_manifest(out).shards:
+        data = (out / entry.file).read_bytes()
+        for row in rows_of(out):
+            if read_manifest(out).shards[row["shard"]] == entry:
+                found.append(json.loads(data[row["json_offset"] :][: row["json_size"]]))
+    return found
+
+
+def test_copies_that_were_encoded_again_look_the_same_and_others_do_not(tmp_path: Path) -> None:
+    first = write_scenes(tmp_path / "in" / "a.mp4", [1, 2])
+    write_scenes(tmp_path / "in" / "b.mp4", [1, 2], px=96, crf=35)
+    write_scenes(tmp_path / "in" / "c.mp4", [3, 4])
+    write_scenes(tmp_path / "in" / "longer.mp4", [1, 2], seconds=4)
+    hashes = {path.stem: perceptual_hashes(path, probe(path)) for path in (tmp_path / "in").iterdir()}
+    distance = {name: sum((x ^ y).bit_count() for x, y in zip(hashes["a"], hashes[name], strict=True)) for name in "bc"}
+    assert distance["b"] <= 12 < 40 <= distance["c"]
+    build([tmp_path / "in"], tmp_path / "o", "dedupe.perceptual_bits=4")
+    assert [(row["source"], row["reason"], row["detail"]) for row in rows_of(tmp_path / "o", "rejects")] == [
+        ("in/b.mp4", "near_duplicate", "looks like in/a.mp4")
+    ]
+    assert first.exists()
+
+
+def test_a_difference_hash_ignores_brightness_and_contrast() -> None:
+    grey = np.random.default_rng(0).integers(40, 200, (72, 90)).astype(np.uint8)
+    assert difference_hash(grey) == difference_hash((grey // 2 + 20).astype(np.uint8) * 2 // 2)
+    assert difference_hash(grey) != difference_hash(grey[:, ::-1])
+
+
+def test_tars_are_taken_in_with_their_labels_and_nothing_else_in_them_is_touched(tmp_path: Path) -> None:
+    video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
+    members = {
+        "a.mp4": video,
+        "a.json": b'{"speed": 3}',
+        "a.txt": b"a ball\n",
+        "a.pyd": b"cos\nsystem\n(S'touch pwned'\ntR.",
+        "../b.mp4": write_scenes(tmp_path / "w.mp4", [2]).read_bytes(),
+        "c.json": b"{}",
+        "d.mp4": video[:200],
+    }
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+        link = tarfile.TarInfo("e.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    build([tmp_path / "x.tar"], tmp_path / "o")
+    assert {f["source"]: f["labels"] for f in jsons(tmp_path / "o")} == {
+        "x.tar/a": {"speed": 3, "caption": "a ball"},
+        "x.tar/../b": {},
+    }
+    assert [(row["source"], row["reason"]) for row in rows_of(tmp_path / "o", "rejects")] == [("x.tar/d", "no_index")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "v.mp4", "w.mp4", "x.tar"]
+
+
+def test_a_corpus_can_be_sharded_again_without_losing_a_bit(tmp_path: Path) -> None:
+    for look in range(5):
+        write_scenes(tmp_path / "in" / f"{look}.mp4", [look])
+        (tmp_path / "in" / f"{look}.json").write_text(json.dumps({"look": look}))
+    build([tmp_path / "in"], tmp_path / "one", "shard_samples=2", "split.val_share=0.4")
+    build([tmp_path / "one" / "shards"], tmp_path / "two", "mode=copy")
+
+    def known(out: Path) -> set:
+        return {(row["xxh64"], row["group"], row["split"], row["labels"]) for row in rows_of(out)}
+
+    assert known(tmp_path / "one") == known(tmp_path / "two")
+    assert len(known(tmp_path / "one")) == 5
+
+
+def test_a_tar_that_was_cut_off_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"\1" * 2000)
+    with pytest.raises(BadInput, match="is not a whole tar"):
+        build([tmp_path / "x.tar"], tmp_path / "o")
+
+
+def test_images_become_samples_of_one_frame(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    y, x = np.mgrid[:90, :120]
+    picture = np.stack([x * 2, y * 2, x + y], axis=-1).astype(np.uint8)
+    Image.fromarray(picture).save(folder / "a.png")
+    Image.fromarray(picture[::-1]).save(folder / "b.jpg")
+    Image.fromarray(picture[..., 0]).save(folder / "grey.png")
+    (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    (folder / "a.json").write_text('{"kind": "ramp"}')
+    build([folder], tmp_path / "o", "media=images")
+    rows = {row["group"]: row for row in rows_of(tmp_path / "o")}
+    assert {(row["suffix"], row["frames"], row["width"], row["height"]) for row in rows.values()} == {
+        ("jpg", 1, 42, 32)
+    }
+    assert json.loads(rows["in/a.png"]["labels"]) == {"kind": "ramp"}
+    assert [(row["source"], row["reason"]) for row in rows_of(tmp_path / "o", "rejects")] == [
+        ("in/bad.jpg", "not_image")
+    ]
+    assert verify(tmp_path / "o", deep=True).problems == ()
+    entry = read_manifest(tmp_path / "o").shards[0]
+    with tarfile.open(tmp_path / "o" / entry.file) as tar:
+        assert [member.name.split(".")[1] for member in tar] == ["json", "jpg"] * 3
+
+
+class Server(ThreadingHTTPServer):
+    """A web server with moods."""
+
+    def __init__(self, video: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Moods)
+        self.video = video
+        self.asked: dict[str, int] = {}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Moods(BaseHTTPRequestHandler):
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        count = self.server.asked[self.path] = self.server.asked.get(self.path, 0) + 1
+        video = self.server.video
+        if self.path.startswith("/busy") and count < 3:
+            self.send_error(503)
+        elif self.path.startswith("/gone"):
+            self.send_error(404)
+        elif self.path.startswith("/away"):
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/passwd")
+            self.end_headers()
+        elif self.path.startswith("/stall") and count < 2:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(video)))
+            self.end_headers()
+            self.wfile.write(video[:100])
+            self.wfile.flush()
+            time.sleep(3)
+        else:
+            declared = {"/huge": 10 << 30, "/short": len(video) + 9}.get(self.path.partition(".")[0], len(video))
+            self.send_response(200)
+            self.send_header("Content-Length", str(declared))
+            self.end_headers()
+            self.wfile.write(video)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(write_scenes(tmp_path / "served" / "v.mp4", [1]).read_bytes())
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def reason_of(url: str) -> tuple[Reason, str]:
+    with pytest.raises(Refused) as caught, local(Place(url)):
+        pass
+    return caught.value.reason, caught.value.detail
+
+
+def test_a_server_that_is_busy_or_stalls_is_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "STALL_S", 0.5)
+    for name in ("busy", "stall"):
+        with local(Place(f"{server.url}/{name}.mp4")) as path:
+            assert path.read_bytes() == server.video
+    assert server.asked == {"/busy.mp4": 3, "/stall.mp4": 2}
+
+
+def test_a_server_that_will_not_give_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "ATTEMPTS", 2)
+    assert reason_of(f"{server.url}/gone.mp4") == (Reason.UNREACHABLE, "HTTP 404")
+    assert reason_of(f"{server.url}/huge.mp4")[0] is Reason.TOO_LARGE
+    assert reason_of(f"{server.url}/short.mp4")[0] is Reason.UNREACHABLE
+    assert reason_of(f"{server.url}/away.mp4") == (Reason.UNREACHABLE, "HTTP 302")
+    assert reason_of("http://127.0.0.1:1/x.mp4")[0] is Reason.UNREACHABLE
+    assert reason_of("file:///etc/passwd")[0] is Reason.UNREACHABLE
+    assert reason_of("ftp://example.com/x.mp4")[0] is Reason.UNREACHABLE
+    assert server.asked == {"/gone.mp4": 1, "/huge.mp4": 1, "/short.mp4": 2, "/away.mp4": 1}
+
+
+def test_a_list_of_addresses_is_built(server: Server, tmp_path: Path) -> None:
+    names = ["busy.mp4", "fine.mp4", "gone.mp4"]
+    (tmp_path / "list.txt").write_text("".join(f"{server.url}/{name}\n" for name in names))
+    build([tmp_path / "list.txt"], tmp_path / "o", "dedupe.exact=false")
+    assert {row["group"] for row in rows_of(tmp_path / "o")} == {f"{server.url}/{name}" for name in names[:2]}
+    assert [row["reason"] for row in rows_of(tmp_path / "o", "rejects")] == ["unreachable"]
+
+
+def test_addresses_of_other_kinds_are_bad_input(tmp_path: Path) -> None:
+    for url, message in itertools.product(["ftp://a/b.mp4", "simplecache::s3://a/b.mp4"], ["is not opened, only"]):
+        with pytest.raises(BadInput, match=message):
+            build([url], tmp_path / "o")
+    with pytest.raises(BadInput, match="does not list its files"):
+        build(["https://example.com/videos/"], tmp_path / "o")
