@@ -5,7 +5,11 @@ picture is the frame nearest to its exact time, so a 29.97 fps video sampled at 
 frames) instead of running 7 % fast (steps of 7).
 """
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,26 +49,34 @@ def offsets(*, frames: int, fps: float, file_fps: float) -> np.ndarray:
     return np.floor(np.arange(frames) * (file_fps / fps) + 0.5).astype(np.int64)
 
 
-def can_serve(file_frames: np.ndarray, file_fps: np.ndarray, *, frames: int, fps: float) -> np.ndarray:
+def can_serve(
+    file_frames: np.ndarray, file_fps: np.ndarray, *, frames: int, fps: float, hold: bool = False
+) -> np.ndarray:
     """Say which videos are long enough and fast enough for a clip.
 
     Args:
         file_frames: frames of each video, int [N].
         file_fps: rate of each video, float [N].
         frames, fps: the clip asked for.
+        hold: short videos serve too, see `choose`.
 
     Returns:
-        bool [N]. A clip of one frame has no rate, any video serves it.
+        bool [N]. A clip of one frame has no rate, nor has a picture: any rate is good.
     """
+    fast = (file_fps * RATE_TOLERANCE >= fps) | (file_frames == 1) | (frames == 1)
+    if hold:
+        return fast
     reach = np.floor((frames - 1) * (file_fps / fps) + 0.5)
-    fast = np.ones(len(file_fps), dtype=bool) if frames == 1 else file_fps * RATE_TOLERANCE >= fps
-    return (reach < file_frames) & fast
+    return fast & (reach < file_frames)
 
 
 def choose(
     *, file_frames: int, file_fps: float, frames: int, fps: float, seed: int, step: int, slot: int, attempt: int = 0
-):
+) -> Look:
     """Draw the clip that fills a slot: every start that leaves room for the whole clip is equally likely.
+
+    A video that ends before the clip does is shown from its start, and its last frame is held; whether such videos are
+    drawn at all is `data.clip.short`.
 
     Args:
         file_frames, file_fps: length and rate of the video.
@@ -75,40 +87,69 @@ def choose(
         The frames to decode.
     """
     ahead = offsets(frames=frames, fps=fps, file_fps=file_fps)
-    first = int(generator(seed, "clip", step, slot, attempt).integers(file_frames - int(ahead[-1])))
-    return Look(tuple(int(i) for i in first + ahead), first / file_fps)
+    starts = max(1, file_frames - int(ahead[-1]))
+    first = int(generator(seed, "clip", step, slot, attempt).integers(starts))
+    return Look(tuple(int(i) for i in np.minimum(first + ahead, file_frames - 1)), first / file_fps if first else 0.0)
 
 
 class Offer:
     """The samples of one source that can serve its clips: what the plan draws from."""
 
-    def __init__(self, index: "Index", *, frames: int, fps: float) -> None:
+    def __init__(
+        self, index: "Index", *, frames: int, fps: float, hold: bool = False, without: Iterable[str] = ()
+    ) -> None:
         """Args:
         index: the corpus.
         frames, fps: the clips asked for.
+        hold: short videos serve too.
+        without: keys never to draw.
 
         Raises:
             BadInput: no sample can serve them.
         """
-        self.index, self.frames, self.fps = index, frames, fps
-        good = can_serve(index.frames, index.fps, frames=frames, fps=fps)
-        self.left_out = len(good) - int(good.sum())
+        self.index, self.frames, self.fps, self.hold = index, frames, fps, hold
+        unwanted = sorted(without)
+        self._denied = index.find(unwanted)
+        good = self._serves(slice(None))
+        self.too_short = len(good) - int(good.sum())
         """Samples that are too short or too slow, and never drawn."""
+        good[self._denied] = False
+        self.left_out = len(good) - int(good.sum())
+        """Those, and the ones whose keys are not wanted."""
         if not good.any():
-            longest_s = float(np.max(index.frames / index.fps, initial=0))
+            longest_s = float(np.max(index.frames / np.maximum(index.fps, 1e-9), initial=0, where=index.frames > 1))
             fastest = float(np.max(index.fps, initial=0))
             raise BadInput(
                 f"none of the {len(index)} {index.split} samples of {index.folder} can serve {frames} frames at "
                 f"{fps:g} fps, which last {(frames - 1) / fps:.2f} s; the longest has {longest_s:.2f} s, the fastest "
-                f"{fastest:g} fps; lower data.clip.frames, or choose another data.clip.fps"
+                f"{fastest:g} fps; lower data.clip.frames, choose another data.clip.fps, or set data.clip.short=hold"
             )
         sums = np.concatenate([[0], np.cumsum(good)])
         self.counts = np.diff(sums[index.first])
-        self.name = f"{index.hash}/{index.split}/{frames}@{fps:g}"
+        denied = hashlib.sha256("\n".join(unwanted).encode()).hexdigest()[:16] if unwanted else "all"
+        self.name = f"{index.hash}/{index.split}/{frames}@{fps:g}{'+' if hold else ''}/{denied}"
 
     def members(self, shard: int) -> np.ndarray:
         """Give the ids of the samples that a shard offers."""
         a, b = int(self.index.first[shard]), int(self.index.first[shard + 1])
-        rows = slice(a, b)
-        good = can_serve(self.index.frames[rows], self.index.fps[rows], frames=self.frames, fps=self.fps)
+        good = self._serves(slice(a, b))
+        denied = self._denied[np.searchsorted(self._denied, a) : np.searchsorted(self._denied, b)]
+        good[denied - a] = False
         return a + np.flatnonzero(good)
+
+    def _serves(self, rows: slice) -> np.ndarray:
+        index = self.index
+        return can_serve(index.frames[rows], index.fps[rows], frames=self.frames, fps=self.fps, hold=self.hold)
+
+
+def read_keys(path: Path) -> set[str]:
+    """Read a list of keys: one a line, or the `key` of each line of a `rejected.jsonl`.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    try:
+        lines = path.read_text().split("\n")
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}; data.sources[].without must name a file of keys") from e
+    return {json.loads(line)["key"] if line.startswith("{") else line.strip() for line in lines if line.strip()}

@@ -11,11 +11,13 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import xxhash
 
@@ -131,9 +133,15 @@ class Index:
         """Give the key of a sample."""
         return self._table.column("key")[sample].as_py()
 
-    def keys(self) -> pa.Array:
-        """Give all keys, as an Arrow array of strings that is not copied."""
-        return self._table.column("key").chunk(0)
+    def find(self, keys: Collection[str]) -> np.ndarray:
+        """Give the samples that have these keys, int64, rising."""
+        wanted = pa.array(list(keys), pa.large_string())
+        found = pa.compute.is_in(self._table.column("key").chunk(0), wanted)  # pyright: ignore[reportAttributeAccessIssue]
+        return np.flatnonzero(found.to_numpy(zero_copy_only=False))
+
+    def url(self, sample: int) -> str:
+        """Give the place of the shard that holds a sample."""
+        return f"{self.folder}/{self.shards[int(self.shard[sample])].file}"
 
     def suffix(self, sample: int) -> str:
         """Give the kind of file of a sample: "mp4" or "jpg"."""

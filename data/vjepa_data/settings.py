@@ -37,6 +37,9 @@ class Source(Settings):
     fps: float | None = Field(default=None, gt=0)
     """Frames per second of video time from this source; by default those of `clip`."""
 
+    without: str | None = None
+    """File of keys never to draw, one a line; a `rejected.jsonl` of an earlier run will do. Changes the stream."""
+
 
 class Clip(Settings):
     """Where in time to look."""
@@ -46,6 +49,12 @@ class Clip(Settings):
 
     fps: float = Field(default=4.0, gt=0)
     """Frames per second of video time, not of the file. V-JEPA 2: 16 frames at 4 fps."""
+
+    short: Literal["leave_out", "hold"] = "leave_out"
+    """Videos that end before the clip does: never drawn, or drawn with their last frame held (V-JEPA 2; images too)."""
+
+    per_video: int = Field(default=1, ge=1)
+    """Clips taken from a video, one after another, when its turn comes: fewer bytes to read, less varied batches."""
 
 
 class Crop(Settings):

@@ -10,6 +10,9 @@ Worker `w` of `n` makes the steps `step + w`, `step + w + n`, ..., so that the w
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vjepa_data import clips, crops
 from vjepa_data.batch import Batch, Clips, Reject
-from vjepa_data.clips import Offer
+from vjepa_data.clips import Offer, read_keys
 from vjepa_data.decode import Expect
 from vjepa_data.index import Index, Unreadable
 from vjepa_data.plan import Draw, Plan
@@ -42,16 +45,20 @@ def open_plan(data: Data, *, seed: int, batch_size: int) -> Plan:
     offers = []
     for source in data.sources:
         index = Index(source.shards, source.split)
-        offer = Offer(index, frames=source.frames or data.clip.frames, fps=source.fps or data.clip.fps)
+        offer = Offer(
+            index,
+            frames=source.frames or data.clip.frames,
+            fps=source.fps or data.clip.fps,
+            hold=data.clip.short == "hold",
+            without=read_keys(Path(source.without)) if source.without else (),
+        )
         offers.append(offer)
         if offer.left_out:
+            counts = (offer.left_out, len(index), offer.too_short, offer.frames, offer.fps)
             log.warning(
-                "%s: %d of %d samples are too short or too slow for %d frames at %g fps and are left out",
+                "%s: %d of %d samples are left out, %d because they are too short or too slow for %d frames at %g fps",
                 source.shards,
-                offer.left_out,
-                len(index),
-                offer.frames,
-                offer.fps,
+                *counts,
             )
     return Plan(
         offers,
@@ -60,7 +67,34 @@ def open_plan(data: Data, *, seed: int, batch_size: int) -> Plan:
         batch_size=batch_size,
         lanes=data.lanes,
         window_shards=data.window_shards,
+        clips_per_video=data.clip.per_video,
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a slot looks in the sample that fills it."""
+
+    look: clips.Look
+    box: crops.Box
+
+
+def choose(plan: Plan, crop: Crop, draw: Draw, *, step: int, slot: int) -> Choice:
+    """Choose the clip and the crop of a slot: a function of (seed, step, slot) and of the sample's length and size."""
+    offer, index, i = _offer(plan, draw), index_of(plan, draw), draw.sample
+    where = {"seed": plan.seed, "step": step, "slot": slot, "attempt": draw.attempt}
+    length = {"file_frames": int(index.frames[i]), "file_fps": float(index.fps[i])}
+    look = clips.choose(**length, frames=offer.frames, fps=offer.fps, **where)
+    return Choice(look, crops.choose(crop, height=int(index.height[i]), width=int(index.width[i]), **where))
+
+
+def _offer(plan: Plan, draw: Draw) -> Offer:
+    return cast(Offer, plan.populations[draw.source])
+
+
+def index_of(plan: Plan, draw: Draw) -> Index:
+    """Give the corpus that a draw is from."""
+    return _offer(plan, draw).index
 
 
 class Samples(IterableDataset):
@@ -69,6 +103,7 @@ class Samples(IterableDataset):
     def __init__(self, plan: Plan, *, rank: int, world: int, step: int) -> None:
         super().__init__()
         self.plan, self.slots, self.step = plan, plan.slots(rank, world), step
+        self._last: tuple[tuple[int, int] | None, Any] = (None, None)
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
@@ -81,13 +116,19 @@ class Samples(IterableDataset):
 
     def read(self, draw: Draw, step: int, slot: int) -> dict:
         """Read a drawn sample; one that cannot be read carries `__error__` in place of its members."""
-        index: Index = self.plan.populations[draw.source].index  # pyright: ignore[reportAttributeAccessIssue]
-        shard = f"{index.folder}/{index.shards[int(index.shard[draw.sample])].file}"
-        place = {"__url__": shard, "__key__": index.key(draw.sample), "__step__": step, "__slot__": slot}
+        index = index_of(self.plan, draw)
+        place = {
+            "__url__": index.url(draw.sample),
+            "__key__": index.key(draw.sample),
+            "__step__": step,
+            "__slot__": slot,
+        }
         try:
-            sample = index.read(draw.sample)
+            if self._last[0] != (draw.source, draw.sample):  # several clips of a video are read once
+                self._last = ((draw.source, draw.sample), index.read(draw.sample))
         except Unreadable as e:
             return {**place, "__draw__": draw, "__error__": e}
+        sample = self._last[1]
         return {**place, "__draw__": draw, "json": sample.json, sample.suffix: sample.video}
 
 
@@ -120,29 +161,17 @@ class Decode:
     def _begin(self, servant: Servant, sample: dict) -> dict:
         """Give a sample to the servant, unless it is known to be bad."""
         draw: Draw = sample["__draw__"]
-        index = self._index(draw)
-        self._note(
-            f"step {sample['__step__']} slot {sample['__slot__']} key {sample['__key__']} in {sample['__url__']}"
-        )
+        step, slot, index = sample["__step__"], sample["__slot__"], index_of(self.samples.plan, draw)
+        self._note(f"step {step} slot {slot} key {sample['__key__']} in {sample['__url__']}")
         if (draw.source, draw.sample) in self.known:
             sample["__error__"] = Unreadable("known", "rejected before")
         if "__error__" in sample:
             return sample
-        offer: Offer = self.samples.plan.populations[draw.source]  # pyright: ignore[reportAssignmentType]
-        look = clips.choose(
-            file_frames=int(index.frames[draw.sample]),
-            file_fps=float(index.fps[draw.sample]),
-            frames=offer.frames,
-            fps=offer.fps,
-            seed=self.samples.plan.seed,
-            step=sample["__step__"],
-            slot=sample["__slot__"],
-            attempt=draw.attempt,
-        )
-        expect = Expect(*(int(c[draw.sample]) for c in (index.frames, index.width, index.height)))
+        choice = choose(self.samples.plan, self.crop, draw, step=step, slot=slot)
+        expect = Expect(*(int(column[draw.sample]) for column in (index.frames, index.width, index.height)))
         suffix = index.suffix(draw.sample)
-        servant.begin(sample[suffix], look.frames, expect, suffix=suffix)
-        return {**sample, "start_s": look.start_s}
+        servant.begin(sample[suffix], choice.look.frames, expect, suffix=suffix)
+        return {**sample, "choice": choice}
 
     def _finish(self, servant: Servant, sample: dict) -> dict:
         """Wait for the frames of a sample, or of the first replacement of it that can be decoded.
@@ -172,20 +201,7 @@ class Decode:
             sample = self._begin(servant, self.samples.read(again, step, slot))
 
     def _crop(self, sample: dict) -> dict:
-        frames: np.ndarray = sample.pop("frames")
-        box = crops.choose(
-            self.crop,
-            height=frames.shape[1],
-            width=frames.shape[2],
-            seed=self.samples.plan.seed,
-            step=sample["__step__"],
-            slot=sample["__slot__"],
-            attempt=sample["__draw__"].attempt,
-        )
-        return {**sample, "clip": crops.cut_out(frames, box, self.crop.px)}
-
-    def _index(self, draw: Draw) -> Index:
-        return self.samples.plan.populations[draw.source].index  # pyright: ignore[reportAttributeAccessIssue]
+        return {**sample, "clip": crops.cut_out(sample.pop("frames"), sample["choice"].box, self.crop.px)}
 
     def _note(self, text: str) -> None:
         data = text.encode()[:BOARD_BYTES].ljust(BOARD_BYTES, b"\0")
@@ -222,7 +238,7 @@ class Gather:
                     slots=tuple(s["__slot__"] for s in alike),
                     keys=tuple(s["__key__"] for s in alike),
                     sources=tuple(s["__draw__"].source for s in alike),
-                    start_s=tuple(s["start_s"] for s in alike),
+                    start_s=tuple(s["choice"].look.start_s for s in alike),
                 )
             )
         rejected = tuple(r for s in samples for r in s["rejected"])

@@ -1,11 +1,14 @@
 import hashlib
+import io
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vjepa_data.batch import Batch, Clips
-from vjepa_data.loader import ClipLoader
+from vjepa_data.loader import ClipLoader, open_plan
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 BATCH = 12
@@ -111,6 +114,55 @@ def test_clips_left_out_are_told_of_at_the_start(videos, make_corpus, tmp_path: 
     samples = [{"key": f"k{i}", "frames": 48 if i else 5, **facts} for i in range(4)]
     folder = make_corpus(tmp_path / "c", [samples])
     with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=4) as loader:
-        assert "1 of 4 samples are too short or too slow for 4 frames at 4 fps" in caplog.text
+        assert (
+            "1 of 4 samples are left out, 1 because they are too short or too slow for 4 frames at 4 fps" in caplog.text
+        )
         keys = {k for _ in range(3) for k in next(loader).groups[0].keys}
     assert keys == {"k1", "k2", "k3"}
+
+
+def test_short_videos_may_be_held_and_pictures_are_videos_of_one_frame(videos, make_corpus, tmp_path: Path):
+    picture = io.BytesIO()
+    Image.new("RGB", (96, 64), (255, 0, 0)).save(picture, "JPEG")
+    facts = {"width": 96, "height": 64}
+    still = {"key": "still", "frames": 1, "fps": 1.0, "video": picture.getvalue(), "suffix": "jpg", **facts}
+    film = {"key": "film", "frames": 48, "fps": 12.0, "video": videos[0], **facts}
+    folder = make_corpus(tmp_path / "c", [[still, film]])
+    for clip in [Clip(frames=1, fps=3), Clip(frames=16, fps=3, short="hold")]:
+        data = settings(folder, clip=clip, crop=Crop(px=32, scale=(1, 1)))
+        with ClipLoader(data, Loader(workers=0), seed=0, batch_size=2) as loader:
+            (clips,) = next(loader).groups
+            assert set(clips.keys) == {"still", "film"}
+            red = clips.frames[clips.keys.index("still")]
+            assert red.shape == (clip.frames, 32, 32, 3)
+            assert red[..., 0].min() > 250
+            assert red[..., 1:].max() < 5
+            if clip.frames == 16:  # 4 s of film, and then its last frame
+                moving = clips.frames[clips.keys.index("film")].int()
+                assert [bool((a - b).abs().max() > 8) for a, b in itertools.pairwise(moving)] == [True] * 12 + [
+                    False
+                ] * 3
+    with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=2) as loader:
+        assert set(next(loader).groups[0].keys) == {"film"}
+
+
+def test_keys_that_are_not_wanted_are_never_drawn_and_tell_streams_apart(corpus: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("toy-0003\ntoy-0021\n\n")
+    (tmp_path / "b.jsonl").write_text('{"key": "toy-0003", "reason": "hash"}\n{"key": "toy-0021"}\n')
+    prints, whole = [], settings(corpus)
+    for name in ("a.txt", "b.jsonl"):
+        source = Source(shards=str(corpus), without=str(tmp_path / name))
+        plan = open_plan(whole.model_copy(update={"sources": (source,)}), seed=0, batch_size=BATCH)
+        keys = {plan.populations[0].index.key(plan.draw(s, b).sample) for s in range(4) for b in range(BATCH)}  # pyright: ignore[reportAttributeAccessIssue]
+        assert len(keys) == 24
+        assert not keys & {"toy-0003", "toy-0021"}
+        prints.append(plan.fingerprint)
+    assert prints[0] == prints[1] != open_plan(whole, seed=0, batch_size=BATCH).fingerprint
+
+
+def test_several_clips_of_a_video_differ(corpus: Path):
+    data = settings(corpus, clip=Clip(frames=4, fps=4, per_video=2))
+    with ClipLoader(data, Loader(workers=0), seed=0, batch_size=4) as loader:
+        (clips,) = next(loader).groups
+    assert clips.keys[0] == clips.keys[1] != clips.keys[2] == clips.keys[3]
+    assert not torch.equal(clips.frames[0], clips.frames[1])
