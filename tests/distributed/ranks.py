@@ -1,0 +1,211 @@
+"""Several ranks on one machine, for tests: one process imports torch, every rank of every scenario is forked from it.
+
+    python ranks.py JOBS.json       [{"scenario": "trained", "world": 2, "out": ..., "settings": {...}, ...}, ...]
+
+Each rank writes `out/rank_N.json`: {"result": ...} or {"error": ..., "kind": ...}.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vjepa import checkpoint
+from vjepa import train as training
+from vjepa.config import Run
+from vjepa.encoder import Encoder, View
+from vjepa.health import Unhealthy
+from vjepa.objective import draw_masks, jepa_loss, update_target
+from vjepa.optimizer import build_optimizer, named_parameters, update_weights
+from vjepa.parallel import join, send_gradients
+from vjepa.schedule import rates_at
+from vjepa.stop import Stop
+from vjepa_data.settings import BadInput
+
+
+def trained(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """Train, to the end or to a stop."""
+    return training.train(run, out / job.get("folder", "run"))
+
+
+def stopped_by_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """Only the last rank is asked to stop, after three steps."""
+    agreed, calls = Stop.agreed, Counter[str]()
+
+    def count(self: Stop) -> bool:
+        calls["agreed"] += 1
+        if calls["agreed"] == 4 and os.environ["RANK"] == "1":
+            self.request()
+        return agreed(self)
+
+    Stop.agreed = count
+    return training.train(run, out / "run")
+
+
+def poisoned_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """The last rank's loss is not a number in its third step."""
+    honest, calls = training.jepa_loss, Counter[str]()
+
+    def poison(*args: Any) -> Any:
+        loss = honest(*args)
+        calls["loss"] += 1
+        if calls["loss"] == 3 and os.environ["RANK"] == "1":
+            object.__setattr__(loss, "value", loss.value * float("nan"))
+        return loss
+
+    training.jepa_loss = poison
+    return training.train(run, out / "run")
+
+
+def odd_settings(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """The last rank was started with another seed."""
+    if os.environ["RANK"] == "1":
+        run = run.model_copy(update={"seed": 7})
+    return training.train(run, out / "run")
+
+
+def counted(function: Any, kind: str, counts: Counter[str]) -> Any:
+    """The same function, with its calls counted."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts[kind] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def count_messages() -> Counter[str]:
+    """Count from now on what ranks send each other."""
+    counts: Counter[str] = Counter()
+    kinds = {
+        "gather": ("all_gather_single", "all_gather_into_tensor"),  # torch 2.13, and before
+        "scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
+        "sum": ("all_reduce",),
+    }
+    for kind, names in kinds.items():
+        name = next(name for name in names if hasattr(dist, name))
+        setattr(dist, name, counted(getattr(dist, name), kind, counts))
+    return counts
+
+
+def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """Take a few steps by hand; count messages, follow the average, and compare with an unsharded target."""
+    counts = count_messages()
+    with join(run.parallel) as world:
+        models = training.build_models(run, world)
+        optimizer = build_optimizer(models.learning, run.optim)
+        average = {name: p.full_tensor() for name, p in models.target.named_parameters()}  # pyright: ignore[reportAttributeAccessIssue]
+        worst_average, per_step, view = 0.0, [], View(torch.empty(0))
+        with training.open_clips(run, out, world, 0) as clips:
+            for step in range(3):
+                batch, rates = next(clips), rates_at(step, run)
+                counts.clear()
+                puzzles = draw_masks(run, batch, world.device)
+                loss = jepa_loss(models, puzzles, run)
+                send_gradients(models, now=True)
+                (loss.value * world.size).backward()
+                total = world.sum(loss.numbers)
+                update = update_weights(optimizer, total[0], rates, clip_norm=run.optim.clip_norm)
+                update_target(models, rates.ema, applied=update.applied)
+                per_step.append(dict(counts))
+                for name, p in models.encoder.named_parameters():
+                    average[name] = average[name].lerp(p.full_tensor(), 1 - rates.ema)  # pyright: ignore[reportAttributeAccessIssue]
+                for name, p in models.target.named_parameters():
+                    whole = p.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+                    worst_average = max(worst_average, float((whole - average[name]).abs().max()))
+                view = View(puzzles[0].frames)
+        alone = Encoder(run.model)
+        alone.load_state_dict({name: p.full_tensor() for name, p in models.target.state_dict().items()})
+        with torch.no_grad():
+            difference = float((models.target([view])[0] - alone([view])[0]).abs().max())
+        gathered = [name for name, p in named_parameters(models.all).items() if not hasattr(p, "full_tensor")]
+        return {"average": worst_average, "forward": difference, "messages": per_step, "gathered": gathered}
+
+
+def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """Save in the background and change every weight at once: what was saved is what was there."""
+    with join(run.parallel) as world:
+        models = training.build_models(run, world)
+        optimizer = build_optimizer(models.learning, run.optim)
+        tensors = checkpoint.tensors_of(models, optimizer)
+        before = {name: p.full_tensor().sum().item() for name, p in named_parameters(models.all).items()}  # pyright: ignore[reportAttributeAccessIssue]
+        saver = checkpoint.Saver(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
+        facts = checkpoint.Facts(1, world.size, {}, "", [], None, {})
+        saver.save(tensors, facts)
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.fill_(-1)
+        for _ in range(20):  # messages of training, meanwhile, on other groups
+            world.sum(torch.ones(1000))
+        saver.wait()
+        path = checkpoint.find_newest(out / "run", world)
+        assert path is not None
+        checkpoint.load_into(tensors, path, world)
+        after = {name: p.full_tensor().sum().item() for name, p in named_parameters(models.all).items()}  # pyright: ignore[reportAttributeAccessIssue]
+        return before == after
+
+
+LIMIT_S = 60.0
+
+SCENARIOS = {
+    one.__name__: one for one in (trained, stopped_by_one, poisoned_on_one, odd_settings, inspected, background_save)
+}
+
+
+def be_rank(rank: int, job: dict[str, Any], port: int) -> None:
+    """The life of one forked rank."""
+    world, out = job["world"], Path(job["out"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **job.get("environment", {})}
+    try:
+        answer = {"result": SCENARIOS[job["scenario"]](Run.model_validate(job["settings"]), out, job)}
+    except (BadInput, Unhealthy, RuntimeError) as error:
+        answer = {"error": str(error), "kind": type(error).__name__, "trace": traceback.format_exc()}
+    (out / f"rank_{rank}.json").write_text(json.dumps(answer))
+
+
+def fork_ranks(job: dict[str, Any]) -> list[int]:
+    """Start the ranks of a job; only some of them, if it says so."""
+    Path(job["out"]).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in job.get("ranks", range(job["world"])):
+        pid = os.fork()
+        if pid == 0:
+            be_rank(rank, job, port)
+            sys.stdout.flush()
+            os._exit(0)
+        pids.append(pid)
+    return pids
+
+
+def wait(pid: int, *, until_s: float) -> None:
+    """Wait for a rank, but not for ever."""
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.perf_counter() > until_s:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def main() -> None:
+    """Run all jobs, one after the other."""
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        start_s = time.perf_counter()
+        for pid in fork_ranks(job):
+            wait(pid, until_s=start_s + LIMIT_S)
+        print(f"{job['scenario']} x{job['world']}: {time.perf_counter() - start_s:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
