@@ -138,3 +138,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [record for number in range(2) if (record := read_record(folder, number, plan="test"))]
     write_manifest(folder, records, (), name="scenes", spec={}, tools={})
     return folder
+
+
+@pytest.fixture
+def write_scene() -> Callable[[Path, int], Path]:
+    """Write one scene as an mp4 file: `write_scene(folder / "a.mp4", 3)`."""
+
+    def write(path: Path, number: int) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode_mp4(path, draw_scene(number)[0])
+        return path
+
+    return write

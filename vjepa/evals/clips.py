@@ -4,9 +4,10 @@ In time, `per_video` clips whose starts are evenly spaced from the first frame t
 the whole frame scaled to a square, so that nothing is cut off and a place in the grid is a place in the picture.
 """
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vjepa_data.clips import can_serve, offsets
 from vjepa_data.crops import Box, cut_out
 from vjepa_data.decode import Expect, Undecodable, decode
 from vjepa_data.draws import generator
-from vjepa_data.index import Index, Unreadable
+from vjepa_data.index import Index, Sample, Unreadable
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class EvalClips:
             log.info("%s: %d videos are too short or too slow and left out", shards, len(self.index) - len(fit))
         if max_videos is not None and len(fit) > max_videos:
             fit = np.sort(generator(0, "evaluation videos").permutation(fit)[:max_videos])
-        self.chosen = [(int(video), start) for video in fit for start in self._starts(int(video))]
+        self.chosen = [(int(video), start) for video in fit for start in self.starts(int(video))]
         self.videos = len(fit)
         self.skipped = 0
         """Clips that could not be read or decoded so far."""
@@ -90,18 +91,31 @@ class EvalClips:
         return len(self.chosen)
 
     def __iter__(self) -> Iterator[EvalClip]:
-        video, sample = -1, None
-        for number, start in self.chosen:
+        for video, chosen in itertools.groupby(self.chosen, key=lambda pair: pair[0]):
+            starts = [start for _, start in chosen]
             try:
-                if number != video or sample is None:
-                    video, sample = number, self.index.read(number)
-                yield self._clip(number, start, sample.video, sample.json, sample.suffix)
+                yield from self.read(video, starts)
             except (Unreadable, Undecodable) as error:
-                self.skipped += 1
-                log.warning("%s is left out: %s", self.index.key(number), error.detail)
+                self.skipped += len(starts)
+                log.warning("%s is left out: %s", self.index.key(video), error.detail)
 
-    def _starts(self, video: int) -> list[int]:
-        last = int(self.index.frames[video]) - 1 - int(self._ahead(video)[-1])
+    def read(self, video: int, starts: Sequence[int] | None = None) -> list[EvalClip]:
+        """Decode clips of one video; by default all that are evaluated.
+
+        Raises:
+            Unreadable, Undecodable: it cannot be had.
+        """
+        starts = self.starts(video) if starts is None else starts
+        sample = self.index.read(video)
+        labels = json.loads(sample.json).get("labels") or {}
+        return [self._clip(video, start, sample, labels) for start in starts]
+
+    def starts(self, video: int) -> list[int]:
+        """First frames of the clips of one video; none if it is too short or too slow."""
+        frames, fps = self.index.frames[video : video + 1], self.index.fps[video : video + 1]
+        if not can_serve(frames, fps, frames=self.frames, fps=self.rate)[0]:
+            return []
+        last = int(frames[0]) - 1 - int(self._ahead(video)[-1])
         if self.per_video == 1:
             return [last // 2]
         return sorted(set(np.linspace(0, last, self.per_video).round().astype(int).tolist()))
@@ -109,16 +123,14 @@ class EvalClips:
     def _ahead(self, video: int) -> np.ndarray:
         return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))
 
-    def _clip(self, video: int, start: int, data: bytes, text: bytes, suffix: str) -> EvalClip:
+    def _clip(self, video: int, start: int, sample: Sample, labels: Mapping[str, Any]) -> EvalClip:
         index = self.index
         numbers = (start + self._ahead(video)).tolist()
         expect = Expect(int(index.frames[video]), int(index.width[video]), int(index.height[video]))
         # PyAV rather than decord: the same bits, and it has not been seen to hang.
-        frames = decode(data, numbers, backend="image" if suffix != "mp4" else "pyav", expect=expect)
-        labels = json.loads(text).get("labels") or {}
-        return EvalClip(
-            index.key(video), video, whole_view(frames, self.px), tuple(numbers), float(index.fps[video]), labels
-        )
+        frames = decode(sample.video, numbers, backend="image" if sample.suffix != "mp4" else "pyav", expect=expect)
+        view, fps = whole_view(frames, self.px), float(index.fps[video])
+        return EvalClip(sample.key, video, view, tuple(numbers), fps, labels)
 
 
 def whole_view(frames: UInt8[np.ndarray, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:

@@ -1,0 +1,131 @@
+"""Features of any videos: those that the encoder gives, whatever is broken and wherever it was stopped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+
+from vjepa.evals import embed as embed_module
+from vjepa.evals.clips import EvalClips
+from vjepa.evals.embed import embed
+from vjepa.evals.files import file_clips, find_videos
+from vjepa.weights import load_encoder
+from vjepa_data.settings import BadInput
+from vjepa_data.video import Refused
+
+
+@pytest.fixture
+def folder(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> Path:
+    """Three good videos, one of them below, and three bad ones."""
+    place = tmp_path / "videos"
+    for name, number in (("b.mp4", 1), ("a.mp4", 0), ("below/c.mp4", 2)):
+        write_scene(place / name, number)
+    (place / "text.mp4").write_text("no video")
+    (place / "torn.mp4").write_bytes((place / "a.mp4").read_bytes()[:900])
+    (place / "empty.mkv").write_bytes(b"")
+    (place / "notes.txt").write_text("not looked at")
+    return place
+
+
+def rows_of(out: Path) -> list[dict]:
+    return pq.read_table(out).to_pylist()
+
+
+def test_good_and_bad_videos_each_have_their_row(trained: Path, folder: Path, tmp_path: Path) -> None:
+    summary = embed(trained, [folder], tmp_path / "f.parquet", clips_per_video=2)
+    assert (summary.clips, summary.videos, summary.broken, summary.shape) == (6, 6, 3, (48,))
+    rows = rows_of(tmp_path / "f.parquet")
+    assert [Path(row["key"]).name for row in rows] == [
+        "a.mp4", "a.mp4", "b.mp4", "b.mp4", "c.mp4", "c.mp4", "empty.mkv", "text.mp4", "torn.mp4",
+    ]  # fmt: skip
+    errors = {Path(row["key"]).name: row["error"].split(":")[0] for row in rows if row["error"]}
+    assert errors == {"empty.mkv": "empty", "text.mp4": "not_video", "torn.mp4": "no_index"}
+    clips = file_clips(folder / "b.mp4", px=32, frames=4, fps=8.0, per_video=2)
+    wanted = load_encoder(trained)(torch.stack([clip.frames for clip in clips])).mean((1, 2, 3))
+    got = torch.tensor([row["features"] for row in rows[2:4]])
+    torch.testing.assert_close(got, wanted)
+    assert [row["start_s"] for row in rows[2:4]] == [clip.start_s for clip in clips] == [0.0, 1.0]
+    about = json.loads(pq.read_schema(tmp_path / "f.parquet").metadata[b"vjepa"])
+    assert about["shape"] == [48]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("what", ["time", "token"])
+def test_the_three_kinds_of_file_hold_the_same(trained: Path, scenes: Path, tmp_path: Path, what: str) -> None:
+    for suffix in ("parquet", "npy", "safetensors"):
+        embed(trained, [scenes], tmp_path / f"f.{suffix}", split="val", what=what)  # type: ignore[arg-type]
+    shape = {"time": (2, 48), "token": (2, 4, 4, 48)}[what]
+    array = np.load(tmp_path / "f.npy")
+    assert array.shape == (24, *shape)
+    with safe_open(tmp_path / "f.safetensors", "np") as file:
+        assert np.array_equal(file.get_tensor("features"), array)
+        said = json.loads(file.metadata()["vjepa"])
+    rows = rows_of(tmp_path / "f.parquet")
+    assert np.array_equal(np.array([row["features"] for row in rows], np.float32).reshape(24, *shape), array)
+    assert said == json.loads((tmp_path / "f.json").read_text())
+    assert [row["key"] for row in said["rows"]] == [row["key"] for row in rows]
+
+
+def test_a_corpus_gives_the_features_of_its_clips(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    embed(trained, [scenes], tmp_path / "f.npy", split="val")
+    encoder = load_encoder(trained)
+    clips = list(EvalClips(scenes, split="val", px=32, frames=4, fps=8.0))
+    wanted = encoder(torch.stack([clip.frames for clip in clips])).mean((1, 2, 3)).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), wanted, atol=1e-5)
+
+
+def test_it_goes_on_where_it_was_stopped(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(trained, [folder], tmp_path / "whole.parquet")
+    monkeypatch.setattr(embed_module, "PART_VIDEOS", 2)
+    honest, calls = embed_module._rows, []
+
+    def stop_at_third(encoder, items, **options):
+        calls.append([Path(item.key).name for item in items])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(encoder, items, **options)
+
+    monkeypatch.setattr(embed_module, "_rows", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        embed(trained, [folder], tmp_path / "f.parquet")
+    assert not (tmp_path / "f.parquet").exists()
+    with pytest.raises(BadInput, match="parts of another command \\(what was 'clip', is 'time'\\)"):
+        embed(trained, [folder], tmp_path / "f.parquet", what="time")
+    embed(trained, [folder], tmp_path / "f.parquet")
+    assert calls[2:] == [["text.mp4", "torn.mp4"]] * 2
+    assert rows_of(tmp_path / "f.parquet") == rows_of(tmp_path / "whole.parquet")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_bad_input_is_named_before_the_work(trained: Path, folder: Path, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken.npy").write_text("mine")
+    (tmp_path / "nothing").mkdir()
+    cases: list[tuple[list[Path], Path, str]] = [
+        ([folder], tmp_path / "f.csv", "written as .parquet, .npy, .safetensors"),
+        ([folder], tmp_path / "taken.npy", "exists already"),
+        ([tmp_path / "gone"], tmp_path / "f.npy", "no such file"),
+        ([tmp_path / "nothing"], tmp_path / "f.npy", "no file in there is called like a video"),
+        ([scenes, folder], tmp_path / "f.npy", "is a corpus, and is embedded alone"),
+    ]
+    for places, out, message in cases:
+        with pytest.raises(BadInput, match=message):
+            embed(trained, places, out)
+    assert (tmp_path / "taken.npy").read_text() == "mine"
+
+
+def test_a_file_is_cut_by_time_and_turned_upright(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> None:
+    path = write_scene(tmp_path / "a.mp4", 4)
+    dense = file_clips(path, px=64, frames=12, fps=8.0)[0].frames
+    sparse = file_clips(path, px=64, frames=3, fps=4.0, per_video=3)
+    assert [clip.start_s for clip in sparse] == pytest.approx([0, 0.4375, 0.875])
+    assert torch.equal(sparse[0].frames, dense[[0, 2, 4]])
+    with pytest.raises(Refused, match="too_short"):
+        file_clips(path, px=64, frames=16, fps=8.0)
+    assert find_videos([path, tmp_path]) == [path]

@@ -1,0 +1,329 @@
+"""Features of videos, any number of them, in one file.
+
+    vjepa embed MODEL VIDEOS... --out features.parquet
+
+A row for every clip, in the order of the videos. A video that cannot be read is a row that says why, not a crash. What
+is done is kept in parts beside the file until it is whole: the same command goes on where it was stopped.
+
+    .parquet       rows with their features
+    .npy           features [rows, ...] of the good rows; the rows in a .json of the same name
+    .safetensors   the same, the rows in the file's metadata
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vjepa.evals.clips import EvalClips
+from vjepa.evals.files import FileClip, file_clips, find_videos
+from vjepa.output import check_free, new_file
+from vjepa.weights import Part, VideoEncoder, load_encoder, read_json
+from vjepa_data.decode import Undecodable
+from vjepa_data.index import Unreadable
+from vjepa_data.settings import BadInput
+from vjepa_data.video import Refused
+
+log = logging.getLogger(__name__)
+
+What = Literal["clip", "time", "token"]
+
+PART_VIDEOS = 64  # videos of one part: what is done again, at most, after a stop
+ROW_GROUP = 1024
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("clip", pa.int32()),
+        ("start_s", pa.float64()),
+        ("seconds", pa.float64()),
+        ("error", pa.string()),
+        ("features", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video and how to get its clips."""
+
+    key: str
+    read: Callable[[], Sequence[FileClip]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of it."""
+
+    clips: int
+    videos: int
+    broken: int
+    """Videos that gave no features."""
+    shape: tuple[int, ...]
+    """Of the features of one clip."""
+
+
+def embed(
+    model: Path,
+    videos: Sequence[Path],
+    out: Path,
+    *,
+    what: What = "clip",
+    split: str = "train",
+    clips_per_video: int = 1,
+    part: Part = "target",
+    device: str | None = None,
+    batch: int = 8,
+    workers: int = 2,
+    overwrite: bool = False,
+) -> Summary:
+    """Write the features of videos.
+
+    Args:
+        model: a run, a checkpoint, or an export.
+        videos: files and folders of files, or one corpus of shards.
+        out: the file; its suffix says of which kind.
+        what: mean over all tokens [D], over space at each time [t D], or every token [t h w D].
+        split: which split of a corpus.
+        clips_per_video: clips of each video, evenly spaced.
+        part: whose features, where `model` is a run or a checkpoint.
+        device: where to compute; by default a GPU if there is one.
+        batch: clips that are encoded together.
+        workers: threads that decode.
+        overwrite: replace `out`, and forget unfinished parts of it.
+
+    Raises:
+        BadInput: no such model or video, an unknown suffix, a place that is taken, or parts of another command.
+    """
+    check_free(out, overwrite=overwrite)
+    if out.suffix not in WRITERS:
+        raise BadInput(f"{out}: features are written as {', '.join(WRITERS)}; give --out such a name")
+    encoder = load_encoder(model, part)
+    encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    items = list_items(videos, encoder, split=split, clips_per_video=clips_per_video)
+    plan = {
+        "model": str(model),
+        "weights": fingerprint(encoder),
+        "what": what,
+        "shape": list(shape_of(encoder, what)),
+        "frames": encoder.frames,
+        "fps": encoder.fps,
+        "px": encoder.px,
+        "clips_per_video": clips_per_video,
+        "videos": hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest(),
+    }
+    parts = _open_parts(out, plan, overwrite=overwrite)
+    files = [parts / f"{start:09d}.parquet" for start in range(0, len(items), PART_VIDEOS)]
+    for number, file in enumerate(track(files, f"{len(items)} videos", disable=len(files) < 2)):
+        if not file.exists():
+            group = items[number * PART_VIDEOS : (number + 1) * PART_VIDEOS]
+            rows = list(_rows(encoder, group, what=what, batch=batch, workers=workers))
+            with new_file(file) as beside:
+                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside)
+    WRITERS[out.suffix](files, out, plan, overwrite)
+    clips, broken = _count(files)
+    shutil.rmtree(parts)
+    log.info("%s: %d clips of %d videos, %d videos broken", out, clips, len(items), broken)
+    return Summary(clips, len(items), broken, tuple(plan["shape"]))
+
+
+def list_items(
+    videos: Sequence[Path], encoder: VideoEncoder, *, split: str = "train", clips_per_video: int = 1
+) -> list[Item]:
+    """Every video, in order.
+
+    Raises:
+        BadInput: none there, or a corpus among other things.
+    """
+    form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
+    corpora = [place for place in videos if (place / "manifest.json").is_file()]
+    if corpora and len(videos) > 1:
+        raise BadInput(f"{corpora[0]} is a corpus, and is embedded alone; give it as the only place")
+    if corpora:
+        clips = EvalClips(corpora[0], split=split, per_video=clips_per_video, **form)
+        return [Item(clips.index.key(n), lambda n=n: _from_corpus(clips, n)) for n in range(len(clips.index))]
+    return [
+        Item(str(path), lambda path=path: file_clips(path, per_video=clips_per_video, **form))
+        for path in find_videos(videos)
+    ]
+
+
+def _from_corpus(clips: EvalClips, video: int) -> list[FileClip]:
+    found = [FileClip(clip.frames, clip.start_s) for clip in clips.read(video)]
+    if not found:
+        raise Undecodable("short", f"{clips.index.frames[video]} frames at {clips.index.fps[video]:g} per second")
+    return found
+
+
+def shape_of(encoder: VideoEncoder, what: What) -> tuple[int, ...]:
+    """Shape of the features of one clip."""
+    model = encoder.model
+    t, side = encoder.frames // model.tubelet_frames, encoder.px // model.patch_px
+    return {"clip": (encoder.width,), "time": (t, encoder.width), "token": (t, side, side, encoder.width)}[what]
+
+
+def reduce_tokens(tokens: Float[Tensor, "B t h w D"], what: What) -> Float[Tensor, "B ..."]:
+    """Features of whole clips, or of each time, or of each token."""
+    match what:
+        case "clip":
+            return tokens.mean((1, 2, 3))
+        case "time":
+            return tokens.mean((2, 3))
+        case "token":
+            return tokens
+
+
+def fingerprint(encoder: VideoEncoder) -> str:
+    """One word for the weights of an encoder: two of its tensors, which no two trained models share."""
+    digest = hashlib.sha256()
+    for tensor in (encoder.encoder.patch_embed.proj.weight, encoder.encoder.norm.weight):
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- the work
+
+
+def _rows(
+    encoder: VideoEncoder, items: Sequence[Item], *, what: What, batch: int, workers: int
+) -> Iterator[Mapping[str, Any]]:
+    """Rows of some videos, in order; threads decode ahead while the encoder is busy."""
+    seconds = encoder.frames / encoder.fps
+    waiting: list[dict[str, Any]] = []
+    frames: list[Tensor] = []
+    for item, clips, error in _decoded(items, workers):
+        if error:
+            waiting.append({"key": item.key, "clip": 0, "error": error})
+        for number, clip in enumerate(clips):
+            waiting.append({"key": item.key, "clip": number, "start_s": clip.start_s, "seconds": seconds})
+            frames.append(clip.frames)
+        if len(frames) >= batch:
+            yield from _encoded(encoder, waiting, frames, what, batch)
+            waiting, frames = [], []
+    yield from _encoded(encoder, waiting, frames, what, batch)
+
+
+def _decoded(items: Sequence[Item], workers: int) -> Iterator[tuple[Item, Sequence[FileClip], str | None]]:
+    """The clips of each video, or why there are none; at most two per worker lie ready."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        ahead: deque[tuple[Item, Future[Sequence[FileClip]]]] = deque()
+        rest = iter(items)
+        while True:
+            while len(ahead) < 2 * max(1, workers) and (item := next(rest, None)) is not None:
+                ahead.append((item, pool.submit(item.read)))
+            if not ahead:
+                return
+            item, future = ahead.popleft()
+            try:
+                yield item, future.result(), None
+            except (Refused, Unreadable, Undecodable) as problem:
+                error = f"{problem.reason}: {problem.detail}"
+                log.warning("%s: %s", item.key, error)
+                yield item, (), error
+
+
+@torch.no_grad()
+def _encoded(
+    encoder: VideoEncoder, rows: Sequence[dict[str, Any]], frames: Sequence[Tensor], what: What, batch: int
+) -> Iterator[dict[str, Any]]:
+    device = next(encoder.parameters()).device
+    features: list[np.ndarray] = []
+    for start in range(0, len(frames), batch):
+        tokens = encoder(torch.stack(list(frames[start : start + batch])).to(device))
+        features += list(reduce_tokens(tokens, what).flatten(1).float().cpu().numpy())
+    found = iter(features)
+    for row in rows:
+        yield row if "error" in row else {**row, "features": next(found)}
+
+
+def _open_parts(out: Path, plan: Mapping[str, Any], *, overwrite: bool) -> Path:
+    """The folder of what is done so far; of the same command, or new."""
+    parts = out.with_name(f".{out.name}.parts")
+    file = parts / "plan.json"
+    if file.is_file() and overwrite:
+        shutil.rmtree(parts)
+    if file.is_file():
+        before = read_json(file)
+        changed = [name for name in plan if before.get(name) != plan[name]]
+        if changed:
+            raise BadInput(
+                f"{parts} holds parts of another command ({changed[0]} was {before.get(changed[0])!r}, is "
+                f"{plan[changed[0]]!r}); run that one to its end, or --overwrite to begin anew"
+            )
+        log.info("going on from %d parts in %s", len(list(parts.glob("*.parquet"))), parts)
+        return parts
+    parts.mkdir(parents=True, exist_ok=True)
+    with new_file(file) as beside:
+        beside.write_text(json.dumps(plan))
+    return parts
+
+
+# ---- the file
+
+
+def _count(files: Sequence[Path]) -> tuple[int, int]:
+    errors = [row for file in files for row in pq.read_table(file, columns=["error"])["error"].to_pylist()]
+    broken = sum(error is not None for error in errors)
+    return len(errors) - broken, broken
+
+
+def _write_parquet(files: Sequence[Path], out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+    schema = SCHEMA.with_metadata({"vjepa": json.dumps(plan)})
+    with new_file(out, overwrite=overwrite) as beside, pq.ParquetWriter(beside, schema) as writer:
+        for file in files:
+            writer.write_table(pq.read_table(file).cast(schema), row_group_size=ROW_GROUP)
+
+
+def _write_npy(files: Sequence[Path], out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+    rows_file = out.with_suffix(".json")
+    check_free(rows_file, overwrite=overwrite)
+    good, _ = _count(files)
+    rows: list[dict[str, Any]] = []
+    with new_file(out, overwrite=overwrite) as beside:
+        array = np.lib.format.open_memmap(beside, "w+", np.float32, (good, *plan["shape"]))
+        at = 0
+        for file in files:
+            features, some = _read_part(file, plan)
+            array[at : at + len(features)] = features
+            at, rows = at + len(features), rows + some
+        array.flush()
+        with new_file(rows_file, overwrite=overwrite) as text:
+            text.write_text(json.dumps({**plan, "rows": rows}, indent=1))
+
+
+def _write_safetensors(files: Sequence[Path], out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+    parts = [_read_part(file, plan) for file in files]
+    rows = [row for _, some in parts for row in some]
+    features = torch.from_numpy(np.concatenate([part for part, _ in parts]))
+    with new_file(out, overwrite=overwrite) as beside:
+        save_file({"features": features}, beside, {"format": "pt", "vjepa": json.dumps({**plan, "rows": rows})})
+
+
+def _read_part(file: Path, plan: Mapping[str, Any]) -> tuple[Float[np.ndarray, "n ..."], list[dict[str, Any]]]:
+    """Features of the good rows, and all rows, each good one with its place among the features of its part."""
+    table = pq.read_table(file)
+    rows = table.drop_columns("features").to_pylist()
+    flat = table["features"].drop_null().combine_chunks().flatten().to_numpy()
+    return flat.reshape(-1, *plan["shape"]), [{k: v for k, v in row.items() if v is not None} for row in rows]
+
+
+WRITERS: dict[str, Callable[[Sequence[Path], Path, Mapping[str, Any], bool], None]] = {
+    ".parquet": _write_parquet,
+    ".npy": _write_npy,
+    ".safetensors": _write_safetensors,
+}
