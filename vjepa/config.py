@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vjepa_data.settings import Data, Loader, Settings, Share
+from vjepa_data.settings import BadInput, Data, Loader, Settings, Share
 from vjepa_data.settings_files import Loaded, load_settings
 
 # name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
@@ -89,6 +89,31 @@ class Model(Settings):
     """3-D rotary positions: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a
     true rotation (V-JEPA 2.1)."""
 
+    rope_cells: int | None = Field(default=None, ge=2)
+    """Stretch the rows and columns of any picture to a grid of so many, so that positions keep their meaning when the
+    resolution changes (V-JEPA 2.1: 16); by default positions are counted."""
+
+    levels: tuple[int, ...] = ()
+    """Blocks, counted from 0, whose features are learned and guessed side by side, the last block among them; by
+    default those of the last block alone. V-JEPA 2.1 takes the ends of quarters: [5, 11, 17, 23] of 24."""
+
+    guess_visible: bool = False
+    """Guess the features of visible tokens too, through an output layer of their own (V-JEPA 2.1)."""
+
+    still_tokens: bool = False
+    """Still pictures have a tokenizer of one frame, and pictures and clips each a mark that is learned (V-JEPA 2.1);
+    by default a still picture is repeated to fill a tubelet."""
+
+    @model_validator(mode="after")
+    def _ends_at_the_last(self) -> "Model":
+        depth = self.encoder.depth
+        if self.levels and (list(self.levels) != sorted(set(self.levels)) or self.levels[-1] != depth - 1):
+            raise ValueError(
+                f"levels {list(self.levels)} must ascend and end at the last block ({depth - 1}); "
+                f"try {[(i + 1) * depth // 4 - 1 for i in range(4)] if depth >= 4 else [depth - 1]}"
+            )
+        return self
+
 
 class BalancedMask(Settings):
     """Block masks with exact counts: whole spatial tubes are added or removed, nothing is truncated."""
@@ -152,6 +177,70 @@ class VJEPA2(Settings):
     name: Literal["vjepa2"] = "vjepa2"
     loss_exponent: float = Field(default=1.0, gt=0)
     """p of mean(|error|^p) / p."""
+
+
+class VJEPA21(Settings):
+    """Predict hidden and visible tokens, at several depths (V-JEPA 2.1, arXiv:2603.14482). Needs `model.guess_visible`,
+    and is meant for four `model.levels`."""
+
+    name: Literal["vjepa2_1"] = "vjepa2_1"
+    loss_exponent: float = Field(default=1.0, gt=0)
+    """p of mean(|error|^p) / p."""
+
+    context_weight: float = Field(default=0.5, ge=0)
+    """Weight of the error on visible tokens, at the end of its ramp."""
+
+    context_ramp: tuple[int, int] = (15_000, 30_000)
+    """Steps between which that weight grows from 0, linearly."""
+
+    by_distance: bool = True
+    """Let visible tokens far from any hidden one count less, as 1 / sqrt(distance). V-JEPA 2.1 stops it in cooldown."""
+
+    @model_validator(mode="after")
+    def _ramp_ascends(self) -> "VJEPA21":
+        start, end = self.context_ramp
+        if not 0 <= start <= end:
+            raise ValueError(f"context_ramp must be [start, end] with 0 <= start <= end, got [{start}, {end}]")
+        return self
+
+
+class LeVJEPA(Settings):
+    """Bring views of a clip together and keep embeddings spread (LeVJEPA, arXiv:2608.27395). No predictor, no target:
+    the moving average is for evaluation. Wants one kind of mask, `random` in the paper, with 5 % visible."""
+
+    name: Literal["levjepa"] = "levjepa"
+    local_views: int = Field(default=10, ge=1)
+    """Small crops of each clip, beside the whole one."""
+
+    local_px: int = Field(default=96, ge=1)
+    """Height and width of a small crop, in pixels; a multiple of `model.patch_px`."""
+
+    local_scale: tuple[Share, Share] = (0.02, 0.4)
+    """Smallest and largest area of a small crop, as a share of the whole one."""
+
+    jitter: Share = 0.8
+    """Probability that a small crop changes brightness, contrast and saturation."""
+
+    gray: Share = 0.2
+    """Probability that a small crop loses its colour."""
+
+    projector: tuple[int, int] = (2048, 256)
+    """Hidden channels of the projector, and channels of an embedding."""
+
+    variety: Literal["sigreg", "vicreg", "barlow"] = "sigreg"
+    """What keeps embeddings from collapsing."""
+
+    weight: float = Field(default=0.02, ge=0)
+    """Weight of that term. LeVJEPA: 0.02 with sigreg; VICReg's own proportions are 1 with vicreg."""
+
+    slices: int = Field(default=1024, ge=1)
+    """Directions along which sigreg looks."""
+
+    knots: int = Field(default=17, ge=2)
+    """Points at which it compares characteristic functions."""
+
+
+Objective = Annotated[VJEPA2 | VJEPA21 | LeVJEPA, Field(discriminator="name")]
 
 
 class Optim(Settings):
@@ -306,7 +395,7 @@ class Run(Settings):
     masks: tuple[Mask, ...] = Field(default=BLOCKS, min_length=1)
     """Kinds of mask; every clip is seen through each of them in every step."""
 
-    objective: VJEPA2 = VJEPA2()
+    objective: Objective = VJEPA2()
     optim: Optim
 
     parallel: Parallel = Parallel()
@@ -325,7 +414,30 @@ class Run(Settings):
             raise ValueError(f"batch_size ({self.batch_size}) must be divisible by data.lanes ({lanes})")
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
+        if isinstance(self.objective, LeVJEPA):
+            self._fits_views(self.objective)
+        if self.model.guess_visible != isinstance(self.objective, VJEPA21):
+            raise ValueError(
+                f"model.guess_visible ({self.model.guess_visible}) does not go with objective {self.objective.name}: "
+                f"an output layer would be {'left untrained' if self.model.guess_visible else 'missing'}; "
+                f"set it to {not self.model.guess_visible}"
+            )
         return self
+
+    def _fits_views(self, objective: LeVJEPA) -> None:
+        if objective.local_px % self.model.patch_px:
+            raise ValueError(
+                f"objective.local_px ({objective.local_px}) must be divisible by model.patch_px ({self.model.patch_px})"
+            )
+        if len(self.masks) != 1 or isinstance(self.masks[0], ReferenceMask):
+            raise ValueError("objective levjepa wants one kind of mask, with exact counts; try random")
+        if self.model.levels:
+            raise ValueError("objective levjepa learns the last block alone; remove model.levels")
+        if self.parallel.accumulate > 1:
+            raise ValueError(
+                f"objective levjepa compares all clips of a step, so parallel.accumulate ({self.parallel.accumulate}) "
+                "would change the result; use more ranks or a smaller batch_size"
+            )
 
 
 def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:
@@ -340,7 +452,10 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:
     """
     path = Path(config)
     if not path.exists() and path.name == str(config):
-        path = next((one for one in shipped_configs() if one.stem == config), path)
+        shipped = {one.stem: one for one in shipped_configs()}
+        if path.name not in shipped:
+            raise BadInput(f"{config} is neither a file nor one of the shipped {', '.join(shipped)}")
+        path = shipped[path.name]
     return load_settings(Run, path, overrides)
 
 

@@ -1,0 +1,202 @@
+"""Verbs for those who train: look at settings, train here or on a cluster, and see how runs are doing."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vjepa.cli.verb import Verbs, config, out
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Declare them."""
+    verb = verbs.add("demo", demo, "the whole path on this machine, in minutes", settings=True)
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: %(default)s)")
+    verb.add_argument("--videos", type=Path, help="folder of your own videos, in place of generated physics scenes")
+
+    verb = verbs.add("show", show, "resolved settings, and where each came from", settings=True)
+    config(verb)
+    verb.add_argument("--masks", type=Path, metavar="PNG", help="draw what the masks of a step show and hide")
+    verb.add_argument("--stream", type=int, metavar="SLOTS", help="which sample, time and crop fill the first slots")
+    verb.add_argument("--step", type=int, default=0, help="step of the masks or the stream (default: %(default)s)")
+
+    verb = verbs.add("train", train, "train in this process, or in any number of them under torchrun", settings=True)
+    config(verb)
+    out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
+
+    verb = verbs.add("launch", launch, "train on a cluster through submitit, or here in the background", settings=True)
+    verb.add_argument("config", metavar="CONFIG|SWEEP", help="a run file, the name of one, or a file of a sweep")
+    _cluster(verb)
+    out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
+    verb.add_argument("--dry-run", action="store_true", help="print what would be submitted, and touch nothing")
+    verb.add_argument("--refreeze", action="store_true", help="take the present code, though the run has its own")
+
+    group = verbs.group("runs", "the runs on this machine or cluster")
+    verb = group.add("list", runs_list, "a line for each")
+    verb.add_argument("--root", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)")
+    verb = group.add("show", runs_show, "all about one")
+    verb.add_argument("run", type=Path, metavar="RUN")
+    verb = group.add("logs", runs_logs, "what a rank wrote")
+    verb.add_argument("run", type=Path, metavar="RUN")
+    verb.add_argument("--rank", type=int, default=0)
+    verb.add_argument("-n", "--lines", type=int, default=100, help="from the end (default: %(default)s)")
+    verb.add_argument("-f", "--follow", action="store_true", help="and what it goes on to write")
+    verb = group.add("cancel", runs_cancel, "end one for good")
+    verb.add_argument("run", type=Path, metavar="RUN")
+    verb.add_argument("--after-checkpoint", action="store_true", help="save first, however long it takes")
+    verb = group.add("requeue", runs_requeue, "save and come back; one that is over is launched again")
+    verb.add_argument("run", type=Path, metavar="RUN")
+
+    verb = verbs.add("drill", drill, "rehearse what happens to a run when things go wrong")
+    _cluster(verb)
+    verb.add_argument("--only", action="append", default=[], metavar="NAME", help="this drill; may be repeated")
+    verb.add_argument("--out", type=Path, default=Path("runs/drill"), help="folder (default: %(default)s)")
+    verb.add_argument("--at-once", type=int, default=1, help="drills at a time (default: %(default)s)")
+
+
+def _cluster(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--on", required=True, metavar="CLUSTER", help="a profile: a YAML file, or a name in launch/clusters"
+    )
+    verb.add_argument("--nodes", type=int, help="machines, in place of the profile's number")
+
+
+def demo(args: argparse.Namespace) -> int:
+    from vjepa.demo import demo
+
+    return demo(args.out, videos=args.videos, overrides=args.overrides)
+
+
+def show(args: argparse.Namespace) -> None:
+    from vjepa.config import load
+    from vjepa_data.settings_files import flatten
+
+    loaded = load(args.config, args.overrides)
+    run = loaded.settings
+    if args.masks:
+        from vjepa.mask_sheet import draw_mask_sheet
+
+        draw_mask_sheet(run, args.masks, step=args.step)
+        print(args.masks)
+    if args.stream:
+        from vjepa_data.show import stream
+
+        print(stream(run.data, seed=run.seed, batch_size=run.batch_size, step=args.step, slots=args.stream))
+    if not args.masks and not args.stream:
+        rows = [(name, str(value), loaded.origins[name]) for name, value in flatten(run)]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        for name, value, origin in rows:
+            print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")
+
+
+def train(args: argparse.Namespace) -> int:
+    from vjepa.config import load
+    from vjepa.train import train
+
+    run = load(args.config, args.overrides).settings
+    return train(run, args.out or Path("runs") / run.name)
+
+
+def launch(args: argparse.Namespace) -> None:
+    from vjepa.config import load
+    from vjepa_data.settings_files import dump_settings, load_settings
+    from vjepa_launch import submit, sweep
+
+    cluster = _profile(args)
+    if _is_sweep(Path(args.config)):
+        plan = load_settings(sweep.Sweep, Path(args.config), args.overrides).settings
+        folder = args.out or Path("runs") / plan.name
+        elements = [
+            (element.name, dump_settings(load(plan.config, element.overrides).settings))
+            for element in sweep.expand(plan)
+        ]
+        many = {"name": plan.name, "at_once": plan.at_once, "nodes": args.nodes}
+        if args.dry_run:
+            print(sweep.describe(folder, cluster, elements, submit.train_command, **many), end="")
+            return
+        launched = sweep.launch(folder, cluster, elements, submit.train_command, **many, refreeze=args.refreeze)
+    else:
+        run = load(args.config, args.overrides).settings
+        folder = (args.out or Path("runs") / run.name).resolve()
+        one = {"config": dump_settings(run), "name": run.name, "nodes": args.nodes, "refreeze": args.refreeze}
+        if args.dry_run:
+            print(submit.describe(folder, cluster, submit.train_command(folder), **one), end="")
+            return
+        launched = [submit.launch(folder, cluster, submit.train_command(folder), **one)]
+    for job in launched:
+        _say(job)
+
+
+def _is_sweep(path: Path) -> bool:
+    """A file that names the run file it starts from, and is none itself."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # whatever is wrong is said when it is read as a run file
+    return isinstance(values, dict) and "config" in values
+
+
+def _say(job: Any) -> None:
+    start = f"goes on from step {job.resumes}" if job.resumes is not None else "starts"
+    print(f"job {job.job} {start}: {job.run}\n  vjepa runs logs {job.run} -f" + (f"\n  {job.note}" if job.note else ""))
+
+
+def _profile(args: argparse.Namespace) -> Any:
+    """The cluster of `--on`: a file, or the name of one that ships with the project."""
+    import vjepa_launch
+    from vjepa_data.settings_files import load_settings
+    from vjepa_launch.settings import Cluster
+
+    path = Path(args.on)
+    if not path.exists() and path.name == args.on:
+        package = Path(vjepa_launch.__file__).parent
+        shipped = [folder / f"{args.on}.yaml" for folder in (package / "clusters", package.parent / "clusters")]
+        path = next((one for one in shipped if one.exists()), path)
+    return load_settings(Cluster, path).settings
+
+
+def runs_list(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from vjepa_launch import status
+
+    statuses, warning = status.read_all(status.find_runs(args.root))
+    Console().print(status.table(statuses) if statuses else f"no runs under {args.root}")
+    if warning:
+        print(warning)
+
+
+def runs_show(args: argparse.Namespace) -> None:
+    from vjepa_launch import status
+
+    print(status.describe(args.run))
+
+
+def runs_logs(args: argparse.Namespace) -> None:
+    from vjepa_launch import status
+
+    for text in status.read_log(args.run, rank=args.rank, lines=args.lines, follow=args.follow):
+        print(text, end="", flush=True)
+
+
+def runs_cancel(args: argparse.Namespace) -> None:
+    from vjepa_launch import status
+
+    print(status.cancel(args.run, after_checkpoint=args.after_checkpoint))
+
+
+def runs_requeue(args: argparse.Namespace) -> None:
+    from vjepa_launch import status
+
+    print(status.requeue(args.run) or f"the job of {args.run} is over; `vjepa launch` with the same --out goes on")
+
+
+def drill(args: argparse.Namespace) -> int:
+    from vjepa_launch import drill, submit
+
+    cluster = submit.with_nodes(_profile(args), args.nodes)
+    chosen = drill.choose(cluster, args.only)
+    results = list(drill.rehearse_all(chosen, args.out, cluster, at_once=args.at_once))
+    print(drill.table(results))
+    return 0 if all(result.passed for result in results) else 1
