@@ -187,6 +187,11 @@ def materialise(models: Models, device: torch.device, *, seed: int) -> None:
             assert not local.isnan().any(), f"{name}.{path} was not initialised"
 
 
+def local_parts(model: nn.Module) -> list[Tensor]:
+    """This rank's slice of every parameter."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
 def send_gradients(models: Models, *, now: bool) -> None:
     """Say whether the next backward pass averages gradients over ranks, or only adds to what is there.
 

@@ -18,9 +18,10 @@ from vjepa.encoder import Encoder
 from vjepa.folder import check_alike, code_digest, occupy, record_attempt, settings_hash, versions, write_settings
 from vjepa.health import Nurse, Unhealthy, Watchdog, watchdog
 from vjepa.meter import Meter
+from vjepa.monitors import drift, monitor
 from vjepa.objective import Loss, Models, draw_masks, jepa_loss, update_target
 from vjepa.optimizer import Update, build_optimizer, update_weights
-from vjepa.parallel import World, join, materialise, send_gradients, shard
+from vjepa.parallel import World, join, local_parts, materialise, send_gradients, shard
 from vjepa.predictor import Predictor
 from vjepa.resume import check_changes
 from vjepa.schedule import Rates, rates_at
@@ -124,10 +125,19 @@ class Attempt:
             },
         )
         self.meter.count(batch, losses)
+        if step % run.track.monitor_every_steps == 0:
+            self.track.amend(self.monitor(losses))
         if self.track.is_due(step):
             self.nurse.check(self.track.write(self.meter.read(self.clock)))
         if step % run.parallel.collect_every_steps == 0:
             gc.collect()
+
+    def monitor(self, losses: Sequence[Loss]) -> dict[str, Tensor]:
+        """Measure whether the features still say something, and how far the target is behind."""
+        found = monitor(torch.cat([loss.features for loss in losses]), self.world.sum)
+        models = self.models
+        found["drift"] = drift(local_parts(models.target), local_parts(models.encoder), self.world.sum)
+        return {f"monitor/{name}": value for name, value in found.items()}
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless the newest one is."""

@@ -83,6 +83,8 @@ def test_a_run_leaves_its_settings_its_record_and_its_checkpoints(straight: Path
     assert last["masks/visible_share"] + last["masks/hidden_share"] == pytest.approx(1)
     parts = last["time/data_s"] + last["time/forward_s"] + last["time/backward_s"] + last["time/optimizer_s"]
     assert 0 < parts < last["time/step_s"]
+    assert 1 < last["monitor/rankme"] <= 24
+    assert 0 < last["monitor/drift"] < 1
 
 
 def test_a_signal_stops_after_the_step_and_the_next_attempt_ends_with_the_same_bits(

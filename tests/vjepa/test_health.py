@@ -1,0 +1,77 @@
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vjepa.config import Health
+from vjepa.health import Collapsed, Nurse, Unhealthy, watchdog
+
+
+def record(step: int, loss: float = 0.7, applied: float = 1.0, **more: float) -> dict[str, Any]:
+    return {"step": step, "loss/prediction": loss, "optim/applied": applied, "optim/grad_norm": 1.0, **more}
+
+
+def a_nurse(**settings: Any) -> tuple[Nurse, list[str]]:
+    alerts: list[str] = []
+    return Nurse(Health(**settings), lambda title, text: alerts.append(f"{title}: {text}")), alerts
+
+
+def test_one_skipped_step_is_an_alert_and_three_in_a_row_are_an_end() -> None:
+    nurse, alerts = a_nurse(max_skipped_in_a_row=3)
+    nurse.check([record(1), record(2, applied=0.0), record(3), record(4, applied=0.0), record(5, applied=0.0)])
+    assert [alert.split(":")[1] for alert in alerts] == [" step 2", " step 4"]
+    with pytest.raises(Unhealthy, match="step 6 is the last of 3 bad ones in a row"):
+        nurse.check([record(6, applied=0.0)])
+
+
+def test_a_spike_counts_only_when_asked_for_and_against_the_usual_loss() -> None:
+    steady = [record(step) for step in range(1, 60)]
+    spike = [record(step, loss=2.0) for step in range(60, 63)]
+    a_nurse()[0].check([*steady, *spike])
+    nurse, _ = a_nurse(max_loss_ratio=2.0)
+    with pytest.raises(Unhealthy, match=r"loss 2 is 2\.9 times the usual 0\.7"):
+        nurse.check([*steady, *spike])
+    slow, _ = a_nurse(max_loss_ratio=2.0)
+    slow.check([record(step, loss=0.3 + 0.01 * step) for step in range(1, 200)])  # a healthy loss may rise
+
+
+def test_a_collapse_is_told_once_and_stops_by_setting() -> None:
+    falling = [record(step, **{"monitor/rankme": value}) for step, value in ((100, 20.0), (200, 4.0), (300, 4.0))]
+    nurse, alerts = a_nurse(collapse_share=0.25)
+    nurse.check(falling)
+    assert len(alerts) == 1
+    assert "monitor/rankme fell to 4, from 20" in alerts[0]
+    strict, _ = a_nurse(collapse_share=0.25, on_collapse="stop")
+    with pytest.raises(Collapsed, match="monitor/rankme"):
+        strict.check(falling)
+
+
+def test_a_stall_leaves_the_stacks_of_all_threads_once(tmp_path: Path) -> None:
+    waiting = threading.Event()
+
+    def hangs_here() -> None:
+        waiting.wait()
+
+    thread = threading.Thread(target=hangs_here)
+    thread.start()
+    with watchdog(Health(stall_s=0.2), tmp_path, rank=3) as dog:
+        dog.beat("making step 8", step=7)
+        file = tmp_path / "stacks" / "rank_00003.txt"
+        deadline = time.monotonic() + 10
+        while not (file.is_file() and "hangs_here" in file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        text = file.read_text()
+        assert text.count("while making step 8") == 1
+        assert "hangs_here" in text
+        dog.beat("making step 9", step=8)
+    waiting.set()
+    thread.join()
+
+
+def test_the_first_step_may_take_ten_times_as_long(tmp_path: Path) -> None:
+    with watchdog(Health(stall_s=0.2), tmp_path, rank=0):
+        time.sleep(0.6)
+    assert not (tmp_path / "stacks").exists()

@@ -1,0 +1,144 @@
+"""The record: a file that is the truth, W&B when it can be had, never an obstacle."""
+
+import contextlib
+import json
+import logging
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+
+from vjepa.config import Run
+from vjepa.parallel import World, join
+from vjepa.track import Track
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_run: MakeRun) -> Iterator[World]:
+    with join(tiny_run().parallel) as world:
+        yield world
+
+
+def measures(step: int) -> dict[str, Any]:
+    return {"loss/prediction": torch.tensor(1.0 / step), "optim/lr": 0.5}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def offline_history(folder: Path) -> list[dict[str, Any]]:
+    """Read back what W&B would send: LevelDB's log format, blocks of 32 KiB, records of (crc, length, kind)."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows: list[dict[str, Any]] = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        data, at, whole = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            left = 32768 - at % 32768
+            if left < 7:
+                at += left
+                continue
+            _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+            whole += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):
+                record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
+                record.ParseFromString(whole)
+                whole = b""
+                if record.WhichOneof("record_type") == "history":
+                    items = record.history.item
+                    rows.append({(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in items})
+    return rows
+
+
+def test_every_step_has_a_line_and_a_resumed_run_drops_those_it_will_make_again(
+    tiny_run: MakeRun, world: World, tmp_path: Path
+) -> None:
+    run = tiny_run(steps=10, track={"every_steps": 2})
+    track = Track(run, tmp_path, world, step=0, wandb_id=None)
+    for step in range(1, 6):
+        track.add(step, measures(step))
+        if track.is_due(step):
+            track.write({"speed/clips_per_s": 7.0})
+    track.close(1)  # killed after step 5: the line of step 5 was never written
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line.get("speed/clips_per_s") for line in lines(tmp_path)] == [None, 7.0, None, 7.0]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss/pred')  # torn
+    again = Track(run, tmp_path, world, step=3, wandb_id=None)
+    for step in (4, 5, 6):
+        again.add(step, {"loss/prediction": torch.tensor(float("nan"))})
+    again.write({})
+    again.close(0)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert lines(tmp_path)[3]["loss/prediction"] is None
+    assert lines(tmp_path)[2]["loss/prediction"] == pytest.approx(1 / 3)
+
+
+def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_network(
+    tiny_run: MakeRun, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))
+    run = tiny_run(steps=10, track={"wandb": "auto", "every_steps": 1})
+    ids = []
+    for first in (0, 2):
+        track = Track(run, tmp_path, world, step=first, wandb_id=None)
+        for step in range(first + 1, first + 4):
+            track.add(step, measures(step))
+            track.write({})
+        ids.append(track.wandb_id)
+        track.close(75)
+    assert ids[0] == ids[1] == (tmp_path / "wandb" / "id").read_text().strip()
+    folders = list(tmp_path.glob("wandb/offline-run-*"))
+    assert {folder.name.split("-")[-1] for folder in folders} == {ids[0]}
+    deadline = time.monotonic() + 20  # W&B's service writes the last records after it said that it had
+    while len(offline_history(tmp_path)) < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [row["trainer/step"] for row in offline_history(tmp_path)] == [1, 2, 3, 3, 4, 5]
+
+
+def test_a_dead_server_and_a_killed_service_do_not_stop_a_run(
+    tiny_run: MakeRun, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    caplog.set_level(logging.WARNING)
+    run = tiny_run(steps=10, track={"wandb": "auto", "every_steps": 1, "wandb_timeout_s": 2})
+    track = Track(run, tmp_path, world, step=0, wandb_id=None)
+    assert "W&B cannot be used online" in caplog.text
+    track.add(1, measures(1))
+    track.write({})
+    kill_services()
+    for step in (2, 3):
+        track.add(step, measures(step))
+        track.write({})
+    done = threading.Thread(target=track.close, args=(0,))
+    done.start()
+    done.join(timeout=60)
+    assert not done.is_alive()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    with contextlib.suppress(ConnectionError):
+        wandb.teardown()  # what is left of it, so that it does not complain at exit
+
+
+def kill_services() -> None:
+    """End the processes that W&B started below this one."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            name = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        if parent == os.getpid() and "wandb" in name:
+            os.kill(int(process.name), 9)
