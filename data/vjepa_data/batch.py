@@ -63,7 +63,7 @@ class Batch:
     rejected: tuple[Reject, ...] = ()
     """What was tried and replaced on the way."""
 
-    stop: str | None = None
+    stop: BadInput | None = None
     """Why no batch could be made; the loader raises it."""
 
     def __len__(self) -> int:

@@ -120,7 +120,7 @@ class Offer:
             longest_s = float(np.max(index.frames / np.maximum(index.fps, 1e-9), initial=0, where=index.frames > 1))
             fastest = float(np.max(index.fps, initial=0))
             raise BadInput(
-                f"none of the {len(index)} {index.split} samples of {index.folder} can serve {frames} frames at "
+                f"none of the {len(index)} {index.split} samples of {index.place} can serve {frames} frames at "
                 f"{fps:g} fps, which last {(frames - 1) / fps:.2f} s; the longest has {longest_s:.2f} s, the fastest "
                 f"{fastest:g} fps; lower data.clip.frames, choose another data.clip.fps, or set data.clip.short=hold"
             )

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vjepa_data.faults import Unreadable
+
+Undecodable = Unreadable  # the name under which other modules know what a decoder raises
+
 
 @dataclass(frozen=True)
 class Expect:
@@ -19,21 +23,6 @@ class Expect:
     frames: int
     width: int
     height: int
-
-
-class Undecodable(Exception):
-    """The bytes hold no such frames: reason and detail, one line each.
-
-    Attributes:
-        reason: "error" (the decoder gave up) or "frames" (it found another video than the index tells of).
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 def decode(video: bytes, frames: Sequence[int], *, backend: str, expect: Expect) -> np.ndarray:
@@ -49,21 +38,21 @@ def decode(video: bytes, frames: Sequence[int], *, backend: str, expect: Expect)
         uint8 [len(frames) H W 3], RGB.
 
     Raises:
-        Undecodable: the bytes are damaged or not what the index says.
+        Unreadable: the bytes are damaged or not what the index says.
     """
     unique, back = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
     if len(unique) == 0 or unique[0] < 0 or unique[-1] >= expect.frames:
-        raise Undecodable("frames", f"frames {list(frames)[:3]}... asked of a video of {expect.frames}")
+        raise Unreadable("frames", f"frames {list(frames)[:3]}... asked of a video of {expect.frames}")
     pictures = BACKENDS[backend](video, unique, expect)
     if pictures.shape != (len(unique), expect.height, expect.width, 3) or pictures.dtype != np.uint8:
         want = f"{len(unique)}x{expect.height}x{expect.width}x3"
-        raise Undecodable("frames", f"{backend} gave {'x'.join(map(str, pictures.shape))}, expected {want}")
+        raise Unreadable("frames", f"{backend} gave {'x'.join(map(str, pictures.shape))}, expected {want}")
     return pictures if len(back) == len(unique) else pictures[back]
 
 
 def _check_length(backend: str, found: int | None, expect: Expect) -> None:
     if found is not None and found != expect.frames:
-        raise Undecodable("frames", f"{backend} counts {found} frames, the index {expect.frames}")
+        raise Unreadable("frames", f"{backend} counts {found} frames, the index {expect.frames}")
 
 
 def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
@@ -75,7 +64,7 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         _check_length("decord", len(reader), expect)
         return reader.get_batch(frames).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as e:
-        raise Undecodable("error", f"decord: {e}") from e
+        raise Unreadable("error", f"decord: {e}") from e
 
 
 def _torchcodec(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
@@ -86,7 +75,7 @@ def _torchcodec(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         _check_length("torchcodec", reader.metadata.num_frames, expect)
         return reader.get_frames_at(frames.tolist()).data.numpy()
     except (RuntimeError, ValueError, IndexError) as e:
-        raise Undecodable("error", f"torchcodec: {e}") from e
+        raise Unreadable("error", f"torchcodec: {e}") from e
 
 
 def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
@@ -100,7 +89,7 @@ def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
             _check_length("pyav", stream.frames or None, expect)
             return _walk(container, stream, frames)
     except (FFmpegError, ValueError, IndexError) as e:
-        raise Undecodable("error", f"pyav: {e}") from e
+        raise Unreadable("error", f"pyav: {e}") from e
 
 
 def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
@@ -117,7 +106,7 @@ def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
         if number >= int(frames[-1]):
             break
     if len(pictures) != len(frames):
-        raise Undecodable("frames", f"pyav found {len(pictures)} of {len(frames)} frames by their times")
+        raise Unreadable("frames", f"pyav found {len(pictures)} of {len(frames)} frames by their times")
     return np.stack(pictures)
 
 
@@ -127,10 +116,10 @@ def _image(image: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP"))
         if picture.size != (expect.width, expect.height):
-            raise Undecodable("frames", f"picture of {picture.size}, the index says {expect.width}x{expect.height}")
+            raise Unreadable("frames", f"picture of {picture.size}, the index says {expect.width}x{expect.height}")
         return np.asarray(picture.convert("RGB"))[None]
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e:
-        raise Undecodable("error", f"pillow: {e}") from e
+        raise Unreadable("error", f"pillow: {e}") from e
 
 
 BACKENDS: dict[str, Callable[[bytes, np.ndarray, Expect], np.ndarray]] = {

@@ -4,14 +4,16 @@ The columns of `samples.parquet` become numpy arrays; from 200,000 samples on th
 processes of a node share, so that 22 million samples cost a worker nothing. A sample is one `pread` at its recorded
 offset: no tar is parsed, nothing but the two known members is looked at, nothing is unpickled, no URL is executed.
 What a tar reader would accept in silence (a shard cut short, a byte flipped) is noticed: sizes and hashes are checked.
+Remote shards are read the same way, from a local copy (`cache`) or, until there is one, by range.
 """
 
 import functools
-import json
+import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,11 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import xxhash
 
+from vjepa_data.cache import Cache
+from vjepa_data.faults import Unreadable
+from vjepa_data.remote import Gone, is_remote, read_range
 from vjepa_data.settings import BadInput
+from vjepa_data.shards import ShardEntry, read_manifest, write_whole
 
 MAPPED_FROM = 200_000  # samples; below, reading the parquet takes less than 0.1 s and 40 MB (measured once)
 OPEN_SHARDS = 128  # file descriptors that one process keeps
@@ -37,30 +43,6 @@ NUMBERS = {
     "width": np.int32,
     "height": np.int32,
 }
-
-
-class Unreadable(Exception):
-    """A sample that cannot be had; the stream replaces it.
-
-    Attributes:
-        reason: one word for statistics: "missing", "size", "hash", "timeout", "crash", "error", "frames", ...
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file of a corpus."""
-
-    file: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -94,32 +76,38 @@ class Index:
     xxh64: np.ndarray
     """Hash of the video's bytes, uint64 [N]."""
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
+    def __init__(self, place: str | Path, split: str = "train", cache: Cache | None = None) -> None:
         """Open a corpus.
 
         Args:
-            folder: what `vjepa shard` or `vjepa index` wrote.
+            place: folder or URL of what `vjepa shard` or `vjepa index` wrote.
             split: which of its splits.
+            cache: where copies of remote shards are kept; by default up to 100 GiB below `~/.cache`.
 
         Raises:
             BadInput: no corpus, no such split, or a manifest that points outside its folder.
         """
-        self.folder, self.split = Path(folder), split
-        manifest = _read_manifest(self.folder)
-        self.name, self.hash = str(manifest["name"]), str(manifest["hash"])
-        if split not in manifest["splits"]:
-            has = ", ".join(sorted(manifest["splits"]))
-            raise BadInput(f"{folder} has no split {split!r}, only {has}; set data.sources[].split")
-        self.shards = [Shard(s["file"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
+        self.place, self.split = str(place), split
+        self.cache = None
+        folder = Path(place)
+        if is_remote(self.place):
+            self.cache = cache or Cache(_user_cache() / "shards", 100)
+            folder = _mirror(self.place, self.cache.folder)
+        manifest = read_manifest(folder)
+        self.name, self.hash = manifest.name, manifest.hash
+        if split not in manifest.splits:
+            has = ", ".join(sorted(manifest.splits))
+            raise BadInput(f"{place} has no split {split!r}, only {has}; set data.sources[].split")
+        self.shards = manifest.shards
         for s in self.shards:
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", s.file) or ".." in s.file.split("/"):
-                raise BadInput(f"{folder}/manifest.json names the shard {s.file!r}, which is no plain path below it")
-        self._table = _read_table(self.folder, split, self.hash)
+                raise BadInput(f"{place}/manifest.json names the shard {s.file!r}, which is no plain path below it")
+        self._table = _read_table(folder, split, self.hash)
         for name in [*NUMBERS, "xxh64"]:
             setattr(self, name, self._table.column(name).chunk(0).to_numpy(zero_copy_only=True))
-        said = manifest["splits"][split]["samples"]
+        said = manifest.splits[split]["samples"]
         if len(self) != said:
-            raise BadInput(f"{folder} has {len(self)} samples of {split} in samples.parquet, its manifest says {said}")
+            raise BadInput(f"{place} has {len(self)} samples of {split} in samples.parquet, its manifest says {said}")
         self.first = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
         self._files = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
@@ -127,7 +115,7 @@ class Index:
         return self._table.num_rows
 
     def __reduce__(self) -> tuple:
-        return Index, (str(self.folder), self.split)
+        return Index, (self.place, self.split, self.cache)
 
     def key(self, sample: int) -> str:
         """Give the key of a sample."""
@@ -141,7 +129,7 @@ class Index:
 
     def url(self, sample: int) -> str:
         """Give the place of the shard that holds a sample."""
-        return f"{self.folder}/{self.shards[int(self.shard[sample])].file}"
+        return f"{self.place}/{self.shards[int(self.shard[sample])].file}"
 
     def suffix(self, sample: int) -> str:
         """Give the kind of file of a sample: "mp4" or "jpg"."""
@@ -164,63 +152,128 @@ class Index:
         text = bytes(data[int(self.json_offset[sample]) - start :][: int(self.json_size[sample])])
         video = bytes(data[int(self.video_offset[sample]) - start :][: int(self.video_size[sample])])
         if xxhash.xxh64_intdigest(video) != int(self.xxh64[sample]):
+            if file.distrust():
+                return self.read(sample)
             raise Unreadable("hash", f"{shard.file} holds other bytes than were stored")
         return Sample(self.key(sample), shard.file, self.suffix(sample), text, video)
 
-    def _open(self, number: int) -> "_File":
+    def want(self, sample: int) -> None:
+        """Say that a sample will be read soon: if its shard is remote, a copy is fetched meanwhile."""
+        if self.cache is not None:
+            shard = self.shards[int(self.shard[sample])]
+            self.cache.want(self.url(sample), shard.bytes, shard.sha256)
+
+    def _open(self, number: int) -> "_File | _RemoteFile":
         shard = self.shards[number]
-        return _File(self.folder / shard.file, shard)
+        if self.cache is not None:
+            return _RemoteFile(f"{self.place}/{shard.file}", shard, self.cache)
+        return _File(Path(self.place) / shard.file, shard)
 
 
 class _File:
     """An open shard, closed when it is forgotten."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self.descriptor = -1
+    def __init__(self, path: Path, shard: ShardEntry) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise Unreadable("missing", f"{shard.file}: {e.strerror}") from e
-        size = os.fstat(self.descriptor).st_size
+        weakref.finalize(self, os.close, descriptor)
+        self.descriptor = descriptor
+        size = os.fstat(descriptor).st_size
         if size != shard.bytes:
             raise Unreadable("size", f"{shard.file} has {size} bytes, its manifest says {shard.bytes}")
 
     def pread(self, size: int, offset: int) -> bytes:
-        parts = []
-        while size > 0:
-            try:
-                part = os.pread(self.descriptor, size, offset)
-            except OSError as e:
-                raise Unreadable("missing", f"read at byte {offset}: {e.strerror}") from e
-            if not part:
-                break
-            parts.append(part)
-            size, offset = size - len(part), offset + len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return _pread(self.descriptor, size, offset)
 
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+    def distrust(self) -> bool:
+        """Say whether reading again may give other bytes: from a local file it does not."""
+        return False
 
 
-def _read_manifest(folder: Path) -> dict:
-    path = folder / "manifest.json"
-    try:
-        text = path.read_text()
-    except OSError as e:
-        raise BadInput(
-            f"{folder} is no corpus: manifest.json cannot be read ({e.strerror}); write one with `vjepa shard` "
-            "or `vjepa index`"
-        ) from e
-    try:
-        manifest = json.loads(text)
-    except ValueError as e:
-        raise BadInput(f"{path} is not JSON ({e}); write the corpus again or restore this file") from e
-    if manifest.get("format") != 1:
-        raise BadInput(
-            f"{path} has format {manifest.get('format')!r}, this version reads format 1; install a newer one"
-        )
-    return manifest
+class _RemoteFile:
+    """A remote shard: read from its local copy if there is one, else by range while a copy is being made."""
+
+    def __init__(self, url: str, shard: ShardEntry, cache: Cache) -> None:
+        self.url, self.shard, self.cache = url, shard, cache
+        self.descriptor: int | None = None
+        self.distrusted = 0
+
+    def pread(self, size: int, offset: int) -> bytes:
+        if self.descriptor is None:
+            self.descriptor = self.cache.open(self.shard.sha256)
+            if self.descriptor is not None:
+                self._close = weakref.finalize(self, os.close, self.descriptor)
+        if self.descriptor is not None:
+            return _pread(self.descriptor, size, offset)
+        self.cache.want(self.url, self.shard.bytes, self.shard.sha256)
+        try:
+            return read_range(self.url, offset, size)
+        except Gone as e:
+            raise Unreadable("missing", f"{self.shard.file}: {e}") from e
+
+    def distrust(self) -> bool:
+        """Drop a copy that holds wrong bytes; say whether it is worth reading again."""
+        if self.descriptor is not None:
+            self._close()
+            self.descriptor = None
+            self.cache.distrust(self.shard.sha256)
+        self.distrusted += 1
+        return self.distrusted <= 3
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    parts = []
+    while size > 0:
+        try:
+            part = os.pread(descriptor, size, offset)
+        except OSError as e:
+            raise Unreadable("missing", f"read at byte {offset}: {e.strerror}") from e
+        if not part:
+            break
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _mirror(url: str, cache: Path) -> Path:
+    """Copy the manifest and the table of a remote corpus; the table only if it changed.
+
+    Raises:
+        BadInput: they are not there.
+    """
+    folder = cache / "corpora" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("manifest.json", "samples.parquet"):
+        file = folder / name
+        if name == "samples.parquet" and file.exists():
+            said = read_manifest(folder).samples_sha256
+            if hashlib.sha256(file.read_bytes()).hexdigest() == said:
+                continue
+        try:
+            data = b"".join(iter(_Blocks(f"{url}/{name}")))
+        except Gone as e:
+            raise BadInput(
+                f"{url}/{name}: {e}; give the URL of a folder that `vjepa shard` or `vjepa index` wrote"
+            ) from e
+        write_whole(file, data)
+    return folder
+
+
+class _Blocks:
+    """The blocks of a remote file of unknown length."""
+
+    def __init__(self, url: str, size: int = 64 << 20) -> None:
+        self.url, self.size = url, size
+
+    def __iter__(self) -> Iterator[bytes]:
+        at = 0
+        while block := read_range(self.url, at, self.size):
+            yield block
+            at += len(block)
+            if len(block) < self.size:
+                return
 
 
 def _read_table(folder: Path, split: str, corpus: str) -> pa.Table:

@@ -76,7 +76,7 @@ class ClipLoader:
             step,
             folder,
         )
-        self.plan = open_plan(data, seed=seed, batch_size=batch_size)
+        self.plan = open_plan(data, seed=seed, batch_size=batch_size, loader=loader)
         self.slots = self.plan.slots(rank, world)
         self.rejects = Rejected(data.rejects.max_share, folder, rank)
         self._board = torch.zeros(max(1, loader.workers), BOARD_BYTES, dtype=torch.uint8).share_memory_()
@@ -96,7 +96,7 @@ class ClipLoader:
             batch = self._next()
         if batch.stop is not None:
             self.close()
-            raise TooManyRejects(batch.stop)
+            raise batch.stop
         assert batch.step == self.step, f"the loader gave step {batch.step} in place of {self.step}"
         self.step += 1
         self.rejects.add(batch)

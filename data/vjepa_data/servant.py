@@ -38,8 +38,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vjepa_data.decode import Expect, Undecodable, decode
-from vjepa_data.index import Unreadable
+from vjepa_data.decode import Expect, decode
+from vjepa_data.faults import Unreadable
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ def _answer(request: dict, memory: mmap.mmap) -> dict:
             continue
         try:
             frames = decode(video, request["frames"], backend=backend, expect=expect)
-        except Undecodable as e:
+        except Unreadable as e:
             given_up = given_up or e
             continue
         except MemoryError:

@@ -21,30 +21,40 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vjepa_data import clips, crops
 from vjepa_data.batch import Batch, Clips, Reject
+from vjepa_data.cache import Cache
 from vjepa_data.clips import Offer, read_keys
 from vjepa_data.decode import Expect
-from vjepa_data.index import Index, Unreadable
+from vjepa_data.faults import Unreadable
+from vjepa_data.index import Index
 from vjepa_data.plan import Draw, Plan
 from vjepa_data.servant import Servant
-from vjepa_data.settings import Crop, Data, Loader
+from vjepa_data.settings import BadInput, Crop, Data, Loader
 from vjepa_data.watch import TooManyRejects
 
 log = logging.getLogger(__name__)
 
+PREFETCH_STEPS = 100  # how long before its first sample is drawn a remote shard is asked for
 BOARD_BYTES = 256  # what a worker is at, for the watchdog
 
 
-def open_plan(data: Data, *, seed: int, batch_size: int) -> Plan:
+def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None = None) -> Plan:
     """Open the corpora and lay out the stream.
 
-    Logs how many samples each source offers, and how many are too short or too slow for its clips.
+    Logs how many samples each source leaves out, because they are too short or too slow for its clips.
+
+    Args:
+        data: the settings.
+        seed: seed of the run.
+        batch_size: slots of a step, over all ranks.
+        loader: where copies of remote shards are kept.
 
     Raises:
         BadInput: a corpus is missing or offers nothing; the lanes do not divide the batch.
     """
+    cache = Cache(loader.cache, loader.cache_gib) if loader and loader.cache else None
     offers = []
     for source in data.sources:
-        index = Index(source.shards, source.split)
+        index = Index(source.shards, source.split, cache)
         offer = Offer(
             index,
             frames=source.frames or data.clip.frames,
@@ -103,6 +113,7 @@ class Samples(IterableDataset):
     def __init__(self, plan: Plan, *, rank: int, world: int, step: int) -> None:
         super().__init__()
         self.plan, self.slots, self.step = plan, plan.slots(rank, world), step
+        self.is_remote = any(cast(Offer, p).index.cache is not None for p in plan.populations)
         self._last: tuple[tuple[int, int] | None, Any] = (None, None)
 
     def __iter__(self) -> Iterator[dict]:
@@ -111,6 +122,9 @@ class Samples(IterableDataset):
         step = self.step + worker
         while True:
             for slot in self.slots:
+                if self.is_remote:
+                    soon = self.plan.draw(step + PREFETCH_STEPS, slot)
+                    index_of(self.plan, soon).want(soon.sample)
                 yield self.read(self.plan.draw(step, slot), step, slot)
             step += workers
 
@@ -222,8 +236,8 @@ class Gather:
                 if len(of_step) == len(self.slots):
                     yield self._batch(of_step)
                     of_step = []
-        except TooManyRejects as e:
-            yield Batch(-1, (), stop=str(e))
+        except BadInput as e:  # an exception that crosses to the trainer would drag a traceback along
+            yield Batch(-1, (), stop=e)
 
     def _batch(self, samples: list[dict]) -> Batch:
         groups = []

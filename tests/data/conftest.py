@@ -16,6 +16,8 @@ import pytest
 import webdataset as wds
 import xxhash
 
+from vjepa_data.shards import canonical_json
+
 BITS = 12
 
 
@@ -103,9 +105,15 @@ def write_corpus(folder: Path, shards: list[list[dict]], *, name: str = "toy", s
         "splits": {split: {"samples": len(rows), "shards": len(files), "seconds": 1.0}},
         "samples_sha256": hashlib.sha256((folder / "samples.parquet").read_bytes()).hexdigest(),
     }
-    manifest["hash"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write a manifest under the hash that fits it."""
+    manifest = {k: v for k, v in manifest.items() if k != "hash"}
+    manifest["hash"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
+    (folder / "manifest.json").write_bytes(canonical_json(manifest))
 
 
 def samples_of(video: bytes, keys: list[str], **facts) -> list[dict]:
@@ -142,3 +150,15 @@ def make_corpus() -> Callable[..., Path]:
 def _read_number() -> Callable[[np.ndarray], int]:
     """Reads the number off a frame of `videos`."""
     return read_number
+
+
+@pytest.fixture(scope="session")
+def edit_manifest() -> Callable[..., None]:
+    """Changes the manifest of a corpus, and its hash with it: `edit_manifest(folder, change)`."""
+
+    def edit(folder: Path, change: Callable[[dict], object]) -> None:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        change(manifest)
+        write_manifest(folder, manifest)
+
+    return edit

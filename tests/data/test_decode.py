@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vjepa_data.decode import BACKENDS, Expect, Undecodable, decode
+from vjepa_data.decode import BACKENDS, Expect, decode
+from vjepa_data.faults import Unreadable
 
 EXPECT = Expect(frames=48, width=96, height=64)
 FRAMES = [0, 5, 11, 12, 23, 40, 47]
@@ -40,7 +41,7 @@ def test_a_frame_may_be_asked_for_twice(videos: list[bytes], read_number, backen
 
 def test_a_video_of_another_length_or_size_is_refused(videos: list[bytes], backend: str):
     for wrong in (Expect(47, 96, 64), Expect(49, 96, 64), Expect(48, 64, 96)):
-        with pytest.raises(Undecodable) as e:
+        with pytest.raises(Unreadable) as e:
             decode(videos[0], [0, 1], backend=backend, expect=wrong)
         assert e.value.reason == "frames"
 
@@ -56,13 +57,13 @@ def test_damaged_bytes_are_refused(videos: list[bytes], backend: str, damage: st
         "half": video[: len(video) // 2],
         "noise": video[: len(video) // 2] + noise,
     }[damage]
-    with pytest.raises(Undecodable):
+    with pytest.raises(Unreadable):
         decode(bad, list(range(48)), backend=backend, expect=EXPECT)
 
 
 @pytest.mark.parametrize("frames", [[-1, 2], [47, 48], []])
 def test_frames_outside_the_video_are_refused(videos: list[bytes], frames: list[int]):
-    with pytest.raises(Undecodable, match="asked of a video of 48"):
+    with pytest.raises(Unreadable, match="asked of a video of 48"):
         decode(videos[0], frames, backend="decord", expect=EXPECT)
 
 
@@ -72,7 +73,7 @@ def test_a_picture_is_a_video_of_one_frame():
     Image.fromarray(picture).save(out, "PNG")
     got = decode(out.getvalue(), [0], backend="image", expect=Expect(1, 96, 64))
     assert np.array_equal(got[0], picture)
-    with pytest.raises(Undecodable, match="pillow"):
+    with pytest.raises(Unreadable, match="pillow"):
         decode(out.getvalue()[:100], [0], backend="image", expect=Expect(1, 96, 64))
 
 

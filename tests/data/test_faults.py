@@ -122,7 +122,9 @@ def test_too_large_a_share_stops_the_run(copy: Path):
         list(itertools.islice(loader, 250))
 
 
-def test_members_that_others_would_unpickle_or_extract_elsewhere_are_never_touched(videos, tmp_path: Path, make_corpus):
+def test_members_that_others_would_unpickle_or_extract_elsewhere_are_never_touched(
+    videos, tmp_path: Path, make_corpus, edit_manifest
+):
     import io
     import tarfile
 
@@ -135,9 +137,7 @@ def test_members_that_others_would_unpickle_or_extract_elsewhere_are_never_touch
             member = tarfile.TarInfo(name)
             member.size = len(payload)
             tar.addfile(member, io.BytesIO(payload))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][0]["bytes"] = shard.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, lambda m: m["shards"][0].update(bytes=shard.stat().st_size))
     assert len(read(settings(folder), 3)) == 3
     assert not (tmp_path / "evil").exists()
     assert not list(tmp_path.glob("../**/evil"))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from vjepa_data.index import Index, Unreadable
+from vjepa_data.faults import Unreadable
+from vjepa_data.index import Index
 from vjepa_data.settings import BadInput
 
 
@@ -27,12 +28,6 @@ def read_with_webdataset(urls: str) -> list[dict]:
         samples = list(wds.WebDataset(urls, shardshuffle=False))  # pyright: ignore[reportAttributeAccessIssue]
         gc.collect()
     return samples
-
-
-def edit_manifest(folder: Path, change) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_samples_are_those_that_webdataset_reads(corpus: Path):
@@ -120,14 +115,14 @@ def test_a_cut_at_a_header_that_webdataset_accepts_in_silence_is_noticed(copy: P
 
 
 @pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "pipe:touch evil", "file:///etc/passwd", "a/../b"])
-def test_a_manifest_cannot_point_elsewhere_or_run_anything(copy: Path, file: str):
+def test_a_manifest_cannot_point_elsewhere_or_run_anything(copy: Path, edit_manifest, file: str):
     edit_manifest(copy, lambda m: m["shards"][0].update(file=file))
     with pytest.raises(BadInput, match="no plain path below it"):
         Index(copy)
 
 
-def test_bad_corpora_are_refused_in_one_line(copy: Path, tmp_path: Path):
-    with pytest.raises(BadInput, match=r"is no corpus: manifest\.json cannot be read"):
+def test_bad_corpora_are_refused_in_one_line(copy: Path, tmp_path: Path, edit_manifest):
+    with pytest.raises(BadInput, match="No such file or directory; give a folder that"):
         Index(tmp_path)
     with pytest.raises(BadInput, match="has no split 'val', only train"):
         Index(copy, "val")
@@ -135,8 +130,8 @@ def test_bad_corpora_are_refused_in_one_line(copy: Path, tmp_path: Path):
     with pytest.raises(BadInput, match=r"has 26 samples of train in samples\.parquet, its manifest says 27"):
         Index(copy)
     edit_manifest(copy, lambda m: m.update(format=2))
-    with pytest.raises(BadInput, match="format 2, this version reads format 1"):
+    with pytest.raises(BadInput, match="format 2, this version reads 1"):
         Index(copy)
     (copy / "manifest.json").write_text("{")
-    with pytest.raises(BadInput, match="is not JSON"):
+    with pytest.raises(BadInput, match="not JSON"):
         Index(copy)

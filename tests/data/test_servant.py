@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vjepa_data.decode import Expect, decode
-from vjepa_data.index import Unreadable
+from vjepa_data.faults import Unreadable
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput
 

@@ -1,0 +1,18 @@
+"""What may be wrong with one sample."""
+
+
+class Unreadable(Exception):
+    """A sample that cannot be had or decoded; the stream replaces it.
+
+    Attributes:
+        reason: one word for statistics: "missing", "size" or "hash" (of the shard or its bytes), "error" (the decoder
+            gave up), "frames" (it found another video than the index tells of), "timeout", "crash", "memory".
+        detail: one line for a person.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
