@@ -157,11 +157,14 @@ def read_manifest(folder: Path) -> Manifest:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there as a whole or not at all, even through a power cut."""
     temporary = temporary_name(path)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

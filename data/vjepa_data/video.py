@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import av.container
@@ -139,10 +140,14 @@ def open_video(path: Path) -> av.container.InputContainer:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(12)
+            is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
+            has_index = is_mp4 and _has_index(file, size)
     except OSError as error:
         raise Refused(Reason.MISSING, error.strerror or "cannot be read") from None
     if not size:
         raise Refused(Reason.EMPTY, "0 bytes")
+    if is_mp4 and not has_index:
+        raise Refused(Reason.NO_INDEX, "an MP4 without a whole moov box")
     try:
         return av.open(
             f"file:{path.absolute()}",
@@ -150,9 +155,23 @@ def open_video(path: Path) -> av.container.InputContainer:
             metadata_errors="replace",
         )
     except FFmpegError as error:
-        is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
-        reason = Reason.NO_INDEX if is_mp4 else Reason.NOT_VIDEO
-        raise Refused(reason, error.strerror or "") from None
+        raise Refused(Reason.DAMAGED if is_mp4 else Reason.NOT_VIDEO, error.strerror or "") from None
+
+
+def _has_index(file: BinaryIO, size: int) -> bool:
+    """Whether an MP4 holds the whole of its index."""
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4])
+        length = int.from_bytes(head[8:16]) if length == 1 else size - at if length == 0 else length
+        if head[4:8] == b"moov":
+            return at + length <= size
+        if length < 8:
+            return False
+        at += length
+    return False
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:

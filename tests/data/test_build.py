@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -22,6 +22,8 @@ import webdataset as wds
 from rich.console import Console
 
 from vjepa_data.build import shard
+from vjepa_data.build.status import status
+from vjepa_data.build.survey import survey
 from vjepa_data.settings import BadInput
 from vjepa_data.settings_files import load_settings
 from vjepa_data.shards import Manifest, read_manifest
@@ -320,3 +322,71 @@ def test_a_folder_that_cannot_be_written_is_said(videos: Path, tmp_path: Path) -
     with pytest.raises(BadInput, match=r"cannot be written \(Not a directory\)"):
         build(videos, tmp_path / "file" / "below")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_and_more_room_is_all_it_takes(videos: Path, corpus: Path, small_disk: Path) -> None:
+    out = small_disk / "o"
+    (small_disk / "ballast").write_bytes(bytes(230_000))
+    with pytest.raises(BadInput, match=r"cannot be written \(No space left on device\); make room"):
+        build(videos, out, "split.val_share=0.3")
+    assert not (out / "manifest.json").exists()
+    assert list(out.rglob(".*")) == []
+    (small_disk / "ballast").unlink()
+    build(videos, out, "split.val_share=0.3")
+    assert digests(out) == digests(corpus)
+
+
+def test_a_disk_that_may_only_be_read_is_said(videos: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(BadInput, match=r"cannot be written \(Read-only file system\)"):
+        build(videos, small_disk / "o")
+
+
+def test_a_survey_says_what_a_build_would_do_and_writes_nothing(videos: Path, corpus: Path) -> None:
+    before = sorted(videos.rglob("*"))
+    found = survey([str(videos)], spec=spec("split.val_share=0.3"), workers=1, console=Console(file=io.StringIO()))
+    assert (found.sources, found.clips, found.trials) == (12, 9, 9)
+    assert found.rejects == {"duplicate": 1, "no_index": 1, "not_video": 1}
+    manifest = read_manifest(corpus)
+    assert found.shards == len(manifest.shards)
+    assert found.splits == {name: totals["samples"] for name, totals in manifest.splits.items()}
+    rows = pq.read_table(corpus / "samples.parquet").to_pylist()
+    assert found.bytes_out == pytest.approx(sum(row["video_size"] for row in rows))
+    assert 0 < found.core_hours < 0.1
+    assert sorted(videos.rglob("*")) == before
+
+
+def test_a_status_is_read_from_the_files_of_a_build(videos: Path, corpus: Path, tmp_path: Path) -> None:
+    found = status(corpus)
+    assert (found.stage, found.shards, found.shards_done) == ("complete", 3, 3)
+    assert (found.clips, found.clips_done) == (9, 9)
+    assert sum(builder.tally.clips for builder in found.builders) == 9
+    shutil.copytree(corpus, tmp_path / "half")
+    (tmp_path / "half" / "manifest.json").unlink()
+    (tmp_path / "half" / "shards" / "000001.json").unlink()
+    found = status(tmp_path / "half")
+    assert (found.stage, found.shards_done, found.clips_done < 9) == ("writing", 2, True)
+    with pytest.raises(BadInput, match="no build was begun there"):
+        status(tmp_path)
+
+
+def test_looks_that_were_written_down_are_not_taken_again(videos: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "plan", tmp_path / "o" / "plan")
+    (tmp_path / "o" / "plan" / "plan.json").unlink()
+    seen = tmp_path / "o" / "plan" / "seen-000000.json"
+    seen.write_text(seen.read_text().replace('"reason":"not_video"', '"reason":"denied"'))
+    build(videos, tmp_path / "o", "split.val_share=0.3")
+    rejects = pq.read_table(tmp_path / "o" / "rejects.parquet").to_pylist()
+    assert ("videos/b/page.mp4", "denied") in {(row["source"], row["reason"]) for row in rejects}

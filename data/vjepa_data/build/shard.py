@@ -33,6 +33,11 @@ WRITTEN = frozenset(
 )
 """All that a build puts into its folder."""
 
+DISK_TROUBLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+)
+"""What a disk may object to that a user can mend."""
+
 
 def shard(
     sources: Sequence[str],
@@ -185,7 +190,7 @@ def _disk_trouble(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in DISK_TROUBLE:
             raise
         raise BadInput(
             f"{out}: cannot be written ({error.strerror}); make room or give another --out, then run it again"

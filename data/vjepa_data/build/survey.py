@@ -1,0 +1,124 @@
+"""What a build would do and cost: everything is looked at, a few clips are encoded, nothing is written."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from vjepa_data.build.ingest import ingest
+from vjepa_data.build.pack import pack
+from vjepa_data.build.select import choose, look_at
+from vjepa_data.build.shard import show_progress
+from vjepa_data.pool import Pool
+from vjepa_data.spec import Spec
+from vjepa_data.video import Refused
+from vjepa_data.work import Store
+
+TRIALS = 12
+"""Clips that are encoded to learn what one costs."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `shard` would make of the same sources and spec."""
+
+    sources: int
+    clips: int
+    hours: float
+    """Of video."""
+    shards: int
+    splits: dict[str, int]
+    """Clips of each."""
+    rejects: dict[str, int]
+    """Refused sources by reason; more may be refused when they are encoded."""
+    bytes_in: int
+    """Of the files that the clips come from."""
+    trials: int
+    """Clips that were encoded for the two estimates below; 0 if all of them failed."""
+    bytes_out: float
+    core_hours: float
+    """On this machine's cores, encoding and checking."""
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        refused = ", ".join(f"{count} {reason}" for reason, count in self.rejects.items()) or "none"
+        return [
+            f"{self.sources} sources, {sum(self.rejects.values())} refused: {refused}",
+            f"{self.clips} clips, {self.hours:.2f} hours, {size(self.bytes_in)} to read",
+            ", ".join(f"{count} clips in {split}" for split, count in self.splits.items())
+            + f"; {self.shards} shards, about {size(self.bytes_out)} to write",
+            f"about {self.core_hours:.3g} core-hours on cores like these, judged by {self.trials} clips",
+        ]
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def survey(sources: Sequence[str], *, spec: Spec, workers: int, console: Console | None = None) -> Survey:
+    """Say what a build would do, without writing anything.
+
+    Args:
+        sources, spec, workers, console: as for `shard`.
+
+    Raises:
+        BadInput: as for `shard`, except that it is no error if nothing would be left.
+    """
+    found = ingest(sources, spec=spec)
+    with (
+        show_progress(console) as progress,
+        Pool[Any, Any]("vjepa_data.work", workers=workers, timeout_s=spec.timeout_s) as pool,
+    ):
+        bar = progress.add_task("looking at sources", total=len(found), note="")
+        looks = look_at(found, None, spec=spec, pool=pool, start=0.0, advance=lambda n: progress.advance(bar, n))
+        clips, rejects = choose(found, looks, spec=spec)
+        trials = random.Random(0).sample(clips, min(TRIALS, len(clips)))
+        places = {source.name: source.place for source in found}
+        tasks = [
+            Store(
+                shard=0,
+                position=number,
+                place=places[clip.source],
+                media=spec.media,
+                start_s=clip.start_s,
+                end_s=clip.end_s,
+                encode=spec.encode,
+                accept=spec.filter,
+                may_copy=spec.mode == "copy",
+            )
+            for number, clip in enumerate(trials)
+        ]
+        bar = progress.add_task("trying a few clips", total=len(tasks), note="")
+        stored = cpu_s = seconds = 0.0
+        tried = 0
+        for task, answer in pool.map(tasks):
+            progress.advance(bar, 1)
+            if not isinstance(answer, Refused):
+                tried += 1
+                stored += len(answer.clip.data)
+                cpu_s += answer.encode_s + answer.check_s
+                seconds += max(trials[task.position].seconds, 1e-6 if spec.media == "videos" else 1.0)
+    total_s = sum(clip.seconds for clip in clips)
+    scale = (total_s if spec.media == "videos" else len(clips)) / seconds if seconds else 0.0
+    originals = {clip.source: json.loads(clip.original)["bytes"] for clip in clips}
+    return Survey(
+        sources=len(found),
+        clips=len(clips),
+        hours=total_s / 3600,
+        shards=len({number for number, _ in pack(clips, spec=spec)}),
+        splits=dict(Counter(clip.split for clip in clips)),
+        rejects=dict(Counter(str(reject.reason) for reject in rejects)),
+        bytes_in=sum(originals.values()),
+        trials=tried,
+        bytes_out=stored * scale,
+        core_hours=cpu_s * scale / 3600,
+    )
