@@ -46,6 +46,7 @@ class Result:
     """What became of a run."""
 
     drill: Drill
+    folder: Path
     seen: tuple[str, ...]
     lost: int
     """Steps that are missing or wrong."""
@@ -160,7 +161,7 @@ def rehearse(drill: Drill, folder: Path, cluster: Cluster, *, timeout_s: float =
     if seen and seen[-1] in ("stopped", "cancelled") and record.newest_checkpoint(run.folder) != run.step():
         lost, note = lost + 1, "stopped without a checkpoint of the last step"
     passed = seen == drill.expected and not lost and not note
-    return Result(drill, seen, lost, run.replayed() if run.step() else 0, _recovery(run), passed, note)
+    return Result(drill, run.folder, seen, lost, run.replayed() if run.step() else 0, _recovery(run), passed, note)
 
 
 def _recovery(run: Rehearsal) -> float | None:

@@ -76,32 +76,34 @@ class Job:
             begin(run, place)
         (ended,) = self._attempt(place, [place.rank], heard)
         outcome = judge([ended], heard)
-        if outcome == "cancelled" and ended.code != STOPPED and not self._told_by_scheduler(place):
+        # One rank asks why: thousands at once would bring the scheduler down, and the others need not know.
+        fate = _ask_fate(place.job) if outcome == "cancelled" and place.rank == 0 else "unknown"
+        if outcome == "cancelled" and ended.code != STOPPED and fate in ("runs", "unknown"):
             # SLURM tells all ranks to end when one has failed; that is no cancellation, and we are not to blame.
             outcome, ended = "failed", dataclasses.replace(ended, echo=True)
+        if outcome == "cancelled" and fate == "out of time":
+            outcome = "stopped"
         if place.rank == 0 or outcome in ("failed", "bad_input"):
             record.write_end(run, place.attempt, _end(ended, place, outcome))
         if outcome == "done":
             return DONE
-        if outcome == "cancelled":
-            log.info("rank %d has stopped and waits: the scheduler decides between the end and a requeue", place.rank)
-            if place.rank == 0:
-                conclude(run, place.attempt, "cancelled", self.restart)
-            time.sleep(WAIT_TO_BE_KILLED_S)
-        _leave(DONE if outcome == "stopped" else exit_code(outcome))
+        if heard.to_end and ended.code == STOPPED:
+            self._wait_for_the_scheduler(place, outcome, fate)
+        _leave(exit_code(outcome) if outcome in ("failed", "bad_input") else DONE)
 
-    def _told_by_scheduler(self, place: Place) -> bool:
-        """Whether TERM came because the job is to end, rather than because another rank failed.
+    def _wait_for_the_scheduler(self, place: Place, outcome: Outcome, fate: str) -> None:
+        """After TERM, and a save: the scheduler ends the job or starts it again, and kills us meanwhile.
 
-        One rank asks: thousands at once would bring the scheduler down. For the others it makes no difference.
+        With one exception: when the time was over before the ranks had saved, it would end the job for good, and the
+        batch script is gone already.
         """
-        if place.rank != 0:
-            return False
-        try:
-            return not scheduler.still_runs(place.job)
-        except scheduler.Unreachable as error:
-            log.warning("cannot ask why we are to end: %s", error)
-            return False
+        log.info("rank %d has stopped and waits: the scheduler decides between the end and a requeue", place.rank)
+        if place.rank == 0:
+            decision = conclude(Path(self.run), place.attempt, outcome, self.restart)
+            if fate == "out of time" and decision.requeue:
+                log.warning("the time limit came before the save was over; set notice_s higher")
+                scheduler.requeue(place.job, exclude=(), nodes=len(place.nodes))
+        time.sleep(WAIT_TO_BE_KILLED_S)
 
     def _on_this_machine(self, place: Place, heard: Heard) -> int:
         """All ranks of a run, as many times as it takes."""
@@ -219,6 +221,14 @@ def conclude(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexpl
         decision = dataclasses.replace(decision, exclude=record.nodes_to_exclude([*events, event], rule))
     record.append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
     return decision
+
+
+def _ask_fate(job: str) -> str:
+    try:
+        return scheduler.fate_of(job)
+    except scheduler.Unreachable as error:
+        log.warning("cannot ask why we are to end: %s", error)
+        return "unknown"
 
 
 def _owner(run: Path, job: str) -> str | None:

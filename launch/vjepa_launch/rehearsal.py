@@ -26,6 +26,15 @@ class Rehearsal:
         self.executor = ""
         self.job = ""
 
+    @staticmethod
+    def of(folder: Path) -> "Rehearsal":
+        """A run that was launched by other means, as part of a sweep for instance."""
+        run = Rehearsal(folder)
+        owner = record.read_json(record.launch_folder(run.folder) / "job.json")
+        assert owner is not None
+        run.executor, run.job, run.command = owner["executor"], owner["job"], owner["command"]
+        return run
+
     def launch(
         self, cluster: Cluster, *, config: str = "name: rehearsal\n", nodes: int | None = None
     ) -> submit.Launched:

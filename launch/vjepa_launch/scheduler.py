@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +72,16 @@ def show_job(job: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def still_runs(job: str) -> bool:
-    """Whether the scheduler means a job to go on: it was neither cancelled, nor preempted, nor is its time over.
+def fate_of(job: str) -> Literal["runs", "preempted", "out of time", "ends"]:
+    """What the scheduler means to do with a job: let it go on, take its nodes, or end it, and why.
 
     Raises:
         Unreachable: it does not say.
     """
     shown = show_job(job)
-    return shown.get("JobState") == "RUNNING" and shown.get("PreemptTime", "None") in ("None", "")
+    if shown.get("JobState") != "RUNNING":
+        return "out of time" if shown.get("Reason") == "TimeLimit" else "ends"
+    return "runs" if shown.get("PreemptTime", "None") == "None" else "preempted"
 
 
 def requeue(job: str, *, exclude: Sequence[str], nodes: int) -> bool:

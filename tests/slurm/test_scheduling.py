@@ -1,0 +1,131 @@
+"""What SLURM itself does to runs: preemption, lost nodes, taken ports; and what it is asked for."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vjepa_launch import place, status, submit
+from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.settings import BadInput, Cluster
+
+PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=2, cpus_per_task=1, hours=1, notice_s=30)
+INTRUDER = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap"]
+
+
+@pytest.fixture
+def rehearsal(slurm: Any, tmp_path: Path) -> Iterator[Callable[..., Rehearsal]]:
+    made: list[Rehearsal] = []
+
+    def make(*options: str) -> Rehearsal:
+        made.append(Rehearsal(tmp_path / f"run{len(made)}", *options))
+        return made[-1]
+
+    yield make
+    for run in made:
+        if run.job and run.is_alive():
+            subprocess.run(["scancel", "--signal=KILL", "--full", run.job], check=False)
+            subprocess.run(["scancel", run.job], check=False)
+            run.wait()
+
+
+def run_command(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def preempt(run: Rehearsal) -> None:
+    """A job of higher rank takes the nodes for a moment."""
+    run.wait_for(lambda: run.step() >= 10, 120)
+    run_command(*INTRUDER, "sleep 2")
+
+
+@pytest.mark.parametrize("with_signal", [True, False])
+def test_preemption_loses_and_repeats_no_step(
+    slurm: Any, rehearsal: Callable[..., Rehearsal], with_signal: bool
+) -> None:
+    """With `preempt_send_user_signal` the ranks hear USR2, and ask to come back; without it only TERM, and wait."""
+    slurm.up(preempt_signal=with_signal)
+    run_command("scontrol", "reconfigure")
+    run = rehearsal("--steps", "100", "--step-s", "0.05", "--every", "1000")
+    run.launch(PROFILE)
+    preempt(run)
+    assert run.wait(180)["outcome"] == "done", run.log()
+    assert run.outcomes() == ["stopped" if with_signal else "cancelled", "done"]
+    assert run.wrong_steps(100) == []
+    assert run.replayed() == 0
+
+
+def test_a_node_without_power_brings_the_run_back_elsewhere(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+    run = rehearsal("--steps", "200", "--step-s", "0.05", "--every", "10")
+    run.launch(PROFILE.model_copy(update={"nodes": 1}))
+    run.wait_for(lambda: run.step() >= 15, 120)
+    (node,) = run.events("start")[0]["nodes"]
+    lost = [slurm.mini.node_pid(slurm.folder, node), *processes_of(run.job)]
+    try:
+        for pid in lost:
+            os.kill(pid, signal.SIGKILL)
+        run.wait_for(lambda: len(run.events("start")) == 2, 120)
+    finally:
+        slurm.mini.start_node(slurm.folder, node)
+    assert run.wait(120)["outcome"] == "done"
+    assert run.events("start")[1]["nodes"] != [node]
+    assert run.wrong_steps(200) == []
+
+
+def processes_of(job: str) -> list[int]:
+    """All that a node runs for a job that has the node for itself: SLURM's own step daemons first."""
+    daemons, others = [], []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if command.startswith(f"slurmstepd: [{job}."):
+            daemons.append(int(process.name))
+        elif f"SLURM_JOB_ID={job}".encode() in environment:
+            others.append(int(process.name))
+    return daemons + others
+
+
+def test_a_port_in_use_costs_one_start(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+    job = int(run_command("sbatch", "--parsable", "--output=/dev/null", "--wrap", "true")) + 1
+    with socket.socket() as holder:
+        holder.bind(("", place.port_of(f"{job}.0")))
+        holder.listen()
+        run = rehearsal("--steps", "20")
+        run.launch(PROFILE)
+        assert run.job == str(job)
+        assert run.wait(120)["outcome"] == "done"
+    first, _ = run.events("end")
+    assert first["outcome"] == "failed"
+    assert "is in use; the next start takes another" in first["reason"]
+
+
+def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+    run = rehearsal("--steps", "20")
+    cluster = PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour"}, "environment": {"A": "b c"}})
+    described = submit.describe(run.folder, cluster, run.command, config="name: rehearsal\n", name="rehearsal")
+    run.launch(cluster)
+    submitted = (run.folder / "launch" / f"{run.job}_submission.sh").read_text()
+    assert submitted.strip() in described
+    (now,), _ = status.read_all([run.folder])
+    assert (now.state, now.detail) == ("queued", "BeginTime")
+    with pytest.raises(BadInput, match=f"in use by job {run.job}"):
+        run.launch(cluster)
+    assert status.cancel(run.folder) == f"job {run.job} is cancelled"
+    run.wait()
+    (now,), _ = status.read_all([run.folder])
+    assert now.state == "lost"
+
+
+def test_what_the_cluster_refuses_is_one_clear_line(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+    for change, message in (({"partition": "nope"}, "invalid partition"), ({"nodes": 3}, "not available")):
+        run = rehearsal("--steps", "20")
+        with pytest.raises(BadInput, match=f"(?i)the job was not submitted: .*{message}"):
+            run.launch(PROFILE.model_copy(update=change))
