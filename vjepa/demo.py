@@ -20,6 +20,10 @@ from vjepa_data.settings import BadInput
 
 MARK = "made-by-vjepa-demo"
 
+# How the two kinds of videos are sharded: small, since the demo's model sees small pictures.
+CORPUS = ("name=physics", "encode.short_side_px=64", "split.val_share=0.3")
+OWN_VIDEOS = ("encode.short_side_px=64", "cut.kind=fixed", "cut.length_s=4")
+
 
 def demo(out: Path, *, videos: Path | None = None, overrides: Sequence[str] = ()) -> int:
     """Shard, pretrain, kill, resume, export, probe, report.
@@ -41,7 +45,7 @@ def demo(out: Path, *, videos: Path | None = None, overrides: Sequence[str] = ()
         _say("Real mp4 files of generated physics scenes, each with its labels beside it")
         _vjepa("synthesize", "--out", corpus)
     _say("Raw videos to shards: canonical H.264, decode-checked, with an index")
-    _vjepa("shard", videos or corpus, "--out", shards)
+    _vjepa("shard", videos or corpus, "--out", shards, *(CORPUS if videos is None else OWN_VIDEOS))
     _say("Pretraining, killed in the middle and started again")
     _train_through_a_kill(run, folder, ["train", "demo", "--out", folder, *settings])
     _say("Export to Hugging Face format, loaded back by transformers and compared")
@@ -83,13 +87,13 @@ def _vjepa(*words: str | Path) -> None:
 
 def _train_through_a_kill(run: Run, folder: Path, words: Sequence[str | Path]) -> None:
     """Train to the end, with one SIGKILL between two checkpoints, and say whether the repeated steps were the same."""
-    every = run.checkpoint.every_steps
-    if every + 2 > run.steps:
+    every, enough = run.checkpoint.every_steps, run.checkpoint.every_steps + 2 * run.track.every_steps
+    if enough > run.steps:
         _vjepa(*words)
-        print(f"Too short to be interrupted: {run.steps} steps, a checkpoint every {every}")
+        print(f"-- too short to be interrupted: {run.steps} steps, with a checkpoint every {every}", flush=True)
         return
     first = subprocess.Popen(_command(words), start_new_session=True)
-    while first.poll() is None and _last_step(folder) < every + 2:
+    while first.poll() is None and _last_step(folder) < enough:
         time.sleep(0.1)
     if first.poll() is None:
         os.killpg(first.pid, signal.SIGKILL)
