@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vjepa import __version__
 from vjepa.encoder import MEAN, STD, Encoder, View, normalise
+from vjepa.evals.clips import centre_view
+from vjepa.evals.pooler import Classifier, hf_probe_tensors, load_classifier
 from vjepa.grid import Grid
 from vjepa.output import check_free, new_folder
 from vjepa.predictor import Guess, Predictor
@@ -51,6 +53,7 @@ def export(
     format: Format = "hf",
     part: Part = "target",
     mask_kind: int | None = None,
+    probe: Path | None = None,
     licence: str = "other",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def export(
         mask_kind: which kind of mask the predictor of an `hf` export answers to. `VJEPA2Model` can use one mask
             token only, the one at place 1, so that kind's token is put there. By default kind 1 (with the usual
             masks: the large blocks), or 0 where there is only one.
+        probe: a probe that `vjepa eval attentive` trained on this model; an `hf` export is then a classifier, a
+            `VJEPA2ForVideoClassification`, of which `AutoModel` still loads the encoder.
         licence: of the weights, for the model card; yours to decide.
         overwrite: replace an earlier export.
 
@@ -76,6 +81,7 @@ def export(
     """
     check_free(out, overwrite=overwrite)
     weights = read_weights(source, part)
+    classifier = None if probe is None else _read_probe(probe, weights, format)
     if format == "hf":
         _require_transformers()
         _require_expressible(weights)
@@ -92,10 +98,13 @@ def export(
     }
     with new_folder(out, overwrite=overwrite, ours="provenance.json") as folder:
         if format == "hf":
-            write_safetensors(folder / "model.safetensors", _hf_tensors(weights, order))
-            _write_json(folder / "config.json", hf_config(weights))
+            write_safetensors(folder / "model.safetensors", _with_probe(_hf_tensors(weights, order), classifier))
+            _write_json(folder / "config.json", {**hf_config(weights), **_probe_config(classifier)})
             _write_json(folder / "video_preprocessor_config.json", hf_processor(weights.px))
             provenance["check"] = _check_hf(folder, weights, order)
+            if classifier is not None:
+                provenance["classes"] = list(classifier.classes)
+                provenance["check"] |= _check_classifier(folder, weights, classifier)
         else:
             write_safetensors(folder / "model.safetensors", weights.tensors.items())
             _write_json(folder / "model.json", native_json(weights))
@@ -141,6 +150,39 @@ def _hf_tensors(weights: Weights, order: list[int]) -> Iterator[tuple[str, Tenso
         if ours == "predictor.mask_tokens":
             tensor = tensor[order].reshape(len(order), 1, 1, -1)
         yield from zip(theirs, tensor.chunk(len(theirs)), strict=True)
+
+
+def _read_probe(path: Path, weights: Weights, format: Format) -> Classifier:
+    if format != "hf":
+        raise BadInput(f"a probe is exported with format hf only, not {format}; leave --probe out")
+    classifier, encoder = load_classifier(path), weights.model.encoder
+    if (width := classifier.probe.linear.in_features) != encoder.width:
+        raise BadInput(f"{path} was trained on features of width {width}, this model has {encoder.width}")
+    if classifier.heads != encoder.heads:
+        raise BadInput(
+            f"{path} has {classifier.heads} heads, and VJEPA2ForVideoClassification gives a probe those of the encoder "
+            f"({encoder.heads}); train it with as many"
+        )
+    return classifier
+
+
+def _with_probe(tensors: Iterable[tuple[str, Tensor]], classifier: Classifier | None) -> Iterator[tuple[str, Tensor]]:
+    if classifier is None:
+        yield from tensors
+        return
+    yield from ((f"vjepa2.{name}", tensor) for name, tensor in tensors)
+    yield from hf_probe_tensors(classifier.probe).items()
+
+
+def _probe_config(classifier: Classifier | None) -> dict[str, Any]:
+    if classifier is None:
+        return {}
+    return {
+        "architectures": ["VJEPA2ForVideoClassification"],
+        "num_pooler_layers": len(classifier.probe.pooler.blocks),
+        "id2label": {str(number): name for number, name in enumerate(classifier.classes)},
+        "label2id": {name: number for number, name in enumerate(classifier.classes)},
+    }
 
 
 def hf_processor(px: int) -> dict[str, Any]:
@@ -219,9 +261,11 @@ def _ours(weights: Weights, token: int) -> tuple[Tensor, Tensor]:
     with torch.device("meta"):
         encoder, predictor = Encoder(weights.model), Predictor(weights.model, weights.mask_tokens)
     encoder.load_state_dict(weights.part("encoder"), assign=True)
+    _settle(encoder)
     (features,) = encoder([View(normalise(_clip(weights)))])
     del encoder
     predictor.load_state_dict(weights.part("predictor"), assign=True)
+    _settle(predictor)
     visible, hidden, grid = _sides(weights)
     (guess,) = predictor([Guess(features[:, : visible.shape[1]], visible, hidden, grid, token)])
     return features, guess
@@ -229,22 +273,55 @@ def _ours(weights: Weights, token: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _check_hf(folder: Path, weights: Weights, order: list[int]) -> dict[str, Any]:
-    import transformers
-
     features, guess = _ours(weights, order[1 % len(order)])
-    model, report = transformers.AutoModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
-    )
-    unmatched = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
-    assert not unmatched, f"names that VJEPA2Model does not know or lacks: {unmatched}"
+    model, version = _load_with_transformers("AutoModel", folder)
     visible, hidden, _ = _sides(weights)
-    clip = normalise(_clip(weights)).transpose(1, 2)  # [1 C T H W] to Hugging Face's [1 T C H W]
-    got = model.eval()(clip, context_mask=[visible], target_mask=[hidden])
+    got = model(_hf_clip(weights), context_mask=[visible], target_mask=[hidden])
     return {
         **_compare("transformers", features, got.last_hidden_state, guess, got.predictor_output.last_hidden_state),
-        "transformers": transformers.__version__,
+        "transformers": version,
         "processor": _check_processor(folder, weights),
     }
+
+
+@torch.no_grad()
+def _check_classifier(folder: Path, weights: Weights, classifier: Classifier) -> dict[str, Any]:
+    model, _ = _load_with_transformers("AutoModelForVideoClassification", folder)
+    features, _ = _ours(weights, 0)
+    _settle(classifier.probe)
+    difference = (classifier.probe(features) - model(_hf_clip(weights)).logits).abs().max().item()
+    if difference != 0:
+        raise ValueError(f"loaded back with transformers, the classifier's logits differ by {difference}")
+    return {"logits_max_abs_difference": difference}
+
+
+def _hf_clip(weights: Weights) -> Tensor:
+    return normalise(_clip(weights)).transpose(1, 2)  # [1 C T H W] to Hugging Face's [1 T C H W]
+
+
+def _load_with_transformers(kind: str, folder: Path) -> tuple[Any, str]:
+    """A model as any user of transformers loads it, every tensor in its place; and the version that loaded it."""
+    import transformers
+
+    shows = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    model, report = getattr(transformers, kind).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+    )
+    if shows:
+        transformers.utils.logging.enable_progress_bar()
+    kinds = ("missing_keys", "mismatched_keys") + (() if kind == "AutoModel" else ("unexpected_keys",))
+    unmatched = [name for one in kinds for name in report[one]]
+    assert not unmatched, f"names that transformers does not know or lacks: {unmatched}"
+    return _settle(model.eval()), transformers.__version__
+
+
+def _settle(model: nn.Module) -> Any:
+    """Move parameters to memory of torch's own. In the last bit a product depends on how its inputs are aligned, and
+    what was mapped from a file lies anywhere."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 @torch.no_grad()
@@ -272,8 +349,6 @@ def _check_processor(folder: Path, weights: Weights) -> float | str:
     if importlib.util.find_spec("torchvision") is None:
         return "not checked: AutoVideoProcessor needs torchvision, which is not installed"
     from transformers import AutoVideoProcessor
-
-    from vjepa.evals.clips import centre_view
 
     clip = _clip(weights)[0]
     theirs = AutoVideoProcessor.from_pretrained(folder, local_files_only=True)(

@@ -345,7 +345,7 @@ def hf_config(weights: Weights) -> dict[str, Any]:
         "drop_path_rate": 0.0,
         "attention_dropout": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
+        "initializer_range": weights.model.init_std,
         "num_pooler_layers": 3,
         "pred_hidden_size": predictor.width,
         "pred_num_attention_heads": predictor.heads,
@@ -393,6 +393,7 @@ def _model_of_hf(path: Path, content: dict[str, Any]) -> config.Model:
             ),
             patch_px=content.get("patch_size", 16),
             tubelet_frames=content.get("tubelet_size", 2),
+            init_std=content.get("initializer_range", 0.02),
         )
     except ValidationError as error:
         raise BadInput(f"{path}: config.json does not make a model: {error.errors()[0]['msg']}") from None
@@ -418,7 +419,10 @@ class FromHF(Tensors):
     """Our tensors, read from those of a `VJEPA2Model`."""
 
     def __init__(self, theirs: Tensors, model: config.Model, order: list[int] | None) -> None:
-        self.theirs, self.theirs_of, self.order = theirs, hf_names(model), order
+        # A classifier holds the same model under a name of its own.
+        prefix = "vjepa2." if any(name.startswith("vjepa2.") for name in theirs) else ""
+        self.theirs, self.order = theirs, order
+        self.theirs_of = {ours: tuple(prefix + one for one in names) for ours, names in hf_names(model).items()}
         self.names = self.theirs_of.keys()
 
     def missing(self) -> list[str]:

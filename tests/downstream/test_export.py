@@ -38,6 +38,7 @@ def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_fol
     encoder.load_state_dict(load_weights(trained, "target"))
     model = transformers.AutoModel.from_pretrained(hf_folder)
     assert type(model).__name__ == "VJEPA2Model"
+    export_module._settle(model)
     pixels = normalise(clip())
     with torch.no_grad():
         (ours,) = encoder([View(pixels)])
@@ -48,7 +49,7 @@ def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_fol
 @pytest.mark.parametrize("kind", [0, 1])
 def test_the_predictor_answers_to_the_mask_kind_asked_for(trained: Path, tmp_path: Path, kind: int) -> None:
     export(trained, tmp_path / "hf", mask_kind=kind)
-    model = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    model = export_module._settle(transformers.AutoModel.from_pretrained(tmp_path / "hf"))
     weights = read_weights(trained)
     features = torch.randn(1, 32, 48, generator=torch.Generator().manual_seed(0))
     visible, hidden = torch.arange(20)[None], torch.arange(20, 32)[None]

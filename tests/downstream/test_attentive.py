@@ -1,0 +1,160 @@
+"""The attentive probe is V-JEPA 2's, learns what is there, and goes to Hugging Face without loss."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vjepa.evals import attentive as attentive_module
+from vjepa.evals.attentive import Clips, Recipe, accuracy, attentive, fit_probe, wilson
+from vjepa.evals.pooler import AttentiveProbe, hf_probe_tensors, load_classifier
+from vjepa.export import export, load_encoder
+from vjepa_data.settings import BadInput
+
+SMALL = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
+
+
+@pytest.fixture(scope="module")
+def result(trained: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("attentive") / "probe.json"
+    found = attentive(trained, scenes, label="shape", out=out, recipe=SMALL)
+    assert json.loads(out.read_text()) == found
+    return found, out
+
+
+def needle(count: int, seed: int) -> Clips:
+    """Clips of noise in which one token, anywhere, tells the class: a mean would drown it, attention finds it."""
+    draw = np.random.default_rng(seed)
+    tokens = draw.standard_normal((count, 12, 16)).astype(np.float32)
+    label = draw.integers(0, 2, count)
+    where = draw.integers(0, 12, count)
+    tokens[np.arange(count), where, 0] = 6
+    tokens[np.arange(count), where, 1] = np.where(label == 1, 6, -6)
+    return Clips(tokens, np.arange(count), np.arange(count), label)
+
+
+def test_it_finds_the_one_token_that_matters() -> None:
+    recipe = Recipe(epochs=12, batch=16, blocks=1)
+    probe = fit_probe(needle(256, 0), 2, 4, recipe, rate=3e-3, decay=0.01, seed=0)
+    assert accuracy(probe, needle(100, 1)) > 0.9
+
+
+def test_clips_of_one_video_vote_together() -> None:
+    probe = AttentiveProbe(4, 1, 2, blocks=0)
+    probe.forward = lambda tokens: tokens[:, 0, :2]  # type: ignore[method-assign]
+    tokens = np.zeros((4, 1, 4), np.float32)
+    tokens[:, 0, 0] = [1, 0, 1, 0]
+    tokens[:, 0, 1] = [0, 3, 0, 0.5]
+    clips = Clips(tokens, np.arange(4), np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
+    assert accuracy(probe, clips) == 1.0
+
+
+def test_the_result_names_the_choice_and_what_it_would_have_been(result: tuple[dict, Path]) -> None:
+    found, _ = result
+    assert found["protocol"]["videos"] == {"fit": 12, "choose": 4, "report": 8}
+    assert len(found["grid"]) == 2
+    chosen = found["grid"][found["chosen"]["number"]]
+    assert chosen["choose"] == max(one["choose"] for one in found["grid"])
+    assert found["accuracy"] == chosen["report"]
+    assert found["accuracy_if_chosen_on_what_is_reported"] == max(one["report"] for one in found["grid"])
+    assert found["interval"][0] < found["accuracy"] < found["interval"][1] or found["accuracy"] in (0, 1)
+
+
+def test_tokens_are_computed_once(
+    result: tuple[dict, Path], trained: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, out = result
+    monkeypatch.setattr(attentive_module, "embed", None)
+    again = attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True)
+    assert again == found
+
+
+def test_ranks_share_the_grid(
+    result: tuple[dict, Path], trained: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks in turn, each with what the other would have sent."""
+    found, out = result
+    shares: list[dict] = []
+    for rank in (0, 1):
+
+        class Turn:
+            size = 2
+            is_first = rank == 0
+
+            def __init__(self, rank: int = rank) -> None:
+                self.rank = rank
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                return None
+
+            def first(self, function):
+                return function()
+
+            def gather(self, mine):
+                shares.append(mine)
+                if self.rank == 0:
+                    raise KeyboardInterrupt
+                return shares
+
+        monkeypatch.setattr(attentive_module, "join", lambda _, turn=Turn: turn())
+        if rank == 0:
+            with pytest.raises(KeyboardInterrupt):
+                attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True)
+        else:
+            assert attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True) == found
+    assert [list(one) for one in shares] == [[0], [1]]
+
+
+def test_the_classifier_is_hugging_faces(result: tuple[dict, Path], trained: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    probe = result[1].with_suffix(".safetensors")
+    said = export(trained, tmp_path / "hf", probe=probe)
+    assert said["check"]["logits_max_abs_difference"] == 0
+    model = transformers.AutoModelForVideoClassification.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == "VJEPA2ForVideoClassification"
+    assert model.config.id2label == {0: "disc", 1: "square"}
+    frames = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(load_encoder(tmp_path / "hf")(frames), load_encoder(trained)(frames))
+    with pytest.raises(BadInput, match="format hf only"):
+        export(trained, tmp_path / "native", probe=probe, format="native")
+
+
+def test_every_tensor_of_the_probe_has_a_name_at_hugging_face() -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.VJEPA2Config(
+        hidden_size=16, num_attention_heads=4, num_hidden_layers=1, crop_size=32, frames_per_clip=2, num_labels=3,
+        pred_hidden_size=12, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+    )  # fmt: skip
+    theirs = transformers.VJEPA2ForVideoClassification(settings)
+    probe = AttentiveProbe(16, 4, 3, seed=1)
+    for parameter in probe.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    found = hf_probe_tensors(probe)
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items() if not name.startswith("vjepa2.")}
+    assert {name: tensor.shape for name, tensor in found.items()} == shapes
+    theirs.load_state_dict(found, strict=False)
+    tokens = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(probe(tokens), theirs.classifier(theirs.pooler(tokens)))
+
+
+def test_bad_input_is_named(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no class called 'colour' in split 'val'; it has shape, speed, tracks"):
+        attentive(trained, scenes, label="colour", out=tmp_path / "p.json")
+    with pytest.raises(BadInput, match="no split 'test'"):
+        attentive(trained, scenes, label="shape", split="test", out=tmp_path / "p.json")
+    (tmp_path / "p.json").write_text("mine")
+    with pytest.raises(BadInput, match="exists already"):
+        attentive(trained, scenes, label="shape", out=tmp_path / "p.json")
+    with pytest.raises(BadInput, match="not a probe"):
+        load_classifier(tmp_path / "p.json")
+
+
+def test_the_interval_is_wilsons() -> None:
+    # 8 of 10: a textbook value.
+    assert wilson(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=2e-4)

@@ -1,0 +1,298 @@
+"""V-JEPA 2's attentive probe, trained over a grid of learning rates and weight decays on frozen tokens.
+
+    vjepa eval attentive MODEL SHARDS --label shape --out probe.json
+
+Tokens are computed once and kept beside the result, so every probe of the grid (learning rate x weight decay) sees the
+same ones and a second call begins where the first stopped. Under torchrun the ranks share the videos, then the grid.
+
+Letters: B clips, N tokens of a clip, D width.
+
+Source: V-JEPA 2 (arXiv:2506.09985), frozen evaluation: 3 self-attention blocks and 1 cross-attention block, 20 probes
+of which the best on the validation set is reported. Unlike there, clips are not augmented, the whole frame is seen, and
+the best probe is chosen on videos that are not reported on; what it would have been otherwise is given beside it.
+"""
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vjepa.config import Parallel
+from vjepa.evals.embed import embed
+from vjepa.evals.pooler import AttentiveProbe, save_classifier
+from vjepa.output import check_free, new_file
+from vjepa.parallel import World, join
+from vjepa.weights import Part, load_encoder, read_json
+from vjepa_data.draws import generator
+from vjepa_data.index import Index
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+DECAYS = (0.01, 0.1, 0.4, 0.8)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the probes are trained. The defaults are V-JEPA 2's."""
+
+    rates: tuple[float, ...] = RATES
+    """Peak learning rates; cosine to 0, no warm-up."""
+    decays: tuple[float, ...] = DECAYS
+    """Weight decays, of every parameter, biases and norms too."""
+    epochs: int = 20
+    batch: int = 32
+    blocks: int = 3
+    """Self-attention blocks before the query."""
+    heads: int | None = None
+    """By default those of the encoder, which is what Hugging Face's classifier has."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Tokens of some clips, with the video and the class of each."""
+
+    tokens: Float[np.ndarray, "all N D"]
+    """Of these and other clips; may be mapped from a file."""
+    place: Int[np.ndarray, " clips"]
+    """Where the tokens of each are."""
+    video: Int[np.ndarray, " clips"]
+    label: Int[np.ndarray, " clips"]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def read(self, rows: Int[np.ndarray, " B"]) -> Float[Tensor, "B N D"]:
+        return torch.from_numpy(self.tokens[self.place[rows]]).float()
+
+
+def fit_probe(
+    clips: Clips, classes: int, heads: int, recipe: Recipe, *, rate: float, decay: float, seed: int
+) -> AttentiveProbe:
+    """Train one probe: AdamW, cosine to 0, cross-entropy, the same order of clips for every probe of a seed."""
+    probe = AttentiveProbe(clips.tokens.shape[-1], heads, classes, blocks=recipe.blocks, seed=seed)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=decay)
+    order = generator(seed, "attentive order")
+    steps = recipe.epochs * math.ceil(len(clips) / recipe.batch)
+    step = 0
+    for _ in range(recipe.epochs):
+        shuffled = order.permutation(len(clips))
+        for rows in np.split(shuffled, range(recipe.batch, len(shuffled), recipe.batch)):
+            rows = np.sort(rows)  # a mapped file is read in its order
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            logits = probe(clips.read(rows))
+            F.cross_entropy(logits, torch.from_numpy(clips.label[rows])).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+    return probe.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def accuracy(probe: AttentiveProbe, clips: Clips, *, batch: int = 64) -> float:
+    """Share of videos whose class is right; the probabilities of a video's clips are averaged."""
+    groups = np.split(np.arange(len(clips)), range(batch, len(clips), batch))
+    chance = torch.cat([probe(clips.read(rows)).softmax(1) for rows in groups]).numpy()
+    videos, place = np.unique(clips.video, return_inverse=True)
+    total = np.zeros((len(videos), chance.shape[1]))
+    np.add.at(total, place, chance)
+    label = np.zeros(len(videos), int)
+    label[place] = clips.label
+    return float((total.argmax(1) == label).mean())
+
+
+def attentive(
+    model: Path,
+    shards: Path,
+    *,
+    label: str,
+    out: Path,
+    split: str = "val",
+    train_split: str | None = None,
+    clips_per_video: int = 2,
+    recipe: Recipe = Recipe(),
+    part: Part = "target",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train the grid of probes, choose one, report it.
+
+    Args:
+        model: a run, a checkpoint, or an export.
+        shards: a corpus whose samples carry `label`.
+        label: the name of the label: a word, a whole number or a truth.
+        out: where to write the result as JSON; the chosen probe goes beside it as `.safetensors`.
+        split: the split to report on.
+        train_split: the split to fit on, a fifth of whose videos choose the probe; by default `split` is cut by video:
+            half to fit, a sixth to choose, a third to report.
+        clips_per_video: clips (segments) of each video, evenly spaced, their votes averaged.
+        recipe: how the probes are trained.
+        part: whose features.
+        seed: of the cut, of the first weights, of the order.
+        overwrite: replace an earlier result.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BadInput: no such model, corpus, split or label; a class to report on that was not fitted.
+    """
+    check_free(out, overwrite=overwrite)
+    encoder = load_encoder(model, part)
+    heads = recipe.heads or encoder.model.encoder.heads
+    with join(Parallel()) as world:
+        cache = out.with_name(f".{out.stem}.tokens")
+        cut = _cut(shards, split, train_split, label, seed)
+        sides = _load(cache, model, shards, cut, world, clips_per_video=clips_per_video, part=part)
+        grid = list(itertools.product(recipe.rates, recipe.decays))
+        mine = {}
+        for number in range(world.rank, len(grid), world.size):
+            rate, decay = grid[number]
+            probe = fit_probe(sides["fit"], len(cut.classes), heads, recipe, rate=rate, decay=decay, seed=seed)
+            scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
+            log.info("rate %g decay %g: %s", rate, decay, {name: round(score, 3) for name, score in scores.items()})
+            mine[number] = (scores, probe.state_dict())
+        every = {number: found for share in world.gather(mine) for number, found in share.items()}
+    protocol = {
+        "model": str(model),
+        "shards": str(shards),
+        "label": label,
+        "fit": train_split or split,
+        "report": split,
+        "videos": {side: len(np.unique(clips.video)) for side, clips in sides.items()},
+        "clips_per_video": clips_per_video,
+        "blocks": recipe.blocks,
+        "heads": heads,
+        "epochs": recipe.epochs,
+        "seed": seed,
+    }
+    scores = [every[number][0] for number in range(len(grid))]
+    result = {"format": 1, "kind": "attentive", "protocol": protocol, **_result(scores, grid, cut.classes, sides)}
+    if world.is_first:
+        with new_file(out.with_suffix(".safetensors"), overwrite=overwrite) as beside:
+            save_classifier(beside, every[result["chosen"]["number"]][1], cut.classes, heads)
+        with new_file(out, overwrite=overwrite) as beside:
+            beside.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+# ---- which videos
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which videos fit, choose and report; keys of each, with their classes."""
+
+    classes: list[str]
+    sides: Mapping[str, tuple[str, Mapping[str, int]]]
+    """For each side its split, and the class of each key."""
+
+
+def _cut(shards: Path, split: str, train_split: str | None, label: str, seed: int) -> Cut:
+    report = _labels(shards, split, label)
+    keys = generator(seed, "attentive cut").permutation(sorted(report)).tolist()
+    if train_split and train_split != split:
+        fit = _labels(shards, train_split, label)
+        order = generator(seed, "attentive cut").permutation(sorted(fit)).tolist()
+        choose, rest = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]
+        named = {"fit": (train_split, rest), "choose": (train_split, choose), "report": (split, keys)}
+        labels = {**fit, **report}
+    else:
+        if len(keys) < 12:
+            raise BadInput(f"split {split!r} has {len(keys)} labelled videos; the probe needs 12 at least")
+        a, b = len(keys) // 2, len(keys) * 2 // 3
+        named = {"fit": (split, keys[:a]), "choose": (split, keys[a:b]), "report": (split, keys[b:])}
+        labels = report
+    classes = sorted({labels[key] for key in named["fit"][1]})
+    if strange := sorted({labels[key] for key in named["report"][1]} - set(classes)) if train_split else []:
+        raise BadInput(f"label {label!r} has {strange[0]!r} to report on, which is not among those to fit on")
+    if len(classes) < 2:
+        raise BadInput(f"{shards}: all videos to fit on have the same {label!r} ({classes[0]!r}); give another label")
+    number = {name: i for i, name in enumerate(classes)}
+    return Cut(
+        classes,
+        {side: (of, {key: number.get(labels[key], -1) for key in chosen}) for side, (of, chosen) in named.items()},
+    )
+
+
+def _labels(shards: Path, split: str, label: str) -> dict[str, str]:
+    """The label of each sample that has it, as a word."""
+    index = Index(shards, split)
+    found: dict[str, str] = {}
+    names: set[str] = set()
+    for number in range(len(index)):
+        sample = index.read(number)
+        labels = json.loads(sample.json).get("labels") or {}
+        names |= labels.keys()
+        if isinstance(labels.get(label), str | bool | int):
+            found[sample.key] = str(labels[label])
+    if not found:
+        raise BadInput(
+            f"{shards}: no class called {label!r} in split {split!r}; it has {', '.join(sorted(names)) or 'none'}"
+        )
+    return found
+
+
+def _load(
+    cache: Path, model: Path, shards: Path, cut: Cut, world: World, *, clips_per_video: int, part: Part
+) -> dict[str, Clips]:
+    """The tokens of all clips, computed once and mapped from files beside the result."""
+    for split in dict.fromkeys(of for of, _ in cut.sides.values()):
+        file = cache / f"{split}.npy"
+
+        def compute(file: Path = file, split: str = split) -> None:
+            if not file.exists():
+                embed(model, [shards], file, what="token", split=split, clips_per_video=clips_per_video, part=part)
+
+        world.first(compute)
+    sides = {}
+    for side, (split, classes) in cut.sides.items():
+        rows = [row for row in read_json(cache / f"{split}.json")["rows"] if "error" not in row]
+        tokens = np.load(cache / f"{split}.npy", mmap_mode="r")
+        keys = list(classes)
+        place = {key: number for number, key in enumerate(keys)}
+        keep = np.array([number for number, row in enumerate(rows) if row["key"] in place], int)
+        video = np.array([place[rows[number]["key"]] for number in keep], int)
+        label = np.array([classes[keys[one]] for one in video], int)
+        sides[side] = Clips(tokens.reshape(len(tokens), -1, tokens.shape[-1]), keep, video, label)
+    return sides
+
+
+def _result(
+    scores: Sequence[Mapping[str, float]],
+    grid: Sequence[tuple[float, float]],
+    classes: Sequence[str],
+    sides: Mapping[str, Clips],
+) -> dict[str, Any]:
+    best = max(range(len(grid)), key=lambda number: (scores[number]["choose"], -number))
+    report = sides["report"]
+    _, first = np.unique(report.video, return_index=True)
+    commonest = np.bincount(sides["fit"].label, minlength=len(classes)).argmax()
+    return {
+        "classes": list(classes),
+        "chosen": {"number": best, "rate": grid[best][0], "decay": grid[best][1]},
+        "accuracy": scores[best]["report"],
+        "interval": wilson(scores[best]["report"], len(first)),
+        "prior": float((report.label[first] == commonest).mean()),
+        "accuracy_if_chosen_on_what_is_reported": max(one["report"] for one in scores),
+        "grid": [{"rate": rate, "decay": decay, **one} for (rate, decay), one in zip(grid, scores, strict=True)],
+    }
+
+
+def wilson(share: float, count: int) -> list[float]:
+    """95 % interval of a share of `count` (Wilson, 1927)."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [middle - half, middle + half]
