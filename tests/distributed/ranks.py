@@ -66,6 +66,24 @@ def poisoned_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
     return training.train(run, out / "run")
 
 
+def dies_at(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """Train, and die without a word when a function of the checkpoint is called for the nth time."""
+    place, name, left = checkpoint, job["function"], job["call"]
+    if "." in name:
+        place, name = getattr(checkpoint, name.split(".")[0]), name.split(".")[1]
+    honest = getattr(place, name)
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(*args, **kwargs)
+
+    setattr(place, name, die)
+    return training.train(run, out / job.get("folder", "run"))
+
+
 def odd_settings(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank was started with another seed."""
     if os.environ["RANK"] == "1":
@@ -157,7 +175,8 @@ def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
 LIMIT_S = 60.0
 
 SCENARIOS = {
-    one.__name__: one for one in (trained, stopped_by_one, poisoned_on_one, odd_settings, inspected, background_save)
+    one.__name__: one
+    for one in (trained, stopped_by_one, poisoned_on_one, dies_at, odd_settings, inspected, background_save)
 }
 
 
@@ -202,7 +221,18 @@ def main() -> None:
     """Run all jobs, one after the other."""
     for job in json.loads(Path(sys.argv[1]).read_text()):
         start_s = time.perf_counter()
-        for pid in fork_ranks(job):
+        record = Path(job["out"]) / "run" / "environment.json"
+        before = record.stat().st_mtime_ns if record.exists() else 0
+        pids = fork_ranks(job)
+        if "kill_after_s" in job:
+            # Counted from when it goes to work, so that few kills are spent on its start.
+            while time.perf_counter() < start_s + LIMIT_S and not (
+                record.exists() and record.stat().st_mtime_ns > before
+            ):
+                time.sleep(0.01)
+            time.sleep(job["kill_after_s"])
+            os.kill(pids[-1], signal.SIGKILL)  # the others must notice by themselves
+        for pid in pids:
             wait(pid, until_s=start_s + LIMIT_S)
         print(f"{job['scenario']} x{job['world']}: {time.perf_counter() - start_s:.1f} s", flush=True)
 

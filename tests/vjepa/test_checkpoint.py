@@ -1,0 +1,179 @@
+"""The commit protocol, without models: what is complete, what is torn, what is kept."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vjepa import checkpoint
+from vjepa.checkpoint import Facts, Saver, damage, find_newest, latest, list_checkpoints, load_into, read_facts
+from vjepa.config import Checkpoint, Run
+from vjepa.parallel import World, join
+from vjepa.resume import check_changes
+from vjepa_data.settings import BadInput
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_run: MakeRun) -> Iterator[World]:
+    with join(tiny_run().parallel) as world:
+        yield world
+
+
+def facts(step: int) -> Facts:
+    return Facts(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"})
+
+
+def saved(folder: Path, world: World, steps: range, **settings: int) -> Saver:
+    saver = Saver(folder, Checkpoint.model_validate(settings), world)
+    for step in steps:
+        saver.save(
+            {"target.weight": torch.full((300,), float(step)), "optimizer.step.x": torch.tensor(1.0)}, facts(step)
+        )
+    return saver
+
+
+def test_what_is_saved_is_what_is_loaded_with_or_without_ranks(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 4))
+    newest = find_newest(tmp_path, world)
+    assert newest is not None
+    assert newest == tmp_path / "checkpoints" / "step_00000003"
+    assert read_facts(newest) == facts(3)
+    tensor = torch.zeros(300)
+    load_into({"target.weight": tensor}, newest, world)
+    assert tensor.eq(3).all()
+    assert checkpoint.load_weights(tmp_path)["weight"].eq(3).all()
+    assert latest(tmp_path / "checkpoints") == newest
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda path: flip_a_bit(path), "has changed since it was written"),
+        (lambda path: cut_short(path), "bytes, not"),
+        (lambda path: next(path.glob("*.distcp")).unlink(), "is missing"),
+        (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+        (lambda path: (path / "state.json").write_text("{"), "state.json cannot be read"),
+        (lambda path: (path / "state.json").unlink(), "state.json cannot be read"),
+    ],
+)
+def test_a_torn_checkpoint_is_skipped_with_a_warning_and_set_aside(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, break_it: Callable[[Path], object], says: str
+) -> None:
+    saved(tmp_path, world, range(1, 3))
+    newest = checkpoint.folder_of(tmp_path, 2)
+    break_it(newest)
+    assert says in str(damage(newest))
+    with caplog.at_level(logging.WARNING):
+        assert find_newest(tmp_path, world) == checkpoint.folder_of(tmp_path, 1)
+    assert says in caplog.text
+    assert not newest.exists()
+    assert newest.with_name("damaged_step_00000002").exists()
+    saved(tmp_path, world, range(2, 3))  # its steps are made again, and saved under the good name
+    assert find_newest(tmp_path, world) == newest
+
+
+def flip_a_bit(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_quietly_start_anew(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 3))
+    for path in list_checkpoints(tmp_path):
+        flip_a_bit(path)
+    with pytest.raises(BadInput, match="none of the 2 checkpoints"):
+        find_newest(tmp_path, world)
+    with pytest.raises(BadInput, match="no complete checkpoint"):
+        checkpoint.load_weights(tmp_path)
+    with pytest.raises(BadInput, match="is damaged"):
+        checkpoint.load_weights(checkpoint.folder_of(tmp_path, 2))
+
+
+def test_a_save_that_was_cut_short_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 2))
+    part = tmp_path / "checkpoints" / ".step_00000002.part"
+    shutil.copytree(checkpoint.folder_of(tmp_path, 1), part)
+    assert find_newest(tmp_path, world) == checkpoint.folder_of(tmp_path, 1)
+    saved(tmp_path, world, range(2, 3))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_last_few_and_every_nth_are_kept(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 8), keep_last=2, keep_every_steps=3)
+    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        Checkpoint(keep_last=1)
+
+
+def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_stays(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saved(tmp_path, world, range(1, 2))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    for background in (False, True):
+        saver.settings = Checkpoint(background=background)
+        with pytest.raises(OSError, match="No space left"):
+            save_and_wait(saver, facts(2 + background))
+    assert find_newest(tmp_path, world) == checkpoint.folder_of(tmp_path, 1)
+
+
+def save_and_wait(saver: Saver, of: Facts) -> None:
+    saver.save({"target.weight": torch.ones(3)}, of)
+    saver.wait()
+
+
+def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 2))
+    file = checkpoint.folder_of(tmp_path, 1) / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0, "versions": {"vjepa": "0.0.9"}}))
+    with pytest.raises(BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9"):
+        read_facts(checkpoint.folder_of(tmp_path, 1))
+
+
+def changes(then: Run, now: Run, *, step: int = 10, manifests: tuple[str, str] = ("a", "a")) -> dict[str, list[object]]:
+    return check_changes(
+        then.model_dump(mode="json"), now, step=step, manifests=[manifests[1]], manifests_then=[manifests[0]]
+    )
+
+
+def test_changes_that_leave_the_past_alone_are_told_and_others_refused(tiny_run: MakeRun) -> None:
+    old = tiny_run(steps=100)
+    assert changes(old, old) == {}
+    assert changes(old, tiny_run(steps=100, loader={"workers": 4}, parallel={"accumulate": 2})) == {
+        "loader.workers": [0, 4],
+        "parallel.accumulate": [1, 2],
+    }
+    moved = tiny_run(steps=100, data={"sources": [{"shards": "/elsewhere"}]})
+    assert list(changes(old, moved)) == ["data.sources.0.shards"]
+    with pytest.raises(BadInput, match="the corpora changed since step 10"):
+        changes(old, moved, manifests=("a", "b"))
+    assert changes(old, tiny_run(steps=200)) == {"steps": [100, 200]}
+    warm = tiny_run(steps=100, optim={"warmup_steps": 5})
+    assert changes(warm, tiny_run(steps=100, optim={"warmup_steps": 5, "start_lr": 0.0, "final_lr": 0.1}))
+    for name, change in (
+        ("seed", {"seed": 1}),
+        ("precision", {"precision": "bf16"}),
+        ("optim.lr", {"optim": {"lr": 1.0}}),
+        ("optim.decay", {"optim": {"decay": "cosine"}}),
+        ("data.crop.px", {"data": {"crop": {"px": 16}}}),
+        ("masks.0.blocks", {"masks": [{"mode": "balanced", "blocks": 5, "block_share": 0.15}, old.masks[1]]}),
+    ):
+        with pytest.raises(BadInput, match=rf"^{name} was .* when step 10 was saved"):
+            changes(old, tiny_run(**{"steps": 100, **change}))
