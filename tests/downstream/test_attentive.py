@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vjepa.evals import attentive as attentive_module
-from vjepa.evals.attentive import Clips, Recipe, accuracy, attentive, fit_probe, wilson
+from vjepa.evals.attentive import Clips, Recipe, accuracy, attentive, fit_probe
 from vjepa.evals.pooler import AttentiveProbe, hf_probe_tensors, load_classifier
+from vjepa.evals.readout import wilson
 from vjepa.export import export, load_encoder
 from vjepa_data.settings import BadInput
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from vjepa.config import Parallel
 from vjepa.evals.embed import embed
 from vjepa.evals.pooler import AttentiveProbe, save_classifier
+from vjepa.evals.readout import wilson
 from vjepa.output import check_free, new_file
 from vjepa.parallel import World, join
 from vjepa.weights import Part, load_encoder, read_json
@@ -288,11 +289,3 @@ def _result(
         "accuracy_if_chosen_on_what_is_reported": max(one["report"] for one in scores),
         "grid": [{"rate": rate, "decay": decay, **one} for (rate, decay), one in zip(grid, scores, strict=True)],
     }
-
-
-def wilson(share: float, count: int) -> list[float]:
-    """95 % interval of a share of `count` (Wilson, 1927)."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [middle - half, middle + half]

@@ -3,6 +3,7 @@
 n rows (clips, or tokens of clips), d features, k targets. A class is read out by regression on its one-hot code.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -192,3 +193,11 @@ def _with_interval(guess: Tensor, test: Table, codes: _Codes, seed: int, penalty
     values = [_value(missed[draw], whole[draw]) for draw in draws]
     low, high = np.nanquantile(values, (0.025, 0.975))
     return Score(_value(missed, whole), float(low), float(high), len(test), clips, penalty)
+
+
+def wilson(share: float, count: int) -> list[float]:
+    """95 % interval of a share of `count` (Wilson, 1927)."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [middle - half, middle + half]

@@ -1,0 +1,51 @@
+"""Neighbours in feature space: who votes, and who is shown."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vjepa.evals.knn import knn, nearest_page, vote
+from vjepa_data.settings import BadInput
+
+
+def test_near_clips_of_other_videos_decide() -> None:
+    angles = np.array([0.0, 0.1, 0.2, 3.0, 3.1, 3.2])
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    target = np.array([0, 0, 0, 1, 1, 1])
+    assert vote(features, target, np.arange(6), 2).tolist() == target.tolist()
+    # Two clips of one video, alone with their class: no other video can speak for them.
+    alone = np.array([0, 1, 1, 2, 2, 2])
+    assert vote(features, np.array([0, 2, 2, 1, 1, 1]), alone, 1).tolist()[1:3] == [0, 0]
+
+
+def test_the_result_has_its_prior_and_its_interval(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    found = knn(trained, scenes, label="shape", out=tmp_path / "knn.json", neighbours=5)
+    assert found == json.loads((tmp_path / "knn.json").read_text())
+    assert found["prior"] == 0.5
+    assert 0 <= found["interval"][0] < found["accuracy"] < found["interval"][1] <= 1
+    assert found["protocol"]["clips"] == 24
+
+
+def test_a_video_of_the_corpus_is_nearest_to_itself(
+    trained: Path, scenes: Path, write_scene: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    query = write_scene(tmp_path / "query.mp4", 20)
+    found = nearest_page(trained, scenes, query, tmp_path / "near.html", count=4)
+    assert found[0] == ("scene-0020", pytest.approx(1, abs=1e-3))
+    likeness = [value for _, value in found]
+    assert likeness == sorted(likeness, reverse=True)
+    text = (tmp_path / "near.html").read_text()
+    assert text.count("<figure>") == 5
+    assert "query.mp4" in text
+
+
+def test_bad_input_is_named(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(BadInput, match=r"text\.mp4: not_video"):
+        nearest_page(trained, scenes, tmp_path / "text.mp4", tmp_path / "near.html")
+    with pytest.raises(BadInput, match="no label 'colour'"):
+        knn(trained, scenes, label="colour", out=tmp_path / "knn.json")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["text.mp4"]
