@@ -85,6 +85,10 @@ class Model(Settings):
     tubelet_frames: int = Field(default=2, ge=1)
     """Frames in a token."""
 
+    init_std: float = Field(default=0.02, gt=0)
+    """Deviation of the first weights. 0.02 is V-JEPA 2's, for widths around 1,024; a tiny model learns faster from
+    about 1 / sqrt(width)."""
+
     rope: Literal["tiled", "interleaved"] = "tiled"
     """3-D rotary positions: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a
     true rotation (V-JEPA 2.1)."""

@@ -3,6 +3,7 @@
 Letters: B clips, C channels, T frames, Y X height and width in pixels, N tokens of a clip, V visible ones, D width.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,15 @@ STD = (0.229, 0.224, 0.225)
 
 def normalise(frames: UInt8[Tensor, "B T Y X C"]) -> Float[Tensor, "B C T Y X"]:
     """Make bytes what the encoder expects: channels first, ImageNet's mean and deviation. fp32, on their device."""
-    mean, std = (torch.tensor(x, device=frames.device)[:, None, None, None] for x in (MEAN, STD))
+    mean, std = pixel_statistics(frames.device)
     return (frames.movedim(-1, 1).float() / 255 - mean) / std
+
+
+@functools.cache
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on a device; kept, since bringing numbers there makes the host wait."""
+    mean, std = (torch.tensor(x, device=device)[:, None, None, None] for x in (MEAN, STD))
+    return mean, std
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Encoder(nn.Module):
         """Build the encoder and initialise it, unless on the meta device.
 
         Args:
-            settings: sizes, patch, positions.
+            settings: sizes, patch, positions, levels.
             seed: decides the first weights, whatever the device or the sharding.
             attention: who computes attention over packed sequences, see `vjepa.attention.choose`.
         """
@@ -52,32 +60,41 @@ class Encoder(nn.Module):
         size = settings.encoder
         self.settings = settings
         self.attention: Backend = attention
-        self.patch_embed = PatchEmbed(
-            channels=3, tubelet_frames=settings.tubelet_frames, patch_px=settings.patch_px, width=size.width
-        )
+        self.patch_embed = self._tokenizer(settings.tubelet_frames)
+        if settings.still_tokens:
+            self.patch_embed_img = self._tokenizer(1)
+            self.img_mod_embed, self.video_mod_embed = (nn.Parameter(torch.zeros(1, 1, size.width)) for _ in range(2))
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
-        if not self.norm.weight.is_meta:
+        if settings.levels:
+            self.norms_block = nn.ModuleList(nn.LayerNorm(size.width, eps=NORM_EPS) for _ in settings.levels)
+        else:
+            self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        if not self.patch_embed.proj.weight.is_meta:
             self.init_weights(seed)
+
+    def _tokenizer(self, frames: int) -> PatchEmbed:
+        settings = self.settings
+        return PatchEmbed(channels=3, tubelet_frames=frames, patch_px=settings.patch_px, width=settings.encoder.width)
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
-        init_weights(self, seed=seed, name="encoder")
+        init_weights(self, seed=seed, name="encoder", std=self.settings.init_std)
 
-    def forward(self, views: Sequence[View]) -> list[Float[Tensor, "B V D"]]:
+    def forward(self, views: Sequence[View], *, levels: bool = False) -> list[Float[Tensor, "B V L*D"]]:
         """Encode all views in one packed pass; each sequence sees only itself.
 
         Args:
             views: any mixture of clip lengths, picture sizes and masks.
+            levels: give the features of all `settings.levels` side by side, the last block's last; else L = 1.
 
         Returns:
-            For each view the features of its visible tokens, after the last norm.
+            For each view the features of its visible tokens, after the norm of their level.
 
         Raises:
             BadInput: frames are not a whole number of tokens.
         """
         grids = [Grid.of(t, y, x, self.settings) for t, y, x in (view.frames.shape[2:] for view in views)]
-        tokens = [self.patch_embed(view.frames, view.index) for view in views]
+        tokens = self._embed(views)
         x = torch.cat([each.flatten(0, 1) for each in tokens])  # [S D]
         runs = [(len(each), each.shape[1]) for each in tokens]
         segments = Segments.of(runs, backend=self.attention, device=x.device)
@@ -85,14 +102,52 @@ class Encoder(nn.Module):
             _all_ids(view.frames, grid) if view.index is None else view.index
             for view, grid in zip(views, grids, strict=True)
         ]
-        head_width = self.settings.encoder.width // self.settings.encoder.heads
-        rotation = rotations(list(zip(grids, ids, strict=True)), head_width=head_width, form=self.settings.rope)
-        for block in self.blocks:
+        rotation = rotations(
+            list(zip(grids, ids, strict=True)),
+            head_width=self.settings.encoder.width // self.settings.encoder.heads,
+            form=self.settings.rope,
+            cells=self.settings.rope_cells,
+        )
+        wanted = self._wanted(levels=levels)
+        found = []
+        for number, block in enumerate(self.blocks):
             x = block(x, rotation, segments)
-        parts = x.split([count * length for count, length in runs])
-        return [
-            self.norm(part.unflatten(0, run)) for part, run in zip(parts, runs, strict=True)
-        ]  # FSDP2 wants no views
+            if number in wanted:
+                parts = x.split([count * length for count, length in runs])
+                # The norm comes last, since FSDP2 wants no views of a tensor returned.
+                found.append([wanted[number](part.unflatten(0, run)) for part, run in zip(parts, runs, strict=True)])
+        if len(found) == 1:
+            return found[0]
+        return [torch.cat(of_view, dim=-1) for of_view in zip(*found, strict=True)]
+
+    def _embed(self, views: Sequence[View]) -> list[Float[Tensor, "B V D"]]:
+        """Tokens of all views, with the mark of their kind if there is one."""
+        if not self.settings.still_tokens:
+            return [self.patch_embed(view.frames, view.index) for view in views]
+        tokens = []
+        for view in views:
+            still = view.frames.shape[2] == 1
+            embed, mark = (
+                (self.patch_embed_img, self.img_mod_embed) if still else (self.patch_embed, self.video_mod_embed)
+            )
+            each = embed(view.frames, view.index)
+            tokens.append(each + mark.to(each.dtype))
+        # All are used, whatever these clips are: FSDP2 returns wrong gradients where ranks use different parameters.
+        idle = (
+            *self.patch_embed.parameters(),
+            *self.patch_embed_img.parameters(),
+            self.img_mod_embed,
+            self.video_mod_embed,
+        )
+        tokens[0] = tokens[0] + 0.0 * torch.stack([p.flatten()[0] for p in idle]).sum().to(tokens[0].dtype)
+        return tokens
+
+    def _wanted(self, *, levels: bool) -> dict[int, nn.Module]:
+        """Which blocks' features to give, and the norm of each."""
+        if not self.settings.levels:
+            return {len(self.blocks) - 1: self.norm}
+        all_levels = dict(zip(self.settings.levels, self.norms_block, strict=True))
+        return all_levels if levels else {len(self.blocks) - 1: all_levels[len(self.blocks) - 1]}
 
 
 def _all_ids(frames: Tensor, grid: Grid) -> Tensor:

@@ -32,8 +32,9 @@ class Grid:
         Raises:
             BadInput: the clip is not a whole number of tokens.
         """
+        tubelet = 1 if settings.still_tokens and frames == 1 else settings.tubelet_frames
         for what, size, part in (
-            ("frames", frames, settings.tubelet_frames),
+            ("frames", frames, tubelet),
             ("height", px_h, settings.patch_px),
             ("width", px_w, settings.patch_px),
         ):
@@ -42,7 +43,7 @@ class Grid:
                     f"a clip's {what} ({size}) must be a multiple of a token's ({part}); "
                     f"try {max(part, size - size % part)}"
                 )
-        return cls(frames // settings.tubelet_frames, px_h // settings.patch_px, px_w // settings.patch_px)
+        return cls(frames // tubelet, px_h // settings.patch_px, px_w // settings.patch_px)
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,6 @@ from vjepa.config import Transformer
 from vjepa.grid import Grid
 
 NORM_EPS = 1e-6  # V-JEPA 2; torch's own default is 1e-5
-INIT_STD = 0.02  # V-JEPA 2
 
 
 class Rotation(NamedTuple):
@@ -42,6 +41,7 @@ def rotations(
     *,
     head_width: int,
     form: Literal["tiled", "interleaved"],
+    cells: int | None = None,
 ) -> Rotation:
     """Work out how to turn every token of a packed tensor, once for all blocks.
 
@@ -56,6 +56,7 @@ def rotations(
         places: for each run of sequences its grid and token ids, in the order of the packed tensor.
         head_width: channels of a head.
         form: which channels share an angle.
+        cells: stretch rows and columns, each to 0 .. cells - 1; by default they are counted.
 
     Returns:
         Tables for S tokens.
@@ -70,7 +71,12 @@ def rotations(
     for grid, ids in places:
         ids = ids.flatten()
         cell = ids % grid.cells
-        axes.append(torch.stack((ids // grid.cells, cell // grid.w, cell % grid.w), dim=-1))
+        place = [ids // grid.cells, cell // grid.w, cell % grid.w]
+        if cells is not None:
+            place[1:] = (
+                each * ((cells - 1) / max(1, n - 1)) for each, n in zip(place[1:], (grid.h, grid.w), strict=True)
+            )
+        axes.append(torch.stack([each.float() for each in place], dim=-1))
     angles = torch.cat(axes)[..., None] * speeds  # [S 3 channels/2]
     angles = angles.repeat_interleave(2, dim=-1) if form == "interleaved" else angles.repeat(1, 1, 2)
     angles = F.pad(angles.flatten(1), (0, head_width - 3 * channels))  # at rest: angle 0
@@ -162,18 +168,19 @@ class PatchEmbed(nn.Module):
         return F.linear(pixels.flatten(2), weight.flatten(1), self.proj.bias)
 
 
-def init_weights(module: nn.Module, *, seed: int, name: str) -> None:
+def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) -> None:
     """Fill every parameter with its first value: a function of the seed, the parameter's name and nothing else.
 
-    Matrices are normal with deviation 0.02, those that write into the residual stream (`attn.proj`, `mlp.fc2`) divided
-    by sqrt(2 * layer), layer = 1, 2, ...; norms are one, biases and mask tokens zero. The values depend neither on the
-    device nor on how parameters are sharded: each rank draws a whole parameter on the CPU and keeps its part. (V-JEPA 2
-    truncates at 2, a hundred deviations, that is nowhere.)
+    Matrices are normal with deviation `std`, those that write into the residual stream (`attn.proj`, `mlp.fc2`) divided
+    by sqrt(2 * layer), layer = 1, 2, ...; norms are one, biases and mask tokens zero, marks of pictures and clips next
+    to zero. The values depend neither on the device nor on how parameters are sharded: each rank draws a whole
+    parameter on the CPU and keeps its part. (V-JEPA 2 truncates at 2, a hundred deviations, that is nowhere.)
 
     Args:
         module: encoder or predictor; its parameters may be sharded, or fresh from `to_empty`.
         seed: seed of the run.
         name: keeps modules apart that have parameters of the same name.
+        std: deviation of matrices; `model.init_std`.
     """
     with torch.no_grad():
         for path, parameter in module.named_parameters():
@@ -185,7 +192,8 @@ def init_weights(module: nn.Module, *, seed: int, name: str) -> None:
             else:
                 digest = hashlib.blake2b(f"{seed}/{name}/{path}".encode(), digest_size=8).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-                values = torch.empty(parameter.shape, dtype=torch.float32).normal_(std=INIT_STD, generator=generator)
+                deviation = 1e-6 if last.endswith("mod_embed") else std
+                values = torch.empty(parameter.shape, dtype=torch.float32).normal_(std=deviation, generator=generator)
                 if path.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                     layer = int(path.split(".")[1]) + 1
                     values /= (2 * layer) ** 0.5

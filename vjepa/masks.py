@@ -47,7 +47,7 @@ class Mask:
         """The clips that this mask is for, out of one for each slot; no copy if it is for all."""
         if self.rows == tuple(range(len(clips))):
             return clips
-        return clips[torch.tensor(self.rows, device=clips.device)]
+        return clips[torch.tensor(self.rows).to(clips.device, non_blocking=True)]
 
     def to(self, device: torch.device) -> "Mask":
         """The same, on a device; without waiting for it."""

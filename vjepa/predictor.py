@@ -20,8 +20,8 @@ from vjepa.layers import NORM_EPS, Block, init_weights, rotations
 class Guess:
     """What is known of some clips, and what is asked."""
 
-    context: Float[Tensor, "B V D"]
-    """The encoder's features of visible tokens."""
+    context: Float[Tensor, "B V L*D"]
+    """The encoder's features of visible tokens, of all its levels."""
 
     visible: Int[Tensor, "B V"]
     """Where they are."""
@@ -34,6 +34,9 @@ class Guess:
 
     token: int
     """Which mask token stands for the unknown: the index of the mask kind."""
+
+    still: bool = False
+    """Whether these are still pictures, where pictures and clips have marks."""
 
 
 class Predictor(nn.Module):
@@ -50,23 +53,33 @@ class Predictor(nn.Module):
         """
         super().__init__()
         size, width = settings.predictor, settings.encoder.width
+        levels = max(1, len(settings.levels))
         self.settings = settings
         self.attention: Backend = attention
-        self.predictor_embed = nn.Linear(width, size.width)
+        if levels == 1:
+            self.predictor_embed = nn.Linear(width, size.width)
+        else:
+            self.predictor_embed = nn.Sequential(
+                nn.Linear(levels * width, width), nn.GELU(), nn.Linear(width, size.width)
+            )
         # One parameter for all kinds: FSDP2 returns wrong gradients, without an error, if some rank does not use a
         # parameter that another uses. The shape is Hugging Face's.
         self.mask_tokens = nn.Parameter(torch.zeros(mask_tokens, 1, 1, size.width))
+        if settings.still_tokens:
+            self.img_mod_embed, self.video_mod_embed = (nn.Parameter(torch.zeros(1, 1, size.width)) for _ in range(2))
         self.predictor_blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
         self.predictor_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
-        self.predictor_proj = nn.Linear(size.width, width)
+        self.predictor_proj = nn.Linear(size.width, levels * width)
+        if settings.guess_visible:
+            self.predictor_proj_context = nn.Linear(size.width, levels * width)
         if not self.mask_tokens.is_meta:
             self.init_weights(seed)
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
-        init_weights(self, seed=seed, name="predictor")
+        init_weights(self, seed=seed, name="predictor", std=self.settings.init_std)
 
-    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "B K D"]]:
+    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "B K L*D"]]:
         """Guess all hidden tokens in one packed pass; each sequence sees only itself.
 
         Visible and hidden tokens of a clip are laid side by side, not sorted by place as in V-JEPA 2: attention is
@@ -76,25 +89,42 @@ class Predictor(nn.Module):
             guesses: any mixture of clip lengths, picture sizes and masks.
 
         Returns:
-            For each guess the features of its hidden tokens, in the encoder's width.
+            For each guess the features of its hidden tokens, of all levels side by side; with
+            `settings.guess_visible` then, for each guess, those of its visible tokens.
         """
-        sequences = []
-        for guess in guesses:
-            known = self.predictor_embed(guess.context)
-            unknown = self.mask_tokens[guess.token].to(known.dtype).expand(*guess.hidden.shape, -1)
-            sequences.append(torch.cat((known, unknown), dim=1))  # [B V+K P]
+        sequences = [self._sequence(guess) for guess in guesses]
         x = torch.cat([each.flatten(0, 1) for each in sequences])  # [S P]
         runs = [(len(each), each.shape[1]) for each in sequences]
         segments = Segments.of(runs, backend=self.attention, device=x.device)
-        places = [(guess.grid, torch.cat((guess.visible, guess.hidden), dim=1)) for guess in guesses]
-        head_width = self.settings.predictor.width // self.settings.predictor.heads
-        rotation = rotations(places, head_width=head_width, form=self.settings.rope)
+        rotation = rotations(
+            [(guess.grid, torch.cat((guess.visible, guess.hidden), dim=1)) for guess in guesses],
+            head_width=self.settings.predictor.width // self.settings.predictor.heads,
+            form=self.settings.rope,
+            cells=self.settings.rope_cells,
+        )
         for block in self.predictor_blocks:
             x = block(x, rotation, segments)
         parts = x.split([count * length for count, length in runs])
+        clips = [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
         asked = [
-            part.unflatten(0, run)[:, guess.visible.shape[1] :]
-            for part, run, guess in zip(parts, runs, guesses, strict=True)
+            (self.predictor_proj, each[:, guess.visible.shape[1] :]) for each, guess in zip(clips, guesses, strict=True)
         ]
+        if self.settings.guess_visible:
+            asked += [
+                (self.predictor_proj_context, each[:, : guess.visible.shape[1]])
+                for each, guess in zip(clips, guesses, strict=True)
+            ]
         # Copied, since FSDP2 wants no views returned and a linear map's output is one.
-        return [self.predictor_proj(self.predictor_norm(each)).clone() for each in asked]
+        return [project(self.predictor_norm(each)).clone() for project, each in asked]
+
+    def _sequence(self, guess: Guess) -> Float[Tensor, "B V+K P"]:
+        """Known and unknown tokens of each clip, with the mark of their kind if there is one."""
+        known = self.predictor_embed(guess.context)
+        unknown = self.mask_tokens[guess.token].to(known.dtype).expand(*guess.hidden.shape, -1)
+        sequence = torch.cat((known, unknown), dim=1)
+        if self.settings.still_tokens:
+            ours, other = self.img_mod_embed, self.video_mod_embed
+            if not guess.still:
+                ours, other = other, ours
+            sequence = sequence + (ours + 0.0 * other).to(sequence.dtype)  # both used, on every rank
+        return sequence

@@ -47,6 +47,17 @@ class Puzzle:
     grid: Grid
     masks: Sequence[Mask]
 
+    step: int
+    """The optimizer step that they belong to."""
+
+    slots: tuple[int, ...]
+    """Their places in the global batch."""
+
+    @property
+    def is_still(self) -> bool:
+        """Whether these are still pictures, not repeated."""
+        return self.frames.shape[2] == 1
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -60,7 +71,7 @@ class Loss:
     same on any number of ranks; falls with the loss when features collapse); the loss of each kind of mask."""
 
     features: Float[Tensor, "tokens D"]
-    """Some of the targets, for those who watch over collapse: evenly spread, at most 4,096."""
+    """What would lose its variety in a collapse: some of the targets, evenly spread, at most 4,096; or embeddings."""
 
     tokens: int
     """Tokens of these clips, once for each mask that they were seen through."""
@@ -73,14 +84,20 @@ class Loss:
 
 
 def draw_masks(run: Run, batch: Batch, device: torch.device) -> list[Puzzle]:
-    """Bring clips to the device and decide what is hidden of them, by (seed, step, slot)."""
+    """Bring clips to the device and decide what is hidden of them, by (seed, step, slot).
+
+    A still picture is a clip of one frame; unless it has a tokenizer of its own it is repeated to fill a tubelet.
+    """
     puzzles = []
     for clips in batch.groups:
-        _, frames, height, width, _ = clips.frames.shape
+        pixels = normalise(_send(clips.frames, device))
+        if pixels.shape[2] == 1 and not run.model.still_tokens:
+            pixels = pixels.expand(-1, -1, run.model.tubelet_frames, -1, -1)
+        _, _, frames, height, width = pixels.shape
         grid = Grid.of(frames, height, width, run.model)
         masks = sample_masks(run.masks, grid, seed=run.seed, step=batch.step, slots=clips.slots)
         masks = [Mask(mask.kind, mask.rows, _send(mask.visible, device), _send(mask.hidden, device)) for mask in masks]
-        puzzles.append(Puzzle(normalise(_send(clips.frames, device)), grid, masks))
+        puzzles.append(Puzzle(pixels, grid, masks, batch.step, clips.slots))
     return puzzles
 
 

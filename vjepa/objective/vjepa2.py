@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vjepa.config import Run
+from vjepa.config import VJEPA2, Run
 from vjepa.encoder import View
 from vjepa.objective.parts import Loss, Models, Puzzle, some_tokens
 from vjepa.predictor import Guess
@@ -69,6 +69,7 @@ def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
 
 def _error(difference: Float[Tensor, "B K D"], run: Run) -> Float[Tensor, ""]:
     """Mean over the tokens and channels of a clip, summed over clips."""
+    assert isinstance(run.objective, VJEPA2)
     p = run.objective.loss_exponent
     error = difference.abs()
     if p != 1:

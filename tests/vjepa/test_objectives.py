@@ -1,0 +1,407 @@
+"""Every objective: its formulas, that it learns, that it is the same on any number of ranks, that collapse is seen.
+
+It learns on a world of one drifting shape, without files.
+A disc or a square of random contrast (bright or dark, so that no pixel's mean tells anything) moves over noise. From
+the feature of a single token one asks for the way to the shape's centre: pixels and an untrained encoder cannot tell it
+linearly, so whatever can be read was learned.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import Float
+from torch import Tensor
+
+from vjepa.config import VJEPA21, Run
+from vjepa.encoder import Encoder, View
+from vjepa.grid import Grid
+from vjepa.layers import rotations
+from vjepa.masks import sample_masks
+from vjepa.monitors import monitor
+from vjepa.objective import Loss, Puzzle, build, draw_masks, jepa_loss, levjepa, update_target, vjepa2_1
+from vjepa.objective.variety import barlow, directions, sigreg, vicreg
+from vjepa.optimizer import build_optimizer, update_weights
+from vjepa.parallel import join, shard
+from vjepa.predictor import Guess
+from vjepa.schedule import rates_at
+from vjepa_data.batch import Batch, Clips
+from vjepa_data.draws import generator
+
+PX, FRAMES, PATCH = 32, 8, 8
+GRID = Grid(FRAMES // 2, PX // PATCH, PX // PATCH)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    frames: Float[Tensor, "n 3 T Y X"]
+    centres: Float[Tensor, "n T 2"]
+
+
+def scenes(number: int, n: int) -> Scenes:
+    """Some clips, as a function of a number; row and column of the shape's centre in each frame."""
+    rng = generator(0, "toy world", number)
+    start, velocity = rng.uniform(6, PX - 6, (n, 1, 2)), rng.uniform(-1.5, 1.5, (n, 1, 2))
+    contrast, radius, square = rng.choice([-1.5, 1.5], n), rng.uniform(3, 6, n), rng.integers(0, 2, n)
+    centres = start + velocity * (np.arange(FRAMES) - FRAMES / 2)[:, None]
+    places = np.arange(PX) + 0.5
+    down = np.abs(places[:, None] - centres[..., 0, None, None])
+    across = np.abs(places - centres[..., 1, None, None])
+    far = np.where(square[:, None, None, None] == 1, np.maximum(down, across) * 1.1, np.hypot(down, across))
+    inside = 1 / (1 + np.exp(2 * (far - radius[:, None, None, None])))
+    grey = contrast[:, None, None, None] * inside + 0.1 * rng.standard_normal(inside.shape)
+    frames = torch.from_numpy(grey.astype(np.float32))[:, None].expand(-1, 3, -1, -1, -1)
+    return Scenes(frames, torch.from_numpy(centres.astype(np.float32)))
+
+
+def toy_run(**changes: Any) -> Run:
+    """A run on this world; nested settings replace single names."""
+    values: dict[str, Any] = {
+        "name": "toy",
+        "steps": 150,
+        "batch_size": 24,
+        "precision": "fp32",
+        "data": {"sources": [{"shards": "none"}], "clip": {"frames": FRAMES}, "crop": {"px": PX}},
+        "model": {
+            "encoder": {"name": "custom", "width": 48, "depth": 4, "heads": 2},
+            "predictor": {"width": 24, "depth": 2, "heads": 2},
+            "patch_px": PATCH,
+        },
+        "masks": [
+            {"mode": "balanced", "blocks": 2, "block_share": 0.25},
+            {"mode": "balanced", "blocks": 1, "block_share": 0.6},
+        ],
+        "optim": {"lr": 2e-3, "warmup_steps": 30, "decay": "constant", "ema": 0.99},
+    }
+    for name, value in changes.items():
+        old = values.get(name)
+        values[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return Run.model_validate(values)
+
+
+def puzzle_of(run: Run, step: int) -> Puzzle:
+    masks = sample_masks(run.masks, GRID, seed=run.seed, step=step, slots=range(run.batch_size))
+    return Puzzle(scenes(step, run.batch_size).frames, GRID, masks, step, tuple(range(run.batch_size)))
+
+
+def learn(run: Run) -> tuple[list[Loss], Encoder]:
+    """Train as a run does, on one process; the losses and the encoder that follows."""
+    with join(run.parallel) as world:
+        models = build(run)
+        shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+        optimizer = build_optimizer(models.learning, run.optim)
+        losses = []
+        for step in range(run.steps):
+            rates = rates_at(step, run)
+            loss = jepa_loss(models, [puzzle_of(run, step)], run)
+            loss.value.backward()
+            update = update_weights(optimizer, loss.value.detach(), rates, clip_norm=run.optim.clip_norm)
+            update_target(models, rates.ema, applied=update.applied)
+            losses.append(loss)
+        encoder = Encoder(run.model)
+        encoder.load_state_dict({name: x.full_tensor() for name, x in models.target.state_dict().items()})
+        return losses, encoder
+
+
+def way_to_the_centre(encoder: Encoder) -> float:
+    """R2 on new scenes of a ridge regression from single tokens near the shape to the way to its centre."""
+    (x, y), (x_new, y_new) = (_tokens(encoder, number) for number in (10**6, 10**6 + 1))
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+    x, x_new = (torch.cat(((z - mean) / spread, torch.ones(len(z), 1)), 1).double() for z in (x, x_new))
+    weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
+    return float((1 - (x_new @ weights - y_new).square().mean(0) / y_new.var(0)).mean())
+
+
+@torch.no_grad()
+def _tokens(encoder: Encoder, number: int) -> tuple[Tensor, Tensor]:
+    world = scenes(number, 200)
+    (h,) = encoder([View(world.frames)])
+    cell = torch.arange(GRID.tokens) % GRID.cells
+    places = torch.stack((cell // GRID.w, cell % GRID.w), -1) * PATCH + PATCH / 2
+    centres = world.centres.unflatten(1, (GRID.t, 2)).mean(2).repeat_interleave(GRID.cells, 1)  # [n N 2]
+    way = centres - places
+    near = way.abs().amax(-1) < 7
+    return F.layer_norm(h, h.shape[-1:])[near], way[near].double()
+
+
+# --- it learns, and collapse is seen ------------------------------------------------------------------------------
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "vjepa2": {"steps": 300},
+    "vjepa2_1": {
+        "model": {"levels": [0, 1, 2, 3], "guess_visible": True, "rope": "interleaved"},
+        "objective": {"name": "vjepa2_1", "context_ramp": [20, 60]},
+    },
+    "levjepa": {
+        "steps": 100,
+        "objective": {
+            "name": "levjepa",
+            "local_views": 2,
+            "local_px": 16,
+            "local_scale": [0.3, 0.6],
+            "projector": [64, 16],
+            "slices": 64,
+            "weight": 0.2,
+        },
+        "masks": [{"mode": "random", "visible_share": 0.5}],
+    },
+}
+
+
+def spread(loss: Loss) -> float:
+    return monitor(loss.features, lambda x: x)["std"].item()
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_it_learns_what_pixels_and_an_untrained_encoder_do_not_tell(name: str) -> None:
+    """Measured: untrained at most 0.01; vjepa2 0.13, vjepa2_1 0.19, levjepa 0.2."""
+    run = toy_run(**OBJECTIVES[name])
+    untrained = max(way_to_the_centre(Encoder(run.model, seed=seed)) for seed in range(2))
+    losses, encoder = learn(run)
+    assert untrained < 0.02
+    assert way_to_the_centre(encoder) > 0.05
+    assert spread(losses[-1]) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("vjepa2", {"optim": {"ema": 0.0}, "steps": 150}),  # the target is the encoder itself
+        ("levjepa", {"objective": {**OBJECTIVES["levjepa"]["objective"], "weight": 0.0}, "steps": 60}),
+    ],
+)
+def test_without_its_safeguard_it_collapses_and_the_monitors_see_it(name: str, without: dict[str, Any]) -> None:
+    losses, _ = learn(toy_run(**{**OBJECTIVES[name], **without}))
+    assert spread(losses[-1]) < 0.3 * spread(losses[0])
+    assert losses[-1].numbers[0] < 0.5 * losses[0].numbers[0]  # while the loss looks splendid
+
+
+# --- V-JEPA 2.1 ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 18), st.integers(2, 40), st.integers(0, 99))
+def test_distance_weights_are_those_to_the_nearest_hidden_token(t: int, h: int, w: int, seed: int) -> None:
+    grid = Grid(t, h, w)
+    order = torch.stack(
+        [torch.randperm(grid.tokens, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1)]
+    )
+    count = max(1, grid.tokens // 3)
+    visible, hidden = order[:, :count], order[:, count:]
+    visible_at, hidden_at = (
+        torch.stack((ids // grid.cells, ids % grid.cells // w, ids % w), -1).double() for ids in (visible, hidden)
+    )
+    nearest = torch.cdist(visible_at, hidden_at).amin(-1) / max(1, min(h, w) // 16)
+    torch.testing.assert_close(
+        vjepa2_1.distance_weights(visible, hidden, grid), nearest.rsqrt().float(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_weight_of_visible_tokens_ramps_linearly() -> None:
+    objective = VJEPA21(context_weight=0.5, context_ramp=(10, 20))
+    weights = [vjepa2_1.context_weight(step, objective) for step in (0, 9, 10, 15, 20, 1000)]
+    assert weights == [0, 0, 0, 0.25, 0.5, 0.5]
+    assert vjepa2_1.context_weight(0, VJEPA21(context_ramp=(0, 0))) == 0.5
+
+
+def test_dense_loss_is_the_formula() -> None:
+    """Written out with loops over clips, tokens and levels."""
+    run = toy_run(**{**OBJECTIVES["vjepa2_1"], "batch_size": 2})
+    models, puzzle = build(run), dataclasses.replace(puzzle_of(run, 40), step=40)
+    loss = jepa_loss(models, [puzzle], run)
+    expected = 0.0
+    with torch.no_grad():
+        (h,) = models.target([View(puzzle.frames)], levels=True)
+        h = torch.cat([F.layer_norm(part, (48,)) for part in h.split(48, dim=-1)], dim=-1)
+        for mask in puzzle.masks:
+            (context,) = models.encoder([View(puzzle.frames, mask.visible)], levels=True)
+            z, y = models.predictor([Guess(context, mask.visible, mask.hidden, GRID, mask.kind)])
+            near = vjepa2_1.distance_weights(mask.visible, mask.hidden, GRID)
+            for clip in range(2):
+                expected += (z[clip] - h[clip, mask.hidden[clip]]).abs().mean().item() / 4
+                apart = (y[clip] - h[clip, mask.visible[clip]]).abs().mean(-1)
+                expected += 0.25 * (apart * near[clip]).mean().item() / 4  # half-way up the ramp
+    assert loss.value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_levels_are_the_features_after_their_blocks() -> None:
+    run = toy_run(model={"levels": [1, 3], "guess_visible": True}, objective={"name": "vjepa2_1"})
+    encoder = Encoder(run.model)
+    assert {name.split(".")[0] for name, _ in encoder.named_parameters()} == {"patch_embed", "blocks", "norms_block"}
+    seen: dict[int, Tensor] = {}
+    for number, block in enumerate(encoder.blocks):
+        block.register_forward_hook(lambda _m, _i, out, number=number: seen.update({number: out}))
+    frames = scenes(0, 2).frames
+    (both,) = encoder([View(frames)], levels=True)
+    (last,) = encoder([View(frames)])
+    first = encoder.norms_block[0](seen[1]).unflatten(0, (2, -1))
+    assert torch.equal(both[..., :48], first)
+    assert torch.equal(both[..., 48:], last)
+
+
+def test_names_are_those_of_v_jepa_2_1() -> None:
+    run = toy_run(model={**OBJECTIVES["vjepa2_1"]["model"], "still_tokens": True}, objective={"name": "vjepa2_1"})
+    models = build(run)
+    encoder, predictor = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in models.learning.values())
+    assert encoder["patch_embed_img.proj.weight"] == (48, 3, 1, 8, 8)
+    assert encoder["img_mod_embed"] == encoder["video_mod_embed"] == (1, 1, 48)
+    assert encoder["norms_block.3.bias"] == (48,)
+    assert predictor["predictor_embed.0.weight"] == (48, 4 * 48)
+    assert predictor["predictor_embed.2.weight"] == (24, 48)
+    assert predictor["predictor_proj.weight"] == predictor["predictor_proj_context.weight"] == (4 * 48, 24)
+
+
+def test_stretched_positions_keep_their_meaning_at_another_resolution() -> None:
+    """The corners of a 4 x 4 grid and of an 8 x 8 grid are at the same places."""
+    corners = [torch.tensor([[0, n - 1, n * (n - 1), n * n - 1]]) for n in (4, 8)]
+    small, large = (
+        rotations([(Grid(1, n, n), ids)], head_width=32, form="interleaved", cells=16)
+        for n, ids in zip((4, 8), corners, strict=True)
+    )
+    torch.testing.assert_close(small, large)
+
+
+def test_an_output_layer_that_nothing_trains_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"guess_visible \(True\) does not go with objective vjepa2"):
+        toy_run(model={"guess_visible": True})
+    with pytest.raises(ValueError, match=r"guess_visible \(False\) does not go with objective vjepa2_1"):
+        toy_run(objective={"name": "vjepa2_1"})
+
+
+@pytest.mark.parametrize("levels", [[1, 0, 3], [0, 1], [3, 3]])
+def test_levels_must_ascend_to_the_last_block(levels: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must ascend and end at the last block \(3\); try \[0, 1, 2, 3\]"):
+        toy_run(model={"levels": levels})
+
+
+# --- still pictures -----------------------------------------------------------------------------------------------
+
+
+def batch_of(frames: int) -> Batch:
+    pixels = torch.randint(
+        0, 256, (2, frames, PX, PX, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    clips = Clips(frames=pixels, slots=(0, 1), keys=("a", "b"), sources=(0, 0), start_s=(0.0, 0.0))
+    return Batch(step=3, groups=(clips,))
+
+
+def test_a_still_picture_fills_a_tubelet() -> None:
+    run = toy_run()
+    (puzzle,) = draw_masks(run, batch_of(1), torch.device("cpu"))
+    assert puzzle.frames.shape == (2, 3, 2, PX, PX)
+    assert torch.equal(puzzle.frames[:, :, 0], puzzle.frames[:, :, 1])
+    assert puzzle.grid == Grid(1, 4, 4)
+    assert torch.isfinite(jepa_loss(build(run), [puzzle], run).value)
+
+
+def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
+    run = toy_run(model={"still_tokens": True})
+    puzzles = [*draw_masks(run, batch_of(1), torch.device("cpu")), *draw_masks(run, batch_of(8), torch.device("cpu"))]
+    assert [puzzle.frames.shape[2] for puzzle in puzzles] == [1, 8]
+    models = build(run)
+    jepa_loss(models, puzzles, run).value.backward()
+    assert isinstance(models.encoder, Encoder)
+    for parameter in (models.encoder.patch_embed_img.proj.weight, models.encoder.patch_embed.proj.weight):
+        assert parameter.grad is not None
+        assert parameter.grad.any()
+
+
+def test_a_batch_without_pictures_gives_their_tokenizer_a_gradient_of_zero() -> None:
+    """None would let FSDP2 mix up the gradients of ranks with pictures and ranks without."""
+    run = toy_run(model={"still_tokens": True})
+    models = build(run)
+    jepa_loss(models, draw_masks(run, batch_of(8), torch.device("cpu")), run).value.backward()
+    for name, parameter in [*models.encoder.named_parameters(), *models.predictor.named_parameters()]:
+        assert parameter.grad is not None, name
+    assert isinstance(models.encoder, Encoder)
+    assert not models.encoder.patch_embed_img.proj.weight.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+# --- LeVJEPA ------------------------------------------------------------------------------------------------------
+
+
+def test_sigreg_knows_a_normal_cloud_and_a_point() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = directions(seed=0, step=0, width=8, slices=256, device=torch.device("cpu"))
+    torch.testing.assert_close(u.norm(dim=0), torch.ones(256))
+    normal = torch.randn(4000, 8, generator=generator)
+    assert sigreg(normal, count=4000, slices=u, knots=17).item() == pytest.approx(1, abs=0.5)
+    assert sigreg(2 * normal, count=4000, slices=u, knots=17) > 50
+    t = np.linspace(0, 3, 17)
+    weights = np.full(17, 2 * 3 / 16)
+    weights[[0, -1]] /= 2
+    phi = np.exp(-(t**2) / 2)
+    for point in (0.0, 0.7):
+        cloud = torch.zeros(5, 8)
+        cloud[:, 0] = point
+        at_point = point * u[0].double().numpy()[:, None]
+        apart = (np.cos(t * at_point) - phi) ** 2 + np.sin(t * at_point) ** 2
+        expected = 5 * (weights * phi * apart).sum(1).mean()
+        assert sigreg(cloud, count=5, slices=u, knots=17).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_sigreg_has_the_gradient_of_its_value() -> None:
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32, requires_grad=True)
+    u = directions(seed=0, step=0, width=3, slices=5, device=torch.device("cpu"))
+    (gradient,) = torch.autograd.grad(sigreg(z, count=6, slices=u, knots=17), z)
+    moved = z.detach().clone()
+    with torch.no_grad():
+        moved[2, 1] += 1e-2
+        above = sigreg(moved, count=6, slices=u, knots=17)
+        moved[2, 1] -= 2e-2
+        slope = (above - sigreg(moved, count=6, slices=u, knots=17)) / 2e-2
+    assert gradient[2, 1].item() == pytest.approx(slope.item(), rel=2e-2)
+
+
+def test_vicreg_and_barlow_are_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 50, 6, generator=generator) * 0.5
+    covariance = torch.cov(a.T)
+    off = covariance - covariance.diagonal().diag()
+    expected = torch.relu(1 - (a.var(0) + 1e-4).sqrt()).mean() + off.square().sum() / 6 / 25
+    torch.testing.assert_close(vicreg(a, count=50), expected, rtol=1e-4, atol=1e-6)
+    c = torch.corrcoef(torch.cat((a, b), 1).T)[:6, 6:]
+    off = c - c.diagonal().diag()
+    expected = (1 - c.diagonal()).square().sum() + 0.0051 * off.square().sum()
+    torch.testing.assert_close(barlow(a, b, count=50), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_small_crops_are_a_function_of_step_and_slot() -> None:
+    run = toy_run(**{**OBJECTIVES["levjepa"], "batch_size": 4})
+    puzzle = puzzle_of(run, 5)
+    crops = levjepa.local_crops(puzzle, run)
+    assert [tuple(crop.shape) for crop in crops] == [(4, 3, FRAMES, 16, 16)] * 2
+    part = dataclasses.replace(puzzle, frames=puzzle.frames[2:], slots=(2, 3))
+    for whole, own in zip(crops, levjepa.local_crops(part, run), strict=True):
+        torch.testing.assert_close(own, whole[2:])
+    assert not torch.equal(crops[0], crops[1])
+    later = levjepa.local_crops(dataclasses.replace(puzzle, step=6), run)
+    assert not torch.equal(crops[0], later[0])
+
+
+def test_small_crops_cover_the_share_of_the_picture_that_was_asked_for() -> None:
+    """On a ramp of brightness the spread of a crop tells its width."""
+    objective = {**OBJECTIVES["levjepa"]["objective"], "local_scale": [0.25, 0.25], "jitter": 0, "gray": 0}
+    run = toy_run(**{**OBJECTIVES["levjepa"], "objective": objective, "batch_size": 64})
+    ramps = torch.linspace(-1, 1, PX).expand(64, 3, 2, PX, PX)
+    both = [dataclasses.replace(puzzle_of(run, 0), frames=ramp) for ramp in (ramps, ramps.transpose(-1, -2))]
+    width, height = (
+        levjepa.local_crops(puzzle, run)[0].flatten(1).max(1).values
+        - levjepa.local_crops(puzzle, run)[0].flatten(1).min(1).values
+        for puzzle in both
+    )
+    shares = width / 2 * height / 2 * (16 / 15) ** 2  # from the middle of the first pixel to that of the last
+    assert shares.mean().item() == pytest.approx(0.25, rel=0.1)
+
+
+def test_what_would_change_the_result_is_refused() -> None:
+    with pytest.raises(ValueError, match="compares all clips of a step"):
+        toy_run(**OBJECTIVES["levjepa"], parallel={"accumulate": 2})
+    with pytest.raises(ValueError, match="wants one kind of mask"):
+        toy_run(**{**OBJECTIVES["levjepa"], "masks": [{"mode": "random", "visible_share": 0.5}] * 2})
