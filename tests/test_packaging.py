@@ -52,4 +52,6 @@ def test_the_dependencies_of_the_project_are_really_used() -> None:
                     imported |= {name.name.split(".")[0] for name in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module:
                     imported.add(node.module.split(".")[0])
+                elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+                    imported |= {str(one.value).split(".")[0] for one in node.args if isinstance(one, ast.Constant)}
     assert {"torch", "decord", "webdataset", "submitit", "wandb", "xformers"} <= imported
