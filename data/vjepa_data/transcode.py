@@ -101,7 +101,7 @@ def shown_at(
             if tick == ticks:
                 return
         last, last_time = frame, time
-    if last is not None:
+    if last is not None and start is not None and start + tick / rate <= last_time + slack:
         yield last
 
 

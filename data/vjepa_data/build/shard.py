@@ -77,7 +77,7 @@ def shard(
         try:
             return _build(found, out, spec=spec, pool=pool, start=start, progress=progress)
         except BadInput:
-            if is_new:
+            if is_new and not any((out / "shards").glob("*.tar")):
                 _remove(out)
             raise
 
@@ -94,6 +94,7 @@ def _build(
         clips, rejects = choose(found, looks, spec=spec)
         if not clips:
             raise BadInput(_nothing_left(len(found), rejects))
+        _limit_rejects(found, rejects, spec)
         plan = freeze(out, clips, rejects, sources=found, spec=spec, tools=tools)
     remove_leftovers(out / "shards")
     done = [len(shard.clips) for shard in plan.shards if read_record(out, shard.number, plan=plan.hash)]
@@ -128,13 +129,17 @@ def _finish(found: Sequence[Source], out: Path, plan: BuildPlan, *, spec: Spec, 
     rejects = [*plan.rejects, *late]
     if not any(record["samples"] for record in complete):
         raise BadInput(_nothing_left(len(found), rejects))
+    _limit_rejects(found, rejects, spec)
+    return write_manifest(out, complete, plan.rejects, name=spec.name, spec=spec.model_dump(mode="json"), tools=tools)
+
+
+def _limit_rejects(found: Sequence[Source], rejects: Sequence[Reject], spec: Spec) -> None:
     refused = len({reject.source for reject in rejects})
     if refused > spec.max_rejects * len(found):
         raise BadInput(
             f"{refused} of {len(found)} sources were refused ({_by_reason(rejects)}), at most {spec.max_rejects:.0%} "
             f"allowed; mend the sources or raise max_rejects"
         )
-    return write_manifest(out, complete, plan.rejects, name=spec.name, spec=spec.model_dump(mode="json"), tools=tools)
 
 
 def _nothing_left(sources: int, rejects: Sequence[Reject]) -> str:
