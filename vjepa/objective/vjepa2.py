@@ -42,7 +42,7 @@ def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
     contexts = models.encoder([View(mask.select(puzzles[n].frames), mask.visible) for n, mask in pairs])
     guesses = models.predictor(
         [
-            Guess(context, mask.visible, mask.hidden, puzzles[n].grid, token=mask.kind)
+            Guess(context, mask.visible, mask.hidden, puzzles[n].grid, mask.kind, still=puzzles[n].is_still)
             for context, (n, mask) in zip(contexts, pairs, strict=True)
         ]
     )

@@ -1,0 +1,146 @@
+"""Every objective is the same number, with the same gradient, on two ranks as on one.
+
+The file is its own program: `python test_objectives_on_ranks.py OUT` is one rank, and writes what it found.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vjepa.config import Run
+from vjepa.grid import Grid
+from vjepa.masks import sample_masks
+from vjepa.objective import Puzzle, build, jepa_loss
+from vjepa.parallel import join, shard
+from vjepa_data.draws import generator
+
+CLIPS, PX = 4, 16
+
+LEVJEPA: dict[str, Any] = {
+    "objective": {
+        "name": "levjepa",
+        "local_views": 2,
+        "local_px": 8,
+        "projector": [16, 8],
+        "slices": 16,
+        "weight": 1.0,
+    },
+    "masks": [{"mode": "random", "visible_share": 0.5}],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "vjepa2": {},
+    "vjepa2_1": {
+        "model": {"levels": [0, 1], "guess_visible": True},
+        "objective": {"name": "vjepa2_1", "context_ramp": [0, 0]},
+    },
+    # Rank 0 has pictures only and rank 1 clips only: each would leave parameters unused.
+    "pictures and clips": {"model": {"still_tokens": True}},
+    **{
+        f"levjepa {variety}": {**LEVJEPA, "objective": {**LEVJEPA["objective"], "variety": variety}}
+        for variety in ("sigreg", "vicreg", "barlow")
+    },
+}
+
+
+def settings(case: str) -> Run:
+    values: dict[str, Any] = {
+        "name": "ranks",
+        "steps": 1,
+        "batch_size": CLIPS,
+        "precision": "fp32",
+        "data": {"sources": [{"shards": "none"}], "clip": {"frames": 4}, "crop": {"px": PX}},
+        "model": {
+            "encoder": {"name": "custom", "width": 24, "depth": 2, "heads": 2},
+            "predictor": {"width": 12, "depth": 1, "heads": 1},
+            "patch_px": 4,
+        },
+        "masks": [{"mode": "balanced", "blocks": 2, "block_share": 0.25}, {"mode": "tube", "visible_share": 0.3}],
+        "optim": {"lr": 1e-3},
+    }
+    for name, change in CASES[case].items():
+        values[name] = {**values[name], **change} if name == "model" else change
+    return Run.model_validate(values)
+
+
+def puzzles(run: Run, slots: range) -> list[Puzzle]:
+    """Clips of some slots; with pictures the first half of all slots are pictures."""
+    found = []
+    stills = range(CLIPS // 2) if run.model.still_tokens else range(0)
+    for frames, own in ((1, [s for s in slots if s in stills]), (4, [s for s in slots if s not in stills])):
+        if own:
+            drawn = [generator(0, "frames", slot).standard_normal((3, frames, PX, PX), dtype="float32") for slot in own]
+            grid = Grid.of(frames, PX, PX, run.model)
+            masks = sample_masks(run.masks, grid, seed=0, step=0, slots=own)
+            found.append(Puzzle(torch.from_numpy(np.stack(drawn)), grid, masks, 0, tuple(own)))
+    return found
+
+
+def main(out: Path) -> None:
+    """One rank: the loss and all gradients of every case."""
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    with join(settings("vjepa2").parallel) as world:
+        share = CLIPS // world.size
+        for case in CASES:
+            run = settings(case)
+            models = build(run)
+            shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+            loss = jepa_loss(models, puzzles(run, range(world.rank * share, (world.rank + 1) * share)), run)
+            (loss.value * world.size).backward()
+            found[case] = {"loss": world.sum(loss.value.detach()), "numbers": world.sum(loss.numbers)}
+            for part, model in models.learning.items():
+                for name, parameter in model.named_parameters():
+                    assert parameter.grad is not None, f"{case}: {part}.{name} has no gradient"
+                    found[case][f"{part}.{name}"] = parameter.grad.full_tensor()  # pyright: ignore
+        if world.is_first:
+            torch.save(found, out)
+
+
+def start(world: int, out: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    for world in (1, 2):
+        start(world, folder / f"{world}.pt")
+    return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_two_ranks_are_one(case: str, found: dict[int, dict[str, dict[str, torch.Tensor]]]) -> None:
+    one, two = found[1][case], found[2][case]
+    assert one.keys() == two.keys()
+    assert one["loss"] > 0
+    largest = max(value.abs().max().item() for name, value in one.items() if "." in name)
+    for name, value in one.items():
+        scale = value.abs().max().item()
+        # A bias before a norm over clips has no effect: its gradient is nothing but rounding.
+        assert scale > 0 or name == "predictor.blocks.0.bias", f"{name} has no gradient"
+        assert (two[name] - value).abs().max().item() <= 1e-5 * max(scale, largest / 10), name
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
