@@ -30,7 +30,8 @@ class Clock:
         self._begun: dict[str, Mark] = {}
         self._host_s: defaultdict[str, float] = defaultdict(float)
         self._hooks: list[Any] = [
-            models.target.register_forward_pre_hook(lambda *_: self._turn(None, "forward")),
+            models.target.register_forward_pre_hook(lambda *_: self._begin_forward()),
+            models.encoder.register_forward_pre_hook(lambda *_: self._begin_forward()),  # where no target is asked
             models.predictor.register_forward_hook(lambda *_: self._turn("forward", "backward")),
             optimizer.register_step_pre_hook(lambda *_: self._turn("backward", "optimizer")),
             optimizer.register_step_post_hook(lambda *_: self._turn("optimizer", None)),
@@ -71,6 +72,10 @@ class Clock:
         self._spans.clear()
         self._host_s.clear()
         return dict(seconds)
+
+    def _begin_forward(self) -> None:
+        if "forward" not in self._begun:
+            self._turn(None, "forward")
 
     def _turn(self, ends: str | None, begins: str | None) -> None:
         """One part of the step ends where the next begins."""

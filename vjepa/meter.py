@@ -8,6 +8,7 @@ import torch
 
 from vjepa.clock import Clock
 from vjepa.config import Run
+from vjepa.estimate import accelerator_of, count_flops, count_tokens
 from vjepa.objective import Loss
 from vjepa.parallel import World
 from vjepa_data.loader import Batch
@@ -21,6 +22,7 @@ class Meter:
     def __init__(self, run: Run, world: World) -> None:
         self._run, self._world = run, world
         self._since_s = time.perf_counter()
+        self._peak_clips_per_s = _peak_clips_per_s(run, world)
         self._reset()
 
     def count(self, batch: Batch, losses: Sequence[Loss]) -> None:
@@ -43,8 +45,9 @@ class Meter:
         everyone = self._world.gather((seconds.get("data", 0.0) / steps, self._rejected, dict(self._sources)))
         waits = [wait for wait, _, _ in everyone]
         seen = sum((Counter(sources) for _, _, sources in everyone), Counter[int]())
+        clips_per_s = self._run.batch_size * steps / wall_s
         numbers = {
-            "speed/clips_per_s": self._run.batch_size * steps / wall_s,
+            "speed/clips_per_s": clips_per_s,
             "time/step_s": wall_s / steps,
             **spent,
             "time/slowest_data_s": max(waits),
@@ -54,6 +57,8 @@ class Meter:
             "masks/hidden_share": self._hidden / self._tokens,
             **{f"data/source_{source}_share": count / seen.total() for source, count in sorted(seen.items())},
         }
+        if self._peak_clips_per_s:
+            numbers["speed/mfu"] = clips_per_s / self._peak_clips_per_s
         if self._world.device.type == "cuda":
             memory = torch.cuda.memory_stats(self._world.device)
             numbers["memory/allocated_gib"] = memory["allocated_bytes.all.peak"] / GIB
@@ -66,3 +71,16 @@ class Meter:
     def _reset(self) -> None:
         self._steps = self._rejected = self._tokens = self._visible = self._hidden = 0
         self._sources: Counter[int] = Counter()
+
+
+def _peak_clips_per_s(run: Run, world: World) -> float | None:
+    """Clips per second at the peak of all devices together, by the formula of `vjepa.estimate`.
+
+    None where the share of it would say nothing: on a CPU, on a GPU whose peak we do not know, or in fp32.
+    """
+    if world.device.type != "cuda" or run.precision != "bf16" or run.objective.name == "levjepa":
+        return None
+    accelerator = accelerator_of(torch.cuda.get_device_name(world.device))
+    if accelerator is None:
+        return None
+    return world.size * accelerator.flops / sum(count_flops(run, count_tokens(run)).values())

@@ -14,15 +14,13 @@ from vjepa import checkpoint
 from vjepa.attention import choose
 from vjepa.clock import Clock
 from vjepa.config import Run
-from vjepa.encoder import Encoder
 from vjepa.folder import check_alike, code_digest, occupy, record_attempt, settings_hash, versions, write_settings
 from vjepa.health import Nurse, Unhealthy, Watchdog, watchdog
 from vjepa.meter import Meter
 from vjepa.monitors import drift, monitor
-from vjepa.objective import Loss, Models, draw_masks, jepa_loss, update_target
+from vjepa.objective import Loss, Models, build, draw_masks, jepa_loss, update_target
 from vjepa.optimizer import Update, build_optimizer, update_weights
 from vjepa.parallel import World, join, local_parts, materialise, send_gradients, shard
-from vjepa.predictor import Predictor
 from vjepa.resume import check_changes
 from vjepa.schedule import Rates, rates_at
 from vjepa.stop import STOPPED, Stop, stop_signals
@@ -216,11 +214,7 @@ def build_models(run: Run, world: World) -> Models:
         run.parallel.attention, world.device, dtype, head_widths=[stack.width // stack.heads for stack in stacks]
     )
     with torch.device("meta"):
-        models = Models(
-            encoder=Encoder(run.model, attention=attention),
-            predictor=Predictor(run.model, mask_tokens=len(run.masks), attention=attention),
-            target=Encoder(run.model, attention=attention).requires_grad_(False),
-        )
+        models = build(run, attention=attention)
     shard(models, run.parallel, mesh=world.mesh, dtype=dtype)
     materialise(models, world.device, seed=run.seed)
     return models
