@@ -21,7 +21,7 @@ from vjepa_data.settings import BadInput
 MARK = "made-by-vjepa-demo"
 
 # How the two kinds of videos are sharded: small, since the demo's model sees small pictures.
-CORPUS = ("name=physics", "encode.short_side_px=64", "split.val_share=0.3")
+CORPUS = ("name=physics", "encode.short_side_px=64", "split.val_share=0.25")
 OWN_VIDEOS = ("encode.short_side_px=64", "cut.kind=fixed", "cut.length_s=4")
 
 

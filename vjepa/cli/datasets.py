@@ -31,7 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
 
     verb = verbs.add("synthesize", synthesize, "write generated physics scenes as labelled mp4 files")
     out(verb, "folder for the videos and their labels")
-    verb.add_argument("--videos", type=int, default=400, help="how many (default: %(default)s)")
+    verb.add_argument("--videos", type=int, default=800, help="how many (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0)
 
 
