@@ -40,14 +40,18 @@ def after(run: Path, code: int, rule: Restart) -> int:
     if any(event["event"] == "end" and event["attempt"] == place.attempt for event in events):
         return STOPPED  # cancelled or preempted: the scheduler decides
     try:
-        if scheduler.fate_of(place.job) in ("ends", "out of time"):
-            return STOPPED
+        fate = scheduler.fate_of(place.job)
     except scheduler.Unreachable as error:
         log.warning("cannot ask whether the job is to go on, and take it that it is: %s", error)
+        fate = "runs"
+    if fate in ("ends", "out of time"):
+        return STOPPED
     ends = record.read_ends(run, place.attempt)
     outcome: Outcome = ends[0].outcome if ends else "failed"
     if any(end.outcome == "bad_input" for end in ends):
         outcome = "bad_input"  # whatever the others died of then
+    if outcome == "cancelled" and fate == "preempted":
+        outcome = "stopped"  # before it had begun; nobody is left to wait for the scheduler
     if code != 0 and outcome not in ("failed", "bad_input"):
         outcome = "failed"
     unexplained = f"no rank said why; srun exited with {code}" if outcome == "failed" else ""

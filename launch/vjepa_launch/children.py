@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 REPEAT_S = 2.0
-"""USR2 is repeated until it is heeded: a child that is still starting does not listen yet. TERM is not: it ends a
-child that does not listen, as it should, and would end one that has saved and is tidying up."""
+"""USR2 is repeated until it is heeded: a child that is still starting does not listen yet."""
 
 ECHO_S = 10.0
 """Time for other ranks to end by themselves when one has failed, before they are told and then killed."""
@@ -110,7 +109,7 @@ def _prepare() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: float) -> list[Ended]:
+def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: float, pass_term_on: bool) -> list[Ended]:
     """Wait until all have ended, passing signals on, ending those that hang and those whose companions have failed.
 
     Args:
@@ -118,6 +117,8 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
         heard: the signals that this process received and receives.
         alive: a file that grows while the run makes progress.
         stall_s: seconds without growth after which the run is taken to hang.
+        pass_term_on: whether the children do not hear TERM by themselves. A second one would be one too many: it ends
+            a child that has saved and is tidying up.
     """
     ended: dict[int, Ended] = {}
     started, signalled, failed_at, ending = time.time(), 0.0, None, False
@@ -131,7 +132,7 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
                 ended[child.rank] = Ended(child.rank, code, child.hang or describe(code), echo=child.told)
                 if code not in (DONE, STOPPED) and not excused(code, heard) and failed_at is None:
                     failed_at = now
-        if heard.to_end and not ending:
+        if heard.to_end and pass_term_on and not ending:
             ending = True
             _send(running, signal.SIGTERM)
         elif heard.to_return and not heard.to_end and now - signalled > REPEAT_S:

@@ -196,6 +196,7 @@ def make_job(run: Path, cluster: Cluster, command: Sequence[str], *, code: Path)
         code=str(code),
         ranks=cluster.ranks_per_node,
         environment=environment,
+        limit_s=cluster.hours * 3600,
         restart=cluster.restart,
     )
 

@@ -65,7 +65,7 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {preempt_signal}
-KillWait=5
+KillWait=10
 ReturnToService=2
 SlurmdTimeout={node_timeout}
 SlurmctldTimeout=30
@@ -122,7 +122,7 @@ def write_files(
 
 
 def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = True, node_timeout_s: int = 15,
-       grace_s: int = 15) -> None:  # fmt: skip
+       grace_s: int = 20) -> None:  # fmt: skip
     """Start the daemons and wait until all nodes are idle."""
     if missing():
         sys.exit(f"no SLURM here: {missing()}")
