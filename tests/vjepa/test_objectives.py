@@ -139,7 +139,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "objective": {"name": "vjepa2_1", "context_ramp": [20, 60]},
     },
     "levjepa": {
-        "steps": 100,
+        "steps": 150,
         "objective": {
             "name": "levjepa",
             "local_views": 2,
