@@ -187,7 +187,7 @@ def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) 
             owner, _, last = path.rpartition(".")
             if last in ("bias", "mask_tokens"):
                 parameter.zero_()
-            elif "norm" in owner.rpartition(".")[2]:
+            elif "norm" in owner:
                 parameter.fill_(1.0)
             else:
                 digest = hashlib.blake2b(f"{seed}/{name}/{path}".encode(), digest_size=8).digest()

@@ -127,6 +127,16 @@ def test_first_weights_are_those_of_v_jepa_2() -> None:
                 assert parameter.std() > 0, name
 
 
+def test_every_norm_starts_as_no_change_and_marks_start_next_to_nothing() -> None:
+    changes = {"levels": [0, 1, 2], "guess_visible": True, "still_tokens": True}
+    settings = Model.model_validate({**small().model_dump(), **changes})
+    for module in (Encoder(settings), Predictor(settings, mask_tokens=2)):
+        norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
+        assert len(norms) > len(changes)
+        assert all((norm.weight == 1).all() and not norm.bias.any() for norm in norms)
+        assert 0 < module.img_mod_embed.abs().max() < 1e-5
+
+
 def test_first_weights_are_a_function_of_the_seed_alone() -> None:
     torch.manual_seed(1)
     one = Encoder(small(), seed=3)
