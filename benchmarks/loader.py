@@ -32,12 +32,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--only", nargs="*", choices=[*METHODS], help="methods to run")
+    parser.add_argument(
+        "--cost", type=int, metavar="CLIPS", help="only CPU time, clip by clip, which a busy machine disturbs less"
+    )
     parser.add_argument("--one", choices=[*METHODS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(METHODS[args.one](args), args.seconds)))
         return
     prepare(args)
+    if args.cost:
+        cost(args, args.cost)
+        return
     names = [n for n in args.only or METHODS if not n.startswith("reference") or "VJEPA2_REFERENCE" in os.environ]
     results: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(args.rounds):
@@ -50,8 +56,8 @@ def main() -> None:
             print(f"{name:24}", results[name][-1], file=sys.stderr)
     print(f"{'method':24} {'clips/s':>8} {'CPU-ms/clip':>12}   (medians of {args.rounds} rounds)")
     for name, rows in results.items():
-        rate, cost = (statistics.median(r[k] for r in rows) for k in ("clips_per_s", "cpu_ms"))
-        print(f"{name:24} {rate:8.1f} {cost:12.1f}")
+        rate, cpu_ms = (statistics.median(r[k] for r in rows) for k in ("clips_per_s", "cpu_ms"))
+        print(f"{name:24} {rate:8.1f} {cpu_ms:12.1f}")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -138,23 +144,79 @@ def reference(folder: str) -> Callable[[argparse.Namespace], Iterator[int]]:
     def clips(args: argparse.Namespace) -> Iterator[int]:
         import torch
 
-        stand_in_for_missing_packages()
-        sys.path.insert(0, os.environ["VJEPA2_REFERENCE"])
-        from app.vjepa.transforms import make_transforms  # pyright: ignore[reportMissingImports]
-        from src.datasets.video_dataset import VideoDataset  # pyright: ignore[reportMissingImports]
-
-        files = sorted((args.videos if folder == "videos" else args.work / folder).iterdir())
-        table = args.work / f"{folder}.csv"
-        table.write_text("".join(f"{f} 0\n" for f in files))
-        transform = make_transforms(crop_size=PX, random_resize_aspect_ratio=(0.75, 1.35))
-        settings: dict = {"frames_per_clip": FRAMES, "fps": FPS, "frame_step": None, "transform": transform}
-        dataset = VideoDataset([str(table)], **settings)
+        dataset = reference_dataset(args, folder)
         order = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**6)
         loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, sampler=order, num_workers=WORKERS)
         for (buffer,), _, _ in loader:
             yield len(buffer)
 
     return clips
+
+
+def reference_dataset(args: argparse.Namespace, folder: str) -> Any:
+    stand_in_for_missing_packages()
+    sys.path.insert(0, os.environ["VJEPA2_REFERENCE"])
+    from app.vjepa.transforms import make_transforms  # pyright: ignore[reportMissingImports]
+    from src.datasets.video_dataset import VideoDataset  # pyright: ignore[reportMissingImports]
+
+    files = sorted((args.videos if folder == "videos" else args.work / folder).iterdir())
+    table = args.work / f"{folder}.csv"
+    table.write_text("".join(f"{f} 0\n" for f in files))
+    transform = make_transforms(crop_size=PX, random_resize_aspect_ratio=(0.75, 1.35))
+    settings: dict = {"frames_per_clip": FRAMES, "fps": FPS, "frame_step": None, "transform": transform}
+    return VideoDataset([str(table)], **settings)
+
+
+def cost(args: argparse.Namespace, clips: int) -> None:
+    """Take one clip at a time through each method in turn, in this process and one servant, and compare CPU time."""
+    import torch
+
+    from vjepa_data import crops
+    from vjepa_data.bench import cpu_seconds
+    from vjepa_data.decode import Expect, decode
+    from vjepa_data.servant import Servant
+    from vjepa_data.settings import Clip, Crop, Data, Source
+    from vjepa_data.stream import choose, index_of, open_plan
+
+    torch.set_num_threads(1)
+    sources = (Source(shards=str(args.work / "shards")),)
+    data = Data(sources=sources, clip=Clip(frames=FRAMES, fps=FPS), crop=Crop(px=PX))
+    plan, servant = open_plan(data, seed=0, batch_size=BATCH), Servant()
+    row = torch.empty(FRAMES, PX, PX, 3, dtype=torch.uint8)
+    methods: dict[str, Callable[[int, int], object]] = {}
+
+    def drawn(step: int, slot: int):
+        draw = plan.draw(step, slot)
+        index, i = index_of(plan, draw), draw.sample
+        choice = choose(plan, data.crop, draw, step=step, slot=slot)
+        return index.read(i).video, choice, Expect(int(index.frames[i]), int(index.width[i]), int(index.height[i]))
+
+    def ours(step: int, slot: int) -> None:
+        video, choice, expect = drawn(step, slot)
+        row.copy_(crops.cut_out(servant.decode(video, choice.look.frames, expect), choice.box, PX))
+
+    def bare(step: int, slot: int) -> None:
+        video, choice, expect = prepared[step, slot]
+        decode(video, choice.look.frames, backend="decord", expect=expect)
+
+    prepared = {(n // BATCH, n % BATCH): drawn(n // BATCH, n % BATCH) for n in range(clips)}
+    methods |= {"ours, all of it": ours, "bare decord": bare}
+    if "VJEPA2_REFERENCE" in os.environ:
+        for folder in ("videos", "gop250"):
+            dataset = reference_dataset(args, folder)
+            methods[f"reference, {folder}"] = lambda step, slot, d=dataset: d[(step * BATCH + slot) % len(d)]
+    spent: dict[str, list[float]] = {name: [] for name in methods}
+    pids = {os.getpid(), servant.pid}
+    for n in range(clips):
+        for name in random.sample(list(methods), len(methods)):
+            before = cpu_seconds(pids)
+            methods[name](n // BATCH, n % BATCH)
+            spent[name].append((cpu_seconds(pids) - before) * 1000)
+    servant.close()
+    print(f"{'method':24} {'CPU-ms/clip':>12}   (means of {clips} clips, interleaved)")
+    for name, values in spent.items():
+        mean, times = statistics.fmean(values), statistics.fmean(values) / statistics.fmean(spent["bare decord"])
+        print(f"{name:24} {mean:12.1f}   x {times:.2f}")
 
 
 def stand_in_for_missing_packages() -> None:
