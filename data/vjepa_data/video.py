@@ -76,6 +76,8 @@ class Reason(StrEnum):
     CODEC = "codec"
     STILL = "still"
     DARK = "dark"
+    CHANGED = "changed"
+    """The file has another size than when it was looked at."""
     BAD_RANGE = "bad_range"
     """The part to use does not lie in the video."""
     NOT_CANONICAL = "not_canonical"

@@ -48,6 +48,8 @@ class Store:
     shard: int
     position: int
     place: Place
+    bytes: int
+    """Size of the file when it was looked at."""
     media: str
     start_s: float | None
     end_s: float | None
@@ -156,6 +158,9 @@ def _look(task: Look, path: Path) -> Seen:
 
 def _store(task: Store, path: Path) -> Done:
     begin = time.process_time()
+    size = path.stat().st_size if path.exists() else 0
+    if size != task.bytes:
+        raise Refused(Reason.CHANGED, f"{size} bytes, {task.bytes} when it was looked at")
     if task.media == "images":
         clip = store_image(path, encode=task.encode)
         return Done(clip, is_copy=False, encode_s=time.process_time() - begin, check_s=0.0)

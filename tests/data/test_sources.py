@@ -3,12 +3,15 @@
 import io
 import itertools
 import json
+import re
 import tarfile
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -19,6 +22,7 @@ from rich.console import Console
 
 from vjepa_data import fetch
 from vjepa_data.build import shard
+from vjepa_data.build.ingest import ingest
 from vjepa_data.fetch import Place, local
 from vjepa_data.look import difference_hash, perceptual_hashes, scene_starts
 from vjepa_data.settings import BadInput
@@ -266,3 +270,66 @@ def test_addresses_of_other_kinds_are_bad_input(tmp_path: Path) -> None:
             build([url], tmp_path / "o")
     with pytest.raises(BadInput, match="does not list its files"):
         build(["https://example.com/videos/"], tmp_path / "o")
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """As much of the S3 protocol as reading needs; every second answer is an error that passes."""
+
+    objects: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        url = urlsplit(self.path)
+        if len(self.asked) % 2:
+            return self.answer(503, b"<Error><Code>SlowDown</Code></Error>")
+        if "list-type=2" in url.query:
+            entries = "".join(
+                f"<Contents><Key>{key}</Key><Size>{len(data)}</Size><LastModified>2026-01-01T00:00:00Z</LastModified>"
+                f"<ETag>x</ETag></Contents>"
+                for key, data in self.objects.items()
+            )
+            text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+            return self.answer(200, text.encode())
+        data = self.objects.get(url.path.removeprefix("/bucket/"))
+        if data is None:
+            return self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None:
+            return self.answer(200, data)
+        first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        return self.answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
+
+    def answer(self, code: int, data: bytes, part: str | None = None) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        if part is not None:
+            self.send_header("Content-Range", part)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
+def test_a_bucket_is_listed_and_read_through_errors_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
+    monkeypatch.setattr(Bucket, "objects", {"raw/v.mp4": video, "raw/notes.txt": b"x"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "test")
+    [source] = ingest(["s3://bucket/raw/"], spec=Spec())
+    assert source.name == "s3://bucket/raw/v.mp4"
+    with local(source.place) as path:
+        assert path.read_bytes() == video
+    assert reason_of("s3://bucket/raw/absent.mp4")[0] is Reason.UNREACHABLE
+    server.shutdown()
+    server.server_close()

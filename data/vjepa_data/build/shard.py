@@ -25,7 +25,7 @@ from vjepa_data.build.status import StatusFile, Tally, read_builders, total
 from vjepa_data.build.write import write_shards
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Manifest, Reject, read_record, remove_leftovers, write_manifest
+from vjepa_data.shards import Manifest, Reject, read_manifest, read_record, remove_leftovers, write_manifest
 from vjepa_data.spec import Spec
 
 WRITTEN = frozenset(
@@ -115,6 +115,8 @@ def _build(
     places = {source.name: source.place for source in found}
     write_shards(out, plan, places=places, spec=spec, pool=pool, start=start, advance=advance)
     own.update(tally, is_last=True)
+    if (out / "report.html").exists():  # another builder was first; the report is the last file of a build
+        return read_manifest(out)
     manifest = _finish(found, out, plan, spec=spec, tools=tools)
     write_report(out, manifest, total(read_builders(out)), pool=pool)
     return manifest

@@ -13,10 +13,10 @@ from vjepa_data.build.ingest import ingest
 from vjepa_data.build.pack import pack
 from vjepa_data.build.select import choose, look_at
 from vjepa_data.build.shard import show_progress
+from vjepa_data.build.write import store_task
 from vjepa_data.pool import Pool
 from vjepa_data.spec import Spec
 from vjepa_data.video import Refused
-from vjepa_data.work import Store
 
 TRIALS = 12
 """Clips that are encoded to learn what one costs."""
@@ -83,20 +83,7 @@ def survey(sources: Sequence[str], *, spec: Spec, workers: int, console: Console
         clips, rejects = choose(found, looks, spec=spec)
         trials = random.Random(0).sample(clips, min(TRIALS, len(clips)))
         places = {source.name: source.place for source in found}
-        tasks = [
-            Store(
-                shard=0,
-                position=number,
-                place=places[clip.source],
-                media=spec.media,
-                start_s=clip.start_s,
-                end_s=clip.end_s,
-                encode=spec.encode,
-                accept=spec.filter,
-                may_copy=spec.mode == "copy",
-            )
-            for number, clip in enumerate(trials)
-        ]
+        tasks = [store_task(clip, 0, number, places[clip.source], spec) for number, clip in enumerate(trials)]
         bar = progress.add_task("trying a few clips", total=len(tasks), note="")
         stored = cpu_s = seconds = 0.0
         tried = 0

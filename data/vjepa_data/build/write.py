@@ -79,17 +79,23 @@ def _tasks(
             continue
         writers[shard.number] = ShardWriter(out, number=shard.number, file=shard.file, split=shard.split)
         for position, clip in enumerate(shard.clips):
-            yield Store(
-                shard=shard.number,
-                position=position,
-                place=places[clip.source],
-                media=spec.media,
-                start_s=clip.start_s,
-                end_s=clip.end_s,
-                encode=spec.encode,
-                accept=spec.filter,
-                may_copy=spec.mode == "copy",
-            )
+            yield store_task(clip, shard.number, position, places[clip.source], spec)
+
+
+def store_task(clip: Cutting, shard: int, position: int, place: Place, spec: Spec) -> Store:
+    """What a child must know to store a clip."""
+    return Store(
+        shard=shard,
+        position=position,
+        place=place,
+        bytes=json.loads(clip.original)["bytes"],
+        media=spec.media,
+        start_s=clip.start_s,
+        end_s=clip.end_s,
+        encode=spec.encode,
+        accept=spec.filter,
+        may_copy=spec.mode == "copy",
+    )
 
 
 def _store(writer: ShardWriter, clip: Cutting, answer: Done | Refused, tally: Tally) -> None:
