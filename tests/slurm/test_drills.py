@@ -18,7 +18,7 @@ from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.settings import Cluster
 
 PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=2, cpus_per_task=1, hours=1, notice_s=30)
-# The rest is rehearsed on one machine (tests/launch), where a restart takes no ten seconds; `vjepa drill` runs them all.
+# The rest is rehearsed on one machine (tests/launch), where a restart takes no ten seconds; `vjepa drill` runs all.
 DRILLS = ["return", "return-early", "kill-last", "suspend", "crash-loop", "cancel", "stop"]
 
 # SLURM looks at its clock every 30 s, so that a limit of one minute gives notice after about half a minute.

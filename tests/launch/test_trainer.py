@@ -1,0 +1,73 @@
+"""The real trainer, launched: two ranks, one of which is killed on the way."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vjepa.config import Run
+from vjepa_data.settings_files import dump_settings
+from vjepa_launch import jobs, record, status, submit
+from vjepa_launch.settings import Cluster
+
+MACHINE = Cluster(executor="local", tasks_per_node=2)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[[Run, str], submit.Launched]]:
+    launched: list[submit.Launched] = []
+
+    def start(run: Run, name: str) -> submit.Launched:
+        folder = tmp_path / name
+        command = submit.train_command(folder)
+        launched.append(submit.launch(folder, MACHINE, command, config=dump_settings(run), name=name))
+        return launched[-1]
+
+    yield start
+    for one in launched:
+        if jobs.is_alive("local", one.job):
+            jobs.cancel("local", one.job)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["step"]: row["loss/prediction"] for row in rows}
+
+
+def rank_pid(folder: Path, rank: int) -> int:
+    """The process of a rank, by its variables."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"{folder}/config.yaml".encode() in command and f"RANK={rank}".encode() in environment:
+            return int(process.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_rank_changes_no_number(
+    launch: Callable[[Run, str], submit.Launched], tiny_run: Callable[..., Run]
+) -> None:
+    run = tiny_run(steps=150, checkpoint={"every_steps": 20}, track={"wandb": "off", "every_steps": 1})
+    killed = launch(run, "killed")
+    deadline = time.monotonic() + 200
+    while max(losses(killed.run), default=0) < 30:
+        assert time.monotonic() < deadline, killed.log.read_text()
+        time.sleep(0.05)
+    os.kill(rank_pid(killed.run, 1), signal.SIGKILL)
+    log = "".join(status.read_log(killed.run, follow=True))
+    events = record.read_events(killed.run)
+    assert [event["outcome"] for event in events if event["event"] == "end"] == ["failed", "done"], log
+
+    whole = launch(run, "whole")
+    list(status.read_log(whole.run, follow=True))
+    assert losses(killed.run) == losses(whole.run)
+    assert max(losses(whole.run)) == 150
