@@ -1,0 +1,250 @@
+"""How fast is one training step: ours, beside V-JEPA 2's own, on the same clips, masks and sizes.
+
+    python benchmarks/step.py                                                ours alone
+    git clone https://github.com/facebookresearch/vjepa2 /somewhere
+    VJEPA2_REFERENCE=/somewhere python benchmarks/step.py                    both, a step of each in turn
+    python benchmarks/step.py --encoder vit_large --px 256 --frames 16 --batch 24 --precision bf16 --compile   a GPU
+
+Data is synthetic and on the device. Theirs is their networks, wrappers, optimizer and loss in the order of their loop,
+without DDP and without activation checkpointing, which their files switch on and which would make it slower; ours is
+everything `vjepa train` does between two batches. Masks are their sampler's, cut to the fewest tokens of the batch.
+"""
+
+import argparse
+import copy
+import functools
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from parity_live import reference
+from torch import Tensor, nn
+
+from vjepa.clock import Clock
+from vjepa.config import ReferenceMask, Run
+from vjepa.estimate import Tokens as Counted
+from vjepa.estimate import accelerator_of, count_flops, count_parameters
+from vjepa.grid import Grid
+from vjepa.masks import Mask, reference_masks
+from vjepa.objective import Puzzle, jepa_loss, update_target
+from vjepa.optimizer import build_optimizer, update_weights
+from vjepa.parallel import World, join
+from vjepa.schedule import rates_at
+from vjepa.train import build_models
+
+KINDS = (ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)))
+WARM_UP = 3
+
+Step = Callable[[], float]
+
+
+def main() -> None:
+    run, args = parse()
+    with join(run.parallel) as world:
+        frames = torch.randn(run.batch_size, 3, args.frames, args.px, args.px, device=world.device)
+        grid = Grid.of(args.frames, args.px, args.px, run.model)
+        places = torch.Generator().manual_seed(0)
+        masks = [
+            tuple(
+                ids.to(world.device)
+                for ids in reference_masks(k, grid, clips=run.batch_size, size_seed=0, places=places)
+            )
+            for k in KINDS
+        ]
+        with ours(run, world, frames, grid, masks) as (our_step, clock):
+            steps = {"ours": our_step}
+            if "VJEPA2_REFERENCE" in os.environ:
+                with reference():
+                    steps["theirs"] = their_step(run, world.device, frames, masks)
+            seconds = measure(steps, args.steps, world.device, clock)
+            report(run, grid, masks, seconds, clock.read(), args.steps, world.device)
+
+
+def parse() -> tuple[Run, argparse.Namespace]:
+    """The run that the arguments describe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="vit_tiny")
+    parser.add_argument("--px", type=int, default=64)
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--recompute", default="off", choices=("off", "selective", "full"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = {
+        "name": "step",
+        "steps": 10**6,
+        "batch_size": args.batch,
+        "precision": args.precision,
+        "data": {"sources": [{"shards": "none"}], "clip": {"frames": args.frames}, "crop": {"px": args.px}},
+        "model": {"encoder": args.encoder, "predictor": {"width": 384, "depth": 12, "heads": 12}},
+        "masks": [kind.model_dump() for kind in KINDS],
+        "optim": {"lr": 5.25e-4, "decay": "constant", "ema": 0.99925},
+        "parallel": {"compile": args.compile, "recompute": args.recompute},
+    }
+    return Run.model_validate(settings), args
+
+
+@contextmanager
+def ours(
+    run: Run, world: World, frames: Tensor, grid: Grid, masks: list[tuple[Tensor, ...]]
+) -> Iterator[tuple[Step, Clock]]:
+    """Our step, as in `vjepa.train.learn`."""
+    models = build_models(run, world)
+    optimizer = build_optimizer(models.learning, run.optim)
+    clock = Clock(models, optimizer, world.device)
+    rows = tuple(range(run.batch_size))
+    puzzle = Puzzle(frames, grid, [Mask(kind, rows, *ids) for kind, ids in enumerate(masks)], 0, rows)
+
+    def step() -> float:
+        rates = rates_at(0, run)
+        loss = jepa_loss(models, [puzzle], run)
+        loss.value.backward()
+        total = world.sum(loss.numbers)
+        update = update_weights(optimizer, total[0], rates, clip_norm=None)
+        update_target(models, rates.ema, applied=update.applied)
+        return 0.0  # nothing is read: the record does that every few steps
+
+    yield step, clock
+    clock.close()
+
+
+def their_step(run: Run, device: torch.device, frames: Tensor, masks: list[tuple[Tensor, ...]]) -> Step:
+    """V-JEPA 2's step: app/vjepa/train.py of the clone."""
+    size, narrow = run.model.encoder, run.model.predictor
+    common: dict[str, Any] = {
+        "img_size": frames.shape[-2:],
+        "patch_size": run.model.patch_px,
+        "num_frames": frames.shape[2],
+        "tubelet_size": run.model.tubelet_frames,
+        "qkv_bias": True,
+        "use_rope": True,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "embed_dim": size.width,
+    }
+    wrappers = importlib.import_module("src.utils.wrappers")
+    encoder = importlib.import_module("src.models.vision_transformer").VisionTransformer(
+        **common, depth=size.depth, num_heads=size.heads, mlp_ratio=size.mlp_ratio, use_sdpa=True
+    )
+    predictor = importlib.import_module("src.models.predictor").VisionTransformerPredictor(
+        **common,
+        predictor_embed_dim=narrow.width,
+        depth=narrow.depth,
+        num_heads=narrow.heads,
+        mlp_ratio=narrow.mlp_ratio,
+        use_mask_tokens=True,
+        num_mask_tokens=2,
+        use_sdpa=True,
+    )
+    encoder = wrappers.MultiSeqWrapper(encoder).to(device)
+    predictor = wrappers.PredictorMultiSeqWrapper(predictor).to(device)
+    target = copy.deepcopy(encoder).requires_grad_(False)
+    optimizer, *_ = importlib.import_module("app.vjepa.utils").init_opt(
+        is_anneal=False,
+        encoder=encoder,
+        predictor=predictor,
+        iterations_per_epoch=300,
+        start_lr=1e-4,
+        ref_lr=5.25e-4,
+        warmup=1,
+        num_epochs=10,
+        mixed_precision=False,
+    )
+    half = torch.autocast(device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
+    clips, visible, hidden = [frames], [[m[0] for m in masks]], [[m[1] for m in masks]]
+
+    def step() -> float:
+        with half:
+            with torch.no_grad():
+                h = [F.layer_norm(each, (each.size(-1),)) for each in target(clips)]
+            guesses = predictor(encoder(clips, visible), visible, hidden)
+            loss, terms = torch.zeros((), device=device), 0
+            for guess, wanted, ids in zip(guesses, h, hidden, strict=True):
+                for one, where in zip(guess, ids, strict=True):
+                    gathered = wanted.gather(1, where[..., None].expand(-1, -1, wanted.size(-1)))
+                    loss, terms = loss + (one - gathered).abs().mean(), terms + 1
+            loss = loss / terms
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            slow, fast = list(target.parameters()), list(encoder.parameters())
+            torch._foreach_mul_(slow, 0.99925)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(slow, fast, alpha=1 - 0.99925)  # pyright: ignore[reportPrivateImportUsage]
+        return float(loss)  # as theirs does in every step
+
+    return step
+
+
+def measure(steps: dict[str, Step], count: int, device: torch.device, clock: Clock) -> dict[str, list[float]]:
+    """Seconds of each step, a step of each in turn, so that a busy machine is equally busy for both."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARM_UP + count):
+        if number == WARM_UP:
+            clock.read()
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(
+    run: Run,
+    grid: Grid,
+    masks: list[tuple[Tensor, ...]],
+    seconds: dict[str, list[float]],
+    parts: dict[str, float],
+    count: int,
+    device: torch.device,
+) -> None:
+    """Print the numbers."""
+    tokens = [Counted(grid.tokens, visible.shape[1], hidden.shape[1]) for visible, hidden in masks]
+    flops = sum(count_flops(run, tokens).values()) * run.batch_size
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{where}, torch {torch.__version__}, {run.precision}, compile={run.parallel.compile}")
+    print(
+        f"{run.model.encoder.name} ({count_parameters(run)['encoder'] / 1e6:.1f} M), {grid.tokens} tokens, "
+        f"{run.batch_size} clips, {flops / 1e9:.1f} GFLOP a step; masks " + str([(t.visible, t.hidden) for t in tokens])
+    )
+    for name, values in seconds.items():
+        tenths = statistics.quantiles(values, n=10)
+        median = statistics.median(values)
+        print(
+            f"{name:7} {1e3 * median:9.2f} ms median of {len(values)}  (10th to 90th percentile "
+            f"{1e3 * tenths[0]:.2f} to {1e3 * tenths[-1]:.2f}, fastest {1e3 * min(values):.2f})  "
+            f"{run.batch_size / median:8.1f} clips/s"
+        )
+    print("ours by part: " + ", ".join(f"{name} {1e3 * value / count:.2f} ms" for name, value in parts.items()))
+    if "theirs" in seconds:
+        ratios = {
+            "median": statistics.median(seconds["theirs"]) / statistics.median(seconds["ours"]),
+            "fastest": min(seconds["theirs"]) / min(seconds["ours"]),
+        }
+        print("ours is faster by " + ", ".join(f"{ratio:.2f}x ({name})" for name, ratio in ratios.items()))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        kind = accelerator_of(where)
+        share = f", MFU {flops / statistics.median(seconds['ours']) / kind.flops:.1%}" if kind else ""
+        print(f"peak memory {peak:.1f} GiB (both, if both were run){share}")
+
+
+if __name__ == "__main__":
+    main()
