@@ -43,7 +43,7 @@ class Segments:
     backend: Backend = "sdpa"
     """Who computes attention when there is more than one run; a single run is a plain batch and goes to sdpa."""
 
-    starts: Int[Tensor, "sequences+1"] | None = field(default=None, repr=False)
+    starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
     """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
 
     @classmethod

@@ -1,6 +1,7 @@
 """Frames to tokens: V-JEPA 2's video transformer, for any number of views in one pass.
 
-Letters: B clips, C channels, T frames, Y X height and width in pixels, N tokens of a clip, V visible ones, D width.
+Letters: B clips, C channels, T frames, Y X height and width in pixels, N tokens of a clip, V visible ones, D width, LD
+width times levels.
 """
 
 import functools
@@ -80,7 +81,7 @@ class Encoder(nn.Module):
         """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
         init_weights(self, seed=seed, name="encoder", std=self.settings.init_std)
 
-    def forward(self, views: Sequence[View], *, levels: bool = False) -> list[Float[Tensor, "B V L*D"]]:
+    def forward(self, views: Sequence[View], *, levels: bool = False) -> list[Float[Tensor, "B V LD"]]:
         """Encode all views in one packed pass; each sequence sees only itself.
 
         Args:

@@ -1,6 +1,6 @@
 """Visible tokens to a guess of the hidden ones: V-JEPA 2's narrow transformer, for any number of guesses in one pass.
 
-Letters: B clips, V visible and K hidden tokens, D width of the encoder, P width of the predictor.
+Letters: B clips, V visible and K hidden tokens, D width of the encoder, LD times its levels, P width of the predictor.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from vjepa.layers import NORM_EPS, Block, init_weights, rotations
 class Guess:
     """What is known of some clips, and what is asked."""
 
-    context: Float[Tensor, "B V L*D"]
+    context: Float[Tensor, "B V LD"]
     """The encoder's features of visible tokens, of all its levels."""
 
     visible: Int[Tensor, "B V"]
@@ -79,7 +79,7 @@ class Predictor(nn.Module):
         """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
         init_weights(self, seed=seed, name="predictor", std=self.settings.init_std)
 
-    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "B K L*D"]]:
+    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "B K LD"]]:
         """Guess all hidden tokens in one packed pass; each sequence sees only itself.
 
         Visible and hidden tokens of a clip are laid side by side, not sorted by place as in V-JEPA 2: attention is

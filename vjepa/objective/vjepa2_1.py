@@ -8,7 +8,7 @@
 What a token says of its own place comes from the second term, and it alone would cost features of motion; several
 depths repair that. V-JEPA 2.1: arXiv:2603.14482.
 
-B clips, N tokens of a clip, V visible, K hidden, L levels, D width, M kinds of mask.
+B clips, N tokens of a clip, V visible, K hidden, L levels, D width, LD one times the other, M kinds of mask.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ def distance_weights(visible: Int[Tensor, "B V"], hidden: Int[Tensor, "B K"], gr
     return distance.rsqrt()
 
 
-def _norm_each_level(h: Float[Tensor, "B N L*D"], levels: int) -> Float[Tensor, "B N L*D"]:
+def _norm_each_level(h: Float[Tensor, "B N LD"], levels: int) -> Float[Tensor, "B N LD"]:
     parts = h.unflatten(-1, (levels, -1))
     return F.layer_norm(parts, parts.shape[-1:]).flatten(-2)
 
