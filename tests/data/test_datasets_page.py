@@ -1,0 +1,64 @@
+"""Every command that docs/datasets.md tells to give is given here, in the order of the page, on a small folder."""
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+PAGE = Path(__file__).parents[2] / "docs" / "datasets.md"
+
+
+def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "videos" / "sub").mkdir(parents=True)
+    for number, video in enumerate(videos):
+        (tmp_path / "videos" / "sub" / f"{number}.mp4").write_bytes(video)
+    (tmp_path / "videos" / "half.mp4").write_bytes(videos[0][:900])
+    (tmp_path / "shards-of-others").mkdir()
+    for name, video in (("0-train.tar", videos[0]), ("1-val.tar", videos[1])):
+        with tarfile.open(tmp_path / "shards-of-others" / name, "w") as tar:
+            header = tarfile.TarInfo("a.mp4")
+            header.size = len(video)
+            tar.addfile(header, io.BytesIO(video))
+
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines() if line]
+    assert {words[1] for words in commands} == {"shard", "verify", "index"}
+    for words in commands:
+        assert words[0] == "vjepa"
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+
+    def rows(corpus: str, table: str = "samples") -> list[dict]:
+        return pq.read_table(tmp_path / corpus / f"{table}.parquet").to_pylist()
+
+    assert len(rows("corpus")) == len(videos)
+    assert [row["reason"] for row in rows("corpus", "rejects")] == ["no_index"]
+    assert (tmp_path / "corpus" / "report.html").exists()
+    assert sorted(row["split"] for row in rows("admitted")) == ["train", "val"]
+    assert len(rows("mended")) == 2
+
+
+def test_the_settings_of_the_page_are_settings(tmp_path: Path) -> None:
+    from vjepa_data.settings_files import load_settings
+    from vjepa_data.spec import Spec
+
+    [text] = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "build.yaml").write_text(text)
+    assert load_settings(Spec, tmp_path / "build.yaml").settings.cut.kind == "scene"
+    for name in re.findall(
+        r"`((?:encode|cut|dedupe|mode|media|filter|split|max_rejects)[a-z_.]*=[^`]*)`", PAGE.read_text()
+    ):
+        if "..." not in name and "FILE" not in name:
+            load_settings(Spec, None, [name])
+
+
+def test_every_reason_is_on_the_page() -> None:
+    from vjepa_data.video import Reason
+
+    words = set(re.findall(r"`([a-z_]+)`", PAGE.read_text()))
+    assert {reason.value for reason in Reason} <= words
