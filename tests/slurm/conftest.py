@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-NODES, CPUS = 2, 8
+NODES, CPUS = 2, 16
 
 
 def load_mini_slurm() -> ModuleType:

@@ -28,6 +28,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 # - config_overrides: believe the number of CPUs below, whatever the machine has.
 # - cred_expire: a requeued job does not start before its old credential has expired (120 s by default).
 # - KillWait: what remains after TERM at a cancellation; GraceTime: the same at a preemption.
+# - Weight: the first node is taken as long as it has room, so that tests know where they are.
 # - SlurmdTimeout: after which a node that does not answer is given up, and its jobs are requeued.
 CONF = """
 ClusterName=mini
@@ -65,7 +66,7 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {preempt_signal}
-KillWait=10
+KillWait=20
 ReturnToService=2
 SlurmdTimeout={node_timeout}
 SlurmctldTimeout=30
@@ -110,7 +111,7 @@ def write_files(
     for number, port in enumerate(ports[1:], start=1):
         lines.append(
             f"NodeName=n{number} NodeHostname=n{number} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-            f"RealMemory={memory_mib} State=UNKNOWN"
+            f"RealMemory={memory_mib} Weight={number} State=UNKNOWN"
         )
         (folder / "spool" / f"n{number}").mkdir(exist_ok=True)
     shared = "Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO"
