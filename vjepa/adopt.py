@@ -38,8 +38,8 @@ WRAPPERS = re.compile(r"^(module\.|backbone\.|_orig_mod\.)+")
 # Names that tell which other model it is.
 STRANGERS = (
     ("pos_embed", "V-JEPA 1, whose positions are learned or sine-cosine, not rotary"),
-    ("patch_embed_img.", "V-JEPA 2.1, which has an image tokenizer"),
-    ("norms_block.", "V-JEPA 2.1, which has norms for deep supervision"),
+    ("patch_embed_img.", "V-JEPA 2.1, whose files are not read yet"),
+    ("norms_block.", "V-JEPA 2.1, whose files are not read yet"),
     (".mlp.fc3.", "one with SwiGLU, which our blocks do not have"),
     ("action_encoder.", "the action-conditioned V-JEPA 2-AC"),
 )
@@ -82,6 +82,8 @@ def adopt(source: Path, out: Path, sizes: Sizes = Sizes(), *, overwrite: bool = 
         weights = read_weights(source)
         model, px, frames, fps = weights.model, weights.px, weights.frames, weights.fps
         parts = {part: weights.part(name) for part, name in _PARTS.items()}
+        if not parts["predictor"]:
+            parts["predictor"] = _new_predictor(source, model)
     tokens = parts["predictor"]["mask_tokens"]
     if sizes.mask_tokens is not None:
         if strange := [one for one in sizes.mask_tokens if not 0 <= one < len(tokens)]:
@@ -157,9 +159,13 @@ def _from_file(path: Path, sizes: Sizes) -> tuple[config.Model, Parts]:
             raise BadInput(f"{path} is {what} ({some(found)}); our network cannot be it")
     model = _infer(path, encoder, predictor, sizes)
     if predictor is None:
-        log.warning("%s has no predictor: a new one is made, good for features but not for predictions", path)
-        predictor = dict(Predictor(model, 2).state_dict())
+        predictor = _new_predictor(path, model)
     return model, {"encoder": online or encoder, "target": average or encoder, "predictor": predictor}
+
+
+def _new_predictor(path: Path, model: config.Model) -> dict[str, Tensor]:
+    log.warning("%s has no predictor: a new one is made, good for features but not for predictions", path)
+    return dict(Predictor(model, len(config.BLOCKS)).state_dict())
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
     vjepa export RUN --out DIR --format hf        loads with `transformers.AutoModel.from_pretrained(DIR)`
     vjepa export RUN --out DIR --format native    loads with `vjepa.export.load_encoder(DIR)`
+    vjepa export RUN --out DIR --format pt2       loads with `torch.export.load("DIR/model.pt2")`, without our code
 
 An export is not finished before it was loaded again, by the program that it is meant for, and gave the same features
 and the same predictions, bit for bit, in fp32 on the CPU. The table of names is `weights.HF_NAMES`.
@@ -12,6 +13,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vjepa import __version__
+from vjepa.card import model_card
 from vjepa.encoder import MEAN, STD, Encoder, View, normalise
 from vjepa.evals.clips import centre_view
 from vjepa.evals.pooler import Classifier, hf_probe_tensors, load_classifier
@@ -26,6 +29,7 @@ from vjepa.grid import Grid
 from vjepa.output import check_free, new_folder
 from vjepa.predictor import Guess, Predictor
 from vjepa.weights import (
+    InMemory,
     Part,
     VideoEncoder,
     Weights,
@@ -43,7 +47,7 @@ __all__ = ["VideoEncoder", "export", "load_encoder"]
 
 log = logging.getLogger(__name__)
 
-Format = Literal["hf", "native"]
+Format = Literal["hf", "native", "pt2"]
 
 
 def export(
@@ -62,7 +66,8 @@ def export(
     Args:
         source: a run, a checkpoint, or an earlier export.
         out: the new folder.
-        format: `hf` for stock transformers, `native` for what it cannot express.
+        format: `hf` for stock transformers, `native` for what it cannot express, `pt2` for a program of the encoder
+            alone: uint8 frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
         part: whose features: `target` (the moving average, as V-JEPA 2 evaluates) or `encoder`.
         mask_kind: which kind of mask the predictor of an `hf` export answers to. `VJEPA2Model` can use one mask
             token only, the one at place 1, so that kind's token is put there. By default kind 1 (with the usual
@@ -85,7 +90,8 @@ def export(
     if format == "hf":
         _require_transformers()
         _require_expressible(weights)
-    order = mask_token_order(weights.mask_tokens, _mask_kind(weights, mask_kind))
+        weights = _with_predictor(weights)
+    order = mask_token_order(weights.mask_tokens, _mask_kind(weights, mask_kind)) if weights.mask_tokens else []
     provenance = {
         **weights.provenance,
         "format": 1,
@@ -105,6 +111,8 @@ def export(
             if classifier is not None:
                 provenance["classes"] = list(classifier.classes)
                 provenance["check"] |= _check_classifier(folder, weights, classifier)
+        elif format == "pt2":
+            provenance["check"] = _write_program(folder / "model.pt2", weights)
         else:
             write_safetensors(folder / "model.safetensors", weights.tensors.items())
             _write_json(folder / "model.json", native_json(weights))
@@ -128,11 +136,34 @@ def _require_transformers() -> None:
 
 def _require_expressible(weights: Weights) -> None:
     """Refuse what `VJEPA2Model` would load without a word and compute differently."""
-    if weights.model.rope != "tiled":
-        raise BadInput(
-            f"format hf cannot express model.rope {weights.model.rope!r}: VJEPA2Model knows only the tiled form; "
-            "take --format native"
+    model = weights.model
+    reasons = [
+        reason
+        for is_so, reason in (
+            (model.rope != "tiled", f"model.rope is {model.rope!r}, and VJEPA2Model knows only the tiled form"),
+            (model.rope_cells is not None, "model.rope_cells stretches positions"),
+            (bool(model.levels), "model.levels gives features of several blocks, each with a norm"),
+            (model.still_tokens, "model.still_tokens has a tokenizer for still pictures"),
+            (model.guess_visible, "model.guess_visible has a second output layer"),
         )
+        if is_so
+    ]
+    if reasons:
+        raise BadInput(f"format hf cannot express this model: {'; '.join(reasons)}. Take --format native")
+
+
+def _with_predictor(weights: Weights) -> Weights:
+    """`VJEPA2Model` always has a predictor; a model without one gets one that is not trained, and the card says so."""
+    if weights.mask_tokens:
+        return weights
+    log.warning("the model has no predictor; the export gets one that is not trained, only its features mean something")
+    fresh = {f"predictor.{name}": tensor for name, tensor in Predictor(weights.model, 1).state_dict().items()}
+    encoder = {f"encoder.{name}": tensor for name, tensor in weights.part("encoder").items()}
+    return replace(
+        weights,
+        tensors=InMemory({**encoder, **fresh}),
+        provenance={**weights.provenance, "predictor": "not trained"},
+    )
 
 
 def _mask_kind(weights: Weights, kind: int | None) -> int:
@@ -255,19 +286,56 @@ def _sides(weights: Weights) -> tuple[Tensor, Tensor, Grid]:
     return index[:, :half], index[:, half:] if grid.tokens > 1 else index, grid
 
 
+class _Program(nn.Module):
+    """What a `pt2` export computes: bytes in, features out, nothing of ours needed."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.encoder = VideoEncoder(weights).encoder
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None, None])
+
+    def forward(self, frames: Tensor) -> Tensor:
+        tubelet, patch = self.encoder.settings.tubelet_frames, self.encoder.settings.patch_px
+        (tokens,) = self.encoder([View((frames.movedim(-1, 1).float() / 255 - self.mean) / self.std)])
+        _, steps, height, width, _ = frames.shape
+        return tokens.unflatten(1, (steps // tubelet, height // patch, width // patch))
+
+
+@torch.no_grad()
+def _write_program(path: Path, weights: Weights) -> dict[str, Any]:
+    """Trace the encoder with a free number of clips, load it back and compare at two numbers of clips."""
+    eager, clip = _Program(weights), _clip(weights)
+    clips = torch.cat([clip, clip.flip(1)])
+    program = torch.export.export(eager, (clips,), dynamic_shapes=({0: torch.export.Dim("clips")},), strict=True)
+    torch.export.save(program, path)
+    back = torch.export.load(path).module()
+    differences = [(back(x) - eager(x)).abs().max().item() for x in (clip, torch.cat([clips, clip]))]
+    if max(differences) > 1e-4:
+        raise ValueError(f"loaded back, the program's features differ by {max(differences)}; nothing was written")
+    return {"features_max_abs_difference": max(differences), "clips": [1, 3], "torch": torch.__version__}
+
+
 @torch.no_grad()
 def _ours(weights: Weights, token: int) -> tuple[Tensor, Tensor]:
-    """Features [1 N D] of the fixed clip, and predictions [1 N/2 D] of its second half from its first."""
+    """Features [1 N D] of the fixed clip, and predictions [1 N/2 D] of its second half from its first, if it can."""
     with torch.device("meta"):
-        encoder, predictor = Encoder(weights.model), Predictor(weights.model, weights.mask_tokens)
+        encoder, predictor = Encoder(weights.model), Predictor(weights.model, max(1, weights.mask_tokens))
     encoder.load_state_dict(weights.part("encoder"), assign=True)
     _settle(encoder)
-    (features,) = encoder([View(normalise(_clip(weights)))])
+    view = View(normalise(_clip(weights)))
+    (features,) = encoder([view])
+    if not weights.mask_tokens:
+        return features, features
+    (context,) = encoder([view], levels=True) if weights.model.levels else (features,)
     del encoder
     predictor.load_state_dict(weights.part("predictor"), assign=True)
     _settle(predictor)
     visible, hidden, grid = _sides(weights)
-    (guess,) = predictor([Guess(features[:, : visible.shape[1]], visible, hidden, grid, token)])
+    guess = predictor([Guess(context[:, : visible.shape[1]], visible, hidden, grid, token)])[0]
     return features, guess
 
 
@@ -359,97 +427,3 @@ def _check_processor(folder: Path, weights: Weights) -> float | str:
     if difference > 0.02:  # one level of uint8 is 0.017 after normalisation
         raise ValueError(f"the exported processor and ours disagree by {difference:.3f}; nothing was written")
     return difference
-
-
-# ---- the model card
-
-
-def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> str:
-    """README.md of an export."""
-    encoder, where = weights.model.encoder, provenance
-    tokens = (weights.frames // weights.model.tubelet_frames) * (weights.px // weights.model.patch_px) ** 2
-    millions = sum(torch.Size(weights.tensors.shape(name)).numel() for name in weights.tensors) / 1e6
-    rows = [
-        ("encoder", f"{encoder.name}: width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}"),
-        ("parameters", f"{millions:.1f} M, predictor included"),
-        ("input", f"{weights.frames} frames at {weights.fps:g} per second, {weights.px} x {weights.px} pixels"),
-        ("output", f"{tokens} tokens of {encoder.width} channels, one for each {weights.model.tubelet_frames} frames x "
-                   f"{weights.model.patch_px} x {weights.model.patch_px} pixels"),
-        ("weights", {"target": "moving average of the encoder (target)", "encoder": "encoder as trained (online)"}.get(
-            where.get("part", ""), "not recorded")),
-        ("trained", f"{where['step']:,} steps in run `{where['run']}`" if "step" in where else "not recorded"),
-        ("settings", f"`{where.get('settings_hash', 'not recorded')}`, in full in `provenance.json`"),
-        ("data", ", ".join(f"`{one}`" for one in where.get("manifests", [])) or "not recorded"),
-        ("masks", ", ".join(mask.mode for mask in weights.masks) or "not recorded"),
-        ("positions", f"rotary in time, height and width ({weights.model.rope})"),
-        ("loaded back", f"features differ by {where['check']['features_max_abs_difference']}"),
-    ]  # fmt: skip
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    library = "transformers" if where["layout"] == "hf" else "vjepa"
-    usage = _HF_USAGE if library == "transformers" else _NATIVE_USAGE
-    return _CARD.format(
-        licence=licence,
-        library=library,
-        table=table,
-        usage=usage.format(frames=weights.frames, px=weights.px),
-        notes=_notes(weights, where),
-    )
-
-
-def _notes(weights: Weights, where: dict[str, Any]) -> str:
-    notes = [
-        f"Frames must be {weights.px} x {weights.px}: `VJEPA2Model` takes the positions of tokens from `crop_size` and "
-        "gives wrong features for another size without an error."
-        if where["layout"] == "hf"
-        else "Frames may have any size that is a multiple of the patch.",
-        "Sample frames by time, not by number, at the rate above.",
-    ]
-    if where["layout"] == "hf":
-        kind = where["mask_token_order"][1 % weights.mask_tokens]
-        notes.append(
-            f"`VJEPA2Model` uses one mask token, that of kind {kind}. It encodes all tokens before it picks the "
-            "visible ones, so its predictions have seen what they predict; ours encodes the visible ones alone."
-        )
-    return "\n".join(f"- {note}" for note in notes)
-
-
-_CARD = """---
-license: {licence}
-library_name: {library}
-pipeline_tag: video-classification
-tags: [video, self-supervised, world-model, vjepa2, feature-extraction]
----
-
-# A video encoder, pretrained by predicting features of what is hidden
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-```python
-{usage}
-```
-
-## Mind
-
-{notes}
-"""
-
-_HF_USAGE = """import torch
-from transformers import AutoModel, AutoVideoProcessor
-
-model = AutoModel.from_pretrained("THIS FOLDER").eval()
-processor = AutoVideoProcessor.from_pretrained("THIS FOLDER")  # needs torchvision
-video = torch.randint(0, 256, ({frames}, 3, 480, 640), dtype=torch.uint8)  # T C H W
-with torch.no_grad():
-    outputs = model(**processor(video, return_tensors="pt"), skip_predictor=True)
-features = outputs.last_hidden_state  # [1 tokens channels]"""
-
-_NATIVE_USAGE = """import torch
-from vjepa.export import load_encoder
-
-encoder = load_encoder("THIS FOLDER")
-frames = torch.randint(0, 256, (1, {frames}, {px}, {px}, 3), dtype=torch.uint8)  # B T H W C
-features = encoder(frames)  # [B t h w D]"""

@@ -148,7 +148,9 @@ class Weights:
 
     @property
     def mask_tokens(self) -> int:
-        return self.tensors.shape("predictor.mask_tokens")[0]
+        """Of the predictor; 0 where there is none, as in what LeVJEPA trained."""
+        name = "predictor.mask_tokens"
+        return self.tensors.shape(name)[0] if name in self.tensors else 0
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of `encoder` or `predictor`, without the name of the part."""
@@ -269,6 +271,8 @@ class FromCheckpoint(Tensors):
             for name, entry in entries.items()
             if name.startswith(f"{theirs}.") and isinstance(entry, TensorStorageMetadata)
         }
+        if "predictor.mask_tokens" not in self.stored:  # the head of another objective, of no use outside of training
+            self.stored = {name: one for name, one in self.stored.items() if not name.startswith("predictor.")}
         self.names = self.stored.keys()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -465,9 +469,11 @@ def _provenance(path: Path) -> dict[str, Any]:
 
 
 def expected_shapes(model: config.Model, mask_tokens: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of a model, without making it."""
+    """Name and shape of each tensor of a model, without making it; without a predictor for 0 mask tokens."""
     with torch.device("meta"):
-        parts = {"encoder": Encoder(model), "predictor": Predictor(model, mask_tokens)}
+        parts: dict[str, nn.Module] = {"encoder": Encoder(model)}
+        if mask_tokens:
+            parts["predictor"] = Predictor(model, mask_tokens)
     return {
         f"{part}.{name}": tuple(tensor.shape)
         for part, module in parts.items()
@@ -476,14 +482,11 @@ def expected_shapes(model: config.Model, mask_tokens: int) -> dict[str, tuple[in
 
 
 def _check_shapes(path: Path, weights: Weights) -> None:
-    if "predictor.mask_tokens" not in weights.tensors:
-        raise BadInput(f"{path}: predictor.mask_tokens is missing; it is not a model of ours")
     expected = expected_shapes(weights.model, weights.mask_tokens)
     missing, extra = expected.keys() - set(weights.tensors), set(weights.tensors) - expected.keys()
     if missing or extra:
-        what = " and ".join(
-            f"{word} {some(sorted(names))}" for word, names in (("lacks", missing), ("has", extra)) if names
-        )
+        sides = (("lacks", missing), ("has", extra))
+        what = " and ".join(f"{word} {some(sorted(names))}" for word, names in sides if names)
         raise BadInput(f"{path}: not the model that its settings describe: it {what}")
     for name, shape in expected.items():
         if (got := weights.tensors.shape(name)) != shape:

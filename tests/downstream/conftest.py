@@ -56,13 +56,17 @@ def make_tensors(run: config.Run) -> dict[str, torch.Tensor]:
     }
 
 
-def write_checkpoint(run: config.Run, folder: Path, *, step: int = 40) -> Path:
-    """A run folder with one checkpoint, as training writes it."""
+def write_checkpoint(run: config.Run, folder: Path, *, step: int = 40, predictor: bool = True) -> Path:
+    """A run folder with one checkpoint, as training writes it; by choice with the head of another objective."""
+    tensors = make_tensors(run)
+    if not predictor:
+        tensors = {name: one for name, one in tensors.items() if not name.startswith("predictor.")}
+        tensors["predictor.net.0.weight"] = torch.zeros(3, 48)
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save_dcp(make_tensors(run), checkpoint_id=path, no_dist=True)
+        save_dcp(tensors, checkpoint_id=path, no_dist=True)
     files = {one.name: {"bytes": one.stat().st_size, "xxh3": digest(one)} for one in path.iterdir()}
     state = {
         "format": 1,
@@ -88,7 +92,11 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_trained(scenes: Path) -> Callable[..., Path]:
     """A run folder of one's own: `make_trained(folder, rope="interleaved")`."""
-    return lambda folder, **model: write_checkpoint(make_run(scenes, **model), folder)
+
+    def make(folder: Path, *, _without_predictor: bool = False, **model: object) -> Path:
+        return write_checkpoint(make_run(scenes, **model), folder, predictor=not _without_predictor)
+
+    return make
 
 
 def draw_scene(number: int) -> tuple[np.ndarray, dict]:

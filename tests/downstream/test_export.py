@@ -1,6 +1,8 @@
 """Exports give the same features to others, and refuse what others would compute differently."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,3 +206,39 @@ def test_without_transformers_the_other_format_is_offered(
     with pytest.raises(BadInput, match=r"vjepa-pretrain\[hf\].*--format native"):
         export(trained, tmp_path / "out")
     export(trained, tmp_path / "out", format="native")
+
+
+def test_a_program_needs_none_of_our_code(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_trained(tmp_path / "run", encoder={"name": "custom", "width": 24, "depth": 1, "heads": 2})
+    said = export(run, tmp_path / "out", format="pt2")
+    assert said["check"]["features_max_abs_difference"] < 1e-5
+    assert said["check"]["clips"] == [1, 3]
+    code = (
+        "import sys, torch\n"
+        f"model = torch.export.load({str(tmp_path / 'out' / 'model.pt2')!r}).module()\n"
+        "frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)\n"
+        f"torch.save(model(frames), {str(tmp_path / 'features.pt')!r})\n"
+        "assert not any(name.startswith('vjepa') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
+    torch.testing.assert_close(torch.load(tmp_path / "features.pt"), load_encoder(run)(frames), rtol=0, atol=1e-5)
+
+
+def test_levels_of_features_go_native(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_trained(tmp_path / "run", levels=(0, 1), still_tokens=True, rope_cells=4)
+    with pytest.raises(BadInput, match=r"rope_cells.*levels.*still_tokens"):
+        export(run, tmp_path / "out")
+    export(run, tmp_path / "out", format="native")
+    assert torch.equal(load_encoder(tmp_path / "out")(clip()), load_encoder(run)(clip()))
+
+
+def test_a_model_without_a_predictor_is_exported(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_trained(tmp_path / "run", _without_predictor=True)
+    assert read_weights(run).mask_tokens == 0
+    export(run, tmp_path / "native", format="native")
+    said = export(run, tmp_path / "hf")
+    assert said["predictor"] == "not trained"
+    assert "The predictor is not trained" in (tmp_path / "hf" / "README.md").read_text()
+    for one in ("native", "hf"):
+        assert torch.equal(load_encoder(tmp_path / one)(clip()), load_encoder(run)(clip()))

@@ -191,7 +191,8 @@ def reduce_tokens(tokens: Float[Tensor, "B t h w D"], what: What) -> Float[Tenso
 def fingerprint(encoder: VideoEncoder) -> str:
     """One word for the weights of an encoder: two of its tensors, which no two trained models share."""
     digest = hashlib.sha256()
-    for tensor in (encoder.encoder.patch_embed.proj.weight, encoder.encoder.norm.weight):
+    parameters = list(encoder.parameters())
+    for tensor in (parameters[0], parameters[-1]):
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -115,7 +115,6 @@ def probe(
     if out is not None:
         with new_file(out, overwrite=overwrite) as path:
             path.write_text(json.dumps(result, indent=2) + "\n")
-    log.info("%s on %s\n%s", model, shards, table(result))
     return result
 
 
