@@ -24,6 +24,9 @@ class VideoReader:
     def __init__(self, file, **_):
         order = file.read()
         if order.startswith(b"HANG"): time.sleep(1000)
+        if order.startswith(b"SPIN"):
+            while time.process_time() < float(order[4:]): pass
+        if order.startswith(b"NAP"): time.sleep(3)
         if order.startswith(b"CRASH"): os.abort()
         if order.startswith(b"EAT"): self.eaten = bytearray(100 << 30)
         if order.startswith(b"TALK"): print("x" * 70_000, file=sys.stderr); sys.stderr.flush()
@@ -122,6 +125,23 @@ def test_a_hang_costs_two_time_outs_and_no_more(bad_servant: Servant):
     bad_servant.timeout_s = 20
     with pytest.raises(Unreadable):  # the next is answered
         bad_servant.decode(b"nothing", [0], EXPECT)
+
+
+def test_a_servant_that_spins_is_killed(bad_servant: Servant):
+    bad_servant.timeout_s = 1
+    with pytest.raises(Unreadable, match="timeout"):
+        bad_servant.decode(b"SPIN1000", [0], EXPECT)
+
+
+def test_a_servant_that_is_starved_of_cores_does_not_hang(bad_servant: Servant, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(Unreadable):
+        bad_servant.decode(b"warm up", [0], EXPECT)
+    bad_servant.timeout_s = 1
+    # As if it ran, and the clock of its CPU stood still, as it nearly does where many share a core.
+    monkeypatch.setattr("vjepa_data.servant._state_and_cpu_s", lambda pid: ("R", 0.0))
+    with pytest.raises(Unreadable, match=r"error: .*cannot +open"):
+        bad_servant.decode(b"NAP", [0], EXPECT)
+    assert bad_servant.counts["timeout"] == 0
 
 
 @pytest.mark.parametrize(("order", "reason"), [(b"CRASH", "crash"), (b"EAT", "memory")])
