@@ -64,7 +64,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(claim, limit_s: float = 15) -> bool:
+def wait_until(claim, limit_s: float = 60) -> bool:
     end = time.monotonic() + limit_s
     while not (done := claim()) and time.monotonic() < end:
         time.sleep(0.05)

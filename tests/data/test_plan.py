@@ -185,9 +185,9 @@ def test_twenty_million_samples_need_neither_time_nor_memory():
 
     tracemalloc.start()
     plan = Plan([Shards([1000] * 22_000)], [1], seed=0, batch_size=3072)
-    began = time.perf_counter()
+    began = time.process_time()
     first = [plan.draw(100_000, slot) for slot in plan.slots(5, 128)]
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len({d.sample for d in first}) == 24
