@@ -62,6 +62,7 @@ def test_what_is_behind_the_pillar_is_not_visible():
     seen, hidden = 0, 0
     for number in range(20):
         scene = draw_scene(0, number, frames=24, fps=12, rules=Rules(pillar_share=1))
+        assert scene.pillar is not None
         for frame, centres, visible in zip(draw_frames(scene, 96), scene.centres, scene.visible, strict=True):
             for (x, y), colour, is_visible, shape in zip(centres, scene.colours, visible, scene.shapes, strict=True):
                 edge = min(abs(x - end) for end in scene.pillar)
