@@ -104,7 +104,7 @@ def test_bad_input_is_named_in_one_line(trained: Path, scenes: Path, tmp_path: P
         assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match="no such model"):
         probe(tmp_path / "nothing", scenes)
-    with pytest.raises(BadInput, match="no corpus"):
+    with pytest.raises(BadInput, match=r"manifest\.json"):
         probe(trained, tmp_path)
     assert (tmp_path / "probe.json").read_text() == "{}"
 
