@@ -30,6 +30,12 @@ from vjepa_data.loader import Batch, ClipLoader
 
 log = logging.getLogger(__name__)
 
+MEMORY_ADVICE = (
+    "The device is full. In this order: parallel.accumulate=2 (or more) halves the clips at work, not the result; "
+    "parallel.recompute=selective, then full, trades work for memory; parallel.replicate=1 shards over all ranks. "
+    "`vjepa estimate` says what each would need."
+)
+
 
 def train(run: Run, folder: Path) -> int:
     """Train one model, from wherever the last attempt stopped to the last step.
@@ -59,6 +65,9 @@ def train(run: Run, folder: Path) -> int:
                 if not left:
                     raise
                 log.warning("%s; going back to the newest checkpoint", error)
+            except torch.OutOfMemoryError as error:
+                error.add_note(MEMORY_ADVICE)
+                raise
     raise AssertionError("not reached")
 
 
@@ -172,7 +181,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             changes = check_changes(facts.settings, run, step=step, manifests=manifests, manifests_then=facts.manifests)
         models = build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
-        origin = newest or (checkpoint.resolve(Path(run.start)) if run.start else None)
+        origin = newest or world.first(lambda: checkpoint.resolve(Path(run.start)) if run.start else None)
         if origin:
             checkpoint.load_into(checkpoint.tensors_of(models, optimizer), origin, world)
         if world.is_first:
@@ -211,7 +220,11 @@ def build_models(run: Run, world: World) -> Models:
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     stacks = (run.model.encoder, run.model.predictor)
     attention = choose(
-        run.parallel.attention, world.device, dtype, head_widths=[stack.width // stack.heads for stack in stacks]
+        run.parallel.attention,
+        world.device,
+        dtype,
+        head_widths=[stack.width // stack.heads for stack in stacks],
+        compiled=run.parallel.compile,
     )
     with torch.device("meta"):
         models = build(run, attention=attention)

@@ -128,6 +128,13 @@ def test_micro_batches_and_recomputation_do_not_move_the_numbers(
         assert losses(tmp_path / name) == pytest.approx(losses(straight), abs=2e-6), name
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_compiling_does_not_move_the_numbers(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
+    assert train(tiny_run(parallel={"compile": True}), tmp_path) == 0
+    assert losses(tmp_path) == pytest.approx(losses(straight), abs=1e-5)
+
+
 def test_workers_do_not_move_the_numbers(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
     assert train(tiny_run(loader={"workers": 2}), tmp_path) == 0
     assert losses(tmp_path) == losses(straight)
