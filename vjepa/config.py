@@ -300,7 +300,8 @@ class Parallel(Settings):
     """Compile each block with torch.compile."""
 
     attention: Literal["auto", "sdpa", "varlen", "xformers"] = "auto"
-    """Attention backend; `auto` takes the fastest that passes a small test on this machine."""
+    """Attention backend; `auto` takes the first of varlen, xformers, sdpa that passes a small test on this
+    machine; the order is fixed, so that all ranks and all attempts of a run agree."""
 
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a collective that does not return ends the process."""

@@ -19,6 +19,13 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--stream", type=int, metavar="SLOTS", help="which sample, time and crop fill the first slots")
     verb.add_argument("--step", type=int, default=0, help="step of the masks or the stream (default: %(default)s)")
 
+    verb = verbs.add("estimate", estimate, "memory, FLOPs, messages and hours, before you queue", settings=True)
+    config(verb)
+    verb.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
+    verb.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    verb.add_argument("--gpu", default="h100", help="a100, h100, h200, b200 or l40s (default: %(default)s)")
+    verb.add_argument("--mfu", type=float, default=0.4, help="share of the peak that you reach (default: %(default)s)")
+
     verb = verbs.add("train", train, "train in this process, or in any number of them under torchrun", settings=True)
     config(verb)
     out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
@@ -29,6 +36,7 @@ def add_verbs(verbs: Verbs) -> None:
     out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
     verb.add_argument("--dry-run", action="store_true", help="print what would be submitted, and touch nothing")
     verb.add_argument("--refreeze", action="store_true", help="take the present code, though the run has its own")
+    verb.add_argument("--replace-settings", action="store_true", help="take these settings, though the run has its own")
 
     group = verbs.group("runs", "the runs on this machine or cluster")
     verb = group.add("list", runs_list, "a line for each")
@@ -45,6 +53,17 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--after-checkpoint", action="store_true", help="save first, however long it takes")
     verb = group.add("requeue", runs_requeue, "save and come back; one that is over is launched again")
     verb.add_argument("run", type=Path, metavar="RUN")
+
+    verb = verbs.add("doctor", doctor, "would a run work on this machine")
+    verb.add_argument("--folder", type=Path, default=Path(), help="where runs are kept (default: here)")
+
+    group = verbs.group("bench", "how fast things are on this machine")
+    verb = group.add("loader", bench_loader, "clips per second, and what each stage costs", settings=True)
+    config(verb)
+    verb.add_argument(
+        "--demand", type=float, metavar="CLIPS_PER_S", help="what a GPU would take: how long would it wait"
+    )
+    verb.add_argument("--seconds", type=float, default=20.0, help="to measure for (default: %(default)s)")
 
     verb = verbs.add("drill", drill, "rehearse what happens to a run when things go wrong")
     _cluster(verb)
@@ -88,6 +107,18 @@ def show(args: argparse.Namespace) -> None:
             print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")
 
 
+def estimate(args: argparse.Namespace) -> None:
+    from vjepa.config import load
+    from vjepa.estimate import ACCELERATORS, estimate
+    from vjepa_data.settings import BadInput
+
+    if args.gpu not in ACCELERATORS:
+        raise BadInput(f"--gpu {args.gpu}: we know the peak of {', '.join(ACCELERATORS)} only")
+    run = load(args.config, args.overrides).settings
+    gpus = args.nodes * args.gpus_per_node
+    print(estimate(run, gpus=gpus, accelerator=ACCELERATORS[args.gpu], mfu=args.mfu).text())
+
+
 def train(args: argparse.Namespace) -> int:
     from vjepa.config import load
     from vjepa.train import train
@@ -121,6 +152,7 @@ def launch(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(submit.describe(folder, cluster, submit.train_command(folder), **one), end="")
             return
+        one["replace_settings"] = args.replace_settings
         launched = [submit.launch(folder, cluster, submit.train_command(folder), **one)]
     for job in launched:
         _say(job)
@@ -187,9 +219,32 @@ def runs_cancel(args: argparse.Namespace) -> None:
 
 
 def runs_requeue(args: argparse.Namespace) -> None:
-    from vjepa_launch import status
+    from vjepa_launch import status, submit
 
-    print(status.requeue(args.run) or f"the job of {args.run} is over; `vjepa launch` with the same --out goes on")
+    said = status.requeue(args.run)
+    if said:
+        print(said)
+    else:
+        _say(submit.launch_again(args.run))
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from vjepa_launch import doctor
+
+    findings = doctor.examine(args.folder)
+    print(doctor.table(findings))
+    return 1 if any(finding.level == "bad" for finding in findings) else 0
+
+
+def bench_loader(args: argparse.Namespace) -> None:
+    from vjepa.config import load
+    from vjepa_data import bench
+
+    run = load(args.config, args.overrides).settings
+    of = {"seed": run.seed, "batch_size": run.batch_size}
+    stages = bench.measure_stages(run.data, run.loader, **of)
+    rate = bench.measure_rate(run.data, run.loader, **of, seconds=args.seconds, demand=args.demand)
+    print(bench.describe(stages, rate, args.demand))
 
 
 def drill(args: argparse.Namespace) -> int:
