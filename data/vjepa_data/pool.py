@@ -148,7 +148,7 @@ class Pool(Generic[Task, Answer]):
         self._children.remove(child)
 
     def _lost(self, child: _Child, reason: Reason, waiting: deque[_Job]) -> None:
-        """A child is gone or must go: give its task one more chance after a crash, none after a time-out."""
+        """A child is gone or must go: give its task one more chance; the machine may be overloaded."""
         job = child.job
         assert job is not None
         if reason is Reason.CRASHED and child.process.wait() == 1:
@@ -156,11 +156,13 @@ class Pool(Generic[Task, Answer]):
             self._retire(child)
             raise RuntimeError(f"{self._module} failed on {job.task}:\n{message}")
         self._retire(child)
-        if reason is Reason.CRASHED and job.attempts < 2:
+        if job.attempts < 2:
             waiting.appendleft(job)
             return
         detail = (
-            f"after {self._timeout_s:g} s" if reason is Reason.TIMED_OUT else "the decoder or encoder crashed twice"
+            f"after {self._timeout_s:g} s, twice"
+            if reason is Reason.TIMED_OUT
+            else "the decoder or encoder crashed twice"
         )
         job.answer, job.is_done = Refused(reason, detail), True
 

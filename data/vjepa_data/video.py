@@ -85,7 +85,7 @@ class Reason(StrEnum):
     CHECK_FAILED = "check_failed"
     """The training decoder does not give back what was stored."""
     TIMED_OUT = "timed_out"
-    """Reading, encoding or checking took longer than `timeout_s`."""
+    """Reading, encoding or checking took longer than `timeout_s`, twice."""
     CRASHED = "crashed"
     """Reading, encoding or checking killed its process, twice."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -179,6 +180,8 @@ def test_a_build_that_is_killed_goes_on_to_the_same_bytes_and_leaves_no_process(
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
     builder.kill()
     builder.communicate()
+    for folder in ("", "plan/", "status/"):
+        (out / f"{folder}.x.json.{socket.gethostname()}.{builder.pid}.tmp").write_text("half")
     assert not (out / "manifest.json").exists()
     wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     assert children

@@ -96,7 +96,7 @@ def _build(
             raise BadInput(_nothing_left(len(found), rejects))
         _limit_rejects(found, rejects, spec)
         plan = freeze(out, clips, rejects, sources=found, spec=spec, tools=tools)
-    remove_leftovers(out / "shards")
+    _remove_leftovers(out)
     done = [len(shard.clips) for shard in plan.shards if read_record(out, shard.number, plan=plan.hash)]
     bar = progress.add_task(
         "writing clips", total=sum(len(shard.clips) for shard in plan.shards), completed=sum(done), note=""
@@ -119,7 +119,13 @@ def _build(
         return read_manifest(out)
     manifest = _finish(found, out, plan, spec=spec, tools=tools)
     write_report(out, manifest, total(read_builders(out)), pool=pool)
+    _remove_leftovers(out)
     return manifest
+
+
+def _remove_leftovers(out: Path) -> None:
+    for folder in (out, out / "plan", out / "shards", out / "status"):
+        remove_leftovers(folder)
 
 
 def _finish(found: Sequence[Source], out: Path, plan: BuildPlan, *, spec: Spec, tools: dict[str, str]) -> Manifest:
@@ -172,7 +178,7 @@ def _open(out: Path) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; give a folder to --out")
-    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    there = {path.name for path in out.iterdir() if not path.match(".*.tmp")} if out.exists() else set()
     if there - WRITTEN:
         raise BadInput(f"{out} holds other things ({min(there - WRITTEN)}); give an empty or new folder to --out")
     out.mkdir(parents=True, exist_ok=True)
