@@ -1,6 +1,7 @@
 """Verbs for those who train: look at settings, train here or on a cluster, and see how runs are doing."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,15 @@ def estimate(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from vjepa.config import load
+    from vjepa.health import Collapsed, Unhealthy
     from vjepa.train import train
 
     run = load(args.config, args.overrides).settings
-    return train(run, args.out or Path("runs") / run.name)
+    try:
+        return train(run, args.out or Path("runs") / run.name)
+    except (Unhealthy, Collapsed) as error:
+        print(f"vjepa train: {error}", file=sys.stderr)
+        return 1
 
 
 def launch(args: argparse.Namespace) -> None:
