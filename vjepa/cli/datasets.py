@@ -9,9 +9,13 @@ from vjepa.cli.verb import Verbs, out, workers
 def add_verbs(verbs: Verbs) -> None:
     """Declare them."""
     verb = verbs.add("shard", shard, "raw videos to shards; may be killed and started again", settings=True)
-    verb.add_argument("sources", nargs="+", metavar="SOURCE", help="folders, video files, tables of videos, tars, URLs")
+    verb.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, video files, tables of videos, tars, URLs")
     out(verb, "folder for the corpus")
     verb.add_argument("--spec", type=Path, help="YAML file with the settings of the build")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="look at everything, say what it would cost, write nothing"
+    )
+    verb.add_argument("--status", action="store_true", help="how far the builders on --out are, wherever they run")
     workers(verb)
 
     verb = verbs.add("index", index, "admit foreign WebDataset shards: write the index that a run needs")
@@ -37,10 +41,21 @@ def add_verbs(verbs: Verbs) -> None:
 
 def shard(args: argparse.Namespace) -> None:
     from vjepa_data.build.shard import shard
+    from vjepa_data.build.status import status
+    from vjepa_data.build.survey import survey
+    from vjepa_data.settings import BadInput
     from vjepa_data.settings_files import load_settings
     from vjepa_data.spec import Spec
 
+    if args.status:
+        print(status(args.out).text())
+        return
+    if not args.sources:
+        raise BadInput("no sources; give folders, video files, tables of videos, tars or URLs")
     spec = load_settings(Spec, args.spec, args.overrides).settings
+    if args.dry_run:
+        print("\n".join(survey(args.sources, spec=spec, workers=args.workers).lines()))
+        return
     manifest = shard(args.sources, args.out, spec=spec, workers=args.workers)
     splits = [
         f"{one['samples']} clips ({one['seconds'] / 60:.1f} min) in {name}" for name, one in manifest.splits.items()

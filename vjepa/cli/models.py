@@ -11,14 +11,22 @@ def add_verbs(verbs: Verbs) -> None:
     verb = verbs.add("export", export, "a model for others to load, loaded back and compared")
     verb.add_argument("source", type=Path, metavar="RUN", help="a run folder, a checkpoint, or another export")
     out(verb, "new folder")
-    verb.add_argument("--format", choices=("hf", "native"), default="hf", help="(default: %(default)s)")
+    verb.add_argument("--format", choices=("hf", "native", "pt2"), default="hf", help="(default: %(default)s)")
     _part(verb)
+    verb.add_argument("--mask-kind", type=int, help="which kind of mask an hf export's predictor answers to")
+    verb.add_argument("--probe", type=Path, help="a probe by `vjepa eval attentive`: export a classifier")
     verb.add_argument("--licence", default="other", help="licence of the weights, for the model card")
     overwrite(verb)
 
     verb = verbs.add("import", import_, "a model of others as a checkpoint to go on from")
     verb.add_argument("source", type=Path, help="a released V-JEPA 2 .pt file, or a Hugging Face folder")
     out(verb, "folder for the checkpoint, laid out as a run's")
+    verb.add_argument("--heads", type=int, help="of a .pt file's encoder (default: the registry's for its size)")
+    verb.add_argument("--predictor-heads", type=int, default=12, help="(default: %(default)s)")
+    verb.add_argument("--px", type=int, default=256, help="what it was trained on, as is all of these (default: 256)")
+    verb.add_argument("--frames", type=int, default=16, help="(default: %(default)s)")
+    verb.add_argument("--fps", type=float, default=4.0, help="(default: %(default)s)")
+    verb.add_argument("--mask-tokens", type=int, nargs="+", help="which of the file's tokens each kind of mask gets")
     overwrite(verb)
 
     verb = verbs.add("embed", embed, "features of a folder of videos")
@@ -35,18 +43,41 @@ def add_verbs(verbs: Verbs) -> None:
 
     group = verbs.group("eval", "what frozen features are worth")
     verb = group.add("probe", probe, "linear readouts beside an untrained encoder, pixels and the prior")
-    verb.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or an export")
-    verb.add_argument("shards", type=Path, metavar="SHARDS", help="a corpus whose samples carry labels")
-    verb.add_argument("--split", default="val", help="to report on (default: %(default)s)")
+    _labelled(verb)
     verb.add_argument("--train-split", help="to fit on (default: two thirds of the videos of --split)")
     verb.add_argument("--labels", nargs="+", help="to read out (default: all)")
-    _part(verb)
+    verb.add_argument("--clips-per-video", type=int, default=3, help="(default: %(default)s)")
+    verb.add_argument("--max-videos", type=int, help="of each split (default: all)")
+    verb.add_argument("--random-seeds", type=int, default=3, help="untrained encoders (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of the cut and the intervals (default: %(default)s)")
     out(verb, "JSON file for the result", required=False)
-    overwrite(verb)
+
+    verb = group.add("attentive", attentive, "V-JEPA 2's attentive probe over a grid of rates, chosen on other videos")
+    _labelled(verb)
+    verb.add_argument("--train-split", help="to fit on (default: half of the videos of --split)")
+    verb.add_argument("--label", required=True, help="to read out")
+    verb.add_argument("--clips-per-video", type=int, default=2, help="(default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0)
+    out(verb, "JSON file for the result; the chosen probe goes beside it")
+
+    verb = group.add("knn", knn, "what lies near in feature space: a vote about a label, or a page for a video")
+    _labelled(verb)
+    ask = verb.add_mutually_exclusive_group(required=True)
+    ask.add_argument("--label", help="how often neighbours are right about it")
+    ask.add_argument("--query", type=Path, metavar="VIDEO", help="show the clips that are most like it")
+    out(verb, "JSON file for the result, or HTML file for the page")
 
     verb = verbs.add("report", report, "one page about a run: curves, masks, clips, features, probes")
     verb.add_argument("source", type=Path, metavar="RUN")
     out(verb, "HTML file (default: report.html in the run folder)", required=False)
+    overwrite(verb)
+
+
+def _labelled(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or an export")
+    verb.add_argument("shards", type=Path, metavar="SHARDS", help="a corpus whose samples carry labels")
+    verb.add_argument("--split", default="val", help="to report on (default: %(default)s)")
+    _part(verb)
     overwrite(verb)
 
 
@@ -59,13 +90,30 @@ def _part(verb: argparse.ArgumentParser) -> None:
 def export(args: argparse.Namespace) -> None:
     from vjepa.export import export
 
-    export(args.source, args.out, format=args.format, part=args.part, licence=args.licence, overwrite=args.overwrite)
+    export(
+        args.source,
+        args.out,
+        format=args.format,
+        part=args.part,
+        mask_kind=args.mask_kind,
+        probe=args.probe,
+        licence=args.licence,
+        overwrite=args.overwrite,
+    )
 
 
 def import_(args: argparse.Namespace) -> None:
-    from vjepa.adopt import adopt
+    from vjepa.adopt import Sizes, adopt
 
-    print(adopt(args.source, args.out, overwrite=args.overwrite))
+    sizes = Sizes(
+        heads=args.heads,
+        predictor_heads=args.predictor_heads,
+        px=args.px,
+        frames=args.frames,
+        fps=args.fps,
+        mask_tokens=tuple(args.mask_tokens) if args.mask_tokens else None,
+    )
+    print(adopt(args.source, args.out, sizes, overwrite=args.overwrite))
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -95,10 +143,45 @@ def probe(args: argparse.Namespace) -> None:
         split=args.split,
         train_split=args.train_split,
         labels=args.labels,
+        clips_per_video=args.clips_per_video,
+        max_videos=args.max_videos,
+        random_seeds=args.random_seeds,
         part=args.part,
+        seed=args.seed,
         overwrite=args.overwrite,
     )
     print(table(result))
+
+
+def attentive(args: argparse.Namespace) -> None:
+    from vjepa.evals.attentive import attentive
+
+    result = attentive(
+        args.model,
+        args.shards,
+        label=args.label,
+        out=args.out,
+        split=args.split,
+        train_split=args.train_split,
+        clips_per_video=args.clips_per_video,
+        part=args.part,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    low, high = result["interval"]
+    print(f"{args.label}: accuracy {result['accuracy']:.3f} [{low:.3f} {high:.3f}], prior {result['prior']:.3f}")
+
+
+def knn(args: argparse.Namespace) -> None:
+    from vjepa.evals.knn import knn, nearest_page
+
+    where = {"split": args.split, "part": args.part, "overwrite": args.overwrite}
+    if args.query:
+        for key, cosine in nearest_page(args.model, args.shards, args.query, args.out, **where):
+            print(f"{cosine:.3f}  {key}")
+    else:
+        result = knn(args.model, args.shards, label=args.label, out=args.out, **where)
+        print(f"{args.label}: accuracy {result['accuracy']:.3f}, prior {result['prior']:.3f}")
 
 
 def report(args: argparse.Namespace) -> None:

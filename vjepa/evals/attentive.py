@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vjepa.config import Parallel
-from vjepa.evals.embed import embed
+from vjepa.evals.embed import embed, fingerprint
 from vjepa.evals.pooler import AttentiveProbe, save_classifier
 from vjepa.evals.readout import wilson
 from vjepa.output import check_free, new_file
@@ -37,6 +37,7 @@ from vjepa.weights import Part, load_encoder, read_json
 from vjepa_data.draws import generator
 from vjepa_data.index import Index
 from vjepa_data.settings import BadInput
+from vjepa_data.shards import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,9 @@ def attentive(
     encoder = load_encoder(model, part)
     heads = recipe.heads or encoder.model.encoder.heads
     with join(Parallel()) as world:
-        cache = out.with_name(f".{out.stem}.tokens")
+        # Named by all that decides the tokens, so that those of another model or corpus are never taken for these.
+        what = f"{fingerprint(encoder)}-{read_manifest(shards).hash[:16]}-{clips_per_video}"
+        cache = out.with_name(f".{out.stem}.tokens") / what
         cut = _cut(shards, split, train_split, label, seed)
         sides = _load(cache, model, shards, cut, world, clips_per_video=clips_per_video, part=part)
         grid = list(itertools.product(recipe.rates, recipe.decays))

@@ -66,6 +66,20 @@ class Status:
     def left_s(self) -> float | None:
         return (self.clips - self.clips_done) / self.clips_per_s if self.clips_per_s else None
 
+    def text(self) -> str:
+        """For a reader."""
+        left = f", {self.left_s / 60:.0f} min left" if self.left_s is not None and self.stage == "writing" else ""
+        lines = [
+            f"{self.stage}: {self.shards_done} of {self.shards} shards, {self.clips_done} of {self.clips} clips, "
+            f"{self.bytes_done / 1e6:.1f} MB; {self.clips_per_s:.1f} clips/s{left}"
+        ]
+        lines += [f"  refused {count}: {reason}" for reason, count in self.rejects.items()]
+        lines += [
+            f"  builder {one.builder}: {one.tally.clips} clips, last heard of {time.time() - one.updated:.0f} s ago"
+            for one in self.builders
+        ]
+        return "\n".join(lines)
+
 
 class StatusFile:
     """Writes down what this builder did, from time to time."""
