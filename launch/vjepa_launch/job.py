@@ -142,7 +142,7 @@ class Job:
         except BadInput as error:
             log.error("%s", error)
             return [Ended(rank, BAD_INPUT, str(error)) for rank in ranks]
-        port = port_of(place.attempt)
+        port = port_of(place.attempt, run)
         if 0 in ranks and not port_is_free(port):
             reason = f"port {port} of {place.node} is in use; the next start takes another"
             log.error("%s", reason)

@@ -60,9 +60,12 @@ class Place:
         )
 
 
-def port_of(attempt: str) -> int:
-    """A port that differs between jobs and between the starts of one job: ranks of the last start may linger."""
-    return FIRST_PORT + int.from_bytes(hashlib.blake2b(attempt.encode(), digest_size=4).digest()) % PORTS
+def port_of(attempt: str, run: Path) -> int:
+    """A port that differs between runs, between jobs and between the starts of one job, whose last ranks may linger.
+
+    The job's number alone would not do: two clusters may share a machine, and both have a job 4.
+    """
+    return FIRST_PORT + int.from_bytes(hashlib.blake2b(f"{attempt} {run}".encode(), digest_size=4).digest()) % PORTS
 
 
 def port_is_free(port: int) -> bool:

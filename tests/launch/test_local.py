@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,8 +149,8 @@ def test_changed_code_is_refused_at_start(rehearsal: Make) -> None:
 
 def test_a_port_in_use_is_seen_and_the_next_start_takes_another() -> None:
     with socket.socket() as holder:
-        holder.bind(("", place.port_of("77.0")))
+        holder.bind(("", place.port_of("77.0", Path("run"))))
         holder.listen()
-        assert not place.port_is_free(place.port_of("77.0"))
-    assert place.port_is_free(place.port_of("77.0"))
-    assert place.port_of("77.1") != place.port_of("77.0")
+        assert not place.port_is_free(place.port_of("77.0", Path("run")))
+    assert place.port_is_free(place.port_of("77.0", Path("run")))
+    assert place.port_of("77.1", Path("run")) != place.port_of("77.0", Path("run"))

@@ -95,10 +95,10 @@ def processes_of(job: str) -> list[int]:
 
 def test_a_port_in_use_costs_one_start(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
     job = int(run_command("sbatch", "--parsable", "--output=/dev/null", "--wrap", "true")) + 1
+    run = rehearsal("--steps", "20")
     with socket.socket() as holder:
-        holder.bind(("", place.port_of(f"{job}.0")))
+        holder.bind(("", place.port_of(f"{job}.0", run.folder)))
         holder.listen()
-        run = rehearsal("--steps", "20")
         run.launch(PROFILE)
         assert run.job == str(job)
         assert run.wait(120)["outcome"] == "done"
