@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -103,8 +104,10 @@ def _prepare() -> None:
     """In the child, before it becomes the command.
 
     It ignores USR2 until it says otherwise: by default the signal would kill it while it imports. And it does not
-    outlive us: nobody would be left to look after it.
+    outlive us: nobody would be left to look after it. We abort what hangs, for its stacks; that leaves no core, which
+    for a trainer would be as large as its memory.
     """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
