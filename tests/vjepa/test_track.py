@@ -101,7 +101,7 @@ def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_netw
         track.close(75)
     assert ids[0] == ids[1] == (tmp_path / "wandb" / "id").read_text().strip()
     folders = list(tmp_path.glob("wandb/offline-run-*"))
-    assert {folder.name.split("-")[-1] for folder in folders} == {ids[0]}
+    assert {folder.name.split("-")[3] for folder in folders} == {ids[0]}  # in one second: ...-ID and ...-ID-1
     deadline = time.monotonic() + 20  # W&B's service writes the last records after it said that it had
     while len(offline_history(tmp_path)) < 6 and time.monotonic() < deadline:
         time.sleep(0.1)

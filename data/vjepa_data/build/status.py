@@ -86,9 +86,10 @@ class StatusFile:
 
     def __init__(self, out: Path) -> None:
         (out / "status").mkdir(exist_ok=True)
-        self._builder = f"{socket.gethostname()}-{os.getpid()}"
-        self._path = out / "status" / f"{self._builder}.json"
         self._started, self._written = time.time(), 0.0
+        # With the time: a second build in one process must not take the place of the first.
+        self._builder = f"{socket.gethostname()}-{os.getpid()}-{self._started:.3f}"
+        self._path = out / "status" / f"{self._builder}.json"
 
     def update(self, tally: Tally, *, is_last: bool = False) -> None:
         now = time.time()
