@@ -18,7 +18,7 @@ import sys, threading, time, json
 from pathlib import Path
 import torch, transformers
 from transformers.models.vjepa2 import modeling_vjepa2
-from vjepa.export import export
+from vjepa.release.export import export
 
 def anonymous_mb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
@@ -39,9 +39,9 @@ MAKE = """
 import sys
 from pathlib import Path
 from vjepa import config
-from vjepa.adopt import _save, _settings
-from vjepa.encoder import Encoder
-from vjepa.predictor import Predictor
+from vjepa.release.adopt import _save, _settings
+from vjepa.model.encoder import Encoder
+from vjepa.model.predictor import Predictor
 model = config.Model(encoder=sys.argv[2])
 run = _settings(model, px=64, frames=2, fps=4.0, kinds=2)
 encoder = Encoder(model).state_dict()

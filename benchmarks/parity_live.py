@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vjepa.config import Model, ReferenceMask, Run
-from vjepa.encoder import Encoder, View
-from vjepa.grid import Grid
 from vjepa.masks import Mask, reference_masks
+from vjepa.model.encoder import Encoder, View
+from vjepa.model.grid import Grid
+from vjepa.model.predictor import Guess, Predictor
 from vjepa.objective import Models, Puzzle, jepa_loss, update_target
 from vjepa.optimizer import build_optimizer, update_weights
 from vjepa.parallel import join, shard
-from vjepa.predictor import Guess, Predictor
 from vjepa.schedule import Rates
 from vjepa_data.draws import generator
 

@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from parity_live import reference
 from torch import Tensor, nn
 
-from vjepa.clock import Clock
 from vjepa.config import ReferenceMask, Run
 from vjepa.estimate import Tokens as Counted
 from vjepa.estimate import accelerator_of, count_flops, count_parameters
-from vjepa.grid import Grid
 from vjepa.masks import Mask, reference_masks
+from vjepa.model.grid import Grid
 from vjepa.objective import Puzzle, jepa_loss, update_target
 from vjepa.optimizer import build_optimizer, update_weights
 from vjepa.parallel import World, join
 from vjepa.schedule import rates_at
 from vjepa.train import build_models
+from vjepa.watch.clock import Clock
 
 KINDS = (ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)))
 WARM_UP = 3

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vjepa.config import Run, Transformer
-from vjepa.grid import Grid
+from vjepa.model.grid import Grid
 from vjepa_data.settings import BadInput
 
 GIB = 2**30

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vjepa.config import BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
 from vjepa.config import Mask as Kind
-from vjepa.grid import Grid
+from vjepa.model.grid import Grid
 from vjepa_data.draws import generator
 from vjepa_data.settings import BadInput
 

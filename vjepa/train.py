@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vjepa import checkpoint
-from vjepa.attention import choose
-from vjepa.clock import Clock
 from vjepa.config import Run
-from vjepa.folder import check_alike, code_digest, occupy, record_attempt, settings_hash, versions, write_settings
-from vjepa.health import Nurse, Unhealthy, Watchdog, watchdog
-from vjepa.meter import Meter
-from vjepa.monitors import drift, monitor
+from vjepa.model.attention import choose
 from vjepa.objective import Loss, Models, build, draw_masks, jepa_loss, update_target
 from vjepa.optimizer import Update, build_optimizer, update_weights
 from vjepa.parallel import World, join, local_parts, materialise, send_gradients, shard
-from vjepa.resume import check_changes
+from vjepa.run import checkpoint
+from vjepa.run.folder import check_alike, code_digest, occupy, record_attempt, settings_hash, versions, write_settings
+from vjepa.run.resume import check_changes
+from vjepa.run.stop import STOPPED, Stop, stop_signals
 from vjepa.schedule import Rates, rates_at
-from vjepa.stop import STOPPED, Stop, stop_signals
-from vjepa.track import Track, logging_to
+from vjepa.watch.clock import Clock
+from vjepa.watch.health import Nurse, Unhealthy, Watchdog, watchdog
+from vjepa.watch.meter import Meter
+from vjepa.watch.monitors import drift, monitor
+from vjepa.watch.track import Track, logging_to
 from vjepa_data.index import Index
 from vjepa_data.loader import Batch, ClipLoader
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vjepa import checkpoint
 from vjepa import train as training
 from vjepa.config import Run
-from vjepa.encoder import Encoder, View
-from vjepa.health import Unhealthy
+from vjepa.model.encoder import Encoder, View
 from vjepa.objective import draw_masks, jepa_loss, update_target
 from vjepa.optimizer import build_optimizer, named_parameters, update_weights
 from vjepa.parallel import join, send_gradients
+from vjepa.run import checkpoint
+from vjepa.run.stop import Stop
 from vjepa.schedule import rates_at
-from vjepa.stop import Stop
+from vjepa.watch.health import Unhealthy
 from vjepa_data.settings import BadInput
 
 

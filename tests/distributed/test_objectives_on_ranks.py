@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from vjepa.config import Run
-from vjepa.grid import Grid
 from vjepa.masks import sample_masks
+from vjepa.model.grid import Grid
 from vjepa.objective import Puzzle, build, jepa_loss
 from vjepa.parallel import join, shard
 from vjepa_data.draws import generator

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vjepa import checkpoint
 from vjepa.config import Run
+from vjepa.run import checkpoint
 
 HERE = Path(__file__).parent
 MakeRun = Callable[..., Run]

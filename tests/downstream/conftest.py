@@ -13,9 +13,9 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from vjepa import config
-from vjepa.checkpoint import digest
-from vjepa.encoder import Encoder
-from vjepa.predictor import Predictor
+from vjepa.model.encoder import Encoder
+from vjepa.model.predictor import Predictor
+from vjepa.run.checkpoint import digest
 from vjepa_data.draws import generator
 from vjepa_data.settings import Data, Source
 from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vjepa.adopt import Sizes, adopt
-from vjepa.checkpoint import load_weights
-from vjepa.export import export, load_encoder
-from vjepa.weights import read_weights
+from vjepa.release.adopt import Sizes, adopt
+from vjepa.release.export import export, load_encoder
+from vjepa.release.weights import read_weights
+from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
 SIZES = Sizes(heads=3, predictor_heads=2, px=32, frames=4, fps=8.0)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vjepa import export as export_module
-from vjepa.checkpoint import load_weights
-from vjepa.encoder import Encoder, View, normalise
-from vjepa.export import export, load_encoder, write_safetensors
-from vjepa.predictor import Guess
-from vjepa.weights import mask_token_order, read_weights
+from vjepa.model.encoder import Encoder, View, normalise
+from vjepa.model.predictor import Guess
+from vjepa.release import export as export_module
+from vjepa.release.export import export, load_encoder, write_safetensors
+from vjepa.release.weights import mask_token_order, read_weights
+from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
 transformers = pytest.importorskip("transformers")
@@ -57,7 +57,7 @@ def test_the_predictor_answers_to_the_mask_kind_asked_for(trained: Path, tmp_pat
     visible, hidden = torch.arange(20)[None], torch.arange(20, 32)[None]
     predictor = export_module.Predictor(weights.model, 2)
     predictor.load_state_dict(weights.part("predictor"))
-    from vjepa.grid import Grid
+    from vjepa.model.grid import Grid
 
     with torch.no_grad():
         theirs = model.predictor(features, [visible], [hidden]).last_hidden_state

@@ -11,8 +11,8 @@ from vjepa.config import Model
 from vjepa.evals.clips import EvalClip, EvalClips, centre_view
 from vjepa.evals.features import PixelReader, read_features
 from vjepa.evals.tracks import token_labels
-from vjepa.grid import Grid
-from vjepa.weights import load_encoder, random_encoder
+from vjepa.model.grid import Grid
+from vjepa.release.weights import load_encoder, random_encoder
 from vjepa_data.settings import BadInput
 
 MODEL = Model.model_validate(

@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 
-from vjepa import pictures
-from vjepa.checkpoint import resolve
 from vjepa.evals.probe import probe
-from vjepa.pictures import Curve
-from vjepa.report import read_lines, report, training_clips
-from vjepa.weights import read_weights
+from vjepa.release.weights import read_weights
+from vjepa.report.pictures import Curve
+from vjepa.report.run import pictures, read_lines, report, training_clips
+from vjepa.run.checkpoint import resolve
 from vjepa_data.settings import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

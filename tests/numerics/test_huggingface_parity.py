@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from vjepa.config import Encoder as EncoderSettings
 from vjepa.config import Model, Transformer
-from vjepa.encoder import Encoder, View
-from vjepa.grid import Grid
-from vjepa.predictor import Guess, Predictor
+from vjepa.model.encoder import Encoder, View
+from vjepa.model.grid import Grid
+from vjepa.model.predictor import Guess, Predictor
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa.predictor import Predictor
+from vjepa.model.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vjepa import attention as module
-from vjepa.attention import Backend, Segments, attention, choose, refusal
+from vjepa.model import attention as module
+from vjepa.model.attention import Backend, Segments, attention, choose, refusal
 from vjepa_data.settings import BadInput
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_starts_are_those_of_each_sequence() -> None:
 
 
 def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="vjepa.attention"):
+    with caplog.at_level(logging.INFO, logger="vjepa.model.attention"):
         assert choose("auto", CPU, torch.float32) == "sdpa"
     assert "varlen does not work here: it needs a CUDA device, got cpu" in caplog.text
     assert "xformers does not work here" in caplog.text

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vjepa import checkpoint
-from vjepa.checkpoint import Facts, Saver, damage, find_newest, latest, list_checkpoints, load_into, read_facts
 from vjepa.config import Checkpoint, Run
 from vjepa.parallel import World, join
-from vjepa.resume import check_changes
+from vjepa.run import checkpoint
+from vjepa.run.checkpoint import Facts, Saver, damage, find_newest, latest, list_checkpoints, load_into, read_facts
+from vjepa.run.resume import check_changes
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]

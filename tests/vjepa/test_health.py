@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vjepa.config import Health
-from vjepa.health import Collapsed, Nurse, Unhealthy, watchdog
+from vjepa.watch.health import Collapsed, Nurse, Unhealthy, watchdog
 
 
 def record(step: int, loss: float = 0.7, applied: float = 1.0, **more: float) -> dict[str, Any]:

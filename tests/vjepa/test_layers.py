@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from vjepa.attention import Segments
 from vjepa.config import ENCODERS, Model, Transformer
-from vjepa.encoder import Encoder
-from vjepa.grid import Grid
-from vjepa.layers import Block, PatchEmbed, axis_channels, rotate, rotations
-from vjepa.predictor import Predictor
+from vjepa.model.attention import Segments
+from vjepa.model.encoder import Encoder
+from vjepa.model.grid import Grid
+from vjepa.model.layers import Block, PatchEmbed, axis_channels, rotate, rotations
+from vjepa.model.predictor import Predictor
 from vjepa_data.settings import BadInput
 
 GRID = Grid(64, 32, 32)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from vjepa.config import BLOCKS, BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
 from vjepa.config import Mask as Kind
-from vjepa.grid import Grid
 from vjepa.masks import Mask, sample_masks
+from vjepa.model.grid import Grid
 from vjepa_data.settings import BadInput
 
 GRIDS = st.builds(Grid, st.sampled_from([1, 2, 4, 8, 32]), st.integers(3, 24), st.integers(3, 24))

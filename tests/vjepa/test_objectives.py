@@ -20,17 +20,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vjepa.config import VJEPA21, Run
-from vjepa.encoder import Encoder, View
-from vjepa.grid import Grid
-from vjepa.layers import rotations
 from vjepa.masks import sample_masks
-from vjepa.monitors import monitor
+from vjepa.model.encoder import Encoder, View
+from vjepa.model.grid import Grid
+from vjepa.model.layers import rotations
+from vjepa.model.predictor import Guess
 from vjepa.objective import Loss, Puzzle, build, draw_masks, jepa_loss, levjepa, update_target, vjepa2_1
 from vjepa.objective.variety import barlow, directions, sigreg, vicreg
 from vjepa.optimizer import build_optimizer, update_weights
 from vjepa.parallel import join, shard
-from vjepa.predictor import Guess
 from vjepa.schedule import rates_at
+from vjepa.watch.monitors import monitor
 from vjepa_data.batch import Batch, Clips
 from vjepa_data.draws import generator
 

@@ -3,8 +3,8 @@
 import torch
 
 from vjepa.config import Model
-from vjepa.grid import Grid
-from vjepa.predictor import Guess, Predictor
+from vjepa.model.grid import Grid
+from vjepa.model.predictor import Guess, Predictor
 
 GRID = Grid(2, 4, 4)
 SMALL = Model.model_validate(

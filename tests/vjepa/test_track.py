@@ -17,7 +17,7 @@ import wandb
 
 from vjepa.config import Run
 from vjepa.parallel import World, join
-from vjepa.track import Track
+from vjepa.watch.track import Track
 
 MakeRun = Callable[..., Run]
 

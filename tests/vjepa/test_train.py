@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from vjepa import checkpoint
 from vjepa.config import Run
-from vjepa.health import Unhealthy
-from vjepa.stop import Stop
+from vjepa.run import checkpoint
+from vjepa.run.stop import Stop
 from vjepa.train import train
+from vjepa.watch.health import Unhealthy
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]

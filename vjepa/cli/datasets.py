@@ -83,7 +83,7 @@ def index(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     if (args.folder / "checkpoints").is_dir():
-        from vjepa.checkpoint import damage, list_checkpoints
+        from vjepa.run.checkpoint import damage, list_checkpoints
 
         found = [(path, damage(path)) for path in list_checkpoints(args.folder)]
         problems = [f"{path}: {wrong}" for path, wrong in found if wrong]

@@ -88,7 +88,7 @@ def _part(verb: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from vjepa.export import export
+    from vjepa.release.export import export
 
     export(
         args.source,
@@ -103,7 +103,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    from vjepa.adopt import Sizes, adopt
+    from vjepa.release.adopt import Sizes, adopt
 
     sizes = Sizes(
         heads=args.heads,
@@ -185,6 +185,6 @@ def knn(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from vjepa.report import report
+    from vjepa.report.run import report
 
     report(args.source, args.out, overwrite=args.overwrite)

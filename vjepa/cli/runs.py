@@ -93,7 +93,7 @@ def show(args: argparse.Namespace) -> None:
     loaded = load(args.config, args.overrides)
     run = loaded.settings
     if args.masks:
-        from vjepa.mask_sheet import draw_mask_sheet
+        from vjepa.report.mask_sheet import draw_mask_sheet
 
         draw_mask_sheet(run, args.masks, step=args.step)
         print(args.masks)
@@ -122,8 +122,8 @@ def estimate(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from vjepa.config import load
-    from vjepa.health import Collapsed, Unhealthy
     from vjepa.train import train
+    from vjepa.watch.health import Collapsed, Unhealthy
 
     run = load(args.config, args.overrides).settings
     try:

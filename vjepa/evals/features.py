@@ -17,8 +17,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vjepa.config import Model
 from vjepa.evals.clips import EvalClip
 from vjepa.evals.tracks import TokenLabels, token_labels
-from vjepa.grid import Grid
-from vjepa.weights import VideoEncoder
+from vjepa.model.grid import Grid
+from vjepa.release.weights import VideoEncoder
 
 
 class Reader(Protocol):

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 
-from vjepa import page, pictures
 from vjepa.evals.clips import EvalClip, EvalClips
 from vjepa.evals.embed import reduce_tokens
 from vjepa.evals.features import batches
 from vjepa.evals.files import FileClip, file_clips
 from vjepa.evals.readout import wilson
 from vjepa.output import check_free, new_file
-from vjepa.weights import Part, VideoEncoder, load_encoder
+from vjepa.release.weights import Part, VideoEncoder, load_encoder
+from vjepa.report import page, pictures
 from vjepa_data.settings import BadInput
 from vjepa_data.video import Refused
 

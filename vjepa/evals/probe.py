@@ -19,7 +19,7 @@ from vjepa.evals.clips import EvalClips
 from vjepa.evals.features import EncoderReader, PixelReader, Reader, Seen, read_features
 from vjepa.evals.readout import Kind, Score, Table, prior_score, ridge_score
 from vjepa.output import check_free, new_file
-from vjepa.weights import Part, VideoEncoder, random_encoder, read_weights
+from vjepa.release.weights import Part, VideoEncoder, random_encoder, read_weights
 from vjepa_data.draws import generator
 from vjepa_data.settings import BadInput
 

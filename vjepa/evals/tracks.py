@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from vjepa.config import Model
 from vjepa.evals.clips import EvalClip
-from vjepa.grid import Grid
+from vjepa.model.grid import Grid
 
 SECTORS = 8  # directions of motion that are told apart
 

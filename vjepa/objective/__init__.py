@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Sequence
 
-from vjepa.attention import Backend
 from vjepa.config import VJEPA2, VJEPA21, LeVJEPA, Run
-from vjepa.encoder import Encoder
+from vjepa.model.attention import Backend
+from vjepa.model.encoder import Encoder
+from vjepa.model.predictor import Predictor
 from vjepa.objective import levjepa, vjepa2, vjepa2_1
 from vjepa.objective.parts import Loss, Models, Puzzle, draw_masks, update_target
-from vjepa.predictor import Predictor
 
 __all__ = ["Loss", "Models", "Puzzle", "build", "draw_masks", "jepa_loss", "update_target"]
 

@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vjepa.config import LeVJEPA, Run
-from vjepa.encoder import View, pixel_statistics
-from vjepa.grid import Grid
-from vjepa.layers import init_weights
 from vjepa.masks import sample_masks
+from vjepa.model.encoder import View, pixel_statistics
+from vjepa.model.grid import Grid
+from vjepa.model.layers import init_weights
 from vjepa.objective.parts import Loss, Models, Puzzle
 from vjepa.objective.variety import barlow, directions, over_ranks, sigreg, vicreg
 from vjepa_data.draws import generator

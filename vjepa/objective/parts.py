@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vjepa.config import Run
-from vjepa.encoder import normalise
-from vjepa.grid import Grid
 from vjepa.masks import Mask, sample_masks
+from vjepa.model.encoder import normalise
+from vjepa.model.grid import Grid
 from vjepa_data.loader import Batch
 
 WATCHED = 4096

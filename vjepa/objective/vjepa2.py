@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vjepa.config import VJEPA2, Run
-from vjepa.encoder import View
+from vjepa.model.encoder import View
+from vjepa.model.predictor import Guess
 from vjepa.objective.parts import Loss, Models, Puzzle, some_tokens
-from vjepa.predictor import Guess
 
 
 def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:

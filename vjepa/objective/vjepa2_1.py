@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vjepa.config import VJEPA21, Run
-from vjepa.encoder import View
-from vjepa.grid import Grid
+from vjepa.model.encoder import View
+from vjepa.model.grid import Grid
+from vjepa.model.predictor import Guess
 from vjepa.objective.parts import Loss, Models, Puzzle, some_tokens
-from vjepa.predictor import Guess
 
 
 def dense_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:

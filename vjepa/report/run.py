@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from vjepa import config, page, pictures
-from vjepa.checkpoint import resolve
+from vjepa import config
 from vjepa.evals.clips import EvalClips
-from vjepa.grid import Grid
 from vjepa.masks import sample_masks
+from vjepa.model.grid import Grid
 from vjepa.output import new_file
-from vjepa.page import Section
-from vjepa.pictures import Curve
-from vjepa.weights import VideoEncoder, load_encoder, random_encoder, read_json
+from vjepa.release.weights import VideoEncoder, load_encoder, random_encoder, read_json
+from vjepa.report import page, pictures
+from vjepa.report.page import Section
+from vjepa.report.pictures import Curve
+from vjepa.run.checkpoint import resolve
 from vjepa_data.batch import Clips
 from vjepa_data.loader import ClipLoader, open_plan
 from vjepa_data.settings import BadInput, Loader

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vjepa.weights import Weights
+from vjepa.release.weights import Weights
 
 
 def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> str:
@@ -95,7 +95,7 @@ with torch.no_grad():
 features = outputs.last_hidden_state  # [1 tokens channels]"""
 
 _NATIVE_USAGE = """import torch
-from vjepa.export import load_encoder
+from vjepa.release.export import load_encoder
 
 encoder = load_encoder("THIS FOLDER")
 frames = torch.randint(0, 256, (1, {frames}, {px}, {px}, 3), dtype=torch.uint8)  # B T H W C

@@ -9,8 +9,8 @@ import numpy as np
 from numpy import ndarray
 
 from vjepa.config import Run
-from vjepa.grid import Grid
 from vjepa.masks import sample_masks
+from vjepa.model.grid import Grid
 
 VISIBLE, HIDDEN, NEITHER = "#2563eb", "#ea7317", "#c9cfd8"
 CLIPS, TUBELETS, SLOTS = 3, 8, 240

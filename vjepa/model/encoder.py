@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from vjepa.attention import Backend, Segments
 from vjepa.config import Model
-from vjepa.grid import Grid
-from vjepa.layers import NORM_EPS, Block, PatchEmbed, init_weights, rotations
+from vjepa.model.attention import Backend, Segments
+from vjepa.model.grid import Grid
+from vjepa.model.layers import NORM_EPS, Block, PatchEmbed, init_weights, rotations
 
 # ImageNet, as in V-JEPA 2.
 MEAN = (0.485, 0.456, 0.406)
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         Args:
             settings: sizes, patch, positions, levels.
             seed: decides the first weights, whatever the device or the sharding.
-            attention: who computes attention over packed sequences, see `vjepa.attention.choose`.
+            attention: who computes attention over packed sequences, see `vjepa.model.attention.choose`.
         """
         super().__init__()
         size = settings.encoder

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vjepa.clock import Clock
 from vjepa.config import Run
 from vjepa.estimate import accelerator_of, count_flops, count_tokens
 from vjepa.objective import Loss
 from vjepa.parallel import World
+from vjepa.watch.clock import Clock
 from vjepa_data.loader import Batch
 
 GIB = 2**30

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 
-from vjepa import checkpoint, config
-from vjepa.encoder import Encoder, View, normalise
-from vjepa.grid import Grid
-from vjepa.predictor import Predictor
+from vjepa import config
+from vjepa.model.encoder import Encoder, View, normalise
+from vjepa.model.grid import Grid
+from vjepa.model.predictor import Predictor
+from vjepa.run import checkpoint
 from vjepa_data.settings import BadInput
 
 Part = Literal["target", "encoder"]

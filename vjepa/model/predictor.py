@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vjepa.attention import Backend, Segments
 from vjepa.config import Model
-from vjepa.grid import Grid
-from vjepa.layers import NORM_EPS, Block, init_weights, rotations
+from vjepa.model.attention import Backend, Segments
+from vjepa.model.grid import Grid
+from vjepa.model.layers import NORM_EPS, Block, init_weights, rotations
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Predictor(nn.Module):
             settings: sizes, positions.
             mask_tokens: kinds of mask, each with a token of its own.
             seed: decides the first weights, whatever the device or the sharding.
-            attention: who computes attention over packed sequences, see `vjepa.attention.choose`.
+            attention: who computes attention over packed sequences, see `vjepa.model.attention.choose`.
         """
         super().__init__()
         size, width = settings.predictor, settings.encoder.width

@@ -1,7 +1,7 @@
 """A trained model to others, and from others.
 
     vjepa export RUN --out DIR --format hf        loads with `transformers.AutoModel.from_pretrained(DIR)`
-    vjepa export RUN --out DIR --format native    loads with `vjepa.export.load_encoder(DIR)`
+    vjepa export RUN --out DIR --format native    loads with `vjepa.release.export.load_encoder(DIR)`
     vjepa export RUN --out DIR --format pt2       loads with `torch.export.load("DIR/model.pt2")`, without our code
 
 An export is not finished before it was loaded again, by the program that it is meant for, and gave the same features
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from vjepa import __version__
-from vjepa.card import model_card
-from vjepa.encoder import MEAN, STD, Encoder, View, normalise
 from vjepa.evals.clips import centre_view
 from vjepa.evals.pooler import Classifier, hf_probe_tensors, load_classifier
-from vjepa.grid import Grid
+from vjepa.model.encoder import MEAN, STD, Encoder, View, normalise
+from vjepa.model.grid import Grid
+from vjepa.model.predictor import Guess, Predictor
 from vjepa.output import check_free, new_folder
-from vjepa.predictor import Guess, Predictor
-from vjepa.weights import (
+from vjepa.release.card import model_card
+from vjepa.release.weights import (
     InMemory,
     Part,
     VideoEncoder,

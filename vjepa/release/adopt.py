@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vjepa import config
-from vjepa.checkpoint import Facts, Saver
-from vjepa.folder import settings_hash, versions
+from vjepa.model.predictor import Predictor
 from vjepa.output import new_folder
 from vjepa.parallel import join
-from vjepa.predictor import Predictor
-from vjepa.weights import expected_shapes, read_weights, sized_encoder, some
+from vjepa.release.weights import expected_shapes, read_weights, sized_encoder, some
+from vjepa.run.checkpoint import Facts, Saver
+from vjepa.run.folder import settings_hash, versions
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def adopt(source: Path, out: Path, sizes: Sizes = Sizes(), *, overwrite: bool = 
     """Write a checkpoint from a model of others.
 
     Args:
-        source: a `.pt` file of V-JEPA 2, or a folder that `vjepa.weights.read_weights` reads.
+        source: a `.pt` file of V-JEPA 2, or a folder that `vjepa.release.weights.read_weights` reads.
         out: folder for the checkpoint, laid out as a run's.
         sizes: what cannot be told from a `.pt` file.
         overwrite: replace what an earlier import wrote there.

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vjepa.attention import Segments, attention
 from vjepa.config import Transformer
-from vjepa.grid import Grid
+from vjepa.model.attention import Segments, attention
+from vjepa.model.grid import Grid
 
 NORM_EPS = 1e-6  # V-JEPA 2; torch's own default is 1e-5
 

@@ -1,0 +1,1 @@
+"""A trained model outside of training: to others, and from others."""

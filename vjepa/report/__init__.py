@@ -1,0 +1,1 @@
+"""What a person looks at: one-file pages and the pictures in them."""
