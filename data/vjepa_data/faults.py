@@ -1,4 +1,8 @@
-"""What may be wrong with one sample."""
+"""What may be wrong: with what a user gave, and with one sample. Imports nothing."""
+
+
+class BadInput(ValueError):
+    """Something a user can fix: what is wrong, what we got, what to do. The command line exits with 2."""
 
 
 class Unreadable(Exception):

@@ -4,9 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-class BadInput(ValueError):
-    """Something a user can fix: what is wrong, what we got, what to do. The command line exits with 2."""
+from vjepa_data.faults import BadInput as BadInput
 
 
 class Settings(BaseModel):

@@ -23,10 +23,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from vjepa_data.settings import BadInput
+from vjepa.model.notation import Float, Int
+from vjepa_data.faults import BadInput
 
 log = logging.getLogger(__name__)
 

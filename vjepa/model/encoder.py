@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from vjepa.config import Model
 from vjepa.model.attention import Backend, Segments
 from vjepa.model.grid import Grid
 from vjepa.model.layers import NORM_EPS, Block, PatchEmbed, init_weights, rotations
+from vjepa.model.notation import Float, Int, Model, UInt8
 
 # ImageNet, as in V-JEPA 2.
 MEAN = (0.485, 0.456, 0.406)

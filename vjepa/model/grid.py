@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from vjepa.config import Model
-from vjepa_data.settings import BadInput
+from vjepa.model.notation import Model
+from vjepa_data.faults import BadInput
 
 
 @dataclass(frozen=True)

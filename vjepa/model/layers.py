@@ -10,13 +10,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vjepa.config import Transformer
 from vjepa.model.attention import Segments, attention
 from vjepa.model.grid import Grid
+from vjepa.model.notation import Float, Int, Transformer
 
 NORM_EPS = 1e-6  # V-JEPA 2; torch's own default is 1e-5
 

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vjepa.config import Model
 from vjepa.model.attention import Backend, Segments
 from vjepa.model.grid import Grid
 from vjepa.model.layers import NORM_EPS, Block, init_weights, rotations
+from vjepa.model.notation import Float, Int, Model
 
 
 @dataclass(frozen=True)
