@@ -5,16 +5,18 @@ Letters: N tokens of a clip, V visible and K hidden ones, d width, L depth, r = 
     F(n; d, L, r) = L * ((8 + 4 r) n d^2 + 4 n^2 d)        forward of one sequence of n tokens, 2 per multiply-add
     target        = F(N) + patches(N)                       forward only
     encoder       = 3 sum_masks F(V) + 2 sum_masks patches(V)        no gradient reaches the pixels
-    predictor     = 3 sum_masks (F(V + K) + 2 (V + K) d d_p)
+    predictor     = 3 sum_masks (F(V + K) + in(V) + out(K))
 
-These are model FLOPs, what MFU is measured by; what is computed again to save memory comes on top. The wider ends of
-V-JEPA 2.1's encoder and predictor (a few levels joined) are left out: below 1 % for its large models.
+V-JEPA 2.1's predictor has wider ends (a few levels joined) and an output for visible tokens too. LeVJEPA has no target
+to run, its sequences are views rather than masks, and its predictor is a projector of one vector for each view.
+
+These are model FLOPs, what MFU is measured by; what is computed again to save memory comes on top.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vjepa.config import Run, Transformer
+from vjepa.config import LeVJEPA, Model, Run, Transformer
 from vjepa.model.grid import Grid
 from vjepa_data.settings import BadInput
 
@@ -58,6 +60,8 @@ class Tokens:
     whole: float
     visible: float
     hidden: float
+    views: int = 1
+    """Views of this shape: one through each kind of mask; for LeVJEPA the whole picture, or all small crops."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,10 @@ class Estimate:
             f"parameters       {whole / 1e6:10,.1f} M    "
             + ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in self.parameters.items()),
             f"tokens of a clip {self.tokens[0].whole:10,.0f}      "
-            + ", ".join(f"mask {i}: {t.visible:,.0f} seen, {t.hidden:,.0f} hidden" for i, t in enumerate(self.tokens)),
+            + ", ".join(
+                f"{f'mask {i}' if t.views == 1 else f'{t.views} crops'}: {t.visible:,.0f} seen, {t.hidden:,.0f} hidden"
+                for i, t in enumerate(self.tokens)
+            ),
             f"model FLOPs/clip {total_flops / 1e12:10,.3f} T    "
             + ", ".join(f"{part} {flops / total_flops:.0%}" for part, flops in self.flops.items()),
             f"memory per GPU   {self.memory_gib:10,.1f} GiB  "
@@ -199,8 +206,6 @@ def estimate(
         raise BadInput(f"batch_size ({run.batch_size}) must be divisible by the number of GPUs ({gpus})")
     if gpus % run.parallel.replicate:
         raise BadInput(f"parallel.replicate ({run.parallel.replicate}) must divide the number of GPUs ({gpus})")
-    if run.objective.name == "levjepa":
-        raise BadInput("estimates know the objectives vjepa2 and vjepa2_1; objective.name is levjepa")
     if not 0 < mfu <= 1:
         raise BadInput(f"MFU must be above 0 and at most 1, got {mfu}; 0.4 is a good run of a large model")
     tokens = tokens or count_tokens(run)
@@ -230,12 +235,21 @@ def mean_frames(run: Run) -> float:
 
 
 def count_tokens(run: Run) -> list[Tokens]:
-    """Draw masks for some slots and count, for each kind; an average over sources."""
+    """Draw masks for some slots and count, for each kind, or for LeVJEPA each size of view; an average over sources."""
+    if isinstance(run.objective, LeVJEPA):
+        (whole,), (small,) = (_count_masked(run, px) for px in (run.data.crop.px, run.objective.local_px))
+        return [whole, replace(small, views=run.objective.local_views)]
+    return _count_masked(run, run.data.crop.px)
+
+
+def _count_masked(run: Run, px: int) -> list[Tokens]:
     from vjepa.masks import sample_masks
 
     tokens = [Tokens(0, 0, 0) for _ in run.masks]
     for frames, share in lengths(run):
-        grid = Grid.of(max(frames, run.model.tubelet_frames), run.data.crop.px, run.data.crop.px, run.model)
+        if not run.model.still_tokens:
+            frames = max(frames, run.model.tubelet_frames)  # a still picture is repeated
+        grid = Grid.of(frames, px, px, run.model)
         drawn = sample_masks(run.masks, grid, seed=run.seed, step=0, slots=range(CHECKED_SLOTS))
         for mask in drawn:
             part = share * len(mask.rows) / CHECKED_SLOTS
@@ -251,10 +265,19 @@ def count_tokens(run: Run) -> list[Tokens]:
 def count_parameters(run: Run) -> dict[str, int]:
     """Parameters of each network."""
     model, masks = run.model, len(run.masks)
-    d, p = model.encoder.width, model.predictor.width
+    d, p, levels = model.encoder.width, model.predictor.width, max(1, len(model.levels))
     patch = 3 * model.tubelet_frames * model.patch_px**2
-    encoder = patch * d + d + stack_parameters(model.encoder) + 2 * d
-    predictor = d * p + p + masks * p + stack_parameters(model.predictor) + 2 * p + p * d + d
+    encoder = patch * d + d + stack_parameters(model.encoder) + levels * 2 * d
+    if model.still_tokens:
+        encoder += 3 * model.patch_px**2 * d + d + 2 * d
+    if isinstance(run.objective, LeVJEPA):
+        hidden, embedding = run.objective.projector
+        predictor = d * hidden + 3 * hidden + hidden * embedding + embedding
+    else:
+        outputs = (1 + model.guess_visible) * (p * levels * d + levels * d)
+        predictor = masks * p + stack_parameters(model.predictor) + 2 * p + outputs
+        predictor += levels * d * d + d + d * p + p if levels > 1 else d * p + p
+        predictor += 2 * p if model.still_tokens else 0
     return {"encoder": encoder, "predictor": predictor, "target": encoder}
 
 
@@ -271,19 +294,28 @@ def block_parameters(size: Transformer) -> int:
 
 def count_flops(run: Run, tokens: Sequence[Tokens]) -> dict[str, float]:
     """Model FLOPs of one clip, by network; the formula at the top of this file."""
-    model = run.model
-    d, p = model.encoder.width, model.predictor.width
+    model, d = run.model, run.model.encoder.width
     patch = 2 * 3 * model.tubelet_frames * model.patch_px**2 * d
-    encoder = sum(3 * stack_flops(t.visible, model.encoder) + 2 * t.visible * patch for t in tokens)
-    predictor = sum(
-        3 * (stack_flops(t.visible + t.hidden, model.predictor) + 2 * (t.visible + t.hidden) * d * p) for t in tokens
-    )
+    encoder = sum(t.views * (3 * stack_flops(t.visible, model.encoder) + 2 * t.visible * patch) for t in tokens)
+    if isinstance(run.objective, LeVJEPA):
+        hidden, embedding = run.objective.projector
+        return {"encoder": encoder, "predictor": 6.0 * sum(t.views for t in tokens) * hidden * (d + embedding)}
     whole = tokens[0].whole
     return {
         "target": stack_flops(whole, model.encoder) + whole * patch,
         "encoder": encoder,
-        "predictor": predictor,
+        "predictor": sum(
+            3 * (stack_flops(t.visible + t.hidden, model.predictor) + end_flops(model, t)) for t in tokens
+        ),
     }
+
+
+def end_flops(model: Model, tokens: Tokens) -> float:
+    """FLOPs of the forward pass of the predictor's linear maps from the encoder's width and back to it."""
+    d, p, levels = model.encoder.width, model.predictor.width, max(1, len(model.levels))
+    into = levels * d * d + d * p if levels > 1 else d * p
+    asked = tokens.hidden + tokens.visible * model.guess_visible
+    return 2 * (tokens.visible * into + asked * p * levels * d)
 
 
 def stack_flops(tokens: float, size: Transformer) -> float:
@@ -302,23 +334,31 @@ def count_memory(run: Run, tokens: Sequence[Tokens], parameters: dict[str, int],
     clips = run.batch_size / gpus / run.parallel.accumulate
     width = 2 if run.precision == "bf16" else 4
     model = run.model
+    has_predictor = not isinstance(run.objective, LeVJEPA)
     learning = parameters["encoder"] + parameters["predictor"]
     kept = (
         clips
         * width
         * sum(
-            kept_values(run, model.encoder) * t.visible + kept_values(run, model.predictor) * (t.visible + t.hidden)
+            kept_values(run, model.encoder) * t.visible * t.views
+            + (kept_values(run, model.predictor) * (t.visible + t.hidden) if has_predictor else 0)
             for t in tokens
         )
     )
     whole, d = tokens[0].whole, model.encoder.width
     # Two blocks gathered (one at work, one on its way), their whole gradients, and the roots.
-    blocks = 2 * max(block_parameters(model.encoder), block_parameters(model.predictor))
-    roots = sum(parameters.values()) - 2 * stack_parameters(model.encoder) - stack_parameters(model.predictor)
+    blocks = 2 * max(block_parameters(model.encoder), has_predictor * block_parameters(model.predictor))
+    stacks = 2 * stack_parameters(model.encoder) + has_predictor * stack_parameters(model.predictor)
+    roots = sum(parameters.values()) - stacks
     # One block of the target at work: its input, the residual, keys and values, the hidden layer twice.
-    target = clips * whole * d * (6 + 2 * model.encoder.mlp_ratio) * width
-    targets = clips * whole * d * 4 * 2  # in fp32, before and after the layer norm
+    target = has_predictor * clips * whole * d * (6 + 2 * model.encoder.mlp_ratio) * width
+    targets = has_predictor * clips * whole * d * 4 * 2  # in fp32, before and after the layer norm
     pixels = clips * mean_frames(run) * 3 * run.data.crop.px**2 * (1 + 4)  # bytes, and normalised in fp32
+    if isinstance(run.objective, LeVJEPA):
+        pixels += clips * mean_frames(run) * 3 * run.objective.local_px**2 * 4 * run.objective.local_views
+        if run.objective.variety == "sigreg":  # in fp32: slices, angles of every clip, what was observed of all
+            views, slices, knots = sum(t.views for t in tokens), run.objective.slices, run.objective.knots
+            kept += 4 * slices * (run.objective.projector[1] + views * knots * (clips + 2))
     return {
         "weights": 4 * learning / slices,
         "target": 4 * parameters["target"] / slices,
@@ -360,8 +400,9 @@ def count_messages(run: Run, parameters: dict[str, int], gpus: int) -> dict[str,
     learning = parameters["encoder"] + parameters["predictor"]
     passes = run.parallel.accumulate
     share = (slices - 1) / slices
+    asked = 0 if isinstance(run.objective, LeVJEPA) else parameters["target"]
     return {
-        "gather": share * width * passes * (2 * learning + parameters["target"]),
+        "gather": share * width * passes * (2 * learning + asked),
         "scatter": share * 4 * learning,
         "sum between copies": 2 * (copies - 1) / copies * 4 * learning / slices,
     }

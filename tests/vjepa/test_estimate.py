@@ -62,14 +62,31 @@ def test_parameters_are_those_of_the_model(tiny_run: MakeRun, name: str) -> None
     assert count_parameters(run) == real
 
 
-def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, tmp_path: Path) -> None:
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "vjepa2": {},
+    "vjepa2_1": {
+        "model": {"levels": [0, 1, 2], "guess_visible": True, "still_tokens": True},
+        "objective": {"name": "vjepa2_1"},
+    },
+    "levjepa": {
+        "objective": {"name": "levjepa", "local_views": 3, "local_px": 16, "projector": [512, 128]},
+        "masks": [{"mode": "random", "visible_share": 0.25}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
     # Large enough that what the formula leaves out (scores of attention, norms' statistics, the loss) is small.
+    changes = dict(OBJECTIVES[name])
     run = tiny_run(
         data={"clip": {"frames": 8, "fps": 4}},
         model={
             "encoder": {"name": "custom", "width": 192, "depth": 3, "heads": 3},
             "predictor": {"width": 96, "depth": 2, "heads": 3},
+            **changes.pop("model", {}),
         },
+        **changes,
     )
     tokens = count_tokens(run)
     with alone(run) as world, open_clips(run, tmp_path, world, 0) as clips:

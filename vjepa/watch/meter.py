@@ -78,7 +78,7 @@ def _peak_clips_per_s(run: Run, world: World) -> float | None:
 
     None where the share of it would say nothing: on a CPU, on a GPU whose peak we do not know, or in fp32.
     """
-    if world.device.type != "cuda" or run.precision != "bf16" or run.objective.name == "levjepa":
+    if world.device.type != "cuda" or run.precision != "bf16":
         return None
     accelerator = accelerator_of(torch.cuda.get_device_name(world.device))
     if accelerator is None:
