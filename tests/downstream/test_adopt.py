@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from vjepa.release.adopt import Sizes, adopt
-from vjepa.release.export import export, load_encoder
-from vjepa.release.weights import read_weights
+from vjepa.release.export import export
+from vjepa.release.read import load_encoder, read_weights
 from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 

@@ -11,7 +11,8 @@ from vjepa.evals import attentive as attentive_module
 from vjepa.evals.attentive import Clips, Recipe, accuracy, attentive, fit_probe
 from vjepa.evals.pooler import AttentiveProbe, hf_probe_tensors, load_classifier
 from vjepa.evals.readout import wilson
-from vjepa.release.export import export, load_encoder
+from vjepa.release.export import export
+from vjepa.release.read import load_encoder
 from vjepa_data.settings import BadInput
 
 SMALL = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)

@@ -14,7 +14,7 @@ from vjepa.evals import embed as embed_module
 from vjepa.evals.clips import EvalClips
 from vjepa.evals.embed import embed
 from vjepa.evals.files import file_clips, find_videos
-from vjepa.release.weights import load_encoder
+from vjepa.release.read import load_encoder
 from vjepa_data.settings import BadInput
 from vjepa_data.video import Refused
 

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vjepa.model.encoder import Encoder, View, normalise
-from vjepa.model.predictor import Guess
+from vjepa.model.predictor import Guess, Predictor
+from vjepa.release import compare
 from vjepa.release import export as export_module
-from vjepa.release.export import export, load_encoder, write_safetensors
-from vjepa.release.weights import mask_token_order, read_weights
+from vjepa.release.export import export
+from vjepa.release.huggingface import mask_token_order
+from vjepa.release.read import load_encoder, read_weights
+from vjepa.release.tensors import write_safetensors
 from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
@@ -40,7 +43,7 @@ def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_fol
     encoder.load_state_dict(load_weights(trained, "target"))
     model = transformers.AutoModel.from_pretrained(hf_folder)
     assert type(model).__name__ == "VJEPA2Model"
-    export_module._settle(model)
+    compare._settle(model)
     pixels = normalise(clip())
     with torch.no_grad():
         (ours,) = encoder([View(pixels)])
@@ -51,12 +54,12 @@ def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_fol
 @pytest.mark.parametrize("kind", [0, 1])
 def test_the_predictor_answers_to_the_mask_kind_asked_for(trained: Path, tmp_path: Path, kind: int) -> None:
     export(trained, tmp_path / "hf", mask_kind=kind)
-    model = export_module._settle(transformers.AutoModel.from_pretrained(tmp_path / "hf"))
+    model = compare._settle(transformers.AutoModel.from_pretrained(tmp_path / "hf"))
     weights = read_weights(trained)
     features = torch.randn(1, 32, 48, generator=torch.Generator().manual_seed(0))
     visible, hidden = torch.arange(20)[None], torch.arange(20, 32)[None]
-    predictor = export_module.Predictor(weights.model, 2)
-    predictor.load_state_dict(weights.part("predictor"))
+    predictor = Predictor(weights.model, 2)
+    predictor.load_state_dict(weights.tensors.part("predictor"))
     from vjepa.model.grid import Grid
 
     with torch.no_grad():

@@ -12,7 +12,8 @@ from vjepa.evals.clips import EvalClip, EvalClips, centre_view
 from vjepa.evals.features import PixelReader, read_features
 from vjepa.evals.tracks import token_labels
 from vjepa.model.grid import Grid
-from vjepa.release.weights import load_encoder, random_encoder
+from vjepa.release.read import load_encoder
+from vjepa.release.weights import random_encoder
 from vjepa_data.settings import BadInput
 
 MODEL = Model.model_validate(

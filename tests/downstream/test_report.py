@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from vjepa.evals.probe import probe
-from vjepa.release.weights import read_weights
+from vjepa.release.read import read_weights
 from vjepa.report.pictures import Curve
 from vjepa.report.run import pictures, read_lines, report, training_clips
 from vjepa.run.checkpoint import resolve

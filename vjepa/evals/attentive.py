@@ -33,7 +33,8 @@ from vjepa.evals.pooler import AttentiveProbe, save_classifier
 from vjepa.evals.readout import wilson
 from vjepa.output import check_free, new_file
 from vjepa.parallel import World, join
-from vjepa.release.weights import Part, load_encoder, read_json
+from vjepa.release.read import Part, load_encoder
+from vjepa.release.tensors import read_json
 from vjepa_data.draws import generator
 from vjepa_data.index import Index
 from vjepa_data.settings import BadInput

@@ -33,7 +33,9 @@ from torch import Tensor
 from vjepa.evals.clips import EvalClips
 from vjepa.evals.files import FileClip, file_clips, find_videos
 from vjepa.output import check_free, new_file
-from vjepa.release.weights import Part, VideoEncoder, load_encoder, read_json
+from vjepa.release.native import VideoEncoder
+from vjepa.release.read import Part, load_encoder
+from vjepa.release.tensors import read_json
 from vjepa_data.decode import Undecodable
 from vjepa_data.index import Unreadable
 from vjepa_data.settings import BadInput

@@ -18,7 +18,7 @@ from vjepa.config import Model
 from vjepa.evals.clips import EvalClip
 from vjepa.evals.tracks import TokenLabels, token_labels
 from vjepa.model.grid import Grid
-from vjepa.release.weights import VideoEncoder
+from vjepa.release.native import VideoEncoder
 
 
 class Reader(Protocol):

@@ -25,7 +25,8 @@ from vjepa.evals.features import batches
 from vjepa.evals.files import FileClip, file_clips
 from vjepa.evals.readout import wilson
 from vjepa.output import check_free, new_file
-from vjepa.release.weights import Part, VideoEncoder, load_encoder
+from vjepa.release.native import VideoEncoder
+from vjepa.release.read import Part, load_encoder
 from vjepa.report import page, pictures
 from vjepa_data.settings import BadInput
 from vjepa_data.video import Refused

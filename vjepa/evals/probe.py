@@ -19,7 +19,8 @@ from vjepa.evals.clips import EvalClips
 from vjepa.evals.features import EncoderReader, PixelReader, Reader, Seen, read_features
 from vjepa.evals.readout import Kind, Score, Table, prior_score, ridge_score
 from vjepa.output import check_free, new_file
-from vjepa.release.weights import Part, VideoEncoder, random_encoder, read_weights
+from vjepa.release.read import Part, load_encoder
+from vjepa.release.weights import random_encoder
 from vjepa_data.draws import generator
 from vjepa_data.settings import BadInput
 
@@ -76,8 +77,7 @@ def probe(
     """
     if out is not None:
         check_free(out, overwrite=overwrite)
-    weights = read_weights(model, part)
-    encoder = VideoEncoder(weights)
+    encoder = load_encoder(model, part)
     readers: dict[str, Reader] = {"pretrained": EncoderReader(encoder)}
     for number in range(random_seeds):
         readers[f"random init {number}"] = EncoderReader(random_encoder(encoder, seed + number))

@@ -24,7 +24,9 @@ from vjepa import config
 from vjepa.model.predictor import Predictor
 from vjepa.output import new_folder
 from vjepa.parallel import join
-from vjepa.release.weights import expected_shapes, read_weights, sized_encoder, some
+from vjepa.release.read import read_weights
+from vjepa.release.tensors import some
+from vjepa.release.weights import expected_shapes, sized_encoder
 from vjepa.run.checkpoint import Facts, Saver
 from vjepa.run.folder import settings_hash, versions
 from vjepa_data.settings import BadInput
@@ -64,7 +66,7 @@ def adopt(source: Path, out: Path, sizes: Sizes = Sizes(), *, overwrite: bool = 
     """Write a checkpoint from a model of others.
 
     Args:
-        source: a `.pt` file of V-JEPA 2, or a folder that `vjepa.release.weights.read_weights` reads.
+        source: a `.pt` file of V-JEPA 2, or a folder that `vjepa.release.read.read_weights` reads.
         out: folder for the checkpoint, laid out as a run's.
         sizes: what cannot be told from a `.pt` file.
         overwrite: replace what an earlier import wrote there.
@@ -81,7 +83,7 @@ def adopt(source: Path, out: Path, sizes: Sizes = Sizes(), *, overwrite: bool = 
     else:
         weights = read_weights(source)
         model, px, frames, fps = weights.model, weights.px, weights.frames, weights.fps
-        parts = {part: weights.part(name) for part, name in _PARTS.items()}
+        parts = {part: weights.tensors.part(name) for part, name in _PARTS.items()}
         if not parts["predictor"]:
             parts["predictor"] = _new_predictor(source, model)
     tokens = parts["predictor"]["mask_tokens"]

@@ -95,9 +95,9 @@ with torch.no_grad():
 features = outputs.last_hidden_state  # [1 tokens channels]"""
 
 _NATIVE_USAGE = """import torch
-from vjepa.release.export import load_encoder
+import vjepa
 
-encoder = load_encoder("THIS FOLDER")
+encoder = vjepa.load_encoder("THIS FOLDER")
 frames = torch.randint(0, 256, (1, {frames}, {px}, {px}, 3), dtype=torch.uint8)  # B T H W C
 features = encoder(frames)  # [B t h w D]"""
 

@@ -1,11 +1,11 @@
-"""A trained model to others, and from others.
+"""A trained model to others.
 
     vjepa export RUN --out DIR --format hf        loads with `transformers.AutoModel.from_pretrained(DIR)`
-    vjepa export RUN --out DIR --format native    loads with `vjepa.release.export.load_encoder(DIR)`
+    vjepa export RUN --out DIR --format native    loads with `vjepa.load_encoder(DIR)`
     vjepa export RUN --out DIR --format pt2       loads with `torch.export.load("DIR/model.pt2")`, without our code
 
 An export is not finished before it was loaded again, by the program that it is meant for, and gave the same features
-and the same predictions, bit for bit, in fp32 on the CPU. The table of names is `weights.HF_NAMES`.
+and the same predictions, bit for bit, in fp32 on the CPU. Tensors are read, written and freed one at a time.
 """
 
 import importlib.util
@@ -18,32 +18,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vjepa import __version__
-from vjepa.evals.clips import centre_view
 from vjepa.evals.pooler import Classifier, hf_probe_tensors, load_classifier
-from vjepa.model.encoder import MEAN, STD, Encoder, View, normalise
-from vjepa.model.grid import Grid
-from vjepa.model.predictor import Guess, Predictor
+from vjepa.model.predictor import Predictor
 from vjepa.output import check_free, new_folder
 from vjepa.release.card import model_card
-from vjepa.release.weights import (
-    InMemory,
-    Part,
-    VideoEncoder,
-    Weights,
-    hf_config,
-    hf_names,
-    load_encoder,
-    mask_token_order,
-    native_json,
-    read_weights,
-)
-from vjepa_data.draws import generator
+from vjepa.release.compare import check_classifier, check_hf, check_native
+from vjepa.release.huggingface import hf_config, hf_names, hf_processor, mask_token_order
+from vjepa.release.native import FORMAT
+from vjepa.release.program import write_program
+from vjepa.release.read import Part, read_weights
+from vjepa.release.tensors import InMemory, write_safetensors
+from vjepa.release.weights import Weights
 from vjepa_data.settings import BadInput
-
-__all__ = ["VideoEncoder", "export", "load_encoder"]
 
 log = logging.getLogger(__name__)
 
@@ -107,16 +96,16 @@ def export(
             write_safetensors(folder / "model.safetensors", _with_probe(_hf_tensors(weights, order), classifier))
             _write_json(folder / "config.json", {**hf_config(weights), **_probe_config(classifier)})
             _write_json(folder / "video_preprocessor_config.json", hf_processor(weights.px))
-            provenance["check"] = _check_hf(folder, weights, order)
+            provenance["check"] = check_hf(folder, weights, order)
             if classifier is not None:
                 provenance["classes"] = list(classifier.classes)
-                provenance["check"] |= _check_classifier(folder, weights, classifier)
+                provenance["check"] |= check_classifier(folder, weights, classifier)
         elif format == "pt2":
-            provenance["check"] = _write_program(folder / "model.pt2", weights)
+            provenance["check"] = write_program(folder / "model.pt2", weights)
         else:
             write_safetensors(folder / "model.safetensors", weights.tensors.items())
-            _write_json(folder / "model.json", native_json(weights))
-            provenance["check"] = _check_native(folder, weights)
+            _write_json(folder / "model.json", _model_json(weights))
+            provenance["check"] = check_native(folder, weights)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
     log.info("exported %s to %s (%s); loaded back: the same features, bit for bit", source, out, format)
@@ -158,7 +147,7 @@ def _with_predictor(weights: Weights) -> Weights:
         return weights
     log.warning("the model has no predictor; the export gets one that is not trained, only its features mean something")
     fresh = {f"predictor.{name}": tensor for name, tensor in Predictor(weights.model, 1).state_dict().items()}
-    encoder = {f"encoder.{name}": tensor for name, tensor in weights.part("encoder").items()}
+    encoder = {f"encoder.{name}": tensor for name, tensor in weights.tensors.part("encoder").items()}
     return replace(
         weights,
         tensors=InMemory({**encoder, **fresh}),
@@ -216,214 +205,17 @@ def _probe_config(classifier: Classifier | None) -> dict[str, Any]:
     }
 
 
-def hf_processor(px: int) -> dict[str, Any]:
-    """`video_preprocessor_config.json`: short side to px * 256 / 224, centre crop, ImageNet's mean and deviation."""
+def _model_json(weights: Weights) -> dict[str, Any]:
+    """What `model.json` holds beside the tensors."""
     return {
-        "video_processor_type": "VJEPA2VideoProcessor",
-        "size": {"shortest_edge": int(px * 256 / 224)},
-        "crop_size": {"height": px, "width": px},
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-        "resample": 2,
-        "return_metadata": False,
+        "format": FORMAT,
+        "model": weights.model.model_dump(mode="json"),
+        "px": weights.px,
+        "frames": weights.frames,
+        "fps": weights.fps,
+        "masks": [mask.model_dump(mode="json") for mask in weights.masks],
     }
-
-
-# ---- writing
-
-
-_SAFE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-
-
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors one after another, so that only one is in memory at a time.
-
-    The library's own `save_file` wants them all at once, and doubles them.
-    Source: the format of huggingface/safetensors: length of the header, header in JSON, data.
-    """
-    body = path.with_suffix(".body")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    with body.open("wb") as file:
-        for name, tensor in tensors:
-            start = file.tell()
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            entry = {"dtype": _SAFE[tensor.dtype], "shape": list(tensor.shape)}
-            header[name] = {**entry, "data_offsets": [start, file.tell()]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
-    with path.open("wb") as file, body.open("rb") as data:
-        file.write(len(text).to_bytes(8, "little") + text)
-        while chunk := data.read(1 << 24):
-            file.write(chunk)
-    body.unlink()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-# ---- loading it back
-
-
-def _clip(weights: Weights) -> Tensor:
-    """A fixed clip of noise, uint8 [1 T H W C]: as many frames as the model saw, but two at least."""
-    frames = max(weights.frames, weights.model.tubelet_frames)
-    draw = generator(0, "export check")
-    return torch.from_numpy(draw.integers(0, 256, (1, frames, weights.px, weights.px, 3), dtype="uint8"))
-
-
-def _sides(weights: Weights) -> tuple[Tensor, Tensor, Grid]:
-    """The first half of the tokens is visible, the second hidden: indices [1 N/2], and the grid."""
-    clip = _clip(weights)
-    grid = Grid.of(clip.shape[1], weights.px, weights.px, weights.model)
-    index = torch.arange(grid.tokens)[None]
-    half = max(1, grid.tokens // 2)
-    return index[:, :half], index[:, half:] if grid.tokens > 1 else index, grid
-
-
-class _Program(nn.Module):
-    """What a `pt2` export computes: bytes in, features out, nothing of ours needed."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self.encoder = VideoEncoder(weights).encoder
-        for name, values in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None, None])
-
-    def forward(self, frames: Tensor) -> Tensor:
-        tubelet, patch = self.encoder.settings.tubelet_frames, self.encoder.settings.patch_px
-        (tokens,) = self.encoder([View((frames.movedim(-1, 1).float() / 255 - self.mean) / self.std)])
-        _, steps, height, width, _ = frames.shape
-        return tokens.unflatten(1, (steps // tubelet, height // patch, width // patch))
-
-
-@torch.no_grad()
-def _write_program(path: Path, weights: Weights) -> dict[str, Any]:
-    """Trace the encoder with a free number of clips, load it back and compare at two numbers of clips."""
-    eager, clip = _Program(weights), _clip(weights)
-    clips = torch.cat([clip, clip.flip(1)])
-    program = torch.export.export(eager, (clips,), dynamic_shapes=({0: torch.export.Dim("clips")},), strict=True)
-    torch.export.save(program, path)
-    back = torch.export.load(path).module()
-    differences = [(back(x) - eager(x)).abs().max().item() for x in (clip, torch.cat([clips, clip]))]
-    if max(differences) > 1e-4:
-        raise ValueError(f"loaded back, the program's features differ by {max(differences)}; nothing was written")
-    return {"features_max_abs_difference": max(differences), "clips": [1, 3], "torch": torch.__version__}
-
-
-@torch.no_grad()
-def _ours(weights: Weights, token: int) -> tuple[Tensor, Tensor]:
-    """Features [1 N D] of the fixed clip, and predictions [1 N/2 D] of its second half from its first, if it can."""
-    with torch.device("meta"):
-        encoder, predictor = Encoder(weights.model), Predictor(weights.model, max(1, weights.mask_tokens))
-    encoder.load_state_dict(weights.part("encoder"), assign=True)
-    _settle(encoder)
-    view = View(normalise(_clip(weights)))
-    (features,) = encoder([view])
-    if not weights.mask_tokens:
-        return features, features
-    (context,) = encoder([view], levels=True) if weights.model.levels else (features,)
-    del encoder
-    predictor.load_state_dict(weights.part("predictor"), assign=True)
-    _settle(predictor)
-    visible, hidden, grid = _sides(weights)
-    guess = predictor([Guess(context[:, : visible.shape[1]], visible, hidden, grid, token)])[0]
-    return features, guess
-
-
-@torch.no_grad()
-def _check_hf(folder: Path, weights: Weights, order: list[int]) -> dict[str, Any]:
-    features, guess = _ours(weights, order[1 % len(order)])
-    model, version = _load_with_transformers("AutoModel", folder)
-    visible, hidden, _ = _sides(weights)
-    got = model(_hf_clip(weights), context_mask=[visible], target_mask=[hidden])
-    return {
-        **_compare("transformers", features, got.last_hidden_state, guess, got.predictor_output.last_hidden_state),
-        "transformers": version,
-        "processor": _check_processor(folder, weights),
-    }
-
-
-@torch.no_grad()
-def _check_classifier(folder: Path, weights: Weights, classifier: Classifier) -> dict[str, Any]:
-    model, _ = _load_with_transformers("AutoModelForVideoClassification", folder)
-    features, _ = _ours(weights, 0)
-    _settle(classifier.probe)
-    difference = (classifier.probe(features) - model(_hf_clip(weights)).logits).abs().max().item()
-    if difference != 0:
-        raise ValueError(f"loaded back with transformers, the classifier's logits differ by {difference}")
-    return {"logits_max_abs_difference": difference}
-
-
-def _hf_clip(weights: Weights) -> Tensor:
-    return normalise(_clip(weights)).transpose(1, 2)  # [1 C T H W] to Hugging Face's [1 T C H W]
-
-
-def _load_with_transformers(kind: str, folder: Path) -> tuple[Any, str]:
-    """A model as any user of transformers loads it, every tensor in its place; and the version that loaded it."""
-    import transformers
-
-    shows = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    model, report = getattr(transformers, kind).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
-    )
-    if shows:
-        transformers.utils.logging.enable_progress_bar()
-    kinds = ("missing_keys", "mismatched_keys") + (() if kind == "AutoModel" else ("unexpected_keys",))
-    unmatched = [name for one in kinds for name in report[one]]
-    assert not unmatched, f"names that transformers does not know or lacks: {unmatched}"
-    return _settle(model.eval()), transformers.__version__
-
-
-def _settle(model: nn.Module) -> Any:
-    """Move parameters to memory of torch's own. In the last bit a product depends on how its inputs are aligned, and
-    what was mapped from a file lies anywhere."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-@torch.no_grad()
-def _check_native(folder: Path, weights: Weights) -> dict[str, Any]:
-    features, guess = _ours(weights, 0)
-    got, got_guess = _ours(read_weights(folder), 0)
-    return _compare("vjepa", features, got, guess, got_guess)
-
-
-def _compare(loader: str, features: Tensor, got: Tensor, guess: Tensor, got_guess: Tensor) -> dict[str, Any]:
-    result = {
-        "features_max_abs_difference": (features - got).abs().max().item(),
-        "predictions_max_abs_difference": (guess - got_guess).abs().max().item(),
-    }
-    if any(value != 0 for value in result.values()):
-        raise ValueError(
-            f"loaded back with {loader}, the model does not give the same numbers: {result}; "
-            "nothing was written. This is a defect of ours, or a version that was never tried: please report it"
-        )
-    return result
-
-
-def _check_processor(folder: Path, weights: Weights) -> float | str:
-    """Largest difference between Hugging Face's processing of a clip and ours; what is in the way, if it cannot run."""
-    if importlib.util.find_spec("torchvision") is None:
-        return "not checked: AutoVideoProcessor needs torchvision, which is not installed"
-    from transformers import AutoVideoProcessor
-
-    clip = _clip(weights)[0]
-    theirs = AutoVideoProcessor.from_pretrained(folder, local_files_only=True)(
-        clip.permute(0, 3, 1, 2), return_tensors="pt"
-    )["pixel_values_videos"]
-    ours = normalise(centre_view(clip, weights.px)[None]).transpose(1, 2)
-    difference = (theirs - ours).abs().max().item()
-    if difference > 0.02:  # one level of uint8 is 0.017 after normalisation
-        raise ValueError(f"the exported processor and ours disagree by {difference:.3f}; nothing was written")
-    return difference

@@ -23,7 +23,10 @@ from vjepa.evals.clips import EvalClips
 from vjepa.masks import sample_masks
 from vjepa.model.grid import Grid
 from vjepa.output import new_file
-from vjepa.release.weights import VideoEncoder, load_encoder, random_encoder, read_json
+from vjepa.release.native import VideoEncoder
+from vjepa.release.read import load_encoder
+from vjepa.release.tensors import read_json
+from vjepa.release.weights import random_encoder
 from vjepa.report import page, pictures
 from vjepa.report.page import Section
 from vjepa.report.pictures import Curve

@@ -1,0 +1,86 @@
+"""A native export loads and runs where nothing but torch and safetensors is installed."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import vjepa
+from vjepa.release.export import export
+from vjepa.release.read import load_encoder
+
+# Hides every package that is neither ours, nor safetensors, nor torch or what torch itself asks for.
+ALONE = """
+import importlib.metadata, re, sys
+from importlib.machinery import PathFinder
+
+def needs(name, found):
+    found.add(name)
+    for line in importlib.metadata.requires(name) or ():
+        other = plain(re.match(r"[\\w.-]+", line)[0])
+        if "extra ==" not in line and other not in found and installed(other):
+            needs(other, found)
+    return found
+
+def plain(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+def installed(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+wanted = needs("torch", set())
+packages = importlib.metadata.packages_distributions()
+allowed = {top for top, owners in packages.items() if wanted & {plain(owner) for owner in owners}}
+allowed |= {"vjepa", "vjepa_data", "safetensors", *sys.stdlib_module_names}
+
+class Alone(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in allowed or top not in packages:
+            return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Alone
+for name in ("numpy", "pydantic", "jaxtyping", "yaml"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{name} is not hidden")
+
+import vjepa
+assert "torch" not in sys.modules
+import torch
+frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
+torch.save([vjepa.load_encoder(folder)(frames) for folder in sys.argv[2:]], sys.argv[1])
+strange = {name.partition(".")[0] for name in sys.modules} - allowed
+print(sorted(name for name in strange if name in packages))
+"""
+
+
+def test_a_native_export_needs_torch_and_safetensors_alone(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [
+        make_trained(tmp_path / "plain"),
+        make_trained(tmp_path / "other", levels=(0, 1), still_tokens=True, rope="interleaved", rope_cells=4),
+    ]
+    exports = [run.with_suffix(".native") for run in runs]
+    for run, out in zip(runs, exports, strict=True):
+        export(run, out, format="native")
+    words = [sys.executable, "-W", "ignore", "-c", ALONE, tmp_path / "features.pt", *exports]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
+    for found, run in zip(torch.load(tmp_path / "features.pt"), runs, strict=True):
+        assert torch.equal(found, load_encoder(run)(frames))
+
+
+def test_the_package_loads_any_model(trained: Path) -> None:
+    frames = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
+    for part in ("target", "encoder"):
+        assert torch.equal(vjepa.load_encoder(trained, part)(frames), load_encoder(trained, part)(frames))
