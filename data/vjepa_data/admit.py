@@ -7,7 +7,6 @@ with less certainty: the report says how much of it there is.
 
 import fnmatch
 import hashlib
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import xxhash
 
 from vjepa_data.fetch import Place
+from vjepa_data.labels import MAX_BYTES, read_labels
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import Manifest, Reject, canonical_json, write_manifest
@@ -202,10 +202,9 @@ def _facts(tar: Any, one: Member) -> dict[str, Any]:
     """A sample's json if it is an object, else nothing."""
     tar.seek(one.json[0])
     try:
-        facts = json.loads(tar.read(one.json[1])) if one.json[1] else {}
+        return read_labels(tar.read(min(one.json[1], MAX_BYTES + 1))) if one.json[1] else {}
     except ValueError:
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _row(tar: Any, one: Member, seen: Examined, facts: dict[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:

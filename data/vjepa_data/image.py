@@ -45,6 +45,8 @@ def store_image(path: Path, *, encode: Encode) -> Clip:
 
 
 def _open(path: Path) -> Image.Image:
+    if path.exists() and not path.is_file():
+        raise Refused(Reason.MISSING, "not a file")
     try:
         size = path.stat().st_size
         image = Image.open(path, formats=FORMATS) if size else None

@@ -32,6 +32,9 @@ Answer = TypeVar("Answer")
 TASKS_PER_CHILD = 2000
 """After so many tasks a child is replaced: decoders that fail to open a file leak (decord 0.6: up to 160 KB each)."""
 
+KILLS = 5
+"""So often a task may lose its child to a signal from outside before that counts against the task itself."""
+
 MEMORY_GIB = 8
 """Address space of a child; a file that asks for more fails in its child alone."""
 
@@ -51,6 +54,8 @@ class _Child:
 class _Job:
     task: Any
     attempts: int = 0
+    kills: int = 0
+    """Times that its child was killed by somebody else: the kernel short of memory, a scheduler, a user."""
     answer: Any = None
     is_done: bool = False
 
@@ -151,10 +156,14 @@ class Pool(Generic[Task, Answer]):
         """A child is gone or must go: give its task one more chance; the machine may be overloaded."""
         job = child.job
         assert job is not None
-        if reason is Reason.CRASHED and child.process.wait() == 1:
-            message = _errors(child)
-            self._retire(child)
-            raise RuntimeError(f"{self._module} failed on {job.task}:\n{message}")
+        if reason is Reason.CRASHED:
+            code = child.process.wait()
+            if code == 1:
+                message = _errors(child)
+                self._retire(child)
+                raise RuntimeError(f"{self._module} failed on {job.task}:\n{message}")
+            if code in (-signal.SIGKILL, -signal.SIGTERM) and job.kills < KILLS:
+                job.kills, job.attempts = job.kills + 1, job.attempts - 1
         self._retire(child)
         if job.attempts < 2:
             waiting.appendleft(job)

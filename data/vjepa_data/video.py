@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import stat
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -139,7 +140,10 @@ def open_video(path: Path) -> av.container.InputContainer:
         Refused: the file is missing, empty, or no container of pictures.
     """
     try:
-        size = path.stat().st_size
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for, a device has no end
+            raise Refused(Reason.MISSING, "not a file")
+        size = facts.st_size
         with path.open("rb") as file:
             head = file.read(12)
             is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")

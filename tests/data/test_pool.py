@@ -22,6 +22,11 @@ def work(task):
     if kind == "once" and not os.path.exists(value):
         open(value, "w").close()
         os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "shot":
+        with open(value, "a") as file:
+            file.write("x")
+        if os.path.getsize(value) <= 4:
+            os.kill(os.getpid(), signal.SIGKILL)
     if kind == "memory":
         return len(bytearray(20 << 30))
     if kind == "refuse":
@@ -54,6 +59,11 @@ def test_answers_come_in_the_order_of_the_tasks(module: str) -> None:
 def test_each_kind_of_trouble_costs_its_task_alone(module: str, tmp_path: Path) -> None:
     tasks = ["a", "crash", "b", f"once:{tmp_path}/mark", "refuse", "memory", "c"]
     assert answers(module, tasks) == ["a", "crashed", "b", "once", "damaged", "too_large", "c"]
+
+
+def test_a_child_that_somebody_else_kills_is_not_its_task_s_fault(module: str, tmp_path: Path) -> None:
+    assert answers(module, ["a", f"shot:{tmp_path}/shots", "b"]) == ["a", "shot", "b"]
+    assert (tmp_path / "shots").read_text() == "xxxxx"
 
 
 def test_a_child_that_hangs_is_killed_in_time(module: str) -> None:

@@ -331,5 +331,7 @@ def test_a_bucket_is_listed_and_read_through_errors_that_pass(tmp_path: Path, mo
     with local(source.place) as path:
         assert path.read_bytes() == video
     assert reason_of("s3://bucket/raw/absent.mp4")[0] is Reason.UNREACHABLE
+    build(["s3://bucket/raw/"], tmp_path / "o")
+    assert [row["group"] for row in rows_of(tmp_path / "o")] == ["s3://bucket/raw/v.mp4"]
     server.shutdown()
     server.server_close()

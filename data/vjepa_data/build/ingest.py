@@ -1,7 +1,7 @@
 """What there is: folders, files, lists, tables and tars of videos become one list of sources."""
 
 import itertools
-import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from vjepa_data.fetch import SCHEMES, Place
+from vjepa_data.labels import MAX_BYTES, plain, read_labels
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Columns, Spec
 from vjepa_data.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
@@ -106,20 +107,19 @@ def _folder(folder: Path, spec: Spec) -> Iterator[Source]:
 
 def _file(path: Path, name: str) -> Source:
     """A video file, with the labels in the JSON file of the same stem if there is one."""
-    sidecar = path.with_suffix(".json")
+    name, sidecar = readable(name), path.with_suffix(".json")
     if not sidecar.is_file():
         return Source(name, Place(str(path)))
     try:
-        return Source(name, Place(str(path)), labels=_labels(json.loads(sidecar.read_bytes())))
+        with sidecar.open("rb") as file:
+            return Source(name, Place(str(path)), labels=read_labels(file.read(MAX_BYTES + 1)))
     except (OSError, ValueError) as error:
-        return Source(name, Place(str(path)), refused=(Reason.BAD_LABELS, f"{sidecar.name}: {error}"))
+        return Source(name, Place(str(path)), refused=(Reason.BAD_LABELS, f"{readable(sidecar.name)}: {error}"))
 
 
-def _labels(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
-    json.dumps(value, allow_nan=False)
-    return value
+def readable(name: str) -> str:
+    """A file's name as text; bytes in it that are no UTF-8 are spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _address(url: str, spec: Spec) -> Iterator[Source]:
@@ -192,10 +192,10 @@ def _tar(path: Path, name: str, spec: Spec) -> Iterator[Source]:
 def _tar_sample(
     tar: tarfile.TarFile, path: Path, name: str, video: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]
 ) -> Source:
-    place = Place(str(path), video.offset_data, video.size)
+    name, place = readable(name), Place(str(path), video.offset_data, video.size)
     text = {suffix: _small(tar, members[suffix]) for suffix in ("json", "txt") if suffix in members}
     try:
-        facts = _labels(json.loads(text["json"])) if "json" in text else {}
+        facts = read_labels(text["json"]) if "json" in text else {}
         caption = {"caption": text["txt"].decode().strip()} if "txt" in text else {}
     except ValueError as error:
         return Source(name, place, refused=(Reason.BAD_LABELS, f"json: {error}"))
@@ -209,7 +209,7 @@ def _tar_sample(
 
 def _small(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    return file.read(1 << 20) if file is not None else b""
+    return file.read(MAX_BYTES + 1) if file is not None else b""
 
 
 def _table(path: Path, columns: Columns) -> Iterator[Source]:
@@ -230,7 +230,7 @@ def _table(path: Path, columns: Columns) -> Iterator[Source]:
         yield Source(
             name=where,
             place=_where(path.parent, where),
-            labels={name: _plain(row[name]) for name in labels if row[name] not in (None, "")},
+            labels={name: plain(row[name]) for name in labels if row[name] not in (None, "")},
             group=_text(row.get(columns.group)),
             split=_split(path, number, _text(row.get(columns.split))),
             start_s=_seconds(path, number, row.get(columns.start)),
@@ -257,13 +257,6 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
         ) from None
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; dates and the like as text, what is no number as nothing."""
-    if isinstance(value, float) and value != value:
-        return None
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
-
-
 def _text(value: Any) -> str | None:
     return None if value in (None, "") else str(value)
 
@@ -275,7 +268,7 @@ def _split(path: Path, number: int, split: str | None) -> str | None:
 
 
 def _seconds(path: Path, number: int, value: Any) -> float | None:
-    if value in (None, ""):
+    if value in (None, "") or value != value:
         return None
     try:
         seconds = float(value)
