@@ -2,15 +2,14 @@
 
     python -m vjepa_launch.after RUN/launch CODE        CODE is what srun exited with
 
-One place decides for all ends (time limit, preemption, failure, hang), outside of any container and of the processes
-that may have failed. A signal that asked ranks to end (a cancellation, or a preemption without notice) leaves the
-decision to the scheduler.
+One place decides for all ends (time limit, preemption, cancellation, failure, hang), outside of any container and of
+the processes that may have failed. The script lives on when SLURM ends a job, for KillWait seconds, so it can ask why.
 """
 
 import logging
-import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission, JobPaths
@@ -18,10 +17,14 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from vjepa_launch import record, scheduler
 from vjepa_launch.job import Job, conclude, exit_code, speak
 from vjepa_launch.place import Place
-from vjepa_launch.record import STOPPED, Outcome
+from vjepa_launch.record import Outcome
 from vjepa_launch.settings import Restart
 
 log = logging.getLogger("vjepa_launch.after")
+
+WAIT_TO_BE_KILLED_S = 3600.0
+"""The scheduler kills this script when its grace is over (GraceTime or KillWait: seconds to minutes), and so decides.
+This bound only matters should it never do so."""
 
 
 def after(run: Path, code: int, rule: Restart) -> int:
@@ -36,36 +39,58 @@ def after(run: Path, code: int, rule: Restart) -> int:
         The exit code of the job.
     """
     place = Place.here()
-    events = record.read_events(run)
-    if any(event["event"] == "end" and event["attempt"] == place.attempt for event in events):
-        return STOPPED  # cancelled or preempted: the scheduler decides
-    try:
-        fate = scheduler.fate_of(place.job)
-    except scheduler.Unreachable as error:
-        log.warning("cannot ask whether the job is to go on, and take it that it is: %s", error)
-        fate = "runs"
-    if fate in ("ends", "out of time"):
-        return STOPPED
-    ends = record.read_ends(run, place.attempt)
-    outcome: Outcome = ends[0].outcome if ends else "failed"
-    if any(end.outcome == "bad_input" for end in ends):
-        outcome = "bad_input"  # whatever the others died of then
-    if outcome == "cancelled" and fate == "preempted":
-        outcome = "stopped"  # before it had begun; nobody is left to wait for the scheduler
-    if code != 0 and outcome not in ("failed", "bad_input"):
-        outcome = "failed"
+    fate = ask_fate(place)
+    outcome = tell(record.read_ends(run, place.attempt), code, fate)
+    if outcome == "stopped" and fate == "out of time":
+        log.warning("the time limit came before the save was over; set notice_s higher")
     unexplained = f"no rank said why; srun exited with {code}" if outcome == "failed" else ""
     decision = conclude(run, place.attempt, outcome, rule, unexplained=unexplained)
     log.info("attempt %s: %s: %s", place.attempt, outcome, decision.why)
-    if decision.requeue and scheduler.requeue(place.job, exclude=decision.exclude, nodes=len(place.nodes)):
-        time.sleep(120)  # the scheduler kills this script
+    if decision.requeue and fate != "requeued":
+        scheduler.requeue(place.job, exclude=decision.exclude, nodes=len(place.nodes))
+    if fate == "requeued" and not decision.requeue:
+        scheduler.cancel(place.job)
+    if outcome == "cancelled" and fate == "unknown":
+        time.sleep(WAIT_TO_BE_KILLED_S)
     return exit_code(outcome)
+
+
+def ask_fate(place: Place) -> scheduler.Fate:
+    """What the scheduler means to do with our job."""
+    try:
+        return scheduler.fate_of(place.job, restart=place.restart)
+    except scheduler.Unreachable as error:
+        log.warning("cannot ask what is to become of the job: %s", error)
+        return "unknown"
+
+
+def tell(ends: Sequence[record.End], code: int, fate: scheduler.Fate) -> Outcome:
+    """One word for an attempt, from what its ranks said and what the scheduler says.
+
+    Ranks that were told to end (TERM) cannot know whether by a user, a preemption, a time limit, or because another
+    rank had failed. If the scheduler does not say either, the decision is left to it: a job that requeues itself could
+    not be cancelled, and one that ends is not brought back after a preemption.
+
+    Args:
+        ends: how ranks ended, the one to blame first.
+        code: exit code of srun.
+        fate: what the scheduler means to do with the job.
+    """
+    if fate == "ends" and not (code == 0 and ends and ends[0].outcome == "done"):
+        return "cancelled"
+    if any(end.outcome == "bad_input" for end in ends):
+        return "bad_input"  # whatever the others died of then
+    outcome = ends[0].outcome if ends else "failed"
+    if fate in ("preempted", "requeued", "out of time") and (not ends or outcome == "cancelled"):
+        return "stopped"
+    if code != 0 and outcome != "failed":
+        return "failed"
+    return "stopped" if outcome == "cancelled" and fate == "runs" else outcome
 
 
 def main() -> int:
     """Read the job that ran, and conclude it."""
     speak()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script while it still has things to say
     folder, code = sys.argv[1:]
     job = DelayedSubmission.load(JobPaths(folder, Place.here().job).submitted_pickle).function
     assert isinstance(job, Job)

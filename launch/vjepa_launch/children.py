@@ -2,8 +2,9 @@
 
 The ranks are children of the supervisor that submitit starts, rather than functions in it, because then whatever a rank
 dies of (an exit, a fault in native code, `kill -9`, out of memory) somebody is left to say so, to end a process that
-hangs, and to decide. SLURM signals every process of a step, so a child hears each signal from SLURM too; a child
-therefore must take a signal for a flag that may be set twice.
+hangs, and to decide. What SLURM signals depends on its ProctrackType: under `cgroup` the supervisor only, under
+`linuxproc` every process of a step. So a wish to stop is always passed on, and a child must take it for a flag that may
+be set twice.
 """
 
 import contextlib
@@ -60,6 +61,10 @@ class Heard:
     def to_end(self) -> bool:
         return signal.SIGTERM in self.signals
 
+    @property
+    def to_stop(self) -> bool:
+        return bool(self.signals)
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -112,19 +117,20 @@ def _prepare() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: float, pass_term_on: bool) -> list[Ended]:
-    """Wait until all have ended, passing signals on, ending those that hang and those whose companions have failed.
+def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: float) -> list[Ended]:
+    """Wait until all have ended, passing the wish to stop on, ending those that hang or whose companions have failed.
+
+    The wish is passed on as USR2, whichever signal brought it: a child can save at leisure after a second one, while
+    TERM would end one that does not listen yet, or that has saved and is tidying up.
 
     Args:
         children: the ranks of this supervisor.
         heard: the signals that this process received and receives.
         alive: a file that grows while the run makes progress.
         stall_s: seconds without growth after which the run is taken to hang.
-        pass_term_on: whether the children do not hear TERM by themselves. A second one would be one too many: it ends
-            a child that has saved and is tidying up.
     """
     ended: dict[int, Ended] = {}
-    started, signalled, failed_at, ending = time.time(), 0.0, None, False
+    started, signalled, failed_at = time.time(), 0.0, None
     while len(ended) < len(children):
         time.sleep(POLL_S)
         now = time.time()
@@ -135,10 +141,7 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
                 ended[child.rank] = Ended(child.rank, code, child.hang or describe(code), echo=child.told)
                 if code not in (DONE, STOPPED) and not excused(code, heard) and failed_at is None:
                     failed_at = now
-        if heard.to_end and pass_term_on and not ending:
-            ending = True
-            _send(running, signal.SIGTERM)
-        elif heard.to_return and not heard.to_end and now - signalled > REPEAT_S:
+        if heard.to_stop and now - signalled > REPEAT_S:
             signalled = now
             _send(running, signal.SIGUSR2)
         if failed_at is not None and now - failed_at > ECHO_S:

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vjepa_launch import record
+from vjepa_launch import record, scheduler
 from vjepa_launch.rehearsal import Rehearsal
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadInput, Cluster, Restart
 
 STEP_S = 0.05
 
@@ -37,8 +37,12 @@ class Drill:
     """What a rank does to itself."""
     finishes: bool = True
     """Whether all steps must be there in the end; otherwise all up to the last one that was recorded."""
-    restart: Mapping[str, Any] = field(default_factory=dict)
-    """Rules other than the profile's."""
+    save_s: float = 0.0
+    """Seconds that a checkpoint takes."""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """What the profile of the cluster must say for it."""
+    on: tuple[str, ...] = ("local", "slurm")
+    """Executors where it can happen."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Result:
     note: str
 
 
-def _after_steps(run: Rehearsal, steps: int, act: Callable[[], None]) -> None:
+def _after_steps(run: Rehearsal, steps: int, act: Callable[[], object]) -> None:
     run.wait_for(lambda: run.step() >= steps, timeout_s=300)
     act()
 
@@ -78,6 +82,11 @@ def _stop_after_checkpoint(run: Rehearsal) -> None:
     run.ask_to_return()
 
 
+def _stop_after_restart(run: Rehearsal) -> None:
+    run.wait_for(lambda: len(run.events("start")) == 2 and run.events("end"), timeout_s=600)
+    _after_steps(run, run.events("end")[0]["checkpoint"] + 10, partial(_stop_after_checkpoint, run))
+
+
 def _launch_again(run: Rehearsal, cluster: Cluster) -> None:
     try:
         run.launch(cluster)
@@ -95,7 +104,11 @@ def _change_code(run: Rehearsal) -> None:
 def drills(cluster: Cluster) -> list[Drill]:
     """All drills for a cluster of at least two ranks."""
     last = cluster.nodes * cluster.ranks_per_node - 1
-    return [
+    # SLURM looks at its clock every 30 s, so that a limit of one minute gives notice after about half a minute.
+    minute = {"hours": 1 / 60, "notice_s": 10}
+    # SIGURG, which nobody hears, in place of USR2: the limit comes unannounced, as when it comes before a save is over.
+    unannounced = {**minute, "sbatch": {**cluster.sbatch, "signal": "URG@10"}}
+    known = [
         Drill("return", "told to save and come back (USR2)", ("stopped", "done"), every=1000,
               act=lambda run: _after_steps(run, 10, run.ask_to_return)),
         Drill("return-early", "the same before it listens", ("stopped", "done"), steps=120, every=1000,
@@ -106,13 +119,13 @@ def drills(cluster: Cluster) -> list[Drill]:
               inject={"rank": last, "step": 30, "do": "kill"}),
         Drill("suspend", f"rank {last} is suspended (SIGSTOP)", ("failed", "done"),
               inject={"rank": last, "step": 30, "do": "suspend"}),
-        Drill("hang", f"rank {last} waits for ever", ("failed", "done"), restart={"stall_min": 0.1},
+        Drill("hang", f"rank {last} waits for ever", ("failed", "done"), profile={"restart": Restart(stall_min=0.1)},
               inject={"rank": last, "step": 30, "do": "sleep"}),
         Drill("crash-loop", "fails at the same step each time", ("failed",) * 4, finishes=False,
               inject={"rank": last, "step": 30, "do": "1", "restarts": 99}),
         Drill("refuse", "refuses its input (exit code 2)", ("bad_input",), finishes=False,
               inject={"rank": last, "step": 30, "do": "2", "restarts": 99}),
-        Drill("cancel", "cancelled by the user", ("cancelled",), steps=2000, every=1000, finishes=False,
+        Drill("cancel", "cancelled by the user", ("cancelled",), steps=2000, every=1000, save_s=2, finishes=False,
               act=lambda run: _after_steps(run, 10, run.cancel)),
         Drill("stop", "cancelled after a checkpoint", ("stopped",), steps=2000, every=1000, finishes=False,
               act=lambda run: _after_steps(run, 10, partial(_stop_after_checkpoint, run))),
@@ -120,7 +133,14 @@ def drills(cluster: Cluster) -> list[Drill]:
               act=lambda run: _after_steps(run, 10, partial(_launch_again, run, cluster))),
         Drill("change-code", "frozen code was changed", ("stopped", "bad_input"), steps=2000, every=1000,
               finishes=False, act=lambda run: _after_steps(run, 10, partial(_change_code, run))),
+        Drill("requeue", "started again by the scheduler (TERM)", ("stopped", "done"), steps=120, every=1000, save_s=2,
+              on=("slurm",), act=lambda run: _after_steps(run, 10, partial(scheduler.requeue, run.job))),
+        Drill("time-limit", "its time is nearly over", ("stopped", "stopped"), steps=100_000, every=100_000,
+              on=("slurm",), profile=minute, finishes=False, act=_stop_after_restart),
+        Drill("no-notice", "its time is over, unannounced", ("stopped", "stopped"), steps=100_000, every=100_000,
+              save_s=2, on=("slurm",), profile=unannounced, finishes=False, act=_stop_after_restart),
     ]  # fmt: skip
+    return [drill for drill in known if cluster.executor in drill.on]
 
 
 def choose(cluster: Cluster, only: Sequence[str]) -> list[Drill]:
@@ -141,8 +161,9 @@ def choose(cluster: Cluster, only: Sequence[str]) -> list[Drill]:
 
 def rehearse(drill: Drill, folder: Path, cluster: Cluster, *, timeout_s: float = 600.0) -> Result:
     """Launch a run, let the drill happen to it, wait for its end and look at every step."""
-    run = Rehearsal(folder, "--steps", str(drill.steps), "--every", str(drill.every), "--step-s", str(STEP_S))
-    cluster = cluster.model_copy(update={"restart": cluster.restart.model_copy(update=dict(drill.restart))})
+    options = {"--steps": drill.steps, "--every": drill.every, "--step-s": STEP_S, "--save-s": drill.save_s}
+    run = Rehearsal(folder, *(str(word) for pair in options.items() for word in pair))
+    cluster = cluster.model_copy(update={"restart": Restart(), **drill.profile})
     if drill.inject:
         run.inject(**drill.inject)
     run.launch(cluster)

@@ -12,7 +12,6 @@ A command exits with 0 (done), 1 (failed), 2 (refused its input) or 75 (stopped 
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import NoReturn
 
 from submitit.core.utils import DelayedSubmission
 
-from vjepa_launch import children, freeze, record, scheduler
+from vjepa_launch import children, freeze, record
 from vjepa_launch.children import Ended, Heard
 from vjepa_launch.place import (
     Place,
@@ -39,14 +38,6 @@ from vjepa_launch.settings import BadInput, Restart
 
 log = logging.getLogger(__name__)
 
-WAIT_TO_BE_KILLED_S = 3600.0
-"""After TERM the scheduler kills us when its grace is over (GraceTime or KillWait: seconds to minutes), and so decides
-between the end and a requeue. This bound only matters should it never do so."""
-
-
-LIMIT_SLACK_S = 60.0
-"""TERM that comes so long before the time limit, or later, may be that of the limit: clocks and starts differ."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -60,8 +51,6 @@ class Job:
     ranks: int
     """Ranks on this machine; on SLURM each has a supervisor of its own."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    limit_s: float = math.inf
-    """Time limit of the job."""
     restart: Restart = field(default_factory=Restart)
 
     def checkpoint(self) -> DelayedSubmission:
@@ -78,41 +67,17 @@ class Job:
 
     def _on_slurm(self, place: Place, heard: Heard) -> int:
         """One rank of a step. Only a finished run returns: a result file would tell submitit that the job is over."""
-        run, began = Path(self.run), time.monotonic()
+        run = Path(self.run)
         if place.rank == 0:
             begin(run, place)
         (ended,) = self._attempt(place, [place.rank], heard)
         outcome = judge([ended], heard)
-        if outcome == "cancelled" and ended.code == STOPPED:
-            self._wait_for_the_scheduler(place, began)
-        if outcome == "cancelled" and place.rank > 0 and children.excused(ended.code, heard):
-            _leave(DONE)  # it had not begun, or was tidying up; others know more
-        # One rank asks why: thousands at once would bring the scheduler down.
-        if outcome == "cancelled" and (place.rank > 0 or _ask_fate(place.job) in ("runs", "unknown")):
-            # SLURM tells all ranks to end when one has failed; that is no cancellation, and we are not to blame.
-            outcome, ended = "failed", dataclasses.replace(ended, echo=True)
-        if place.rank == 0 or outcome in ("failed", "bad_input"):
+        failed = outcome in ("failed", "bad_input")
+        if place.rank == 0 or failed:
             record.write_end(run, place.attempt, _end(ended, place, outcome))
         if outcome == "done":
             return DONE
-        _leave(exit_code(outcome) if outcome in ("failed", "bad_input") else DONE)
-
-    def _wait_for_the_scheduler(self, place: Place, began: float) -> NoReturn:
-        """After TERM, and a save: the scheduler ends the job or starts it again, and kills us meanwhile.
-
-        With one exception: when the time was over before the ranks had saved, it would end the job for good, and the
-        batch script is gone already. There is little time, so it is asked why only when that may be so.
-        """
-        log.info("rank %d has stopped and waits: the scheduler decides between the end and a requeue", place.rank)
-        if place.rank == 0:
-            late = time.monotonic() - began > self.limit_s - LIMIT_SLACK_S
-            out_of_time = late and _ask_fate(place.job) == "out of time"
-            decision = conclude(Path(self.run), place.attempt, "stopped" if out_of_time else "cancelled", self.restart)
-            if decision.requeue:
-                log.warning("the time limit came before the save was over; set notice_s higher")
-                scheduler.requeue(place.job, exclude=(), nodes=len(place.nodes))
-        time.sleep(WAIT_TO_BE_KILLED_S)
-        _leave(STOPPED)
+        _leave(exit_code(outcome) if failed else DONE)
 
     def _on_this_machine(self, place: Place, heard: Heard) -> int:
         """All ranks of a run, as many times as it takes."""
@@ -161,9 +126,7 @@ class Job:
                  place.attempt, list(ranks), place.world, place.node, address, port, " ".join(command))  # fmt: skip
         started = children.start(command, environments, logs)
         stall_s = self.restart.stall_min * 60
-        ended = children.wait(
-            started, heard, alive=run / "metrics.jsonl", stall_s=stall_s, pass_term_on=not place.slurm
-        )
+        ended = children.wait(started, heard, alive=run / "metrics.jsonl", stall_s=stall_s)
         if place.restart == 0:
             return ended
         # What was accepted at the first start is refused for a passing reason (a lock that lingers, a disk that is
@@ -233,14 +196,6 @@ def conclude(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexpl
         decision = dataclasses.replace(decision, exclude=record.nodes_to_exclude([*events, event], rule))
     record.append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
     return decision
-
-
-def _ask_fate(job: str) -> str:
-    try:
-        return scheduler.fate_of(job)
-    except scheduler.Unreachable as error:
-        log.warning("cannot ask why we are to end: %s", error)
-        return "unknown"
 
 
 def _owner(run: Path, job: str) -> str | None:

@@ -1,23 +1,16 @@
 """Where one process of a job stands: its rank, its node, and how to find rank 0."""
 
 import hashlib
-import logging
 import os
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
 
-log = logging.getLogger(__name__)
-
 FIRST_PORT, PORTS = 15000, 15000
 """Below 32768, where Linux takes the ports of outgoing connections from."""
-
-SCHEDULER_TIMEOUT_S = 30.0
-"""A busy slurmctld answers in seconds or not at all."""
 
 
 @dataclass(frozen=True)
@@ -80,28 +73,16 @@ def port_is_free(port: int) -> bool:
 
 
 def address_of(node: str) -> str:
-    """An address under which other nodes reach a node.
+    """An address under which other nodes reach the first node of a job.
 
-    Names of nodes need not resolve (SLURM has its own table), and the scheduler may hang; so ask the resolver, then
-    the scheduler for a while, and then take the address from which the step was started.
+    Names of nodes need not resolve: SLURM has its own table. The scheduler is not asked, which a thousand ranks would
+    do at once: the batch script runs on the first node, and srun tells its own address to every rank.
     """
     try:
         socket.getaddrinfo(node, None)
     except OSError:
-        pass
-    else:
-        return node
-    command = ["scontrol", "show", "node", "--oneliner", node]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=SCHEDULER_TIMEOUT_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("the scheduler does not tell the address of %s (%s); trying the launching node's", node, error)
-        shown = ""
-    for word in shown.split():
-        name, _, value = word.partition("=")
-        if name == "NodeAddr" and value:
-            return value
-    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or node
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", node)
+    return node
 
 
 def common_environment(run: Path) -> dict[str, str]:

@@ -15,7 +15,14 @@ from typing import Literal
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
+FATE_TIMEOUT_S = 10.0
+"""Who asks for the fate of a job may have as little as KillWait (30 s by default) to act on it."""
 TRIES = 5
+
+
+Fate = Literal["runs", "preempted", "requeued", "out of time", "ends", "unknown"]
+"""What is to become of a job: it goes on; its nodes are wanted; they were taken and the job starts again; it ends, and
+why; or the scheduler does not say."""
 
 
 class Unreachable(RuntimeError):
@@ -66,25 +73,33 @@ def state_of(job: str) -> State | None:
     return states().get(job)
 
 
-def show_job(job: str) -> dict[str, str]:
+def show_job(job: str, *, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
     """What the scheduler remembers of a job: `JobState`, `Reason`, `ExcNodeList`, ..."""
-    pairs = (word.partition("=") for word in ask("scontrol", "show", "job", "--oneliner", job).split())
+    pairs = (
+        word.partition("=") for word in ask("scontrol", "show", "job", "--oneliner", job, timeout_s=timeout_s).split()
+    )
     return {name: value for name, _, value in pairs}
 
 
-def fate_of(job: str) -> Literal["runs", "preempted", "out of time", "ends"]:
-    """What the scheduler means to do with a job: let it go on, take its nodes, or end it, and why.
+def fate_of(job: str, *, restart: int) -> Fate:
+    """What is to become of a job.
+
+    Args:
+        job: its id.
+        restart: how often it had been requeued when it started.
 
     Raises:
-        Unreachable: it does not say.
+        Unreachable: the scheduler does not say.
     """
-    shown = show_job(job)
+    shown = show_job(job, timeout_s=FATE_TIMEOUT_S)
     if shown.get("JobState") != "RUNNING":
+        if int(shown.get("Restarts", 0)) > restart:
+            return "requeued"
         return "out of time" if shown.get("Reason") == "TimeLimit" else "ends"
     return "runs" if shown.get("PreemptTime", "None") == "None" else "preempted"
 
 
-def requeue(job: str, *, exclude: Sequence[str], nodes: int) -> bool:
+def requeue(job: str, *, exclude: Sequence[str] = (), nodes: int = 1) -> bool:
     """Requeue a job, away from some nodes if enough others remain.
 
     Returns:

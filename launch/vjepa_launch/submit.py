@@ -32,6 +32,15 @@ from vjepa_launch.settings import BadInput, Cluster
 NO_LIMIT_MIN = 60 * 24 * 365 * 10
 
 
+SHIELD = (
+    "# TERM is for the ranks. This script lives on to decide, and srun, which would kill the ranks at once, must not",
+    "# hear it, as it would under ProctrackType=linuxproc; so it becomes nobody's child.",
+    "trap : TERM",
+    """srun() { { code=$( ( { command srun "$@" >&3; echo $?; } & ) ); } 3>&1; return "${code:-137}"; }""",
+)
+"""Lines of the batch script before the call of srun."""
+
+
 @dataclass(frozen=True)
 class Launched:
     """A job that was submitted."""
@@ -196,7 +205,6 @@ def make_job(run: Path, cluster: Cluster, command: Sequence[str], *, code: Path)
         code=str(code),
         ranks=cluster.ranks_per_node,
         environment=environment,
-        limit_s=cluster.hours * 3600,
         restart=cluster.restart,
     )
 
@@ -226,9 +234,9 @@ def _parameters(run: Path, cluster: Cluster, name: str) -> dict[str, Any]:
         "exclude": ",".join(cluster.exclude) or None,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [*cluster.setup, *(f'export {key}="{value}"' for key, value in paths.items())],
-        # The last word on a job: requeue it, or say why not.
-        "teardown": ["code=$?", f'{shlex.join(after)} "$code"', "exit $?"],
+        "setup": [*cluster.setup, *(f'export {key}="{value}"' for key, value in paths.items()), *SHIELD],
+        # The last word on a job: requeue it, or say why not. It is not cut short by a requeue, which sends TERM.
+        "teardown": ["code=$?", "trap '' TERM", f'{shlex.join(after)} "$code"', "exit $?"],
         "additional_parameters": {"requeue": True, **cluster.sbatch},
     }
     return {key: value for key, value in asked.items() if value is not None}

@@ -8,6 +8,8 @@ daemons are stopped by the numbers that they recorded there. Two partitions shar
 """
 
 import argparse
+import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -19,12 +21,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+FREEZER = Path("/sys/fs/cgroup/freezer")
+"""All that SLURM needs of cgroups to know the processes of a job."""
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 
 # Why each line is there:
 # - NoCtldInAddrAny, NoInAddrAny: listen on 127.0.0.1 in place of all interfaces.
-# - linuxproc, task/none, jobacct_gather/none, accounting_storage/none: no cgroups, no systemd, no database. So sacct
-#   does not work, as on many real clusters.
+# - task/none, jobacct_gather/none, accounting_storage/none: no systemd, no database. So sacct does not work, as on many
+#   real clusters.
+# - ProctrackType decides who hears a signal: under cgroup, which nearly all clusters use, only the batch script and the
+#   tasks themselves; under linuxproc all that they started, too.
 # - config_overrides: believe the number of CPUs below, whatever the machine has.
 # - cred_expire: a requeued job does not start before its old credential has expired (120 s by default).
 # - KillWait: what remains after TERM at a cancellation; GraceTime: the same at a preemption.
@@ -48,7 +55,7 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd.%n.log
 SlurmctldDebug=info
 SlurmdDebug=info
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
@@ -66,26 +73,36 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {preempt_signal}
-KillWait=20
+KillWait=60
 ReturnToService=2
 SlurmdTimeout={node_timeout}
 SlurmctldTimeout=30
 InactiveLimit=0
 MinJobAge=600
-MessageTimeout=10
+MessageTimeout=30
 """
 
 
-def missing() -> str:
+def missing(proctrack: str = "linuxproc") -> str:
     """Why there can be no SLURM here; empty when there can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"{', '.join(absent)} not installed (apt-get install --no-install-recommends slurm-wlm munge)"
-    return "" if os.geteuid() == 0 else "needs root"
+    if os.geteuid() != 0:
+        return "needs root"
+    if proctrack == "cgroup" and not os.access(FREEZER, os.W_OK):
+        return f"{FREEZER} cannot be written to, and proctrack/cgroup needs it"
+    return ""
+
+
+def node_names(folder: Path, nodes: int, proctrack: str) -> list[str]:
+    """n1, n2, ...; but control groups are named after nodes, and another cluster on this machine has an n1 too."""
+    prefix = hashlib.sha256(str(folder).encode()).hexdigest()[:6] if proctrack == "cgroup" else ""
+    return [f"{prefix}n{number}" for number in range(1, nodes + 1)]
 
 
 def write_files(
-    folder: Path, *, nodes: int, cpus: int, preempt_signal: bool, node_timeout_s: int, grace_s: int
+    folder: Path, *, nodes: int, cpus: int, preempt_signal: bool, node_timeout_s: int, grace_s: int, proctrack: str
 ) -> None:
     """All files that the daemons read."""
     for name in ("munge", "state", "spool", "log", "run"):
@@ -105,15 +122,16 @@ def write_files(
             folder=folder,
             preempt_signal="SlurmctldParameters=preempt_send_user_signal" if preempt_signal else "",
             node_timeout=node_timeout_s,
+            proctrack=proctrack,
         ).strip()
     ]
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    for number, port in enumerate(ports[1:], start=1):
+    for weight, (name, port) in enumerate(zip(node_names(folder, nodes, proctrack), ports[1:], strict=True), start=1):
         lines.append(
-            f"NodeName=n{number} NodeHostname=n{number} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-            f"RealMemory={memory_mib} Weight={number} State=UNKNOWN"
+            f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
+            f"RealMemory={memory_mib} Weight={weight} State=UNKNOWN"
         )
-        (folder / "spool" / f"n{number}").mkdir(exist_ok=True)
+        (folder / "spool" / name).mkdir(exist_ok=True)
     shared = "Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO"
     lines.append(f"PartitionName=low {shared} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s}")
     lines.append(f"PartitionName=high {shared} Default=NO PriorityTier=10 PreemptMode=OFF")
@@ -123,14 +141,14 @@ def write_files(
 
 
 def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = True, node_timeout_s: int = 15,
-       grace_s: int = 20) -> None:  # fmt: skip
+       grace_s: int = 60, proctrack: str = "linuxproc") -> None:  # fmt: skip
     """Start the daemons and wait until all nodes are idle."""
-    if missing():
-        sys.exit(f"no SLURM here: {missing()}")
+    if missing(proctrack):
+        sys.exit(f"no SLURM here: {missing(proctrack)}")
     folder = folder.resolve()
     assert not set(str(folder)) & set(" ,"), "slurm.conf cannot quote"
     write_files(folder, nodes=nodes, cpus=cpus, preempt_signal=preempt_signal, node_timeout_s=node_timeout_s,
-                grace_s=grace_s)  # fmt: skip
+                grace_s=grace_s, proctrack=proctrack)  # fmt: skip
     munge, conf = folder / "munge", folder / "slurm.conf"
     environment = {**os.environ, "SLURM_CONF": str(conf)}
     if not _alive(folder / "run" / "munged.pid"):
@@ -141,8 +159,8 @@ def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = Tr
         _wait_for(lambda: (munge / "socket").exists(), "munged", folder)
     if not _alive(folder / "run" / "slurmctld.pid"):
         _run("slurmctld", "-f", str(conf), environment=environment)
-    for number in range(1, nodes + 1):
-        start_node(folder, f"n{number}")
+    for name in node_names(folder, nodes, proctrack):
+        start_node(folder, name)
 
     def ready() -> bool:
         command = ["sinfo", "--noheader", "--Node", "--partition=low", "--states=idle", "--format=%N"]
@@ -187,6 +205,10 @@ def down(folder: Path) -> None:
             time.sleep(0.1)
         else:
             os.kill(pid, signal.SIGKILL)
+    for group in [FREEZER / f"slurm_{path.name}" for path in (folder / "spool").iterdir()]:
+        for path in [*sorted(group.rglob("*/"), reverse=True), group]:
+            with contextlib.suppress(OSError):  # a process that outlived its node
+                path.rmdir()
 
 
 def _alive(pid_file: Path) -> bool:
@@ -235,9 +257,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node pretends to have")
+    parser.add_argument("--proctrack", choices=["cgroup", "linuxproc"], default="linuxproc", help="ProctrackType")
     options = parser.parse_args()
     if options.action == "up":
-        up(options.folder, nodes=options.nodes, cpus=options.cpus)
+        up(options.folder, nodes=options.nodes, cpus=options.cpus, proctrack=options.proctrack)
         print(f"export SLURM_CONF={options.folder.resolve()}/slurm.conf")
     else:
         down(options.folder)

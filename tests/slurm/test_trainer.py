@@ -1,0 +1,91 @@
+"""The real trainer on a real SLURM: whatever happens to its processes, not a number changes."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vjepa.config import Run
+from vjepa_data.settings_files import dump_settings
+from vjepa_launch import scheduler, submit
+from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.settings import Cluster
+
+pytestmark = pytest.mark.xdist_group("slurm")
+
+PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=1, cpus_per_task=2, hours=1, notice_s=60)
+STEPS = 300
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
+    loud_slurm: Any, tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = tiny_run(
+        steps=STEPS,
+        checkpoint={"every_steps": 10_000},
+        track={"wandb": "offline", "every_steps": 1},
+        loader={"workers": 1, "start_method": "fork"},
+    )
+    whole, disturbed = (launch(run, tmp_path / name) for name in ("whole", "disturbed"))
+    after_steps(disturbed, 10)
+    disturbed.ask_to_return()
+    after_steps(disturbed, 10, attempt=2)
+    os.kill(loader_worker(disturbed.folder, rank=1), signal.SIGKILL)
+    after_steps(disturbed, 30, attempt=2)
+    assert scheduler.requeue(disturbed.job)  # all processes hear TERM, loader workers too
+    assert disturbed.wait(600)["outcome"] == "done", disturbed.log()
+    assert whole.wait(600)["outcome"] == "done", whole.log()
+
+    assert disturbed.outcomes() == ["stopped", "stopped", "done"], disturbed.log()
+    assert whole.outcomes() == ["done"]
+    # What one attempt saved last is where the next one began: no step was lost, and none made again.
+    assert [end["checkpoint"] for end in disturbed.events("end")][:-1] == [
+        start["checkpoint"] for start in disturbed.events("start")
+    ][1:]
+    assert numbers(disturbed) == numbers(whole)
+    assert [row["step"] for row in disturbed.metrics()] == list(range(1, STEPS + 1))
+    assert "is killed by signal: Killed. : starting the workers again" in disturbed.log()
+    recorded = list(disturbed.folder.glob("wandb/offline-run-*"))
+    assert len(recorded) == 3
+    assert {folder.name.split("-")[3] for folder in recorded} == {(disturbed.folder / "wandb" / "id").read_text()}
+
+
+def launch(run: Run, folder: Path) -> Rehearsal:
+    command = submit.train_command(folder)
+    submit.launch(folder, PROFILE, command, config=dump_settings(run), name=folder.name)
+    return Rehearsal.of(folder)
+
+
+def after_steps(run: Rehearsal, steps: int, *, attempt: int = 1) -> None:
+    """Wait until the attempt has made so many steps."""
+    run.wait_for(lambda: len(run.events("start")) == attempt, 300)
+    first = run.events("start")[-1]["checkpoint"] or 0
+    run.wait_for(lambda: run.step() >= first + steps, 300)
+
+
+def numbers(run: Rehearsal) -> list[dict[str, float]]:
+    """All that was recorded of every step, but for times and speeds."""
+    return [
+        {name: value for name, value in row.items() if name.startswith(("step", "loss/", "optim/", "masks/"))}
+        for row in run.metrics()
+    ]
+
+
+def loader_worker(folder: Path, *, rank: int) -> int:
+    """A loader worker of a rank: its fork, which has its command."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes().split(b"\0")
+            children = (process / "task" / process.name / "children").read_text().split()
+            if f"{folder}/config.yaml".encode() in command and f"RANK={rank}".encode() in environment:
+                for child in children:
+                    if Path(f"/proc/{child}/cmdline").read_bytes() == command and b"submitit" not in command:
+                        return int(child)
+        except OSError:
+            continue
+    raise AssertionError(f"no loader worker of rank {rank}")
