@@ -139,11 +139,11 @@ def whole_view(frames: UInt8[np.ndarray, "T H W C"], px: int) -> UInt8[Tensor, "
 
 
 def centre_view(frames: UInt8[Tensor, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:
-    """Short side to px * 256 / 224, then the centre: what V-JEPA 2's image processor and Hugging Face's do."""
+    """Short side to px * 256 / 224, then the centre: what Hugging Face's video processor does, byte for byte."""
     height, width = frames.shape[1:3]
     short = int(px * 256 / 224)
     scale = short / min(height, width)
     size = (short, int(width * scale)) if height <= width else (int(height * scale), short)
     pictures = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
-    top, left = round((size[0] - px) / 2), round((size[1] - px) / 2)
+    top, left = (size[0] - px) // 2, (size[1] - px) // 2
     return pictures[:, :, top : top + px, left : left + px].permute(0, 2, 3, 1)
