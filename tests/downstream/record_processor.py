@@ -22,7 +22,7 @@ def draw_clip(height: int, width: int) -> np.ndarray:
 def record(folder: Path) -> None:
     """Write `processor.npz` beside this file: the processor's settings, and the bytes that it makes of each clip."""
     import torch
-    import torchvision
+    import torchvision  # pyright: ignore[reportMissingImports]
     import transformers
 
     processor = transformers.AutoVideoProcessor.from_pretrained(folder)

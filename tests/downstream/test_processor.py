@@ -45,10 +45,10 @@ def test_our_normalisation_is_that_of_the_settings() -> None:
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_the_record_is_of_the_version_installed(tmp_path: Path) -> None:
-    import transformers
+    from transformers import AutoVideoProcessor
 
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(hf_processor(32)))
-    processor = transformers.VJEPA2VideoProcessor.from_pretrained(tmp_path)
+    processor = AutoVideoProcessor.from_pretrained(tmp_path)
     pixels = torch.from_numpy(draw_clip(*SIZES["tall"]))
     theirs = processor(pixels.permute(0, 3, 1, 2), return_tensors="pt")["pixel_values_videos"]
     assert (theirs - normalise(centre_view(pixels, 32)[None]).transpose(1, 2)).abs().max() < 0.02
