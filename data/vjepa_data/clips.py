@@ -50,14 +50,15 @@ def offsets(*, frames: int, fps: float, file_fps: float) -> np.ndarray:
 
 
 def can_serve(
-    file_frames: np.ndarray, file_fps: np.ndarray, *, frames: int, fps: float, hold: bool = False
+    file_frames: np.ndarray, file_fps: np.ndarray, *, frames: int, fps: float | np.ndarray, hold: bool = False
 ) -> np.ndarray:
     """Say which videos are long enough and fast enough for a clip.
 
     Args:
         file_frames: frames of each video, int [N].
         file_fps: rate of each video, float [N].
-        frames, fps: the clip asked for.
+        frames: of the clip asked for.
+        fps: its frames per second of video time, one for all or float [N].
         hold: short videos serve too, see `choose`.
 
     Returns:
@@ -92,22 +93,37 @@ def choose(
     return Look(tuple(int(i) for i in np.minimum(first + ahead, file_frames - 1)), first / file_fps if first else 0.0)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a clip goes: so many frames a second of video time, or every so many frames of the file."""
+
+    fps: float | None = None
+    frame_step: int | None = None
+
+    def rate(self, file_fps: np.ndarray) -> np.ndarray:
+        """Give the frames per second of video time that this is in files of some rates, float [N]."""
+        return np.full(len(file_fps), self.fps) if self.frame_step is None else file_fps / self.frame_step
+
+    def __str__(self) -> str:
+        return f"at {self.fps:g} fps" if self.frame_step is None else f"{self.frame_step} frames apart"
+
+
 class Offer:
     """The samples of one source that can serve its clips: what the plan draws from."""
 
     def __init__(
-        self, index: "Index", *, frames: int, fps: float, hold: bool = False, without: Iterable[str] = ()
+        self, index: "Index", *, frames: int, pace: Pace, hold: bool = False, without: Iterable[str] = ()
     ) -> None:
         """Args:
         index: the corpus.
-        frames, fps: the clips asked for.
+        frames, pace: the clips asked for.
         hold: short videos serve too.
         without: keys never to draw.
 
         Raises:
             BadInput: no sample can serve them.
         """
-        self.index, self.frames, self.fps, self.hold = index, frames, fps, hold
+        self.index, self.frames, self.pace, self.hold = index, frames, pace, hold
         unwanted = sorted(without)
         self._denied = index.find(unwanted)
         good = self._serves(slice(None))
@@ -119,15 +135,16 @@ class Offer:
         if not good.any():
             longest_s = float(np.max(index.frames / np.maximum(index.fps, 1e-9), initial=0, where=index.frames > 1))
             fastest = float(np.max(index.fps, initial=0))
+            lasting = f", which last {(frames - 1) / pace.fps:.2f} s" if pace.fps else ""
             raise BadInput(
-                f"none of the {len(index)} {index.split} samples of {index.place} can serve {frames} frames at "
-                f"{fps:g} fps, which last {(frames - 1) / fps:.2f} s; the longest has {longest_s:.2f} s, the fastest "
-                f"{fastest:g} fps; lower data.clip.frames, choose another data.clip.fps, or set data.clip.short=hold"
+                f"none of the {len(index)} {index.split} samples of {index.place} can serve {frames} frames {pace}"
+                f"{lasting}; the longest has {longest_s:.2f} s, the fastest {fastest:g} fps; ask for "
+                "fewer frames or another rate (data.clip, data.sources[]), or set data.clip.short=hold"
             )
         sums = np.concatenate([[0], np.cumsum(good)])
         self.counts = np.diff(sums[index.first])
         denied = hashlib.sha256("\n".join(unwanted).encode()).hexdigest()[:16] if unwanted else "all"
-        self.name = f"{index.hash}/{index.split}/{frames}@{fps:g}{'+' if hold else ''}/{denied}"
+        self.name = f"{index.hash}/{index.split}/{frames} {pace}{'+' if hold else ''}/{denied}"
 
     def members(self, shard: int) -> np.ndarray:
         """Give the ids of the samples that a shard offers."""
@@ -139,7 +156,9 @@ class Offer:
 
     def _serves(self, rows: slice) -> np.ndarray:
         index = self.index
-        return can_serve(index.frames[rows], index.fps[rows], frames=self.frames, fps=self.fps, hold=self.hold)
+        file_fps = index.fps[rows]
+        fps = self.pace.rate(file_fps)
+        return can_serve(index.frames[rows], file_fps, frames=self.frames, fps=fps, hold=self.hold)
 
 
 def read_keys(path: Path) -> set[str]:

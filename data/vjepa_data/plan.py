@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from vjepa_data.settings import BadInput
 LONGEST_PERIOD = 1 << 16  # positions of the mixture's schedule; finer weights are rounded to 1/65536
 
 
+@runtime_checkable
 class Population(Protocol):
     """What the plan needs to know of a source: how many samples each shard offers, and which."""
 
@@ -262,7 +263,7 @@ class Plan:
         batch_size: int,
         lanes: int | None = None,
         window_shards: int = 4,
-        clips_per_video: int = 1,
+        clips_per_video: int | Sequence[int] = 1,
     ) -> None:
         """Args:
         populations: the sources.
@@ -271,7 +272,8 @@ class Plan:
         batch_size: slots of a step over all ranks.
         lanes: cursors through an epoch; by default as many as the batch allows.
         window_shards: shards among which samples are shuffled.
-        clips_per_video: clips that a lane takes from a video, one after another, before it goes on.
+        clips_per_video: clips that a lane takes from a video, one after another, before it goes on; one number, or
+            one for each source.
 
         Raises:
             BadInput: a source offers nothing, or the lanes do not divide the batch.
@@ -279,14 +281,15 @@ class Plan:
         for p in populations:
             if int(np.sum(p.counts)) == 0:
                 raise BadInput(f"source {p.name} offers no samples; check its folder, its split and the clip's length")
+        counts = [clips_per_video] * len(populations) if isinstance(clips_per_video, int) else list(clips_per_video)
         if lanes is None:
-            lanes = batch_size // clips_per_video if batch_size % clips_per_video == 0 else batch_size
+            lanes = batch_size // max(counts) if batch_size % max(counts) == 0 else batch_size
         if batch_size % lanes:
             near = max(n for n in range(1, min(lanes, batch_size) + 1) if batch_size % n == 0)
             raise BadInput(f"lanes ({lanes}) must divide batch_size ({batch_size}); try lanes={near}")
         self.populations, self.seed = list(populations), seed
         self.batch_size, self.lanes, self.slots_per_lane = batch_size, lanes, batch_size // lanes
-        self.window_shards, self.clips_per_video = window_shards, clips_per_video
+        self.window_shards, self.clips_per_video = window_shards, counts
         self.mixture = Mixture(weights)
         self._places = [reverse_digits(lane, lanes) for lane in range(lanes)]
         self.orders = [
@@ -324,7 +327,7 @@ class Plan:
         position = start + step * self.slots_per_lane + j
         source = self.mixture.source(position)
         cursor = self.mixture.count(source, position) - self.mixture.count(source, start)
-        cursor, view = divmod(cursor, self.clips_per_video)
+        cursor, view = divmod(cursor, self.clips_per_video[source])
         order = self.orders[source]
         epoch, at = cut(order.samples, self.lanes, place, cursor)
         return Draw(source, self._sample(source, *order.at(epoch, at)), epoch, at, view)
@@ -367,18 +370,6 @@ class Plan:
 
     def __reduce__(self) -> tuple:
         """Travel to another process as settings and populations; caches stay at home."""
-        settings = (self.seed, self.batch_size, self.lanes, self.window_shards, self.clips_per_video)
-        return _make, (self.populations, self.mixture.parts, *settings)
-
-
-def _make(populations: list[Population], parts: list[int], *settings: int) -> Plan:
-    seed, batch_size, lanes, window_shards, clips_per_video = settings
-    return Plan(
-        populations,
-        parts,
-        seed=seed,
-        batch_size=batch_size,
-        lanes=lanes,
-        window_shards=window_shards,
-        clips_per_video=clips_per_video,
-    )
+        settings = {"seed": self.seed, "batch_size": self.batch_size, "lanes": self.lanes}
+        settings |= {"window_shards": self.window_shards, "clips_per_video": self.clips_per_video}
+        return functools.partial(Plan, self.populations, self.mixture.parts, **settings), ()

@@ -15,18 +15,12 @@ with its worker. What it prints goes to a file of bounded size. Measured cost of
 """
 
 import contextlib
-import ctypes
-import importlib
-import json
 import logging
 import mmap
 import os
 import re
-import resource
 import select
-import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -38,19 +32,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vjepa_data.decode import Expect, decode
+from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
+from vjepa_data.serve import ADDRESS_SPACE_BYTES, read, write
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
 RECYCLE_CLIPS = 5000  # decord leaks up to 160 kB for each file it cannot open
 RECYCLE_RSS_BYTES = 1_500_000_000
-ADDRESS_SPACE_BYTES = 8 << 30  # a file that declares absurd sizes ends the servant, not the machine
-PRINTED_BYTES = 1 << 20  # decord prints whole files to stderr when it cannot open them
 START_TIMEOUT_S = 180
-PR_SET_PDEATHSIG = 1
-MODULES = {"pyav": "av"}
 
 
 class Servant:
@@ -157,7 +148,7 @@ class Servant:
         path = os.pathsep.join(p for p in (room, os.environ.get("PYTHONPATH", "")) if p)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from vjepa_data.servant import serve; serve(*{facts})"],
+            [sys.executable, "-P", "-c", f"from vjepa_data.serve import serve; serve(*{facts})"],
             stdin=subprocess.DEVNULL,
             stdout=self._printed,
             stderr=self._printed,
@@ -192,7 +183,7 @@ class Servant:
         with contextlib.suppress(
             BrokenPipeError, ConnectionResetError
         ):  # it died; finish() sees that and starts another
-            _write(self._socket, text)
+            write(self._socket, text)
 
     def _receive(self) -> tuple[dict | None, str]:
         """Wait for an answer; give it, or None and what went wrong."""
@@ -202,7 +193,7 @@ class Servant:
         if not self._answers_within(left_ms) and not self._waits_for_a_core():
             return None, "timeout"
         try:
-            return _read(self._socket), ""
+            return read(self._socket), ""
         except (EOFError, ConnectionResetError):
             return None, "crash"
 
@@ -215,7 +206,7 @@ class Servant:
         try:
             if not self._answers_within(START_TIMEOUT_S * 1000):
                 raise EOFError
-            _read(self._socket)
+            read(self._socket)
         except (EOFError, ConnectionResetError):
             self._process.kill()
             self._printed.seek(0)
@@ -270,66 +261,6 @@ class _Memory:
         return np.frombuffer(self.map, dtype=np.uint8, count=int(np.prod(shape))).reshape(shape)
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies; end at once if it has died already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def ignore_stop_signals() -> None:
-    """Leave it to the training process to answer the signals that a terminal or a scheduler sends to all of a job."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def serve(decoder: str, channel: int, parent: int, address_space: int, *memory: int) -> None:
-    """Answer requests until the worker hangs up: the main function of the servant's process."""
-    die_with_parent(parent)
-    ignore_stop_signals()
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (PRINTED_BYTES, PRINTED_BYTES))
-    if address_space:
-        resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    connection = socket.socket(fileno=channel)
-    maps: dict[int, mmap.mmap] = {}
-    with contextlib.suppress(ImportError):  # the first request tells
-        importlib.import_module(MODULES.get(decoder, decoder))
-    _write(connection, {"ready": True})
-    while True:
-        try:
-            request = _read(connection)
-        except (EOFError, ConnectionResetError):
-            return
-        number, size = request["memory"], request["size"]
-        if number not in maps or len(maps[number]) != size:
-            maps[number] = mmap.mmap(memory[number], size)
-        _write(connection, {**_answer(request, maps[number]), "rss": _rss_bytes()})
-
-
-def _answer(request: dict, memory: mmap.mmap) -> dict:
-    video = memory[: request["video"]]
-    expect = Expect(*request["expect"])
-    given_up = None
-    for backend in (request["backend"], request["fallback"]):
-        if backend is None:
-            continue
-        try:
-            frames = decode(video, request["frames"], backend=backend, expect=expect)
-        except Unreadable as e:
-            given_up = given_up or e
-            continue
-        except MemoryError:
-            return {"reason": "memory", "detail": f"{backend} wants more than {ADDRESS_SPACE_BYTES >> 30} GiB"}
-        except ImportError as e:
-            return {"fatal": str(e)}
-        np.frombuffer(memory, dtype=np.uint8, count=frames.size).reshape(frames.shape)[:] = frames
-        return {"fallback": given_up.detail if given_up else None}
-    assert given_up is not None
-    return {"reason": given_up.reason, "detail": given_up.detail}
-
-
 def _state_and_cpu_s(pid: int) -> tuple[str, float]:
     """Say whether a process runs ("R"), sleeps ("S"), ..., and how many seconds of CPU time it has used."""
     try:
@@ -338,31 +269,6 @@ def _state_and_cpu_s(pid: int) -> tuple[str, float]:
     except (FileNotFoundError, ProcessLookupError):
         return "X", 0.0
     return facts[0], (int(facts[11]) + int(facts[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _rss_bytes() -> int:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * resource.getpagesize()
-
-
-def _write(channel: socket.socket, message: dict) -> None:
-    text = json.dumps(message).encode()
-    channel.sendall(struct.pack("<I", len(text)) + text)
-
-
-def _read(channel: socket.socket) -> dict:
-    (length,) = struct.unpack("<I", _read_exactly(channel, 4))
-    return json.loads(_read_exactly(channel, length))
-
-
-def _read_exactly(channel: socket.socket, size: int) -> bytes:
-    parts = b""
-    while len(parts) < size:
-        part = channel.recv(size - len(parts))
-        if not part:
-            raise EOFError("the other side hung up")
-        parts += part
-    return parts
 
 
 def _one_line(text: str) -> str:

@@ -35,8 +35,33 @@ class Source(Settings):
     fps: float | None = Field(default=None, gt=0)
     """Frames per second of video time from this source; by default those of `clip`."""
 
+    frame_step: int | None = Field(default=None, ge=1)
+    """In place of `fps`: every so many frames of the file, whatever its rate."""
+
+    duration_s: float | None = Field(default=None, gt=0)
+    """In place of `fps`: so many seconds of video time, over which the frames are spread evenly."""
+
+    per_video: int | None = Field(default=None, ge=1)
+    """Clips taken from a video of this source when its turn comes; by default those of `clip`."""
+
+    corpus: str | None = None
+    """Hash of the corpus that must lie there, as its manifest says; any by default. `vjepa merge` writes it."""
+
+    licence: str = ""
+    """Licence of the videos, for the record."""
+
+    origin: str = ""
+    """Where the videos come from, for the record."""
+
     without: str | None = None
     """File of keys never to draw, one a line; a `rejected.jsonl` of an earlier run will do. Changes the stream."""
+
+    @model_validator(mode="after")
+    def _one_pace(self) -> "Source":
+        given = [name for name in ("fps", "frame_step", "duration_s") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say how fast a clip goes; keep one of them")
+        return self
 
 
 class Clip(Settings):

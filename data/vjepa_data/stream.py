@@ -8,6 +8,7 @@
 Worker `w` of `n` makes the steps `step + w`, `step + w + n`, ..., so that the worker count changes nothing.
 """
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from vjepa_data import clips, crops
 from vjepa_data.batch import Batch, Clips, Reject
 from vjepa_data.cache import Cache
-from vjepa_data.clips import Offer, read_keys
+from vjepa_data.clips import Offer, Pace, read_keys
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
 from vjepa_data.index import Index
 from vjepa_data.plan import Draw, Plan
 from vjepa_data.servant import Servant
-from vjepa_data.settings import BadInput, Crop, Data, Loader
+from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 from vjepa_data.watch import TooManyRejects
 
 log = logging.getLogger(__name__)
@@ -54,19 +55,19 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
     cache = Cache(loader.cache, loader.cache_gib) if loader and loader.cache else None
     offers = []
     for source in data.sources:
-        index = Index(source.shards, source.split, cache)
+        index = Index(source.shards, source.split, cache, corpus=source.corpus)
         offer = Offer(
             index,
             frames=source.frames or data.clip.frames,
-            fps=source.fps or data.clip.fps,
+            pace=_pace(source, data.clip),
             hold=data.clip.short == "hold",
             without=read_keys(Path(source.without)) if source.without else (),
         )
         offers.append(offer)
         if offer.left_out:
-            counts = (offer.left_out, len(index), offer.too_short, offer.frames, offer.fps)
+            counts = (offer.left_out, len(index), offer.too_short, offer.frames, offer.pace)
             log.warning(
-                "%s: %d of %d samples are left out, %d because they are too short or too slow for %d frames at %g fps",
+                "%s: %d of %d samples are left out, %d because they are too short or too slow for %d frames %s",
                 source.shards,
                 *counts,
             )
@@ -77,8 +78,16 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
         batch_size=batch_size,
         lanes=data.lanes,
         window_shards=data.window_shards,
-        clips_per_video=data.clip.per_video,
+        clips_per_video=[source.per_video or data.clip.per_video for source in data.sources],
     )
+
+
+def _pace(source: Source, clip: Clip) -> Pace:
+    if source.frame_step:
+        return Pace(frame_step=source.frame_step)
+    if source.duration_s:
+        return Pace(fps=(source.frames or clip.frames) / source.duration_s)
+    return Pace(fps=source.fps or clip.fps)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,8 @@ def choose(plan: Plan, crop: Crop, draw: Draw, *, step: int, slot: int) -> Choic
     offer, index, i = _offer(plan, draw), index_of(plan, draw), draw.sample
     where = {"seed": plan.seed, "step": step, "slot": slot, "attempt": draw.attempt}
     length = {"file_frames": int(index.frames[i]), "file_fps": float(index.fps[i])}
-    look = clips.choose(**length, frames=offer.frames, fps=offer.fps, **where)
+    fps = float(offer.pace.rate(index.fps[i : i + 1])[0])
+    look = clips.choose(**length, frames=offer.frames, fps=fps, **where)
     return Choice(look, crops.choose(crop, height=int(index.height[i]), width=int(index.width[i]), **where))
 
 
@@ -149,7 +159,8 @@ class Samples(IterableDataset):
 class Decode:
     """Second stage: samples become clips of uint8 frames; what cannot be decoded is replaced by another draw.
 
-    While the servant decodes a sample, this process crops the one before and reads the one after.
+    While the servant decodes a video, this process crops the one before and reads the one after. Several clips of a
+    video are decoded together, so that it is opened once and no frame is decoded twice.
     """
 
     def __init__(self, samples: Samples, *, crop: Crop, loader: Loader, max_in_a_row: int, board: Tensor) -> None:
@@ -164,43 +175,55 @@ class Decode:
         servant = Servant(self.loader.decoder, timeout_s=self.loader.decode_timeout_s)
         try:
             before = None
-            for sample in samples:
-                done = self._finish(servant, before) if before else None
-                before = self._begin(servant, sample)
-                if done:
-                    yield self._crop(done)
+            for _, of_video in itertools.groupby(samples, key=_video):
+                clips = list(of_video)
+                done = self._finish(servant, *before) if before else []
+                before = clips, self._begin(servant, clips)
+                for sample in done:
+                    yield self._crop(sample)
         finally:
             servant.close()
 
-    def _begin(self, servant: Servant, sample: dict) -> dict:
-        """Give a sample to the servant, unless it is known to be bad."""
-        draw: Draw = sample["__draw__"]
-        step, slot, index = sample["__step__"], sample["__slot__"], index_of(self.samples.plan, draw)
-        self._note(f"step {step} slot {slot} key {sample['__key__']} in {sample['__url__']}")
+    def _begin(self, servant: Servant, clips: list[dict]) -> Unreadable | None:
+        """Give the clips of a video to the servant; say what is wrong with it if that is known without."""
+        first = clips[0]
+        draw: Draw = first["__draw__"]
+        step, slot, index = first["__step__"], first["__slot__"], index_of(self.samples.plan, draw)
+        self._note(f"step {step} slot {slot} key {first['__key__']} in {first['__url__']}")
         if (draw.source, draw.sample) in self.known:
-            sample["__error__"] = Unreadable("known", "rejected before")
-        if "__error__" in sample:
-            return sample
-        choice = choose(self.samples.plan, self.crop, draw, step=step, slot=slot)
+            return Unreadable("known", "rejected before")
+        if "__error__" in first:
+            return first["__error__"]
+        for clip in clips:
+            where = {"step": step, "slot": clip["__slot__"]}
+            clip["choice"] = choose(self.samples.plan, self.crop, clip["__draw__"], **where)
+        frames = sorted(set().union(*(clip["choice"].look.frames for clip in clips)))
         expect = Expect(*(int(column[draw.sample]) for column in (index.frames, index.width, index.height)))
         suffix = index.suffix(draw.sample)
-        servant.begin(sample[suffix], choice.look.frames, expect, suffix=suffix)
-        return {**sample, "choice": choice}
+        servant.begin(first[suffix], frames, expect, suffix=suffix)
+        for clip in clips:
+            clip["rows"] = np.searchsorted(frames, clip["choice"].look.frames)
+        return None
 
-    def _finish(self, servant: Servant, sample: dict) -> dict:
-        """Wait for the frames of a sample, or of the first replacement of it that can be decoded.
+    def _finish(self, servant: Servant, clips: list[dict], error: Unreadable | None) -> list[dict]:
+        """Wait for the frames of some clips, or of what replaces them."""
+        if error is None:
+            try:
+                frames = servant.finish()
+            except Unreadable as e:
+                error = e
+            else:
+                return [{**clip, "frames": frames, "rejected": []} for clip in clips]
+        return [self._replace(servant, clip, error) for clip in clips]
+
+    def _replace(self, servant: Servant, sample: dict, error: Unreadable) -> dict:
+        """Fill a slot with the first replacement that can be decoded.
 
         Raises:
             TooManyRejects: too many in a row are bad.
         """
         rejected = []
         while True:
-            error = sample.get("__error__")
-            if error is None:
-                try:
-                    return {**sample, "frames": servant.finish(), "rejected": rejected}
-                except Unreadable as e:
-                    error = e
             draw: Draw = sample["__draw__"]
             self.known.add((draw.source, draw.sample))
             step, slot = sample["__step__"], sample["__slot__"]
@@ -211,15 +234,31 @@ class Decode:
                     f"{len(rejected)} samples in a row cannot be used, the last is {sample['__key__']} in "
                     f"{sample['__url__']}: {error.detail}; check the data with `vjepa verify`"
                 )
-            again = self.samples.plan.redraw(step, slot, draw.attempt + 1)
-            sample = self._begin(servant, self.samples.read(again, step, slot))
+            sample = self.samples.read(self.samples.plan.redraw(step, slot, draw.attempt + 1), step, slot)
+            failure = self._begin(servant, [sample])
+            if failure is None:
+                try:
+                    return self._crop({**sample, "frames": servant.finish(), "rejected": rejected})
+                except Unreadable as e:
+                    failure = e
+            error = failure
 
     def _crop(self, sample: dict) -> dict:
-        return {**sample, "clip": crops.cut_out(sample.pop("frames"), sample["choice"].box, self.crop.px)}
+        """Cut the clip out of the servant's frames, which will not stay; one that replaced another has been."""
+        if "frames" not in sample:
+            return sample
+        frames, rows = sample.pop("frames"), sample.pop("rows")
+        return {**sample, "clip": crops.cut_out(frames, sample["choice"].box, self.crop.px, rows=rows)}
 
     def _note(self, text: str) -> None:
         data = text.encode()[:BOARD_BYTES].ljust(BOARD_BYTES, b"\0")
         self.row[:] = np.frombuffer(data, dtype=np.uint8)
+
+
+def _video(sample: dict) -> tuple[int, int, int, int]:
+    """Tell the clips apart that are taken from one video in one go."""
+    draw: Draw = sample["__draw__"]
+    return sample["__step__"], draw.source, draw.epoch, draw.position
 
 
 class Gather:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from vjepa_data.batch import Batch, Clips
 from vjepa_data.loader import ClipLoader, open_plan
+from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 BATCH = 12
@@ -160,9 +161,16 @@ def test_keys_that_are_not_wanted_are_never_drawn_and_tell_streams_apart(corpus:
     assert prints[0] == prints[1] != open_plan(whole, seed=0, batch_size=BATCH).fingerprint
 
 
-def test_several_clips_of_a_video_differ(corpus: Path):
+def test_several_clips_of_a_video_differ_and_it_is_opened_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    begin = Servant.begin
+    monkeypatch.setattr(
+        Servant, "begin", lambda self, video, *a, **k: (opened.append(video), begin(self, video, *a, **k))
+    )
     data = settings(corpus, clip=Clip(frames=4, fps=4, per_video=2))
     with ClipLoader(data, Loader(workers=0), seed=0, batch_size=4) as loader:
-        (clips,) = next(loader).groups
-    assert clips.keys[0] == clips.keys[1] != clips.keys[2] == clips.keys[3]
-    assert not torch.equal(clips.frames[0], clips.frames[1])
+        for _ in range(3):
+            (clips,) = next(loader).groups
+            assert clips.keys[0] == clips.keys[1] != clips.keys[2] == clips.keys[3]
+            assert not torch.equal(clips.frames[0], clips.frames[1])
+    assert len(opened) == 6 + 1  # and one ahead

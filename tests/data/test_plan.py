@@ -173,6 +173,12 @@ def test_several_clips_of_a_video_lie_in_one_lane():
     assert epoch == Counter(dict.fromkeys(range(40), 2))
 
 
+def test_sources_may_take_different_numbers_of_clips_from_a_video():
+    plan = Plan([Shards([6]), Shards([4], "b")], [1, 1], seed=0, batch_size=8, lanes=2, clips_per_video=[1, 3])
+    drawn = Counter((d.source, d.sample, d.view) for step in range(12) for d in [plan.draw(step, s) for s in range(8)])
+    assert drawn == Counter({(0, i, 0): 8 for i in range(6)} | {(1, i, view): 4 for i in range(4) for view in range(3)})
+
+
 def test_digits_are_reversed():
     assert [reverse_digits(i, 8) for i in range(8)] == [0, 4, 2, 6, 1, 5, 3, 7]
     for size in (1, 7, 12, 24, 3072):
