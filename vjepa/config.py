@@ -108,6 +108,14 @@ class Model(Settings):
     """Still pictures have a tokenizer of one frame, and pictures and clips each a mark that is learned (V-JEPA 2.1);
     by default a still picture is repeated to fill a tubelet."""
 
+    causal: bool = False
+    """In the encoder a token sees its own tubelet and earlier ones only (LeVJEPA's block-causal attention); by default
+    all of the clip. Attention is then sdpa's."""
+
+    class_token: bool = False
+    """One more token in the encoder, which stands for the clip (LeVJEPA). With `causal` it sees all others and none
+    sees it."""
+
     @model_validator(mode="after")
     def _ends_at_the_last(self) -> "Model":
         depth = self.encoder.depth
@@ -421,6 +429,8 @@ class Run(Settings):
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
         if isinstance(self.objective, LeVJEPA):
             self._fits_views(self.objective)
+        elif self.model.class_token:
+            raise ValueError(f"objective {self.objective.name} asks nothing of a class token; remove model.class_token")
         if self.model.guess_visible != isinstance(self.objective, VJEPA21):
             raise ValueError(
                 f"model.guess_visible ({self.model.guess_visible}) does not go with objective {self.objective.name}: "

@@ -268,6 +268,8 @@ def count_parameters(run: Run) -> dict[str, int]:
     d, p, levels = model.encoder.width, model.predictor.width, max(1, len(model.levels))
     patch = 3 * model.tubelet_frames * model.patch_px**2
     encoder = patch * d + d + stack_parameters(model.encoder) + levels * 2 * d
+    if model.class_token:
+        encoder += d
     if model.still_tokens:
         encoder += 3 * model.patch_px**2 * d + d + 2 * d
     if isinstance(run.objective, LeVJEPA):
@@ -296,7 +298,8 @@ def count_flops(run: Run, tokens: Sequence[Tokens]) -> dict[str, float]:
     """Model FLOPs of one clip, by network; the formula at the top of this file."""
     model, d = run.model, run.model.encoder.width
     patch = 2 * 3 * model.tubelet_frames * model.patch_px**2 * d
-    encoder = sum(t.views * (3 * stack_flops(t.visible, model.encoder) + 2 * t.visible * patch) for t in tokens)
+    own = int(model.class_token)
+    encoder = sum(t.views * (3 * stack_flops(t.visible + own, model.encoder) + 2 * t.visible * patch) for t in tokens)
     if isinstance(run.objective, LeVJEPA):
         hidden, embedding = run.objective.projector
         return {"encoder": encoder, "predictor": 6.0 * sum(t.views for t in tokens) * hidden * (d + embedding)}

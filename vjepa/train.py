@@ -225,6 +225,7 @@ def build_models(run: Run, world: World) -> Models:
         dtype,
         head_widths=[stack.width // stack.heads for stack in stacks],
         compiled=run.parallel.compile,
+        causal=run.model.causal,
     )
     with torch.device("meta"):
         models = build(run, attention=attention)

@@ -78,6 +78,30 @@ def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptu
     assert "attention: sdpa" in caplog.text
 
 
+@settings(max_examples=30, deadline=None)
+@given(runs=RUNS, seed=st.integers(0, 99))
+def test_with_times_a_token_sees_its_own_and_earlier_ones(runs: list[tuple[int, int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(count * length for count, length in runs)
+    q, k, v = torch.randn(3, tokens, 2, 8, generator=generator)
+    times = torch.randint(0, 4, (tokens,), generator=generator)
+    out = attention(q, k, v, Segments.of(runs, device=CPU, times=times))
+    lengths = [length for count, length in runs for _ in range(count)]
+    for own in torch.arange(tokens).split(lengths):
+        for query in own:
+            seen = own[times[own] <= times[query]]
+            scores = torch.einsum("hd,khd->hk", q[query], k[seen]) / 8**0.5
+            expected = torch.einsum("hk,khd->hd", scores.softmax(-1), v[seen])
+            torch.testing.assert_close(out[query], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "xformers"])
+def test_a_backend_that_cannot_look_back_only_is_refused(backend: Backend) -> None:
+    with pytest.raises(BadInput, match=rf"parallel.attention \({backend}\).*model.causal is set; try auto"):
+        choose(backend, CPU, torch.bfloat16, causal=True)
+    assert choose("auto", CPU, torch.bfloat16, causal=True) == "sdpa"
+
+
 @pytest.mark.parametrize("backend", ["varlen", "xformers"])
 def test_an_explicit_choice_that_cannot_work_is_an_error_that_says_why(backend: Backend) -> None:
     with pytest.raises(BadInput, match=rf"parallel.attention \({backend}\).*needs a CUDA device.*try auto"):

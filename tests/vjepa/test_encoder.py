@@ -93,6 +93,54 @@ def test_features_know_where_tokens_are_relative_to_each_other(rope: str) -> Non
         assert (moved - before).abs().max() > 1e-4
 
 
+def with_class_token(*, causal: bool) -> Encoder:
+    encoder = Encoder(Model.model_validate({**SMALL.model_dump(), "class_token": True, "causal": causal}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return encoder
+
+
+def test_a_causal_encoder_sees_its_own_tubelet_and_earlier_ones_whatever_is_visible() -> None:
+    encoder, views = with_class_token(causal=True), some_views()
+    before = encoder(views, class_token=True)
+    later = [View(view.frames.clone(), view.index) for view in views]
+    for view in later:
+        view.frames[:, :, 2:] += 1.0  # all but the first tubelet, of 16 tokens (the wide clip: 12)
+    after = encoder(later, class_token=True)
+    for view, old, new in zip(views, before, after, strict=True):
+        ids = torch.arange(64).expand(2, -1) if view.index is None else view.index
+        first = ids < view.frames.shape[-2] * view.frames.shape[-1] // 64
+        assert torch.equal(old[:, 1:][first], new[:, 1:][first])
+        assert ((old - new)[:, 1:][~first].abs().amax(-1) > 1e-4).all()
+        assert ((old - new)[:, 0].abs().amax(-1) > 1e-4).all()  # the class token reads the whole clip
+
+
+def test_a_causal_pass_equals_one_for_each_prefix() -> None:
+    """Features of tubelet t are those of a clip that ends with it."""
+    encoder = Encoder(Model.model_validate({**SMALL.model_dump(), "causal": True}))
+    frames = some_views()[2].frames  # 4 tubelets of 16 tokens
+    (whole,) = encoder([View(frames)])
+    for t in range(4):
+        (prefix,) = encoder([View(frames[:, :, : 2 * t + 2])])
+        torch.testing.assert_close(prefix[:, -16:], whole[:, 16 * t : 16 * t + 16], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nothing_reads_the_class_token_of_a_causal_encoder(causal: bool) -> None:
+    encoder, views = with_class_token(causal=causal), some_views()
+    before = encoder(views, class_token=True)
+    assert [len(each[0]) for each in before] == [1 + 12, 1 + 20, 1 + 64, 1 + 4]
+    for plain, each in zip(encoder(views), before, strict=True):
+        assert torch.equal(plain, each[:, 1:])
+    with torch.no_grad():
+        encoder.cls_token.add_(1.0)
+    for old, new in zip(before, encoder(views, class_token=True), strict=True):
+        assert not torch.equal(old[:, 0], new[:, 0])
+        assert torch.equal(old[:, 1:], new[:, 1:]) == causal
+
+
 def test_bf16_follows_fp32() -> None:
     encoder, views = perturbed(), some_views()
     exact = encoder(views)

@@ -72,6 +72,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "objective": {"name": "levjepa", "local_views": 3, "local_px": 16, "projector": [512, 128]},
         "masks": [{"mode": "random", "visible_share": 0.25}],
     },
+    "levjepa, causal": {
+        "model": {"class_token": True, "causal": True},
+        "objective": {"name": "levjepa", "local_views": 2, "local_px": 16, "projector": [512, 128]},
+        "masks": [{"mode": "random", "visible_share": 0.5}],
+    },
 }
 
 

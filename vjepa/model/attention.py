@@ -5,10 +5,12 @@ tokens may see each other is told by `Segments`: runs of equally long sequences.
 
     runs ((2, 3), (1, 4))      | a a a | b b b | c c c c |      S = 10
 
+Within its own sequence a token sees all others, or, with `times`, only those of its own time and earlier.
+
 - `sdpa`: one call of torch's scaled_dot_product_attention for each run. Works everywhere. Masks with exact counts make
   few runs, so little is left for the other two to gain.
-- `varlen`: torch's variable-length attention, one call for all. CUDA, half precision.
-- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all. CUDA.
+- `varlen`: torch's variable-length attention, one call for all. CUDA, half precision; knows no `times`.
+- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all. CUDA; knows no `times`.
 
 Letters: S tokens of all sequences, H heads, d channels of a head.
 """
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vjepa.model.notation import Float, Int
+from vjepa.model.notation import Bool, Float, Int
 from vjepa_data.faults import BadInput
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,25 @@ class Segments:
     starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
     """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
 
+    seen: tuple[Bool[Tensor, "sequences 1 length length"], ...] | None = field(default=None, repr=False)
+    """For each run which tokens [.. query key] may be seen; None: all of the sequence. Only for `sdpa`."""
+
     @classmethod
-    def of(cls, runs: Sequence[tuple[int, int]], *, backend: Backend = "sdpa", device: torch.device) -> "Segments":
+    def of(
+        cls,
+        runs: Sequence[tuple[int, int]],
+        *,
+        backend: Backend = "sdpa",
+        device: torch.device,
+        times: Int[Tensor, " S"] | None = None,
+    ) -> "Segments":
         """Join neighbours of equal length and prepare what the backend wants.
 
         Args:
             runs: (sequences, tokens in each), in the order of the packed tensor.
             backend: as `choose` said.
             device: of the packed tensor.
+            times: when each token is; it then sees tokens of its own time and of earlier ones only.
         """
         joined: list[tuple[int, int]] = []
         for count, length in runs:
@@ -65,7 +78,13 @@ class Segments:
         if backend == "varlen" and len(joined) > 1:
             lengths = [length for count, length in joined for _ in range(count)]
             starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-        return Segments(tuple(joined), backend, starts)
+        seen = None
+        if times is not None:
+            assert backend == "sdpa", "`choose` lets no other backend through"
+            of_run = times.split([count * length for count, length in joined])
+            shaped = (each.unflatten(0, run) for each, run in zip(of_run, joined, strict=True))
+            seen = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
+        return Segments(tuple(joined), backend, starts, seen)
 
     @property
     def tokens(self) -> int:
@@ -96,11 +115,12 @@ def attention(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     outputs, start = [], 0
-    for count, length in segments.runs:
+    for number, (count, length) in enumerate(segments.runs):
         q_run, k_run, v_run = (
             x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
         )  # [count H length d]
-        run = F.scaled_dot_product_attention(q_run, k_run, v_run)
+        seen = segments.seen[number] if segments.seen is not None else None
+        run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=seen)
         outputs.append(run.transpose(1, 2).flatten(0, 1))
         start += count * length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -137,6 +157,7 @@ def choose(
     *,
     head_widths: Sequence[int] = (64,),
     compiled: bool = False,
+    causal: bool = False,
 ) -> Backend:
     """Say who will compute attention here, after trying it forward and backward against sdpa.
 
@@ -149,6 +170,7 @@ def choose(
         dtype: of activations.
         head_widths: channels of a head, of every stack that will use it.
         compiled: whether blocks are compiled as a whole.
+        causal: whether tokens must not see later times.
 
     Raises:
         BadInput: an explicit choice does not work here; says why.
@@ -156,7 +178,7 @@ def choose(
     if backend == "sdpa":
         return "sdpa"
     for name in ("varlen", "xformers") if backend == "auto" else (backend,):
-        reason = refusal(name, device, dtype, head_widths=head_widths, compiled=compiled)
+        reason = refusal(name, device, dtype, head_widths=head_widths, compiled=compiled, causal=causal)
         if not reason:
             log.info("attention: %s agrees with sdpa, forward and backward, on %s in %s", name, device.type, dtype)
             return name
@@ -168,7 +190,13 @@ def choose(
 
 
 def refusal(
-    backend: Backend, device: torch.device, dtype: torch.dtype, *, head_widths: Sequence[int], compiled: bool = False
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_widths: Sequence[int],
+    compiled: bool = False,
+    causal: bool = False,
 ) -> str | None:
     """Why a backend cannot be used here, in one line; None if it can.
 
@@ -178,7 +206,10 @@ def refusal(
         dtype: of queries, keys and values.
         head_widths: channels of a head to try.
         compiled: whether it would have to be compiled.
+        causal: whether tokens must not see later times.
     """
+    if backend != "sdpa" and causal:
+        return "it cannot keep later times out of sight, and model.causal is set"
     if backend != "sdpa" and device.type != "cuda":
         return f"it needs a CUDA device, got {device.type}"
     if backend == "varlen" and dtype not in (torch.bfloat16, torch.float16):

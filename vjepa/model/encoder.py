@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa.model.attention import Backend, Segments
@@ -64,6 +65,8 @@ class Encoder(nn.Module):
         if settings.still_tokens:
             self.patch_embed_img = self._tokenizer(1)
             self.img_mod_embed, self.video_mod_embed = (nn.Parameter(torch.zeros(1, 1, size.width)) for _ in range(2))
+        if settings.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
         if settings.levels:
             self.norms_block = nn.ModuleList(nn.LayerNorm(size.width, eps=NORM_EPS) for _ in settings.levels)
@@ -80,12 +83,15 @@ class Encoder(nn.Module):
         """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
         init_weights(self, seed=seed, name="encoder", std=self.settings.init_std)
 
-    def forward(self, views: Sequence[View], *, levels: bool = False) -> list[Float[Tensor, "B V LD"]]:
+    def forward(
+        self, views: Sequence[View], *, levels: bool = False, class_token: bool = False
+    ) -> list[Float[Tensor, "B V LD"]]:
         """Encode all views in one packed pass; each sequence sees only itself.
 
         Args:
             views: any mixture of clip lengths, picture sizes and masks.
             levels: give the features of all `settings.levels` side by side, the last block's last; else L = 1.
+            class_token: give the class token's feature too, as the first.
 
         Returns:
             For each view the features of its visible tokens, after the norm of their level.
@@ -95,13 +101,23 @@ class Encoder(nn.Module):
         """
         grids = [Grid.of(t, y, x, self.settings) for t, y, x in (view.frames.shape[2:] for view in views)]
         tokens = self._embed(views)
-        x = torch.cat([each.flatten(0, 1) for each in tokens])  # [S D]
-        runs = [(len(each), each.shape[1]) for each in tokens]
-        segments = Segments.of(runs, backend=self.attention, device=x.device)
         ids = [
             _all_ids(view.frames, grid) if view.index is None else view.index
             for view, grid in zip(views, grids, strict=True)
         ]
+        times = [each // grid.cells for each, grid in zip(ids, grids, strict=True)]
+        if self.settings.class_token:  # first, at place 0, where nothing turns, and after the end: nothing sees it
+            tokens = [torch.cat((self.cls_token.to(each.dtype).expand(len(each), -1, -1), each), 1) for each in tokens]
+            ids = [F.pad(each, (1, 0)) for each in ids]
+            times = [F.pad(each, (1, 0), value=grid.t) for each, grid in zip(times, grids, strict=True)]
+        x = torch.cat([each.flatten(0, 1) for each in tokens])  # [S D]
+        runs = [(len(each), each.shape[1]) for each in tokens]
+        segments = Segments.of(
+            runs,
+            backend=self.attention,
+            device=x.device,
+            times=torch.cat([each.flatten() for each in times]) if self.settings.causal else None,
+        )
         rotation = rotations(
             list(zip(grids, ids, strict=True)),
             head_width=self.settings.encoder.width // self.settings.encoder.heads,
@@ -109,13 +125,16 @@ class Encoder(nn.Module):
             cells=self.settings.rope_cells,
         )
         wanted = self._wanted(levels=levels)
+        first = int(self.settings.class_token and not class_token)
         found = []
         for number, block in enumerate(self.blocks):
             x = block(x, rotation, segments)
             if number in wanted:
                 parts = x.split([count * length for count, length in runs])
                 # The norm comes last, since FSDP2 wants no views of a tensor returned.
-                found.append([wanted[number](part.unflatten(0, run)) for part, run in zip(parts, runs, strict=True)])
+                found.append(
+                    [wanted[number](part.unflatten(0, run)[:, first:]) for part, run in zip(parts, runs, strict=True)]
+                )
         if len(found) == 1:
             return found[0]
         return [torch.cat(of_view, dim=-1) for of_view in zip(*found, strict=True)]

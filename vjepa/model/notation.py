@@ -7,12 +7,12 @@ model loads with torch and safetensors alone (`vjepa.load_encoder`).
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
+    from jaxtyping import Bool, Float, Int, UInt8
 
     from vjepa.config import Model, Transformer
 else:
     try:
-        from jaxtyping import Float, Int, UInt8
+        from jaxtyping import Bool, Float, Int, UInt8
     except ModuleNotFoundError:
 
         class Shape:
@@ -21,10 +21,10 @@ else:
             def __class_getitem__(cls, _: object) -> Any:
                 return Any
 
-        Float = Int = UInt8 = Shape
+        Bool = Float = Int = UInt8 = Shape
     try:
         from vjepa.config import Model, Transformer
     except ModuleNotFoundError:
         Model = Transformer = Any
 
-__all__ = ["Float", "Int", "Model", "Transformer", "UInt8"]
+__all__ = ["Bool", "Float", "Int", "Model", "Transformer", "UInt8"]

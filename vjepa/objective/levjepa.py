@@ -1,12 +1,14 @@
 """Views of one clip should agree, and embeddings should fill space. No predictor, and no target to follow.
 
-    clip --> one global view, some small crops --> tokens dropped at random --> encoder --> mean --> projector --> e
+    clip --> one global view, some small crops --> tokens dropped at random --> encoder --> class token, or mean
+         --> projector --> e
     loss = mean over crops (e_global - e_crop)^2  +  weight * (distance of e from a normal cloud)
 
 The gradient goes through both sides. The moving average of the encoder is kept for evaluation alone.
 
-LeVJEPA: arXiv:2608.27395. Ours differs: embeddings are means over visible tokens, not a class token; small crops are
-cut from the global one on the device, with no change of hue; attention looks both ways in time.
+LeVJEPA: arXiv:2608.27395. With `model.class_token` and `model.causal` as published: attention looks back in time only,
+and one token reads all others; without them attention looks both ways and an embedding is the mean of visible tokens.
+Ours differs: small crops are cut on the device from the pixels of the global view, with no change of hue.
 
 B clips, V crops, T frames, Y X pixels, D width, E width of the embedding.
 """
@@ -58,12 +60,11 @@ class ClipNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         wide = x.float()
-        ones = wide.new_ones(len(wide), 1)
-        sums = over_ranks(torch.cat((ones, wide, wide.square()), dim=1).sum(0))
-        count, first, second = sums.split((1, x.shape[1], x.shape[1]))
-        mean = first / count
-        variance = (second / count - mean.square()).clamp_min(0)
-        return ((wide - mean) * (variance + 1e-5).rsqrt()).to(x.dtype) * self.weight + self.bias
+        count = over_ranks(wide.new_tensor(len(wide)))
+        # Centred first: where clips look alike, mean square less squared mean would be rounding alone.
+        wide = wide - over_ranks(wide.sum(0)) / count
+        variance = over_ranks(wide.square().sum(0)) / count
+        return (wide * (variance + 1e-5).rsqrt()).to(x.dtype) * self.weight + self.bias
 
 
 def views_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
@@ -87,10 +88,12 @@ def views_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
             mask = mask.to(frames.device)
             views.append(View(frames, mask.visible))
             masks.append(mask)
-    features = models.encoder(views)
-    means = torch.cat([each.float().mean(1).to(each.dtype) for each in features])
-    sizes = [len(each) for each in features]
-    embeddings = _by_view(models.predictor(means).float().split(sizes), len(puzzles))  # [1+V n E]
+    if run.model.class_token:
+        summaries = [each[:, 0] for each in models.encoder(views, class_token=True)]
+    else:
+        summaries = [each.float().mean(1).to(each.dtype) for each in models.encoder(views)]
+    sizes = [len(each) for each in summaries]
+    embeddings = _by_view(models.predictor(torch.cat(summaries)).float().split(sizes), len(puzzles))  # [1+V n E]
 
     first, rest = embeddings[0], embeddings[1:]
     error = (rest - first).square().mean(-1).mean(0).sum() / run.batch_size

@@ -134,6 +134,8 @@ def _require_expressible(weights: Weights) -> None:
             (bool(model.levels), "model.levels gives features of several blocks, each with a norm"),
             (model.still_tokens, "model.still_tokens has a tokenizer for still pictures"),
             (model.guess_visible, "model.guess_visible has a second output layer"),
+            (model.causal, "model.causal keeps later tubelets out of sight"),
+            (model.class_token, "model.class_token adds a token to every sequence"),
         )
         if is_so
     ]
