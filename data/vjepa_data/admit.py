@@ -19,9 +19,11 @@ import xxhash
 from vjepa_data.fetch import Place
 from vjepa_data.labels import MAX_BYTES, read_labels
 from vjepa_data.pool import Pool
+from vjepa_data.remote import is_remote
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import Manifest, Reject, canonical_json, write_manifest
 from vjepa_data.spec import Encode
+from vjepa_data.tars import find_tars, local_tar
 from vjepa_data.video import Refused
 from vjepa_data.work import Examine, Examined
 
@@ -52,7 +54,7 @@ class Member:
 
 
 def admit(
-    folder: Path,
+    place: str | Path,
     *,
     out: Path | None = None,
     name: str | None = None,
@@ -66,9 +68,10 @@ def admit(
     """Index WebDataset tars of any origin.
 
     Args:
-        folder: holds the tars, at any depth.
-        out: where to write the table and the manifest, with links to the tars; by default `folder` itself.
-        name: of the corpus; by default the folder's.
+        place: folder that holds the tars, at any depth, or their addresses (`find_tars`). Remote tars are read once,
+            one after another, and stay where they are: a run reads samples from there through its cache.
+        out: where to write the table and the manifest, with links to local tars; by default the folder itself.
+        name: of the corpus; by default the place's.
         splits: pattern of a tar's name to split, e.g. {"*val*": "val"}; what fits none is `train`.
         labels: fields of a sample's json to keep in the table; by default those that are texts, numbers or truths.
         deep: decode every clip from first to last frame; otherwise the first frame, and the form of the rest.
@@ -77,25 +80,32 @@ def admit(
         advance: called with the tars that are done, and the tars that there are.
 
     Raises:
-        BadInput: there are no tars, they are damaged, or a manifest is there already.
+        BadInput: there are no tars, they are damaged or out of reach, or a manifest is there already.
     """
-    paths = sorted(path for path in folder.rglob("*.tar") if path.is_file()) if folder.is_dir() else []
-    if not paths:
-        raise BadInput(f"{folder}: no tars below it; give a folder of WebDataset shards")
-    target = out or folder
+    place = str(place)
+    if is_remote(place) and out is None:
+        raise BadInput(f"{place}: an index is written here, not there; give --out a folder")
+    target = out or Path(place)
     if (target / "manifest.json").exists():
         raise BadInput(f"{target} has a manifest already; remove it, or give another --out")
-    files = _names(folder, paths, out)
+    tars = find_tars(place)
+    is_linked = out is not None and not is_remote(place)
+    target.mkdir(parents=True, exist_ok=True)
     records, flaws, rejects = [], Counter[str](), Counter[str]()
     seen: Counter[str] = Counter()
     with Pool[Examine, Examined]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
-        for done, path in enumerate(paths, start=1):
-            split = next((s for pattern, s in (splits or {}).items() if fnmatch.fnmatch(path.name, pattern)), "train")
-            record = _examine(path, files[path], split, pool, flaws, labels, deep=deep)
+        for done, file in enumerate(tars.files, start=1):
+            base = file.rpartition("/")[2]
+            split = next((s for pattern, s in (splits or {}).items() if fnmatch.fnmatch(base, pattern)), "train")
+            called = f"shards/{file.replace('/', '-')}" if is_linked else file
+            with local_tar(tars.root, file, scratch=target) as path:
+                if path is None:
+                    raise BadInput(f"{tars.root}/{file}: cannot be read; check the address and the keys")
+                record = _examine(path, called, split, pool, flaws, labels, deep=deep)
             rejects.update(reject["reason"] for reject in record["rejects"])
             seen.update(row["key"] for row in record["samples"])
             records.append(record)
-            advance(done, len(paths))
+            advance(done, len(tars.files))
     for record in records:
         for row in record["samples"]:
             if seen[row["key"]] > 1:  # keys are often unique in their tar only
@@ -104,23 +114,21 @@ def admit(
         if not record["samples"]:
             record["file"] = None
     if not any(record["samples"] for record in records):
-        raise BadInput(f"{folder}: no sample of {len(paths)} tars can be used ({_text(rejects)}); expected KEY.mp4")
-    if out is not None:
-        _link(out, files)
+        raise BadInput(f"{place}: no sample of {len(records)} tars can be used ({_text(rejects)}); expected KEY.mp4")
+    if is_linked:
+        _link(target, [(record["file"], Path(place, file)) for record, file in zip(records, tars.files, strict=True)])
     spec = {"foreign": True, "splits": dict(splits or {}), "deep": deep}
-    manifest = write_manifest(target, records, [], name=name or folder.resolve().name, spec=spec, tools={})
+    if is_remote(place):
+        spec["root"] = tars.root
+    called = name or Path(tars.root.rstrip("/")).resolve().name
+    manifest = write_manifest(target, records, [], name=called, spec=spec, tools={})
     return Admission(manifest, dict(flaws), dict(rejects))
 
 
-def _names(folder: Path, paths: Sequence[Path], out: Path | None) -> dict[Path, str]:
-    """What the manifest calls each tar: its path below the folder, or that of its link."""
-    if out is None:
-        return {path: path.relative_to(folder).as_posix() for path in paths}
-    return {path: "shards/" + path.relative_to(folder).as_posix().replace("/", "-") for path in paths}
-
-
-def _link(out: Path, files: Mapping[Path, str]) -> None:
-    for path, name in files.items():
+def _link(out: Path, tars: Sequence[tuple[str | None, Path]]) -> None:
+    for name, path in tars:
+        if name is None:
+            continue
         link = out / name
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.is_symlink():
@@ -128,8 +136,8 @@ def _link(out: Path, files: Mapping[Path, str]) -> None:
         link.symlink_to(path.resolve())
 
 
-def members(path: Path) -> Iterator[Member]:
-    """The samples of a tar: neighbouring files of one key, as WebDataset groups them.
+def members(path: Path, file: str) -> Iterator[Member]:
+    """The samples of a tar, called `file` in messages: neighbouring files of one key, as WebDataset groups them.
 
     Raises:
         BadInput: the tar is damaged or cut off.
@@ -140,7 +148,7 @@ def members(path: Path) -> Iterator[Member]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.offset_data + member.size > size:
-                    raise BadInput(f"{path}: {member.name} goes on after the end of the tar; copy it again")
+                    raise BadInput(f"{file}: {member.name} goes on after the end of the tar; copy it again")
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 if not member.isreg() or not dot:
@@ -151,7 +159,7 @@ def members(path: Path) -> Iterator[Member]:
                 found.setdefault(suffix.lower(), (member.offset_data, member.size))
             yield from _member(key, found)
     except tarfile.TarError as error:
-        raise BadInput(f"{path}: is not a whole tar ({error}); copy it again") from None
+        raise BadInput(f"{file}: is not a whole tar ({error}); copy it again") from None
 
 
 def _member(key: str | None, found: Mapping[str, tuple[int, int]]) -> Iterator[Member]:
@@ -173,7 +181,7 @@ def _examine(
     """The commit record that the builder would have written for this tar."""
     rows: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
-    own = list(members(path))
+    own = list(members(path, file))
     gop = Encode().gop
     tasks = (Examine(n, Place(str(path), *one.video), one.suffix, gop, deep) for n, one in enumerate(own))
     with path.open("rb") as tar:

@@ -76,31 +76,43 @@ class Index:
     xxh64: np.ndarray
     """Hash of the video's bytes, uint64 [N]."""
 
-    def __init__(self, place: str | Path, split: str = "train", cache: Cache | None = None) -> None:
+    def __init__(
+        self, place: str | Path, split: str = "train", cache: Cache | None = None, *, corpus: str | None = None
+    ) -> None:
         """Open a corpus.
 
         Args:
             place: folder or URL of what `vjepa shard` or `vjepa index` wrote.
             split: which of its splits.
             cache: where copies of remote shards are kept; by default up to 100 GiB below `~/.cache`.
+            corpus: hash of the corpus that must lie there; any by default.
 
         Raises:
-            BadInput: no corpus, no such split, or a manifest that points outside its folder.
+            BadInput: no corpus, another one, no such split, or a manifest that points outside its folder.
         """
         self.place, self.split = str(place), split
         self.cache = None
         folder = Path(place)
         if is_remote(self.place):
-            self.cache = cache or Cache(_user_cache() / "shards", 100)
-            folder = _mirror(self.place, self.cache.folder)
+            self.cache = cache or Cache(user_cache() / "shards", 100)
+            folder = mirror(self.place, self.cache.folder)
         manifest = read_manifest(folder)
         self.name, self.hash = manifest.name, manifest.hash
+        if corpus not in (None, self.hash):
+            raise BadInput(
+                f"{place} holds the corpus {self.hash}, not {corpus}; bring that one back, or set data.sources[].corpus"
+            )
+        self.root = manifest.root(self.place)
+        if self.root != self.place:
+            if not is_remote(self.root):
+                raise BadInput(f"{place}/manifest.json places its shards in {self.root}, which is no address")
+            self.cache = self.cache or cache or Cache(user_cache() / "shards", 100)
         if split not in manifest.splits:
             has = ", ".join(sorted(manifest.splits))
             raise BadInput(f"{place} has no split {split!r}, only {has}; set data.sources[].split")
         self.shards = manifest.shards
         for s in self.shards:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", s.file) or ".." in s.file.split("/"):
+            if not re.fullmatch(r"[\w.,=+@ -]+(/[\w.,=+@ -]+)*", s.file) or ".." in s.file.split("/"):
                 raise BadInput(f"{place}/manifest.json names the shard {s.file!r}, which is no plain path below it")
         self._table = _read_table(folder, split, self.hash)
         for name in [*NUMBERS, "xxh64"]:
@@ -129,7 +141,7 @@ class Index:
 
     def url(self, sample: int) -> str:
         """Give the place of the shard that holds a sample."""
-        return f"{self.place}/{self.shards[int(self.shard[sample])].file}"
+        return f"{self.root}/{self.shards[int(self.shard[sample])].file}"
 
     def suffix(self, sample: int) -> str:
         """Give the kind of file of a sample: "mp4" or "jpg"."""
@@ -166,7 +178,7 @@ class Index:
     def _open(self, number: int) -> "_File | _RemoteFile":
         shard = self.shards[number]
         if self.cache is not None:
-            return _RemoteFile(f"{self.place}/{shard.file}", shard, self.cache)
+            return _RemoteFile(f"{self.root}/{shard.file}", shard, self.cache)
         return _File(Path(self.place) / shard.file, shard)
 
 
@@ -237,7 +249,7 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _mirror(url: str, cache: Path) -> Path:
+def mirror(url: str, cache: Path) -> Path:
     """Copy the manifest and the table of a remote corpus; the table only if it changed.
 
     Raises:
@@ -285,17 +297,19 @@ def _read_table(folder: Path, split: str, corpus: str) -> pa.Table:
         raise BadInput(f"{path} cannot be read ({e}); write the corpus again or restore this file") from e
     if rows < MAPPED_FROM:
         return _convert(path, split)
-    for place in (folder / ".index", _user_cache()):
+    for place in (folder / ".index", user_cache()):
         file = place / f"{corpus[:32]}-{split}.arrow"
         if not file.exists() and not _store(_convert(path, split), file):
             continue
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    raise BadInput(f"neither {folder} nor {_user_cache()} can be written; one must hold the index of {rows} samples")
+    raise BadInput(f"neither {folder} nor {user_cache()} can be written; one must hold the index of {rows} samples")
 
 
 def _convert(path: Path, split: str) -> pa.Table:
     names = ["key", "suffix", "xxh64", *NUMBERS]
-    table = pq.read_table(path, columns=[*names, "split"], filters=[("split", "==", split)])
+    with pq.ParquetFile(path) as file:  # in this thread alone: Arrow's pool would stay in every worker
+        table = file.read(columns=[*names, "split"], use_threads=False)
+    table = table.filter(pyarrow.compute.equal(table["split"], split), null_selection_behavior="drop")  # pyright: ignore[reportAttributeAccessIssue]
     columns: dict[str, pa.Array] = {
         "key": table["key"].cast(pa.large_string()).combine_chunks(),
         "suffix": table["suffix"].cast(pa.large_string()).combine_chunks(),
@@ -323,5 +337,5 @@ def _store(table: pa.Table, file: Path) -> bool:
     return True
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vjepa_data"

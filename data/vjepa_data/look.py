@@ -5,17 +5,24 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import av.container
 import av.filter
-import av.video.stream
 import numpy as np
 from av.error import BlockingIOError, EOFError, FFmpegError
 
-from vjepa_data.transcode import decode
+from vjepa_data.transcode import Box, decode
 from vjepa_data.video import Probe, Reason, Refused, open_video, video_stream
 
 GLANCES = (0.2, 0.5, 0.8)
 """Where in a video its perceptual hashes are taken, as shares of its length."""
+
+MOMENTS = 8
+"""Frames, spread over a video, in none of which a bar may hold anything."""
+
+BLACK = 24
+"""Grey levels of 255 up to which a row or column is part of a bar, on average."""
+
+UNEVEN = 0.02
+"""Bars on both sides may differ by this share of the frame; a dark corner of a scene makes no bar."""
 
 SHORT_S = 0.5
 """Shortest scene; a second change within this time belongs to the first (flashes, dissolves)."""
@@ -67,6 +74,45 @@ def _detector(frame: av.VideoFrame, threshold: float) -> av.filter.Graph:
     return graph
 
 
+def picture_box(path: Path, facts: Probe) -> Box | None:
+    """Say where in its frames a video's picture lies, or None if there are no black bars around it.
+
+    Raises:
+        Refused: a frame cannot be decoded, or frames differ in size.
+
+    Source: the rule of FFmpeg's `cropdetect` (GPL, so not in PyAV's build): a line is black if its mean is below 24.
+    """
+    rows = columns = np.zeros(0, np.float32)
+    for number in range(MOMENTS):
+        frame = frame_at(path, facts, (number + 0.5) / MOMENTS)
+        grey = np.rot90(frame.to_ndarray(format="gray"), frame.rotation // 90)
+        rows, columns = (_brightest(*pair) for pair in ((rows, grey.mean(axis=1)), (columns, grey.mean(axis=0))))
+    down, across = np.flatnonzero(rows > BLACK), np.flatnonzero(columns > BLACK)
+    if not len(down) or not len(across):
+        return None
+    wide, high = facts.width / len(columns), facts.height / len(rows)  # shown pixels, of those that are stored
+    left, top = round(across[0] * wide), round(down[0] * high)
+    box = Box(left, top, round((across[-1] + 1) * wide) - left, round((down[-1] + 1) * high) - top)
+    return box if _is_framed(box, facts) else None
+
+
+def _brightest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
+    if len(before) not in (0, len(now)):
+        raise Refused(Reason.SIZE_CHANGES, f"{len(before)} pixels, then {len(now)}")
+    return np.maximum(before, now) if len(before) else now
+
+
+def _is_framed(box: Box, facts: Probe) -> bool:
+    """Whether what surrounds a box is bars: even, more than a blurred edge, and less than half of the frame."""
+    margins = (
+        (box.left, facts.width - box.left - box.width, facts.width),
+        (box.top, facts.height - box.top - box.height, facts.height),
+    )
+    if any(abs(one - other) > UNEVEN * side or one + other > side / 2 for one, other, side in margins):
+        return False
+    return any(one + other > UNEVEN * side for one, other, side in margins)
+
+
 def perceptual_hashes(path: Path, facts: Probe) -> tuple[int, ...]:
     """Hash what a video shows at three moments, 64 bits each: equal or nearly so after re-encoding or resizing.
 
@@ -77,29 +123,32 @@ def perceptual_hashes(path: Path, facts: Probe) -> tuple[int, ...]:
 
     Source: the difference hash, Krawetz, "Kind of like that" (2013).
     """
-    hashes: list[int] = []
-    for share in GLANCES:
-        with open_video(path) as container:
-            stream = video_stream(container)
-            at = facts.start_s + share * facts.duration_s
+    frames = (frame_at(path, facts, share) for share in GLANCES)
+    return tuple(difference_hash(frame.to_ndarray(format="gray")) for frame in frames)
+
+
+def frame_at(path: Path, facts: Probe, share: float) -> av.VideoFrame:
+    """Decode the frame that is on the screen after a share of a video's length.
+
+    Raises:
+        Refused: it cannot be decoded.
+    """
+    at = facts.start_s + share * facts.duration_s
+    last: av.VideoFrame | None = None
+    with open_video(path) as container:
+        stream = video_stream(container)
+        try:
             if stream.time_base is not None:
                 container.seek(int(at / stream.time_base), stream=stream)
-            hashes.append(_hash(container, stream, at))
-    return tuple(hashes)
-
-
-def _hash(container: av.container.InputContainer, stream: av.video.stream.VideoStream, at: float) -> int:
-    last: av.VideoFrame | None = None
-    try:
-        for frame in container.decode(stream):
-            last = frame if last is None or (frame.time or 0.0) <= at + 1e-3 else last
-            if (frame.time or math.inf) >= at:
-                break
-    except FFmpegError as error:
-        raise Refused(Reason.DAMAGED, f"near {at:.1f} s: {error.strerror}") from None
+            for frame in container.decode(stream):
+                last = frame if last is None or (frame.time or 0.0) <= at + 1e-3 else last
+                if (frame.time or math.inf) >= at:
+                    break
+        except FFmpegError as error:
+            raise Refused(Reason.DAMAGED, f"near {at:.1f} s: {error.strerror}") from None
     if last is None:
         raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
-    return difference_hash(last.to_ndarray(format="gray"))
+    return last
 
 
 def difference_hash(grey: np.ndarray) -> int:

@@ -114,6 +114,10 @@ class Manifest:
     samples_sha256: str
     hash: str = ""
 
+    def root(self, place: str) -> str:
+        """Where the shards' paths begin: at the manifest's own place, or at the address that was indexed."""
+        return str(self.spec.get("root", place)) if self.spec.get("foreign") else place
+
     def with_hash(self) -> "Manifest":
         values = asdict(self)
         del values["hash"]

@@ -35,6 +35,9 @@ class Encode(Settings):
     short_side_px: int = Field(default=256, ge=16, le=2160, multiple_of=2)
     """Length of the shorter side; smaller videos are enlarged, so that every stored clip has it."""
 
+    crop_bars: bool = False
+    """Cut off black bars above and below, or left and right, that are as wide on both sides all the time."""
+
     max_fps: float = Field(default=30.0, gt=0)
     """Faster videos are thinned by a whole number (60 becomes 30, 50 becomes 25), so that motion stays even."""
 

@@ -44,6 +44,16 @@ Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True)
+class Box:
+    """A part of a picture, in pixels of the frame as it is shown."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Clip:
     """A stored clip: its bytes and its form."""
 
@@ -105,7 +115,15 @@ def shown_at(
         yield last
 
 
-def transcode(path: Path, *, start_s: float | None, end_s: float | None, encode: Encode, accept: Filter) -> Clip:
+def transcode(
+    path: Path,
+    *,
+    start_s: float | None,
+    end_s: float | None,
+    encode: Encode,
+    accept: Filter,
+    box: Box | None = None,
+) -> Clip:
     """Store a video, or a part of it, in the canonical form.
 
     Args:
@@ -113,6 +131,7 @@ def transcode(path: Path, *, start_s: float | None, end_s: float | None, encode:
         start_s, end_s: the part to use, in seconds from the first frame; by default all of it.
         encode: the form.
         accept: what the pictures must show.
+        box: the part of the picture to use; by default all of it.
 
     Raises:
         Refused: the video cannot be decoded from start to end, ends early, or is still or dark.
@@ -126,7 +145,7 @@ def transcode(path: Path, *, start_s: float | None, end_s: float | None, encode:
         frames = shown_at(
             decode(source, stream, begin, Fraction(*facts.rate)), start_s=begin, seconds=seconds, rate=rate
         )
-        clip = _encode(frames, stream, rate=rate, encode=encode, accept=accept)
+        clip = _encode(frames, stream, rate=rate, encode=encode, accept=accept, box=box)
     expected = seconds if seconds is not None else facts.duration_s - (start_s or 0.0)
     missing = expected - clip.stored.frames / float(rate)
     if missing > max(0.5, 0.02 * expected, 2 / facts.fps) and (seconds is not None or not facts.audio or facts.frames):
@@ -174,12 +193,14 @@ def _encode(
     rate: Fraction,
     encode: Encode,
     accept: Filter,
+    box: Box | None,
 ) -> Clip:
     first = next(frames, None)
     if first is None:
         raise Refused(Reason.DAMAGED, "no frame in the part to use")
-    width, height = stored_size(*shown_size(first, stream), encode=encode)
-    graph = _graph(first, width, height)
+    shown = shown_size(first, stream)
+    width, height = stored_size(*((box.width, box.height) if box else shown), encode=encode)
+    graph = _graph(first, width, height, crop=_crop(first, shown, box) if box else None)
     # In memory, so that a killed process leaves nothing behind; by a name, because the index is moved to the front
     # in a second pass over the file.
     with os.fdopen(os.memfd_create("clip"), "w+b") as file:
@@ -229,7 +250,18 @@ def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterat
             yield filtered
 
 
-def _graph(frame: av.VideoFrame, width: int, height: int) -> av.filter.Graph:
+def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: Box) -> str:
+    """Options of the filter that cuts a box out of a frame, which is upright by then, but may have oblong pixels."""
+    size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+    across, down = (Fraction(now, side) for now, side in zip(size, shown, strict=True))
+    width, left, height, top = (
+        2 * round(number * scale / 2)
+        for number, scale in ((box.width, across), (box.left, across), (box.height, down), (box.top, down))
+    )
+    return f"{width}:{height}:{left}:{top}"
+
+
+def _graph(frame: av.VideoFrame, width: int, height: int, *, crop: str | None) -> av.filter.Graph:
     """One frame in, one out: deinterlaced if need be, upright, of the size and pixels that are stored."""
     graph = av.filter.Graph()
     graph.threads = 1
@@ -240,8 +272,9 @@ def _graph(frame: av.VideoFrame, width: int, height: int) -> av.filter.Graph:
     ]
     if frame.interlaced_frame:
         chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
-    for name, options in TURN[frame.rotation % 360]:
-        chain.append(graph.add(name, options))
+    chain.extend(graph.add(name, options) for name, options in TURN[frame.rotation % 360])
+    if crop is not None:
+        chain.append(graph.add("crop", crop))
     chain.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:out_range=tv"))
     chain.append(graph.add("setsar", "1"))
     chain.append(graph.add("format", "pix_fmts=yuv420p"))

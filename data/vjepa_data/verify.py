@@ -14,9 +14,12 @@ import xxhash
 
 from vjepa_data.decode import Expect
 from vjepa_data.fetch import Place
+from vjepa_data.index import mirror, user_cache
 from vjepa_data.pool import Pool
+from vjepa_data.remote import is_remote
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
+from vjepa_data.tars import local_tar
 from vjepa_data.video import Refused
 from vjepa_data.work import Check
 
@@ -38,7 +41,7 @@ class Verdict:
 
 
 def verify(
-    folder: Path,
+    place: str | Path,
     *,
     deep: bool = False,
     workers: int = 1,
@@ -48,7 +51,7 @@ def verify(
     """Check a corpus against its manifest: tables, sizes, sha256, and each sample at its recorded place.
 
     Args:
-        folder: the corpus.
+        place: folder or address of the corpus; remote shards are copied here one by one.
         deep: decode every clip from first to last frame as well.
         workers: processes that decode.
         timeout_s: after which a clip that is still being decoded counts as bad.
@@ -57,17 +60,20 @@ def verify(
     Raises:
         BadInput: there is no manifest, or it was changed.
     """
+    folder = mirror(str(place), user_cache()) if is_remote(str(place)) else Path(place)
     manifest = read_manifest(folder)
     rows, problems = _read_rows(folder, manifest)
     total = sum(shard.bytes for shard in manifest.shards)
     done = decoded = 0
+    root = manifest.root(str(place))
     with Pool[Check, None]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
         for number, shard in enumerate(manifest.shards):
             own = [row for row in rows if row["shard"] == number]
-            found = list(_check_shard(folder, shard, own, is_foreign=bool(manifest.spec.get("foreign"))))
-            if deep and not found:
-                decoded += len(own)
-                found.extend(_decode_all(folder / shard.file, shard.file, own, pool))
+            with local_tar(root, shard.file, scratch=folder) as path:
+                found = list(_check_shard(path, shard, own, is_foreign=bool(manifest.spec.get("foreign"))))
+                if deep and path is not None and not found:
+                    decoded += len(own)
+                    found.extend(_decode_all(path, shard.file, own, pool))
             problems.extend(found)
             done += shard.bytes
             advance(done, total)
@@ -107,15 +113,14 @@ def _read_rows(folder: Path, manifest: Manifest) -> tuple[list[dict[str, Any]], 
     return rows, problems
 
 
-def _check_shard(folder: Path, shard: ShardEntry, rows: list[dict[str, Any]], *, is_foreign: bool) -> Iterator[str]:
-    path = folder / shard.file
-    try:
-        size = path.stat().st_size
-        file = path.open("rb")
-    except OSError as error:
-        yield f"{shard.file}: {error.strerror}"
+def _check_shard(
+    path: Path | None, shard: ShardEntry, rows: list[dict[str, Any]], *, is_foreign: bool
+) -> Iterator[str]:
+    if path is None:
+        yield f"{shard.file}: it is not there"
         return
-    with file:
+    with path.open("rb") as file:
+        size = path.stat().st_size
         if size != shard.bytes:
             yield f"{shard.file}: {size} bytes, the manifest says {shard.bytes}"
             return

@@ -11,9 +11,9 @@ from PIL import Image
 from vjepa_data.decode import Expect, Undecodable, decode
 from vjepa_data.fetch import Place, local
 from vjepa_data.image import probe_image, store_image
-from vjepa_data.look import perceptual_hashes, scene_starts
+from vjepa_data.look import perceptual_hashes, picture_box, scene_starts
 from vjepa_data.spec import Encode, Filter
-from vjepa_data.transcode import Clip, check, decode_all, open_decord, transcode
+from vjepa_data.transcode import Box, Clip, check, decode_all, open_decord, transcode
 from vjepa_data.video import Probe, Reason, Refused, Stored, probe, read_canonical
 
 
@@ -27,6 +27,7 @@ class Look:
     scene_threshold: float | None
     """If given, ask for scenes as well."""
     wants_hashes: bool
+    wants_box: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Seen:
     """When scenes begin after the first, in seconds."""
     hashes: tuple[int, ...]
     """Perceptual hashes of three moments."""
+    box: Box | None
+    """Where the picture lies, if there are black bars around it and they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Store:
     media: str
     start_s: float | None
     end_s: float | None
+    box: Box | None
     encode: Encode
     accept: Filter
     may_copy: bool
@@ -148,12 +152,15 @@ def _look(task: Look, path: Path) -> Seen:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     scenes: tuple[float, ...] = ()
     hashes: tuple[int, ...] = ()
+    box = None
     if task.media == "videos":
         if task.scene_threshold is not None:
             scenes = scene_starts(path, facts, threshold=task.scene_threshold)
         if task.wants_hashes:
             hashes = perceptual_hashes(path, facts)
-    return Seen(facts, sha256, scenes, hashes)
+        if task.wants_box:
+            box = picture_box(path, facts)
+    return Seen(facts, sha256, scenes, hashes, box)
 
 
 def _store(task: Store, path: Path) -> Done:
@@ -164,8 +171,10 @@ def _store(task: Store, path: Path) -> Done:
     if task.media == "images":
         clip = store_image(path, encode=task.encode)
         return Done(clip, is_copy=False, encode_s=time.process_time() - begin, check_s=0.0)
-    kept = _as_it_is(task, path) if task.may_copy and task.start_s is None and task.end_s is None else None
-    clip = kept or transcode(path, start_s=task.start_s, end_s=task.end_s, encode=task.encode, accept=task.accept)
+    is_whole = task.start_s is None and task.end_s is None and task.box is None
+    kept = _as_it_is(task, path) if task.may_copy and is_whole else None
+    part = {"start_s": task.start_s, "end_s": task.end_s, "box": task.box}
+    clip = kept or transcode(path, **part, encode=task.encode, accept=task.accept)
     middle = time.process_time()
     check(clip.data, clip.stored, gop=task.encode.gop)
     return Done(clip, kept is not None, middle - begin, time.process_time() - middle)

@@ -1,14 +1,19 @@
 """Tars that others wrote are indexed as they are, and read by the training stream's index."""
 
+import functools
+import http.server
 import io
 import json
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from vjepa_data.admit import admit
+from vjepa_data.cache import Cache
 from vjepa_data.index import Index
 from vjepa_data.settings import BadInput
 from vjepa_data.verify import verify
@@ -78,3 +83,68 @@ def test_a_corpus_with_a_manifest_is_left_alone(foreign: Path) -> None:
     admit(foreign)
     with pytest.raises(BadInput, match="has a manifest already"):
         admit(foreign)
+
+
+class Busy(http.server.SimpleHTTPRequestHandler):
+    """A web server of files that knows no ranges, and is busy at every other request."""
+
+    count = 0
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        Busy.count += 1
+        if Busy.count % 2:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
+@pytest.fixture
+def address(foreign: Path) -> Iterator[str]:
+    handler = functools.partial(Busy, directory=str(foreign.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/webvid"
+    server.shutdown()
+    server.server_close()
+
+
+def test_tars_behind_addresses_are_indexed_and_read_from_there(
+    foreign: Path, address: str, videos: list[bytes], tmp_path: Path
+) -> None:
+    (foreign / "sub" / "00001-val.tar").rename(foreign / "00001.tar")
+    found = admit(f"{address}/{{00000..00001}}.tar", out=tmp_path / "o", name="far")
+    here = admit(foreign, name="far", out=tmp_path / "here")
+    assert [(s.file, s.sha256, s.bytes) for s in found.manifest.shards] == [
+        (s.file.removeprefix("shards/"), s.sha256, s.bytes) for s in here.manifest.shards
+    ]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
+        "manifest.json",
+        "rejects.parquet",
+        "samples.parquet",
+    ]
+    index = Index(tmp_path / "o", "train", Cache(tmp_path / "cache", 1))
+    assert [index.read(number).video for number in range(3)] == [videos[0], videos[1], videos[3]]
+    assert verify(tmp_path / "o", deep=True).problems == ()
+    (foreign / "00001.tar").unlink()
+    assert verify(tmp_path / "o").problems == ("00001.tar: it is not there",)
+
+
+def test_addresses_that_cannot_be_indexed_are_said(address: str, tmp_path: Path) -> None:
+    for place, out, message in [
+        (f"{address}/00000.tar", None, "give --out a folder"),
+        (f"{address}/", tmp_path / "o", "a web server does not list its files; name them, as in"),
+        (f"{address}/absent.tar", tmp_path / "o", "absent.tar: cannot be read"),
+        ("pipe:cat x.tar", tmp_path / "o", "is no place to read shards from"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            admit(place, out=out)
+
+
+def test_a_manifest_that_places_its_shards_elsewhere_on_this_machine_is_refused(foreign: Path, edit_manifest) -> None:
+    admit(foreign)
+    edit_manifest(foreign, lambda manifest: manifest["spec"].update(root="/etc"))
+    with pytest.raises(BadInput, match="which is no address"):
+        Index(foreign, "train")

@@ -21,9 +21,13 @@ from PIL import Image
 from rich.console import Console
 
 from vjepa_data import fetch
+from vjepa_data.admit import admit
 from vjepa_data.build import shard
 from vjepa_data.build.ingest import ingest
+from vjepa_data.cache import Cache
+from vjepa_data.decode import Expect, decode
 from vjepa_data.fetch import Place, local
+from vjepa_data.index import Index
 from vjepa_data.look import difference_hash, perceptual_hashes, scene_starts
 from vjepa_data.settings import BadInput
 from vjepa_data.settings_files import load_settings
@@ -97,6 +101,48 @@ def test_copies_that_were_encoded_again_look_the_same_and_others_do_not(tmp_path
         ("in/b.mp4", "near_duplicate", "looks like in/a.mp4")
     ]
     assert first.exists()
+
+
+def test_black_bars_are_cut_off_where_they_are_bars(tmp_path: Path) -> None:
+    """A picture of 64 x 36 between bars of 14; the same with a dark half, which is no bar; one that fills its frame."""
+
+    def framed(path: Path, top: int, bottom: int, *, dark: bool = False) -> None:
+        path.parent.mkdir(exist_ok=True)
+        with av.open(str(path), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=10, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            noise = np.random.default_rng(len(path.name)).integers(60, 255, (64, 64, 3), dtype=np.uint8)
+            for number in range(20):
+                picture = np.roll(noise, number, axis=1)
+                picture[:top] = picture[64 - bottom :] = 0
+                if dark:
+                    picture[:, 32:] = 0
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+    framed(tmp_path / "in" / "bars.mp4", 14, 14)
+    framed(tmp_path / "in" / "dark.mp4", 0, 0, dark=True)
+    framed(tmp_path / "in" / "full.mp4", 0, 0)
+    framed(tmp_path / "in" / "sky.mp4", 20, 0)
+    build([tmp_path / "in"], tmp_path / "o", "encode.crop_bars=true", "mode=copy")
+    assert {row["group"]: (row["width"], row["height"]) for row in rows_of(tmp_path / "o")} == {
+        "in/bars.mp4": (56, 32),
+        "in/dark.mp4": (32, 32),
+        "in/full.mp4": (32, 32),
+        "in/sky.mp4": (32, 32),
+    }
+    boxes = {facts["source"]: facts["original"].get("box") for facts in jsons(tmp_path / "o")}
+    assert boxes.pop("in/bars.mp4") == {"left": 0, "top": 14, "width": 64, "height": 36}
+    assert set(boxes.values()) == {None}
+    row = next(row for row in rows_of(tmp_path / "o") if row["group"] == "in/bars.mp4")
+    shard_ = (tmp_path / "o" / read_manifest(tmp_path / "o").shards[row["shard"]].file).read_bytes()
+    frame = decode(
+        shard_[row["video_offset"] :][: row["video_size"]],
+        [10],
+        backend="decord",
+        expect=Expect(row["frames"], row["width"], row["height"]),
+    )[0]
+    assert frame.mean(axis=(1, 2)).min() > 100
 
 
 def test_a_difference_hash_ignores_brightness_and_contrast() -> None:
@@ -320,7 +366,13 @@ class Bucket(BaseHTTPRequestHandler):
 def test_a_bucket_is_listed_and_read_through_errors_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
     video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
-    monkeypatch.setattr(Bucket, "objects", {"raw/v.mp4": video, "raw/notes.txt": b"x"})
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        header = tarfile.TarInfo("a.mp4")
+        header.size = len(video)
+        tar.addfile(header, io.BytesIO(video))
+    shard_of_others = (tmp_path / "x.tar").read_bytes()
+    objects = {"raw/v.mp4": video, "raw/notes.txt": b"x", "shards/x.tar": shard_of_others}
+    monkeypatch.setattr(Bucket, "objects", objects)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
@@ -333,5 +385,7 @@ def test_a_bucket_is_listed_and_read_through_errors_that_pass(tmp_path: Path, mo
     assert reason_of("s3://bucket/raw/absent.mp4")[0] is Reason.UNREACHABLE
     build(["s3://bucket/raw/"], tmp_path / "o")
     assert [row["group"] for row in rows_of(tmp_path / "o")] == ["s3://bucket/raw/v.mp4"]
+    admit("s3://bucket/shards/", out=tmp_path / "index")
+    assert Index(tmp_path / "index", "train", Cache(tmp_path / "cache", 1)).read(0).video == video
     server.shutdown()
     server.server_close()

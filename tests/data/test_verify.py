@@ -77,7 +77,7 @@ def test_a_shard_cut_at_a_member_is_found(corpus: Path) -> None:
 
 def test_a_lost_shard_is_found(corpus: Path) -> None:
     (corpus / "shards/toy-train-000001.tar").unlink()
-    assert verify(corpus).problems == ("shards/toy-train-000001.tar: No such file or directory",)
+    assert verify(corpus).problems == ("shards/toy-train-000001.tar: it is not there",)
 
 
 def test_swapped_shards_are_found(corpus: Path) -> None:

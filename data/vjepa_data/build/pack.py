@@ -91,7 +91,8 @@ def estimated_bytes(clip: Cutting, *, spec: Spec) -> float:
     original = json.loads(clip.original)
     if spec.mode == "copy" and clip.start_s is None and clip.end_s is None:
         return original["bytes"]
-    short, long = sorted((original["width"], original["height"]))
+    picture = original.get("box") or original
+    short, long = sorted((picture["width"], picture["height"]))
     pixels = spec.encode.short_side_px**2 * long / short
     if spec.media == "images":
         return pixels * BYTES_PER_PIXEL_IMAGE

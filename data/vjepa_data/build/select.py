@@ -17,6 +17,7 @@ from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import Reject, canonical_json, write_whole
 from vjepa_data.spec import Filter, Spec
+from vjepa_data.transcode import Box
 from vjepa_data.video import Probe, Reason, Refused
 from vjepa_data.work import Look, Seen
 
@@ -88,6 +89,7 @@ def look_at(
                         media=spec.media,
                         scene_threshold=spec.cut.threshold if spec.cut.kind == "scene" else None,
                         wants_hashes=spec.dedupe.perceptual_bits is not None,
+                        wants_box=spec.encode.crop_bars,
                     )
                 else:
                     seen[number] = refusal
@@ -108,7 +110,7 @@ def _purpose(sources: Sequence[Source], spec: Spec) -> str:
     """A sum of all that looks depend on, except for the files themselves."""
     scenes = spec.cut.threshold if spec.cut.kind == "scene" else None
     listing = [source.name for source in sources]
-    wanted = [listing, spec.media, scenes, spec.dedupe.perceptual_bits is not None]
+    wanted = [listing, spec.media, scenes, spec.dedupe.perceptual_bits is not None, spec.encode.crop_bars]
     return hashlib.sha256(canonical_json(wanted)).hexdigest()
 
 
@@ -134,7 +136,8 @@ def _read_looks(path: Path | None, of: str) -> list[Seen | Refused] | None:
             looks.append(Refused(Reason(row["reason"]), row["detail"]))
         else:
             probe = Probe(**{**row["probe"], "rate": tuple(row["probe"]["rate"])})
-            looks.append(Seen(probe, row["sha256"], tuple(row["scenes"]), tuple(row["hashes"])))
+            box = Box(**row["box"]) if row["box"] else None
+            looks.append(Seen(probe, row["sha256"], tuple(row["scenes"]), tuple(row["hashes"]), box))
     return looks
 
 
@@ -228,15 +231,16 @@ def _deny_list(accept: Filter) -> frozenset[str]:
 def _admit(seen: Seen, source: Source, denied: frozenset[str], spec: Spec, seconds: float) -> None:
     """Refuse what the filter does not want, by what the file says of itself."""
     probe, accept = seen.probe, spec.filter
-    short, long = sorted((probe.width, probe.height))
+    picture = seen.box or probe
+    short, long = sorted((picture.width, picture.height))
     if source.name in denied or seen.sha256 in denied:
         raise Refused(Reason.DENIED, "on the deny-list")
     if accept.codecs is not None and probe.codec not in accept.codecs:
         raise Refused(Reason.CODEC, f"{probe.codec}, wanted {', '.join(accept.codecs)}")
     if short < accept.min_short_side_px:
-        raise Refused(Reason.TOO_SMALL, f"{probe.width}x{probe.height}, at least {accept.min_short_side_px} wanted")
+        raise Refused(Reason.TOO_SMALL, f"{picture.width}x{picture.height}, at least {accept.min_short_side_px} wanted")
     if long > accept.max_aspect * short:
-        raise Refused(Reason.TOO_NARROW, f"{probe.width}x{probe.height}, at most {accept.max_aspect:g}:1 wanted")
+        raise Refused(Reason.TOO_NARROW, f"{picture.width}x{picture.height}, at most {accept.max_aspect:g}:1 wanted")
     if spec.media == "images":
         return
     if seconds < accept.min_duration_s:
@@ -253,6 +257,8 @@ def _cut(source: Source, seen: Seen, spec: Spec) -> list[Cutting]:
     split = source.split or split_of(group, spec)
     original: dict[str, Any] = {**asdict(seen.probe), "fps": seen.probe.fps, "sha256": seen.sha256}
     del original["rate"], original["start_s"]
+    if seen.box is not None:
+        original["box"] = asdict(seen.box)
     start, end = _part(source, seen.probe)
     windows = [(source.start_s, source.end_s)]
     if spec.media == "videos" and spec.cut.kind != "none":

@@ -15,6 +15,7 @@ from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
 from vjepa_data.shards import Reject, Sample, ShardWriter, is_claimed, read_record, remove_leftovers
 from vjepa_data.spec import Spec
+from vjepa_data.transcode import Box
 from vjepa_data.video import Refused
 from vjepa_data.work import Done, Store
 
@@ -84,14 +85,16 @@ def _tasks(
 
 def store_task(clip: Cutting, shard: int, position: int, place: Place, spec: Spec) -> Store:
     """What a child must know to store a clip."""
+    original = json.loads(clip.original)
     return Store(
         shard=shard,
         position=position,
         place=place,
-        bytes=json.loads(clip.original)["bytes"],
+        bytes=original["bytes"],
         media=spec.media,
         start_s=clip.start_s,
         end_s=clip.end_s,
+        box=Box(**original["box"]) if "box" in original else None,
         encode=spec.encode,
         accept=spec.filter,
         may_copy=spec.mode == "copy",

@@ -1,0 +1,79 @@
+"""Several corpora become the sources of one run, which is the run of those corpora and no others."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vjepa.config import load
+from vjepa_data.mixture import merge, write_mixture
+from vjepa_data.settings import BadInput
+from vjepa_data.shards import read_manifest
+from vjepa_data.stream import open_plan
+
+
+@pytest.fixture
+def corpora(corpus: Path, videos: list[bytes], make_corpus: Callable[..., Path], edit_manifest, tmp_path: Path):
+    """26 clips; and 4 with a licence, one of which is also among the 26."""
+    facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
+    samples = [
+        {"key": f"b-{n}", "video": v, **facts} for n, v in enumerate([videos[0], *[b"x" * n for n in (3, 4, 5)]])
+    ]
+    other = make_corpus(tmp_path / "b", [samples], name="b", split="train")
+
+    def licence(manifest: dict) -> None:
+        manifest["spec"] = {"licence": "CC-BY-4.0", "origin": "https://example.org/ü: 'b'"}
+
+    edit_manifest(other, licence)
+    return [str(corpus), str(other)]
+
+
+def test_a_mixture_is_the_base_of_a_run(corpora: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("base: mixture.yaml\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\n")
+    write_mixture(merge(corpora), tmp_path / "mixture.yaml")
+    sources = load(tmp_path / "run.yaml").settings.data.sources
+    assert [source.shards for source in sources] == corpora
+    assert [source.corpus for source in sources] == [read_manifest(Path(place)).hash for place in corpora]
+    assert [source.weight for source in sources] == pytest.approx([26 / 30, 4 / 30], abs=1e-6)
+    assert (sources[1].licence, sources[1].origin) == ("CC-BY-4.0", "https://example.org/ü: 'b'")
+    assert open_plan(load(tmp_path / "run.yaml").settings.data, seed=0, batch_size=2)
+
+
+def test_a_mixture_with_a_base_is_a_run(corpora: list[str], tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text(
+        "steps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\ndata: {sources: [{shards: x}]}\n"
+    )
+    (tmp_path / "mixtures").mkdir()
+    mixture = merge(corpora, weights=[3, 1])
+    write_mixture(mixture, tmp_path / "mixtures" / "mixture.yaml", base=tmp_path / "all.yaml")
+    run = load(tmp_path / "mixtures" / "mixture.yaml").settings
+    assert [source.weight for source in run.data.sources] == [0.75, 0.25]
+    assert run.steps == 1
+    with pytest.raises(BadInput, match="is there already"):
+        write_mixture(mixture, tmp_path / "mixtures" / "mixture.yaml")
+
+
+def test_clips_that_are_in_two_corpora_are_told(corpora: list[str]) -> None:
+    assert merge(corpora).warnings == ("1 clips of toy (train) are in b (train) as well",)
+    assert merge(corpora[1:]).warnings == ()
+
+
+def test_a_run_refuses_a_corpus_that_took_the_place_of_another(
+    corpora: list[str], edit_manifest, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("base: mixture.yaml\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\n")
+    write_mixture(merge(corpora), tmp_path / "mixture.yaml")
+    edit_manifest(Path(corpora[1]), lambda manifest: manifest.update(tools={"av": "1"}))
+    with pytest.raises(BadInput, match=r"b holds the corpus \w+, not \w+; bring that one back"):
+        open_plan(load(tmp_path / "run.yaml").settings.data, seed=0, batch_size=2)
+
+
+def test_what_cannot_be_mixed_is_said(corpora: list[str]) -> None:
+    for places, words, message in [
+        ([corpora[0], corpora[0]], {}, "2 places hold 1 corpora .*; give each once"),
+        (corpora, {"weights": [1.0]}, r"1 weights for 2 corpora, \[1.0\]; give one above 0 for each"),
+        (corpora, {"split": "val"}, "has no split 'val', only train; give --split"),
+        (["/nowhere"], {}, "No such file"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            merge(places, **words)
