@@ -203,14 +203,6 @@ def test_a_build_that_is_asked_to_stop_exits_with_75_and_leaves_no_temporary_fil
     assert digests(out) == digests(corpus)
 
 
-def test_builders_at_once_on_one_folder_give_the_same_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
-    builders = [start(videos, tmp_path / "o") for _ in range(2)]
-    for builder in builders:
-        assert builder.communicate(timeout=120)[1] == b""
-        assert builder.returncode == 0
-    assert digests(tmp_path / "o") == digests(corpus)
-
-
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
@@ -305,19 +297,6 @@ def test_canonical_files_are_kept_byte_for_byte_when_asked(corpus: Path, videos:
     assert found["in/encoded.mp4"] != row["xxh64"]
 
 
-def test_hostile_names_stay_names(tmp_path: Path) -> None:
-    for number, name in enumerate(
-        ["-i.mp4", "a b'\"\n.mp4", "http:x.mp4", "<script>.mp4", "$(touch x).mp4", "ü#?%.mp4"]
-    ):
-        write_video(tmp_path / "in" / name, look=number)
-    build(tmp_path / "in", tmp_path / "o")
-    rows = pq.read_table(tmp_path / "o" / "samples.parquet").to_pylist()
-    assert len(rows) == 6
-    assert verify(tmp_path / "o").problems == ()
-    assert "<script>.mp4" not in (tmp_path / "o" / "report.html").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o"]
-
-
 def test_a_folder_that_cannot_be_written_is_said(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(BadInput, match=r"cannot be written|is a file"):
@@ -381,8 +360,25 @@ def test_a_status_is_read_from_the_files_of_a_build(videos: Path, corpus: Path, 
     (tmp_path / "half" / "shards" / "000001.json").unlink()
     found = status(tmp_path / "half")
     assert (found.stage, found.shards_done, found.clips_done < 9) == ("writing", 2, True)
+    (tmp_path / "half" / "plan" / "plan.json").unlink()
+    found = status(tmp_path / "half")
+    assert (found.stage, found.sources, found.sources_seen) == ("looking", 12, 12)
     with pytest.raises(BadInput, match="no build was begun there"):
         status(tmp_path)
+
+
+def test_each_task_of_an_array_has_one_status_file_for_all_its_attempts(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    sources, quiet = [str(videos)], Console(file=io.StringIO())
+    for number in (2, 0, 2):
+        shard(sources, out, spec=spec(), workers=1, task=(number, 3), console=quiet)
+    files = {path.name: json.loads(path.read_bytes()) for path in (out / "status").iterdir()}
+    assert sorted(files) == ["task-00000-of-00003.json", "task-00002-of-00003.json"]
+    assert {name: one["tally"]["clips"] for name, one in files.items()} == {
+        "task-00000-of-00003.json": 0,
+        "task-00002-of-00003.json": 9,
+    }
+    assert "  task 2 of 3: 9 clips" in status(out).text()
 
 
 def test_looks_that_were_written_down_are_not_taken_again(videos: Path, corpus: Path, tmp_path: Path) -> None:

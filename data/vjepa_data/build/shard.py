@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vjepa_data.build.ingest import Source, ingest
-from vjepa_data.build.pack import BuildPlan, freeze, thaw
+from vjepa_data.build.pack import BuildPlan, ShardPlan, freeze, thaw
 from vjepa_data.build.report import write_report
 from vjepa_data.build.select import choose, look_at
 from vjepa_data.build.status import StatusFile, Tally, read_builders, total
@@ -45,7 +47,7 @@ def shard(
     *,
     spec: Spec,
     workers: int,
-    start: float | None = None,
+    task: tuple[int, int] | None = None,
     console: Console | None = None,
 ) -> Manifest:
     """Turn raw videos into a corpus of shards.
@@ -58,8 +60,8 @@ def shard(
         out: folder of the corpus; new, empty, or that of the same build begun earlier or elsewhere.
         spec: what to take and how to store it.
         workers: processes that decode and encode.
-        start: at which of the shards to begin, as a share of them; task k of an array of n gives k / n, so that they
-            begin apart. By default a number of this process's own.
+        task: K and N, if this is task K of an array of N, counted from 0. Every task does what the others leave, so
+            that any of them may be missing; they only begin apart.
         console: where to show progress; by default the terminal's.
 
     Returns:
@@ -67,15 +69,14 @@ def shard(
 
     Raises:
         BadInput: nothing can be built from this, or not there. Nothing half-written is left behind.
-        SystemExit: 75, after a SIGTERM: whole shards stay, call again to go on.
+        SystemExit: 75, after TERM or USR2: whole shards stay, call again to go on.
     """
-    start = os.getpid() % 97 / 97 if start is None else start
     found = ingest(sources, spec=spec)
     pool = Pool[Any, Any]("vjepa_data.work", workers=workers, timeout_s=spec.timeout_s)
     with stop_in_good_order(), _disk_trouble(out), show_progress(console) as progress, pool:
         is_new = _open(out)
         try:
-            return _build(found, out, spec=spec, pool=pool, start=start, progress=progress)
+            return _build(found, out, spec=spec, pool=pool, task=task, progress=progress)
         except BadInput:
             if is_new and not any((out / "shards").glob("*.tar")):
                 _remove(out)
@@ -83,11 +84,19 @@ def shard(
 
 
 def _build(
-    found: Sequence[Source], out: Path, *, spec: Spec, pool: Pool[Any, Any], start: float, progress: Progress
+    found: Sequence[Source],
+    out: Path,
+    *,
+    spec: Spec,
+    pool: Pool[Any, Any],
+    task: tuple[int, int] | None,
+    progress: Progress,
 ) -> Manifest:
     """The stages, in order."""
+    start = task[0] / task[1] if task else os.getpid() % 97 / 97
     tools = tool_versions()
     plan = thaw(out, sources=found, spec=spec, tools=tools)
+    own = StatusFile(out, sources=len(found), task=task)
     if plan is None:
         bar = progress.add_task("looking at sources", total=len(found), note="")
         looks = look_at(found, out, spec=spec, pool=pool, start=start, advance=lambda n: progress.advance(bar, n))
@@ -97,30 +106,39 @@ def _build(
         _limit_rejects(found, rejects, spec)
         plan = freeze(out, clips, rejects, sources=found, spec=spec, tools=tools)
     _remove_leftovers(out)
-    done = [len(shard.clips) for shard in plan.shards if read_record(out, shard.number, plan=plan.hash)]
-    bar = progress.add_task(
-        "writing clips", total=sum(len(shard.clips) for shard in plan.shards), completed=sum(done), note=""
-    )
-    own = StatusFile(out)
-    tally = Tally()
+    show = _Progress(progress, plan, [s for s in plan.shards if read_record(out, s.number, plan=plan.hash)])
 
-    def advance(now: Tally) -> None:
-        nonlocal tally
-        tally = now
+    def advance(tally: Tally) -> None:
         own.update(tally)
-        refused = sum(tally.rejects.values())
-        note = f"{tally.bytes / 1e6:.1f} MB" + (f", {refused} refused" if refused else "")
-        progress.update(bar, completed=sum(done) + tally.clips, note=note)
+        show(tally)
 
     places = {source.name: source.place for source in found}
     write_shards(out, plan, places=places, spec=spec, pool=pool, start=start, advance=advance)
-    own.update(tally, is_last=True)
+    own.update(show.tally, is_done=True)
     if (out / "report.html").exists():  # another builder was first; the report is the last file of a build
         return read_manifest(out)
     manifest = _finish(found, out, plan, spec=spec, tools=tools)
-    write_report(out, manifest, total(read_builders(out)), pool=pool)
+    write_report(out, manifest, total([builder.tally for builder in read_builders(out)]), pool=pool)
     _remove_leftovers(out)
     return manifest
+
+
+class _Progress:
+    """The bar of clips that are written, and beside it how fast, and what was refused."""
+
+    def __init__(self, progress: Progress, plan: BuildPlan, done: Sequence[ShardPlan]) -> None:
+        self._progress, self._began, self.tally = progress, time.monotonic(), Tally()
+        self._done = sum(len(shard.clips) for shard in done)
+        clips = sum(len(shard.clips) for shard in plan.shards)
+        self._bar = progress.add_task("writing clips", total=clips, completed=self._done, note="")
+
+    def __call__(self, tally: Tally) -> None:
+        self.tally = tally
+        took_s = max(1e-3, time.monotonic() - self._began)
+        note = f"{tally.clips / took_s:.1f} clips/s, {tally.bytes / took_s / 1e6:.1f} MB/s"
+        if tally.rejects:
+            note += f", refused: {', '.join(f'{count} {reason}' for reason, count in sorted(tally.rejects.items()))}"
+        self._progress.update(self._bar, completed=self._done + tally.clips, note=note)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -176,6 +194,8 @@ def _open(out: Path) -> bool:
     Raises:
         BadInput: it is a file, or holds something that no build wrote.
     """
+    if re.match(r"[a-z0-9]+:/", str(out)):
+        raise BadInput(f"{out} is an address; give a folder to --out and copy it up when it is complete")
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; give a folder to --out")
     there = {path.name for path in out.iterdir() if not path.match(".*.tmp")} if out.exists() else set()
@@ -212,19 +232,22 @@ def _disk_trouble(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_in_good_order() -> Iterator[None]:
-    """Turn a SIGTERM into an exit with code 75, so that temporary files go and whole shards stay."""
+    """Turn TERM or USR2 into an exit with code 75, so that temporary files go and whole shards stay."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)  # a second wish must not interrupt the tidying up
         raise SystemExit(75)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,26 @@
-"""How far a build is, on however many machines: each builder keeps a small file in OUT/status."""
+"""How far a build is, on however many machines: each builder keeps a small file in OUT/status.
+
+A builder that is task K of N of an array has one file for all its attempts; what it did before it was requeued counts.
+"""
 
 import json
 import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vjepa_data.build.select import CHUNK
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import write_whole
 
 EVERY_S = 5.0
 """How often a builder writes down what it did."""
+
+SILENT_S = 60.0
+"""After so long without a word a builder no longer counts as being at work."""
 
 
 @dataclass
@@ -32,11 +40,20 @@ class BuilderStatus:
     """What one builder says of itself."""
 
     builder: str
-    """Host and process number."""
-    started: float
+    """Task of an array, or host, process number and time."""
+    sources: int
+    """That it was given."""
     updated: float
     """Unix time in seconds."""
+    clips_per_s: float
+    """Since it was started the last time."""
+    is_done: bool
+    """It found the corpus complete."""
     tally: Tally
+
+    @property
+    def is_at_work(self) -> bool:
+        return not self.is_done and time.time() - self.updated < SILENT_S
 
 
 @dataclass(frozen=True)
@@ -45,22 +62,23 @@ class Status:
 
     stage: str
     """`looking`, `writing` or `complete`."""
+    sources: int
+    sources_seen: int
+    """Sources, and those of them that were looked at and written down."""
     shards: int
     shards_done: int
     clips: int
-    """Clips in the plan, and in shards that are done."""
     clips_done: int
+    """Clips in the plan, and in shards that are done."""
     bytes_done: int
     rejects: dict[str, int]
+    """Of shards that are done, by reason."""
     builders: tuple[BuilderStatus, ...]
-    """All that ever were, by age."""
+    """All that ever were."""
 
     @property
     def clips_per_s(self) -> float:
-        """Rate of the builders that wrote within the last minute."""
-        now = time.time()
-        alive = [b for b in self.builders if now - b.updated < 60]
-        return sum(b.tally.clips / max(1.0, b.updated - b.started) for b in alive)
+        return sum(builder.clips_per_s for builder in self.builders if builder.is_at_work)
 
     @property
     def left_s(self) -> float | None:
@@ -68,46 +86,62 @@ class Status:
 
     def text(self) -> str:
         """For a reader."""
-        left = f", {self.left_s / 60:.0f} min left" if self.left_s is not None and self.stage == "writing" else ""
-        lines = [
-            f"{self.stage}: {self.shards_done} of {self.shards} shards, {self.clips_done} of {self.clips} clips, "
-            f"{self.bytes_done / 1e6:.1f} MB; {self.clips_per_s:.1f} clips/s{left}"
-        ]
-        lines += [f"  refused {count}: {reason}" for reason, count in self.rejects.items()]
-        lines += [
-            f"  builder {one.builder}: {one.tally.clips} clips, last heard of {time.time() - one.updated:.0f} s ago"
-            for one in self.builders
-        ]
+        if self.stage == "looking":
+            lines = [f"looking: {self.sources_seen} of {self.sources} sources"]
+        else:
+            left = f", {self.left_s / 60:.0f} min left" if self.left_s is not None and self.stage == "writing" else ""
+            lines = [
+                f"{self.stage}: {self.shards_done} of {self.shards} shards, {self.clips_done} of {self.clips} clips, "
+                f"{self.bytes_done / 1e6:.1f} MB; {self.clips_per_s:.1f} clips/s{left}"
+            ]
+        lines += [f"  refused {count}: {reason}" for reason, count in sorted(self.rejects.items())]
+        for one in self.builders:
+            state = "done" if one.is_done else f"last heard of {time.time() - one.updated:.0f} s ago"
+            lines.append(f"  {one.builder}: {one.tally.clips} clips, {one.tally.bytes / 1e6:.1f} MB, {state}")
         return "\n".join(lines)
 
 
 class StatusFile:
-    """Writes down what this builder did, from time to time."""
+    """Writes down what this builder did, from time to time.
 
-    def __init__(self, out: Path) -> None:
+    Args:
+        out: the corpus's folder.
+        sources: how many this builder was given.
+        task: K and N, for task K of an array of N.
+    """
+
+    def __init__(self, out: Path, *, sources: int, task: tuple[int, int] | None) -> None:
         (out / "status").mkdir(exist_ok=True)
-        self._started, self._written = time.time(), 0.0
+        self._started, self._written, self._sources = time.time(), 0.0, sources
         # With the time: a second build in one process must not take the place of the first.
-        self._builder = f"{socket.gethostname()}-{os.getpid()}-{self._started:.3f}"
-        self._path = out / "status" / f"{self._builder}.json"
+        lone = f"{socket.gethostname()}-{os.getpid()}-{self._started:.3f}"
+        self._builder = lone if task is None else f"task {task[0]} of {task[1]}"
+        self._path = out / "status" / (f"{lone}.json" if task is None else f"task-{task[0]:05d}-of-{task[1]:05d}.json")
+        self._before = (_read(self._path),) if self._path.exists() else ()
+        self.update(Tally(), is_forced=True)
 
-    def update(self, tally: Tally, *, is_last: bool = False) -> None:
+    def update(self, tally: Tally, *, is_done: bool = False, is_forced: bool = False) -> None:
         now = time.time()
-        if is_last or now - self._written >= EVERY_S:
-            self._written = now
-            status = BuilderStatus(self._builder, self._started, now, tally)
-            write_whole(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n")
+        if not (is_done or is_forced or now - self._written >= EVERY_S):
+            return
+        self._written = now
+        rate = tally.clips / max(1.0, now - self._started)
+        whole = total([*(before.tally for before in self._before), tally])
+        status = BuilderStatus(self._builder, self._sources, now, rate, is_done, whole)
+        write_whole(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n")
 
 
 def read_builders(out: Path) -> tuple[BuilderStatus, ...]:
-    found = [json.loads(path.read_bytes()) for path in sorted((out / "status").glob("*.json"))]
-    builders = [BuilderStatus(**{**values, "tally": Tally(**values["tally"])}) for values in found]
-    return tuple(sorted(builders, key=lambda builder: builder.started))
+    return tuple(_read(path) for path in sorted((out / "status").glob("*.json")))
 
 
-def total(builders: tuple[BuilderStatus, ...]) -> Tally:
-    """What all builders did together, what was done twice counted twice."""
-    tallies = [builder.tally for builder in builders]
+def _read(path: Path) -> BuilderStatus:
+    values = json.loads(path.read_bytes())
+    return BuilderStatus(**{**values, "tally": Tally(**values["tally"])})
+
+
+def total(tallies: Sequence[Tally]) -> Tally:
+    """What several builders did together, what was done twice counted twice."""
     rejects = sum((Counter(tally.rejects) for tally in tallies), Counter())
     return Tally(
         clips=sum(tally.clips for tally in tallies),
@@ -127,10 +161,12 @@ def status(out: Path) -> Status:
     """
     builders = read_builders(out) if out.is_dir() else ()
     plan = out / "plan" / "plan.json"
+    sources = max((builder.sources for builder in builders), default=0)
     if not plan.exists():
-        if not (out / "plan").is_dir():
+        if not builders:
             raise BadInput(f"{out}: no build was begun there; give the --out of a `vjepa shard`")
-        return Status("looking", 0, 0, 0, 0, 0, {}, builders)
+        seen = min(sources, CHUNK * len(list((out / "plan").glob("seen-*.json"))))
+        return Status("looking", sources, seen, 0, 0, 0, 0, 0, {}, builders)
     counts = json.loads(plan.read_bytes())["shard_clips"]
     rejects: Counter[str] = Counter()
     done = clips = size = 0
@@ -141,4 +177,4 @@ def status(out: Path) -> Status:
             done, clips, size = done + 1, clips + expected, size + record["bytes"]
             rejects.update(reject["reason"] for reject in record["rejects"])
     stage = "complete" if (out / "manifest.json").exists() else "writing"
-    return Status(stage, len(counts), done, sum(counts), clips, size, dict(rejects), builders)
+    return Status(stage, sources, sources, len(counts), done, sum(counts), clips, size, dict(rejects), builders)
