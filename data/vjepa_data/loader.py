@@ -117,13 +117,19 @@ class ClipLoader:
         while True:
             try:
                 return next(self._batches)
-            except RuntimeError as e:
-                if not str(e).startswith("DataLoader worker") or self._restarts == RESTARTS:
+            except (RuntimeError, ConnectionError, EOFError) as e:
+                if not self._lost_a_worker(e) or self._restarts == RESTARTS:
                     raise
                 self._restarts += 1
                 log.warning("%s: starting the workers again at step %d", str(e).splitlines()[0], self.step)
             self._shut()
             self._batches = self._open()
+
+    def _lost_a_worker(self, error: Exception) -> bool:
+        """Whether a worker was killed: DataLoader says so, unless it was about to take a batch that was in its memory."""
+        if isinstance(error, RuntimeError):
+            return str(error).startswith("DataLoader worker")
+        return not all(worker.is_alive() for worker in getattr(self._batches, "_workers", ()))
 
     def _open(self) -> Iterator[Batch]:
         samples = Samples(self.plan, rank=self.rank, world=self.world, step=self.step)
