@@ -121,12 +121,13 @@ class ClipLoader:
                 if not self._lost_a_worker(e) or self._restarts == RESTARTS:
                     raise
                 self._restarts += 1
-                log.warning("%s: starting the workers again at step %d", str(e).splitlines()[0], self.step)
+                why = " ".join(str(e).split()) or type(e).__name__
+                log.warning("a worker is gone (%s): starting the workers again at step %d", why, self.step)
             self._shut()
             self._batches = self._open()
 
     def _lost_a_worker(self, error: Exception) -> bool:
-        """Whether a worker was killed: DataLoader says so, unless it was about to take a batch that was in its memory."""
+        """Whether a worker was killed: DataLoader says so, unless it was just taking a batch out of its memory."""
         if isinstance(error, RuntimeError):
             return str(error).startswith("DataLoader worker")
         return not all(worker.is_alive() for worker in getattr(self._batches, "_workers", ()))
