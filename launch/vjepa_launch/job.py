@@ -12,6 +12,7 @@ A command exits with 0 (done), 1 (failed), 2 (refused its input) or 75 (stopped 
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 import time
@@ -52,6 +53,8 @@ class Job:
     """Ranks on this machine; on SLURM each has a supervisor of its own."""
     environment: Mapping[str, str] = field(default_factory=dict)
     restart: Restart = field(default_factory=Restart)
+    makes_steps: bool = True
+    """Whether it hangs when no step was recorded for long."""
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit runs after a requeue: the same."""
@@ -125,7 +128,7 @@ class Job:
         log.info("attempt %s: ranks %s of %d on %s, rank 0 at %s:%d: %s",
                  place.attempt, list(ranks), place.world, place.node, address, port, " ".join(command))  # fmt: skip
         started = children.start(command, environments, logs)
-        stall_s = self.restart.stall_min * 60
+        stall_s = self.restart.stall_min * 60 if self.makes_steps else math.inf
         ended = children.wait(started, heard, alive=run / "metrics.jsonl", stall_s=stall_s)
         if place.restart == 0:
             return ended

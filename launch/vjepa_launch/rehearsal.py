@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_launch import jobs, record, stand_in, submit
+from vjepa_launch.request import Request
 from vjepa_launch.settings import Cluster
 
 
@@ -35,10 +36,11 @@ class Rehearsal:
         run.executor, run.job, run.command = owner["executor"], owner["job"], owner["command"]
         return run
 
-    def launch(
-        self, cluster: Cluster, *, config: str = "name: rehearsal\n", nodes: int | None = None
-    ) -> submit.Launched:
-        launched = submit.launch(self.folder, cluster, self.command, config=config, name="rehearsal", nodes=nodes)
+    def request(self, cluster: Cluster, *, config: str = "name: rehearsal\n") -> Request:
+        return Request(self.folder, cluster, self.command, config=config, name="rehearsal")
+
+    def launch(self, cluster: Cluster, *, config: str = "name: rehearsal\n") -> submit.Launched:
+        launched = submit.launch(self.request(cluster, config=config))
         self.executor, self.job = cluster.executor, launched.job
         return launched
 

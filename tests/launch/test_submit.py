@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from vjepa_launch import submit
+from vjepa_launch.request import Request, train_command, with_nodes
 from vjepa_launch.settings import BadInput, Cluster
 
 CLUSTERS = Path(__file__).parents[2] / "launch" / "clusters"
@@ -20,7 +21,8 @@ def read(name: str) -> Cluster:
 
 
 def describe(run: Path, cluster: Cluster, *, nodes: int | None = None) -> str:
-    return submit.describe(run, cluster, submit.train_command(run), config=CONFIG, name="tiny", nodes=nodes)
+    cluster = with_nodes(cluster, nodes)
+    return submit.describe(Request(run, cluster, train_command(run), config=CONFIG, name="tiny"))
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -70,9 +72,10 @@ import sys, yaml
 sys.modules["torch"] = None
 from pathlib import Path
 from vjepa_launch import submit
+from vjepa_launch.request import Request
 from vjepa_launch.settings import Cluster
 cluster = Cluster.model_validate(yaml.safe_load(Path({str(CLUSTERS / "slurm.yaml")!r}).read_text()))
-print(submit.describe(Path("run"), cluster, ["python"], config="", name="tiny"))
+print(submit.describe(Request(Path("run").resolve(), cluster, ["python"], config="", name="tiny")))
 """
     environment = {"PATH": "/nowhere"}
     done = subprocess.run(
@@ -86,7 +89,7 @@ print(submit.describe(Path("run"), cluster, ["python"], config="", name="tiny"))
 def test_a_job_that_cannot_be_submitted_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BadInput, match=r"the job was not submitted: .*srun"):
-        submit.launch(tmp_path / "run", read("slurm"), ["python"], config=CONFIG, name="tiny")
+        submit.launch(Request(tmp_path / "run", read("slurm"), ["python"], config=CONFIG, name="tiny"))
 
 
 @pytest.mark.parametrize(

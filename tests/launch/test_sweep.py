@@ -7,15 +7,19 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from vjepa_launch import freeze, jobs, record, status, submit, sweep
+from vjepa_launch import array, freeze, jobs, record, status, submit, sweep
+from vjepa_launch.array import Array, Element
 from vjepa_launch.settings import BadInput, Cluster
 from vjepa_launch.sweep import Sweep
 
-RUNS = [(f"{number:03d}", f"name: tiny-{number}\nsteps: 20\n") for number in range(3)]
 
-
-def command(run: Path) -> list[str]:
-    return ["python", "-m", "vjepa_launch.stand_in", str(run), "--steps", "20", "--step-s", "0.01"]
+def array_of(folder: Path, cluster: Cluster, at_once: int) -> Array:
+    """Three runs of a few steps."""
+    elements = []
+    for name in ("000", "001", "002"):
+        command = ("python", "-m", "vjepa_launch.stand_in", str(folder / name), "--steps", "20", "--step-s", "0.01")
+        elements.append(Element(name, command, f"name: tiny-{name}\nsteps: 20\n"))
+    return Array(folder, cluster, elements, name="lr", at_once=at_once)
 
 
 def test_a_grid_is_every_combination_and_elements_come_after() -> None:
@@ -43,10 +47,10 @@ def test_a_sweep_of_nothing_or_too_much_is_refused(values: dict[str, object]) ->
 
 def test_the_array_is_described_without_slurm_and_touches_nothing(tmp_path: Path) -> None:
     cluster = Cluster(executor="slurm", nodes=2, gpus_per_node=8)
-    text = sweep.describe(tmp_path / "sweep", cluster, RUNS, command, name="lr", at_once=2)
+    text = array.describe(array_of(tmp_path / "sweep", cluster, at_once=2))
     assert "#SBATCH --array=0-2%2" in text
     assert "%A_%a_%t_log.out" in text
-    assert "name: tiny-0" in text
+    assert "name: tiny-000" in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,8 +59,7 @@ def swept(tmp_path: Path) -> Iterator[Callable[..., list[submit.Launched]]]:
     launched: list[submit.Launched] = []
 
     def start(at_once: int = 3) -> list[submit.Launched]:
-        cluster = Cluster(executor="local")
-        new = sweep.launch(tmp_path / "sweep", cluster, RUNS, command, name="lr", at_once=at_once)
+        new = array.launch(array_of(tmp_path / "sweep", Cluster(executor="local"), at_once))
         launched.extend(new)
         return new
 

@@ -12,6 +12,7 @@ import pytest
 from vjepa.config import Run
 from vjepa_data.settings_files import dump_settings
 from vjepa_launch import jobs, record, status, submit
+from vjepa_launch.request import Request, train_command
 from vjepa_launch.settings import Cluster
 
 MACHINE = Cluster(executor="local", tasks_per_node=2)
@@ -23,8 +24,8 @@ def launch(tmp_path: Path) -> Iterator[Callable[[Run, str], submit.Launched]]:
 
     def start(run: Run, name: str) -> submit.Launched:
         folder = tmp_path / name
-        command = submit.train_command(folder)
-        launched.append(submit.launch(folder, MACHINE, command, config=dump_settings(run), name=name))
+        request = Request(folder, MACHINE, train_command(folder), config=dump_settings(run), name=name)
+        launched.append(submit.launch(request))
         return launched[-1]
 
     yield start

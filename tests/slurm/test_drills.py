@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import drill, status, sweep
+from vjepa_launch import array, drill, status
+from vjepa_launch.array import Array, Element
 from vjepa_launch.drill import Result
 from vjepa_launch.rehearsal import Rehearsal
-from vjepa_launch.settings import Cluster
+from vjepa_launch.settings import Cluster, Restart
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
@@ -69,10 +70,11 @@ def test_ranks_save_though_all_processes_hear_term(loud_slurm: Any, tmp_path: Pa
 
 
 def test_a_node_on_which_a_run_failed_twice_is_left_out(results: dict[str, Future[Rehearsal]]) -> None:
+    """Of two nodes, one has seen two of three failures, wherever SLURM put them."""
     run = results["bad-node"].result()
-    first, second, third = [event["nodes"] for event in run.events("start")]
-    assert first == second != third, run.log()
-    assert run.outcomes() == ["failed", "failed", "done"]
+    *failed, last = [event["nodes"][0] for event in run.events("start")]
+    assert run.outcomes() == ["failed", "failed", "failed", "done"], run.log()
+    assert failed.count(last) == 1, run.log()
     assert run.wrong_steps(20) == []
 
 
@@ -100,23 +102,22 @@ def with_faulty_scontrol(folder: Path, fault: str) -> Cluster:
 
 
 def run_on_a_bad_node(folder: Path) -> Rehearsal:
-    """Fails twice at the same step; one node is enough for it."""
+    """Fails three times at the same step; one node is enough for it."""
     run = Rehearsal(folder, "--steps", "20")
-    run.inject(rank=1, step=5, do="kill", restarts=2)
-    run.launch(PROFILE.model_copy(update={"nodes": 1}))
+    run.inject(rank=1, step=5, do="kill", restarts=3)
+    run.launch(PROFILE.model_copy(update={"nodes": 1, "restart": Restart(attempts=4, node_failures=2)}))
     run.wait(300)
     return run
 
 
 def run_array(folder: Path) -> list[Path]:
     """Three elements, of which the middle one is told to come back."""
-    runs = [(f"{number:03d}", "name: tiny\nsteps: 200\n") for number in range(3)]
+    elements = []
+    for name in ("000", "001", "002"):
+        command = ("python", "-m", "vjepa_launch.stand_in", str(folder / name), "--steps", "100", "--every", "1000")
+        elements.append(Element(name, command, "name: tiny\nsteps: 200\n"))
     cluster = PROFILE.model_copy(update={"nodes": 1})
-
-    def command(run: Path) -> list[str]:
-        return ["python", "-m", "vjepa_launch.stand_in", str(run), "--steps", "100", "--every", "1000"]
-
-    launched = sweep.launch(folder, cluster, runs, command, name="array", at_once=3)
+    launched = array.launch(Array(folder, cluster, elements, name="array", at_once=3))
     middle = Rehearsal.of(launched[1].run)
     middle.wait_for(lambda: middle.step() >= 10, 300)
     status.requeue(middle.folder)

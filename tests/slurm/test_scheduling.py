@@ -112,7 +112,7 @@ def test_a_port_in_use_costs_one_start(slurm: Any, rehearsal: Callable[..., Rehe
 def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
     run = rehearsal("--steps", "20")
     cluster = PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour"}, "environment": {"A": "b c"}})
-    described = submit.describe(run.folder, cluster, run.command, config="name: rehearsal\n", name="rehearsal")
+    described = submit.describe(run.request(cluster))
     run.launch(cluster)
     submitted = (run.folder / "launch" / f"{run.job}_submission.sh").read_text()
     assert submitted.strip() in described

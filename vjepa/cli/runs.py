@@ -3,8 +3,8 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
+from vjepa.cli.cluster import launch_array, on_cluster, profile, say
 from vjepa.cli.verb import Verbs, config, out
 
 
@@ -33,7 +33,7 @@ def add_verbs(verbs: Verbs) -> None:
 
     verb = verbs.add("launch", launch, "train on a cluster through submitit, or here in the background", settings=True)
     verb.add_argument("config", metavar="CONFIG|SWEEP", help="a run file, the name of one, or a file of a sweep")
-    _cluster(verb)
+    on_cluster(verb)
     out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
     verb.add_argument("--dry-run", action="store_true", help="print what would be submitted, and touch nothing")
     verb.add_argument("--refreeze", action="store_true", help="take the present code, though the run has its own")
@@ -67,17 +67,10 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--seconds", type=float, default=20.0, help="to measure for (default: %(default)s)")
 
     verb = verbs.add("drill", drill, "rehearse what happens to a run when things go wrong")
-    _cluster(verb)
+    on_cluster(verb)
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help="this drill; may be repeated")
     verb.add_argument("--out", type=Path, default=Path("runs/drill"), help="folder (default: %(default)s)")
     verb.add_argument("--at-once", type=int, default=1, help="drills at a time (default: %(default)s)")
-
-
-def _cluster(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--on", required=True, metavar="CLUSTER", help="a profile: a YAML file, or a name in launch/clusters"
-    )
-    verb.add_argument("--nodes", type=int, help="machines, in place of the profile's number")
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -136,32 +129,37 @@ def train(args: argparse.Namespace) -> int:
 def launch(args: argparse.Namespace) -> None:
     from vjepa.config import load
     from vjepa_data.settings_files import dump_settings, load_settings
-    from vjepa_launch import submit, sweep
+    from vjepa_launch import array, submit, sweep
+    from vjepa_launch.request import Request, train_command
 
-    cluster = _profile(args)
+    on = profile(args.on, args.nodes)
     if _is_sweep(Path(args.config)):
         plan = load_settings(sweep.Sweep, Path(args.config), args.overrides).settings
-        folder = args.out or Path("runs") / plan.name
+        folder = (args.out or Path("runs") / plan.name).resolve()
         elements = [
-            (element.name, dump_settings(load(plan.config, element.overrides).settings))
-            for element in sweep.expand(plan)
+            array.Element(
+                variant.name,
+                tuple(train_command(folder / variant.name)),
+                dump_settings(load(plan.config, variant.overrides).settings),
+            )
+            for variant in sweep.expand(plan)
         ]
-        many = {"name": plan.name, "at_once": plan.at_once, "nodes": args.nodes}
-        if args.dry_run:
-            print(sweep.describe(folder, cluster, elements, submit.train_command, **many), end="")
-            return
-        launched = sweep.launch(folder, cluster, elements, submit.train_command, **many, refreeze=args.refreeze)
+        asked = array.Array(
+            folder, on, elements, name=plan.name, at_once=plan.at_once, refreeze=args.refreeze,
+            replace_settings=args.replace_settings,
+        )  # fmt: skip
+        launch_array(asked, dry_run=args.dry_run)
+        return
+    run = load(args.config, args.overrides).settings
+    folder = (args.out or Path("runs") / run.name).resolve()
+    request = Request(
+        folder, on, train_command(folder), config=dump_settings(run), name=run.name, refreeze=args.refreeze,
+        replace_settings=args.replace_settings,
+    )  # fmt: skip
+    if args.dry_run:
+        print(submit.describe(request), end="")
     else:
-        run = load(args.config, args.overrides).settings
-        folder = (args.out or Path("runs") / run.name).resolve()
-        one = {"config": dump_settings(run), "name": run.name, "nodes": args.nodes, "refreeze": args.refreeze}
-        if args.dry_run:
-            print(submit.describe(folder, cluster, submit.train_command(folder), **one), end="")
-            return
-        one["replace_settings"] = args.replace_settings
-        launched = [submit.launch(folder, cluster, submit.train_command(folder), **one)]
-    for job in launched:
-        _say(job)
+        say(submit.launch(request))
 
 
 def _is_sweep(path: Path) -> bool:
@@ -173,25 +171,6 @@ def _is_sweep(path: Path) -> bool:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False  # whatever is wrong is said when it is read as a run file
     return isinstance(values, dict) and "config" in values
-
-
-def _say(job: Any) -> None:
-    start = f"goes on from step {job.resumes}" if job.resumes is not None else "starts"
-    print(f"job {job.job} {start}: {job.run}\n  vjepa runs logs {job.run} -f" + (f"\n  {job.note}" if job.note else ""))
-
-
-def _profile(args: argparse.Namespace) -> Any:
-    """The cluster of `--on`: a file, or the name of one that ships with the project."""
-    import vjepa_launch
-    from vjepa_data.settings_files import load_settings
-    from vjepa_launch.settings import Cluster
-
-    path = Path(args.on)
-    if not path.exists() and path.name == args.on:
-        package = Path(vjepa_launch.__file__).parent
-        shipped = [folder / f"{args.on}.yaml" for folder in (package / "clusters", package.parent / "clusters")]
-        path = next((one for one in shipped if one.exists()), path)
-    return load_settings(Cluster, path).settings
 
 
 def runs_list(args: argparse.Namespace) -> None:
@@ -231,7 +210,7 @@ def runs_requeue(args: argparse.Namespace) -> None:
     if said:
         print(said)
     else:
-        _say(submit.launch_again(args.run))
+        say(submit.launch_again(args.run))
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -254,9 +233,9 @@ def bench_loader(args: argparse.Namespace) -> None:
 
 
 def drill(args: argparse.Namespace) -> int:
-    from vjepa_launch import drill, submit
+    from vjepa_launch import drill
 
-    cluster = submit.with_nodes(_profile(args), args.nodes)
+    cluster = profile(args.on, args.nodes)
     chosen = drill.choose(cluster, args.only)
     results = list(drill.rehearse_all(chosen, args.out, cluster, at_once=args.at_once))
     print(drill.table(results))
