@@ -1,8 +1,11 @@
 """Verbs for those who build corpora: raw videos to shards that can be trusted."""
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vjepa.cli.cluster import shard_on_cluster
 from vjepa.cli.verb import Verbs, out, workers
 
 
@@ -16,12 +19,15 @@ def add_verbs(verbs: Verbs) -> None:
         "--dry-run", action="store_true", help="look at everything, say what it would cost, write nothing"
     )
     verb.add_argument("--status", action="store_true", help="how far the builders on --out are, wherever they run")
+    verb.add_argument("--task", type=task, metavar="K/N", help="this is task K of an array of N, counted from 0")
+    verb.add_argument("--on", metavar="CLUSTER", help="as an array of jobs: a profile, or a name in launch/clusters")
+    verb.add_argument("--tasks", type=int, metavar="N", help="jobs of --on, a node each (default: its nodes)")
     workers(verb)
 
     verb = verbs.add("index", index, "admit foreign WebDataset shards: write the index that a run needs")
-    verb.add_argument("folder", type=Path, help="holds tars, at any depth")
-    out(verb, "folder for the index, with links to the tars (default: the folder itself)", required=False)
-    verb.add_argument("--name", help="of the corpus (default: the folder's)")
+    verb.add_argument("place", help="folder of tars; or s3://bucket/prefix/, or https://host/a-{0000..0099}.tar")
+    out(verb, "folder for the index, with links to local tars (default: the folder itself)", required=False)
+    verb.add_argument("--name", help="of the corpus (default: the place's)")
     verb.add_argument(
         "--split", action="append", default=[], metavar="PATTERN=NAME", help="tars whose names fit belong to this split"
     )
@@ -29,14 +35,32 @@ def add_verbs(verbs: Verbs) -> None:
     workers(verb)
 
     verb = verbs.add("verify", verify, "a corpus against its manifest, or a run's checkpoints against their digests")
-    verb.add_argument("folder", type=Path)
+    verb.add_argument("place", metavar="PLACE", help="folder or address of a corpus, or folder of a run")
     verb.add_argument("--deep", action="store_true", help="decode every clip of a corpus as well")
     workers(verb)
+
+    verb = verbs.add("merge", merge, "several corpora as the sources of one run, each with its licence and share")
+    verb.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or addresses of corpora")
+    out(verb, "YAML file: a run's, or its `base:`")
+    verb.add_argument("--split", default="train", help="which split of each (default: %(default)s)")
+    verb.add_argument(
+        "--by", choices=("clips", "hours", "equal"), default="clips", help="shares in proportion (default: %(default)s)"
+    )
+    verb.add_argument("--weights", nargs="+", type=float, help="shares by hand, one for each corpus")
+    verb.add_argument("--base", type=Path, help="run file with all other settings")
 
     verb = verbs.add("synthesize", synthesize, "write generated physics scenes as labelled mp4 files")
     out(verb, "folder for the videos and their labels")
     verb.add_argument("--videos", type=int, default=800, help="how many (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0)
+
+
+def task(text: str) -> tuple[int, int]:
+    """K and N of the word K/N."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 0 to N - 1, such as 3/32")
+    return int(number), int(count)
 
 
 def shard(args: argparse.Namespace) -> None:
@@ -53,10 +77,13 @@ def shard(args: argparse.Namespace) -> None:
     if not args.sources:
         raise BadInput("no sources; give folders, video files, tables of videos, tars or URLs")
     spec = load_settings(Spec, args.spec, args.overrides).settings
+    if args.on:
+        shard_on_cluster(args, spec)
+        return
     if args.dry_run:
         print("\n".join(survey(args.sources, spec=spec, workers=args.workers).lines()))
         return
-    manifest = shard(args.sources, args.out, spec=spec, workers=args.workers)
+    manifest = shard(args.sources, args.out, spec=spec, workers=args.workers, task=args.task)
     splits = [
         f"{one['samples']} clips ({one['seconds'] / 60:.1f} min) in {name}" for name, one in manifest.splits.items()
     ]
@@ -73,31 +100,63 @@ def index(args: argparse.Namespace) -> None:
         if not equals:
             raise BadInput(f"--split {word!r}: expected PATTERN=NAME, such as '*val*=val'")
         splits[pattern] = name
-    found = admit(args.folder, out=args.out, name=args.name, splits=splits, deep=args.deep, workers=args.workers)
+    with bar("reading tars") as advance:
+        found = admit(
+            args.place,
+            out=args.out,
+            name=args.name,
+            splits=splits,
+            deep=args.deep,
+            workers=args.workers,
+            advance=advance,
+        )
     samples = sum(one["samples"] for one in found.manifest.splits.values())
-    print(f"{args.out or args.folder}: {samples} samples admitted; corpus {found.manifest.hash[:12]}")
+    print(f"{args.out or args.place}: {samples} samples admitted; corpus {found.manifest.hash[:12]}")
     for text, counts in (("not of the canonical form", found.flaws), ("left out", found.rejects)):
         for reason, count in counts.items():
             print(f"  {count} {text}: {reason}")
 
 
+@contextlib.contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is: what it gives is called with what is done, and all there is."""
+    from rich.progress import Progress
+
+    with Progress() as progress:
+        line = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(line, completed=done, total=total)
+
+
 def verify(args: argparse.Namespace) -> int:
-    if (args.folder / "checkpoints").is_dir():
+    folder = Path(args.place)
+    if (folder / "checkpoints").is_dir():
         from vjepa.run.checkpoint import damage, list_checkpoints
 
-        found = [(path, damage(path)) for path in list_checkpoints(args.folder)]
+        found = [(path, damage(path)) for path in list_checkpoints(folder)]
         problems = [f"{path}: {wrong}" for path, wrong in found if wrong]
         what = f"{len(found)} checkpoints"
     else:
         from vjepa_data.verify import verify as verify_corpus
 
-        verdict = verify_corpus(args.folder, deep=args.deep, workers=args.workers)
+        with bar("reading shards") as advance:
+            verdict = verify_corpus(args.place, deep=args.deep, workers=args.workers, advance=advance)
         problems = verdict.problems
         what = f"{verdict.samples} samples" + (f", {verdict.decoded} of them decoded" if args.deep else "")
     for problem in problems:
         print(problem)
-    print(f"{args.folder}: {what}: {len(problems)} problems")
+    print(f"{args.place}: {what}: {len(problems)} problems")
     return 1 if problems else 0
+
+
+def merge(args: argparse.Namespace) -> None:
+    from vjepa_data.mixture import merge, write_mixture
+
+    found = merge(args.corpora, split=args.split, by=args.by, weights=args.weights)
+    write_mixture(found, args.out, base=args.base)
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    shares = ", ".join(f"{part.source.weight:.1%} {part.name}" for part in found.parts)
+    print(f"{args.out}: {shares}; use it with `base: {args.out.name}`, or give --base")
 
 
 def synthesize(args: argparse.Namespace) -> None:
