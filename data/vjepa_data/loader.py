@@ -22,7 +22,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from vjepa_data.batch import Batch, Clips
-from vjepa_data.process import die_with_parent, ignore_stop_signals, keep_memory
+from vjepa_data.process import die_with_owner, die_with_parent, ignore_stop_signals, keep_memory
 from vjepa_data.settings import BadInput, Data, Loader
 from vjepa_data.stream import BOARD_BYTES, Decode, Gather, Samples, open_plan
 from vjepa_data.watch import Rejected, TooManyRejects, Watchdog
@@ -208,18 +208,13 @@ def _prepare_worker(trainer: int, stalls: str | None, worker: int) -> None:
     if trainer == os.getppid():
         die_with_parent(trainer)
     else:  # started by the fork server, which lives as long as its last child
-        threading.Thread(target=_die_with_trainer, name="dies with the trainer", daemon=True).start()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        die_with_owner(parent.sentinel)
     ignore_stop_signals()
     keep_memory()
     out = open(stalls, "a") if stalls else sys.stderr  # noqa: SIM115  stays open as long as the worker
     faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
-
-
-def _die_with_trainer() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _as_it_is(batch: list) -> list:

@@ -1,8 +1,12 @@
 """How a child process of ours behaves: it dies with its parent, leaves signals to it, and keeps its memory."""
 
+import contextlib
 import ctypes
+import fcntl
 import os
+import select
 import signal
+from collections.abc import Iterator
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -14,6 +18,19 @@ def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies; end at once if it has died already."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
+        os._exit(1)
+
+
+def die_with_owner(sentinel: int) -> None:
+    """Have the kernel kill this process when a pipe's other end closes, where the owner is not the parent.
+
+    Args:
+        sentinel: read end of a pipe whose write end only the owner holds.
+    """
+    fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([sentinel], [], [], 0)[0]:  # it has closed already
         os._exit(1)
 
 
@@ -33,3 +50,18 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keep this thread, and those that it starts meanwhile, on the core where it runs now; then let it go again.
+
+    decord hands every frame from one thread to another, a hundred times a clip. Where they lie on different cores, each
+    hand-over wakes a core up, which may take longer than to decode the frame.
+    """
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -17,7 +17,7 @@ import numpy as np
 
 from vjepa_data.decode import Expect, decode
 from vjepa_data.faults import Unreadable
-from vjepa_data.process import die_with_parent, ignore_stop_signals, keep_memory
+from vjepa_data.process import die_with_parent, ignore_stop_signals, keep_memory, on_one_core
 
 ADDRESS_SPACE_BYTES = 8 << 30  # a file that declares absurd sizes ends the servant, not the machine
 PRINTED_BYTES = 1 << 20  # decord prints whole files to stderr when it cannot open them
@@ -47,7 +47,9 @@ def serve(decoder: str, channel: int, parent: int, address_space: int, *memory: 
         number, size = request["memory"], request["size"]
         if number not in maps or len(maps[number]) != size:
             maps[number] = mmap.mmap(memory[number], size)
-        write(connection, {**_answer(request, maps[number]), "rss": _rss_bytes()})
+        with on_one_core():
+            answer = _answer(request, maps[number])
+        write(connection, {**answer, "rss": _rss_bytes()})
 
 
 def _answer(request: dict, memory: mmap.mmap) -> dict:
