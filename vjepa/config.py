@@ -89,9 +89,9 @@ class Model(Settings):
     """Deviation of the first weights. 0.02 is V-JEPA 2's, for widths around 1,024; a tiny model learns faster from
     about 1 / sqrt(width)."""
 
-    rope: Literal["tiled", "interleaved"] = "tiled"
-    """3-D rotary positions: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a
-    true rotation (V-JEPA 2.1)."""
+    rope: Literal["tiled", "interleaved", "sincos"] = "tiled"
+    """3-D positions. Rotary: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a true
+    rotation (V-JEPA 2.1). Not rotary: `sincos` adds the first V-JEPA's sines and cosines to the tokens."""
 
     rope_cells: int | None = Field(default=None, ge=2)
     """Stretch the rows and columns of any picture to a grid of so many, so that positions keep their meaning when the
@@ -311,6 +311,14 @@ class Parallel(Settings):
     """Attention backend; `auto` takes the first of varlen, xformers, sdpa that passes a small test on this
     machine; the order is fixed, so that all ranks and all attempts of a run agree."""
 
+    offload: bool = False
+    """Keep the slices of weights, gradients and moments in the memory of the host, and update them there (FSDP2's
+    CPUOffloadPolicy): for models that do not fit otherwise, at the price of the way to the device and back."""
+
+    deterministic: bool = False
+    """Let torch take only kernels that give the same bits every time, and refuse operations that have none. On a CPU
+    runs are exact without it."""
+
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a collective that does not return ends the process."""
 
@@ -323,14 +331,53 @@ class Checkpoint(Settings):
     """When to save and what to keep."""
 
     every_steps: int = Field(default=1000, ge=1)
+
+    folder: str | None = None
+    """Where checkpoints lie: a folder, or the URL of one in an object store (`s3://bucket/runs/NAME`), of this run
+    alone; by default `checkpoints` in the run folder. On the way to a URL they are staged in TMPDIR."""
+
     keep_last: int = Field(default=2, ge=2)
     """Newest checkpoints to keep; at least two, since one of them may be the one being written."""
 
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints to keep for ever: those at multiples of this."""
 
+    milestones: tuple[int, ...] = ()
+    """Steps whose checkpoints are written whatever the cadence, and kept for ever."""
+
     background: bool = False
     """Write while training goes on."""
+
+
+class Profile(Settings):
+    """A look at where a few steps spend their time."""
+
+    at: int = Field(ge=1)
+    """First step to be traced, counted from 1; later than the first few, which warm up."""
+
+    steps: int = Field(default=3, ge=1)
+    """Steps in the trace; each makes a GPU's trace some megabytes longer."""
+
+    ranks: int = Field(default=1, ge=1)
+    """How many of the ranks, from 0, write one."""
+
+
+class OnlineProbe(Settings):
+    """What can be read from the target's features while it learns: ridge regression of a label of a few videos."""
+
+    shards: str
+    """Folder of a corpus whose samples carry the label."""
+
+    label: str
+    """Its name. Numbers are scored by R2, anything else by accuracy."""
+
+    split: str = "val"
+    """Part of the corpus; half of the videos are to fit on, half to score on."""
+
+    videos: int = Field(default=128, ge=4)
+    """At most so many, always the same, from the middle of each; kept in memory, spread over the ranks."""
+
+    every_steps: int = Field(default=1000, ge=1)
 
 
 class Track(Settings):
@@ -341,6 +388,15 @@ class Track(Settings):
 
     monitor_every_steps: int = Field(default=100, ge=1)
     """Steps between the monitors of collapse (RankMe, feature spread), which cost a decomposition."""
+
+    pictures_every_steps: int | None = Field(default=5000, ge=1)
+    """Steps between pictures of a clip, its masks and its features, in `pictures/` and at W&B; null for none."""
+
+    probe: OnlineProbe | None = None
+    """A probe in the course of the run; by default none."""
+
+    profile: Profile | None = None
+    """A trace by torch's profiler, in `profile/` of the run folder; by default none."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """`auto` is online with a key and a network, else offline. W&B is never the reason that training stops."""
@@ -357,21 +413,27 @@ class Health(Settings):
 
     max_skipped_in_a_row: int = Field(default=3, ge=1)
     """Steps in a row with a loss or gradient that is not finite, which are skipped, before the run goes back to its
-    newest checkpoint."""
+    last healthy checkpoint."""
 
     max_loss_ratio: float | None = Field(default=None, gt=1)
     """A loss above this many times the median of the last 200 recorded steps, `max_skipped_in_a_row` times in a row,
-    is a spike, and the run goes back to its newest checkpoint; by default only what is not finite counts."""
+    is a spike, and the run goes back to a checkpoint from before it; by default only what is not finite counts."""
 
     roll_backs: int = Field(default=1, ge=0)
-    """How often an attempt may go back, before it stops. The same steps with the same data come again, so this mends
-    what a faulty machine did, and shows what was no machine's fault."""
+    """How often an attempt may go back, before it stops."""
+
+    after_roll_back: Literal["replay", "pass_over"] = "replay"
+    """What comes then. `replay`: the same steps with the same batches, which mends what a faulty machine did and shows
+    what was no machine's fault. `pass_over`: the batches between the checkpoint and the last bad step are never used;
+    step s then takes the batch, masks and all, that step s + n would have had, n being their number. It is written to
+    `passed_over.json` and into every checkpoint, so that any later attempt does the same (PaLM, arXiv:2204.02311,
+    section 5.1)."""
 
     collapse_share: Share = 0.25
     """RankMe or spread of the features below this share of its own highest value so far is called a collapse."""
 
-    on_collapse: Literal["warn", "stop"] = "warn"
-    """What to do then."""
+    on_collapse: Literal["warn", "roll_back", "stop"] = "warn"
+    """What to do then: say so, go back to a checkpoint from before (counted among `roll_backs`), or stop."""
 
     stall_s: float = Field(default=60.0, gt=0)
     """Seconds without a step after which the stacks of all threads are written to the run folder; ten times as long
@@ -379,6 +441,10 @@ class Health(Settings):
 
     hang_s: float = Field(default=3600.0, gt=0)
     """Seconds without a step after which the process ends, so that a launcher can start it again."""
+
+    straggler_ratio: float = Field(default=1.5, gt=1)
+    """A rank that takes this many times as long as the median rank, for its data or for a matrix product that each
+    does alone, is named in the log."""
 
 
 class Run(Settings):

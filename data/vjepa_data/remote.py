@@ -134,12 +134,12 @@ def _store_range(url: str, start: int, size: int) -> bytes:
         raise Gone(str(e) or type(e).__name__) from e
     except FSTimeoutError as e:
         raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes a second") from e
-    except _store_errors() as e:
+    except store_errors() as e:
         raise _Busy(f"{type(e).__name__}: {e}") from e
 
 
 @functools.cache
-def _store_errors() -> tuple[type[Exception], ...]:
+def store_errors() -> tuple[type[Exception], ...]:
     """List the failures of object stores that are no OSError."""
     found: list[type[Exception]] = [socket.timeout]
     with contextlib.suppress(ImportError):

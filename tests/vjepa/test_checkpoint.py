@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def facts(step: int) -> Facts:
     return Facts(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"})
 
 
-def saved(folder: Path, world: World, steps: range, **settings: int) -> Saver:
+def saved(folder: Path, world: World, steps: range, **settings: Any) -> Saver:
     saver = Saver(folder, Checkpoint.model_validate(settings), world)
     for step in steps:
         saver.save(
@@ -40,7 +41,7 @@ def saved(folder: Path, world: World, steps: range, **settings: int) -> Saver:
 
 def test_what_is_saved_is_what_is_loaded_with_or_without_ranks(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 4))
-    newest = find_newest(tmp_path, world)
+    newest = find_newest(tmp_path / "checkpoints", world)
     assert newest is not None
     assert newest == tmp_path / "checkpoints" / "step_00000003"
     assert read_facts(newest) == facts(3)
@@ -66,16 +67,16 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning_and_set_aside(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, break_it: Callable[[Path], object], says: str
 ) -> None:
     saved(tmp_path, world, range(1, 3))
-    newest = checkpoint.folder_of(tmp_path, 2)
+    newest = checkpoint.folder_of(tmp_path / "checkpoints", 2)
     break_it(newest)
     assert says in str(damage(newest))
     with caplog.at_level(logging.WARNING):
-        assert find_newest(tmp_path, world) == checkpoint.folder_of(tmp_path, 1)
+        assert find_newest(tmp_path / "checkpoints", world) == checkpoint.folder_of(tmp_path / "checkpoints", 1)
     assert says in caplog.text
     assert not newest.exists()
     assert newest.with_name("damaged_step_00000002").exists()
     saved(tmp_path, world, range(2, 3))  # its steps are made again, and saved under the good name
-    assert find_newest(tmp_path, world) == newest
+    assert find_newest(tmp_path / "checkpoints", world) == newest
 
 
 def flip_a_bit(path: Path) -> None:
@@ -92,30 +93,46 @@ def cut_short(path: Path) -> None:
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_quietly_start_anew(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 3))
-    for path in list_checkpoints(tmp_path):
+    for path in list_checkpoints(tmp_path / "checkpoints"):
         flip_a_bit(path)
     with pytest.raises(BadInput, match="none of the 2 checkpoints"):
-        find_newest(tmp_path, world)
+        find_newest(tmp_path / "checkpoints", world)
     with pytest.raises(BadInput, match="no complete checkpoint"):
         checkpoint.load_weights(tmp_path)
     with pytest.raises(BadInput, match="is damaged"):
-        checkpoint.load_weights(checkpoint.folder_of(tmp_path, 2))
+        checkpoint.load_weights(checkpoint.folder_of(tmp_path / "checkpoints", 2))
 
 
 def test_a_save_that_was_cut_short_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 2))
     part = tmp_path / "checkpoints" / ".step_00000002.part"
-    shutil.copytree(checkpoint.folder_of(tmp_path, 1), part)
-    assert find_newest(tmp_path, world) == checkpoint.folder_of(tmp_path, 1)
+    shutil.copytree(checkpoint.folder_of(tmp_path / "checkpoints", 1), part)
+    assert find_newest(tmp_path / "checkpoints", world) == checkpoint.folder_of(tmp_path / "checkpoints", 1)
     saved(tmp_path, world, range(2, 3))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_last_few_and_every_nth_are_kept(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 8), keep_last=2, keep_every_steps=3)
-    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
+    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [3, 6, 7]
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         Checkpoint(keep_last=1)
+
+
+def test_milestones_are_saved_and_kept_and_nothing_goes_while_fewer_than_two_are_intact(
+    world: World, tmp_path: Path
+) -> None:
+    home = tmp_path / "checkpoints"
+    saver = Saver(tmp_path, Checkpoint(every_steps=2, milestones=(1, 5)), world)
+    assert [step for step in range(1, 8) if saver.is_due(step)] == [1, 2, 4, 5, 6]
+    saved(tmp_path, world, range(1, 4), milestones=(1,))
+    assert [checkpoint.step_of(path) for path in list_checkpoints(home)] == [1, 2, 3]
+    flip_a_bit(checkpoint.folder_of(home, 1))
+    flip_a_bit(checkpoint.folder_of(home, 3))
+    saved(tmp_path, world, range(4, 5), milestones=(1,))  # another attempt: it has not seen the third written
+    assert [checkpoint.step_of(path) for path in list_checkpoints(home)] == [1, 2, 3, 4]
+    saved(tmp_path, world, range(5, 6), milestones=(1,))
+    assert [checkpoint.step_of(path) for path in list_checkpoints(home)] == [1, 4, 5]
 
 
 def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_stays(
@@ -131,7 +148,7 @@ def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_sta
         saver.settings = Checkpoint(background=background)
         with pytest.raises(OSError, match="No space left"):
             save_and_wait(saver, facts(2 + background))
-    assert find_newest(tmp_path, world) == checkpoint.folder_of(tmp_path, 1)
+    assert find_newest(tmp_path / "checkpoints", world) == checkpoint.folder_of(tmp_path / "checkpoints", 1)
 
 
 def save_and_wait(saver: Saver, of: Facts) -> None:
@@ -141,10 +158,12 @@ def save_and_wait(saver: Saver, of: Facts) -> None:
 
 def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 2))
-    file = checkpoint.folder_of(tmp_path, 1) / "state.json"
+    file = checkpoint.folder_of(tmp_path / "checkpoints", 1) / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0, "versions": {"vjepa": "0.0.9"}}))
-    with pytest.raises(BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9"):
-        read_facts(checkpoint.folder_of(tmp_path, 1))
+    with pytest.raises(
+        BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9:"
+    ):
+        read_facts(checkpoint.folder_of(tmp_path / "checkpoints", 1))
 
 
 def changes(then: Run, now: Run, *, step: int = 10, manifests: tuple[str, str] = ("a", "a")) -> dict[str, list[object]]:

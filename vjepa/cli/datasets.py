@@ -129,10 +129,10 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 def verify(args: argparse.Namespace) -> int:
     folder = Path(args.place)
-    if (folder / "checkpoints").is_dir():
-        from vjepa.run.checkpoint import damage, list_checkpoints
+    if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        from vjepa.run.checkpoint import damage, home_of, list_checkpoints
 
-        found = [(path, damage(path)) for path in list_checkpoints(folder)]
+        found = [(path, damage(path)) for path in list_checkpoints(home_of(folder))]
         problems = [f"{path}: {wrong}" for path, wrong in found if wrong]
         what = f"{len(found)} checkpoints"
     else:

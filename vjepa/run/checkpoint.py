@@ -8,6 +8,9 @@
 
 DCP has no checksums (one flipped bit loads without complaint) and saving over an old checkpoint leaves, if it is cut
 short, a mixture that looks whole. Hence digests of our own, a fresh folder for every save, and a rename at the end.
+
+In an object store (`checkpoint.folder: s3://...`) every rank writes its slices to a disk of its node and uploads them,
+and `state.json` is the last object: without it a `step_*` is no checkpoint. See `place`.
 """
 
 import json
@@ -17,16 +20,16 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import xxhash
+import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -35,10 +38,12 @@ from vjepa.config import Checkpoint
 from vjepa.objective import Models
 from vjepa.optimizer import named_parameters
 from vjepa.parallel import World
+from vjepa.run import place
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FORMAT = 1
 NAME = re.compile(r"step_(\d{8,})")
 Part = Literal["target", "encoder", "predictor"]
@@ -63,11 +68,26 @@ class Facts:
 
     wandb_id: str | None
     versions: Mapping[str, str]
+    passed_over: Sequence[tuple[int, int]] = ()
+    """Batches that were never used: from which step on, and how many. See `vjepa.run.passed_over`."""
 
 
-def folder_of(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return run_folder / "checkpoints" / f"step_{step:08d}"
+def home_of(run_folder: Path, settings: Checkpoint | None = None) -> Path:
+    """Where the checkpoints of a run lie.
+
+    Args:
+        run_folder: of the run.
+        settings: of the run; by default those in its `config.yaml`.
+    """
+    written = run_folder / "config.yaml"
+    if settings is None and written.is_file():
+        settings = Checkpoint.model_validate(yaml.safe_load(written.read_text()).get("checkpoint") or {})
+    return place.path_of(settings.folder) if settings and settings.folder else run_folder / "checkpoints"
+
+
+def folder_of(home: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be, among those of a run."""
+    return home / f"step_{step:08d}"
 
 
 def tensors_of(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -83,9 +103,18 @@ def tensors_of(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return {**{name: p.detach() for name, p in named_parameters(models.all).items()}, **state}
 
 
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Folders that claim to be complete, oldest first. Whether they are is for `damage` to say."""
-    found = [path for path in (run_folder / "checkpoints").glob("step_*") if NAME.fullmatch(path.name)]
+def list_checkpoints(home: Path) -> list[Path]:
+    """Folders that claim to be complete, oldest first. Whether they are is for `damage` to say.
+
+    Raises:
+        BadInput: `home` may not be read.
+    """
+    try:
+        found = [path for path in place.children(home) if NAME.fullmatch(path.name)]
+    except PermissionError as error:
+        raise BadInput(f"{home} cannot be read ({error}); see to the rights there, or to the credentials") from None
+    if place.is_remote(home):
+        found = [path for path in found if any(one.name == "state.json" for one in place.children(path))]
     return sorted(found, key=step_of)
 
 
@@ -103,15 +132,18 @@ def read_facts(path: Path) -> Facts:
         BadInput: there is no readable `state.json`, or another version of us wrote it.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads(_read_text(path / "state.json"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is no complete checkpoint ({error}); choose another with `ls {path.parent}`") from None
     if state.get("format") != FORMAT:
+        writer = state.get("versions", {}).get("vjepa", "of unknown version")
         raise BadInput(
             f"{path} has checkpoint format {state.get('format')}, this version reads format {FORMAT}; "
-            f"it was written with vjepa {state.get('versions', {}).get('vjepa', 'of unknown version')}"
+            f"it was written with vjepa {writer}: go on with that one, or start another run"
         )
-    return Facts(**{name: state[name] for name in Facts.__dataclass_fields__})
+    passed_over = tuple((at, batches) for at, batches in state.get("passed_over", ()))
+    known = {name: state[name] for name in Facts.__dataclass_fields__ if name in state}
+    return Facts(**{**known, "passed_over": passed_over})
 
 
 def damage(path: Path, *, only: Sequence[str] | None = None) -> str | None:
@@ -122,17 +154,19 @@ def damage(path: Path, *, only: Sequence[str] | None = None) -> str | None:
         only: names of the files to check; all by default. Ranks share the reading in this way.
     """
     try:
-        files = json.loads((path / "state.json").read_text())["files"]
+        files = json.loads(_read_text(path / "state.json"))["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"state.json cannot be read ({type(error).__name__})"
     for name in files if only is None else only:
         wanted, file = files[name], path / name
-        if not file.is_file():
+        try:
+            size = place.patiently(lambda file=file: file.stat().st_size, file)
+            if size != wanted["bytes"]:
+                return f"{name} has {size} bytes, not {wanted['bytes']}"
+            if place.patiently(lambda file=file: digest(file), file) != wanted["xxh3"]:
+                return f"{name} has changed since it was written"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file.stat().st_size != wanted["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {wanted['bytes']}"
-        if digest(file) != wanted["xxh3"]:
-            return f"{name} has changed since it was written"
     return None
 
 
@@ -149,17 +183,21 @@ class Saver:
     """Writes checkpoints of one run, at once or while training goes on, and prunes old ones."""
 
     def __init__(self, run_folder: Path, settings: Checkpoint, world: World) -> None:
-        self.run_folder, self.settings, self.world = run_folder, settings, world
+        self.settings, self.world = settings, world
+        self.home = home_of(run_folder, settings)
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.newest = -1
         """Step of the newest complete checkpoint that this attempt wrote or went on from."""
-        if world.is_first:
-            _sweep(run_folder / "checkpoints")
+        self._intact: set[Path] = set()
+        """Those that were found intact in this attempt."""
+        self.on_saved: Callable[[Path], None] = lambda path: None
+        """Told of every checkpoint when it is complete, by the thread that trains."""
+        world.first(lambda: place.sweep(self.home))
 
     def is_due(self, step: int) -> bool:
         """Whether the cadence asks for a checkpoint after so many updates."""
-        return step % self.settings.every_steps == 0
+        return step % self.settings.every_steps == 0 or step in self.settings.milestones
 
     def save(self, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         """Write one checkpoint, all ranks together.
@@ -174,13 +212,18 @@ class Saver:
         self.wait()
         if facts.step == self.newest:
             return  # stopped at once after a save or a start
-        path = folder_of(self.run_folder, facts.step)
+        path = folder_of(self.home, facts.step)
         self.newest = facts.step
-        part = path.with_name(f".{path.name}.part")
-        self.world.first(lambda: _fresh(part))
+        part = place.stage_of(path, self.world.rank)
+        if place.is_remote(path):
+            _fresh(part)
+            self.world.first(lambda: place.withdraw(path))
+        else:
+            self.world.first(lambda: _fresh(part))
         if not self.settings.background:
             save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
             self._commit(part, path, facts)
+            self.on_saved(path)
             return
         done = async_save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
 
@@ -194,6 +237,11 @@ class Saver:
         self._writing = threading.Thread(target=finish, name="checkpoint")
         self._writing.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written while training goes on."""
+        return self._writing is not None and self._writing.is_alive()
+
     def wait(self) -> None:
         """Wait until the checkpoint being written is complete.
 
@@ -203,50 +251,94 @@ class Saver:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
+            if self._failure is None:
+                self.on_saved(folder_of(self.home, self.newest))
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def _commit(self, part: Path, path: Path, facts: Facts) -> None:
         """Digest, list, sync, rename. Until the rename there is no checkpoint; after it, a whole one."""
-        rank, size, group = self.world.rank, self.world.size, self.world.storage
-        mine = {
-            file.name: {"bytes": file.stat().st_size, "xxh3": digest(file)}
-            for file in sorted(part.iterdir())
-            if file.name.startswith(f"__{rank}_") or (rank == 0 and file.name == ".metadata")
-        }
-        everyone: list[Any] = [None] * size
-        dist.all_gather_object(everyone, mine, group=group)
-        if rank == 0:
-            files = {name: facts_ for one in everyone for name, facts_ in one.items()}
+        rank = self.world.rank
+
+        def finish_mine() -> dict[str, dict[str, Any]]:
+            mine = [file for file in part.iterdir() if file.name.startswith(f"__{rank}_")]
+            if rank == 0:
+                mine.append(part / ".metadata")
+            if place.is_remote(path):
+                for file in mine:
+                    place.upload(file, path / file.name)
+            return {file.name: {"bytes": file.stat().st_size, "xxh3": digest(file)} for file in sorted(mine)}
+
+        files = {name: facts_ for one in self._together(finish_mine) for name, facts_ in one.items()}
+        state = json.dumps({"format": FORMAT, **asdict(facts), "files": files}, indent=1)
+        self._together(lambda: self._publish(part, path, files, state) if rank == 0 else None)
+        if place.is_remote(path):
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _publish(self, part: Path, path: Path, files: Mapping[str, Any], state: str) -> None:
+        if place.is_remote(path):
+            place.patiently(lambda: (path / "state.json").write_text(state), path)
+            place.patiently(lambda: (path.parent / "latest").write_text(path.name + "\n"), path)
+        else:
             unseen = [name for name in files if not (part / name).is_file()]
             if unseen:
                 raise OSError(f"{part} lacks {unseen[:3]} that other ranks wrote; it must be on a disk that all share")
-            text = json.dumps({"format": FORMAT, **asdict(facts), "files": files}, indent=1)
-            _write_synced(part / "state.json", text)
+            _write_synced(part / "state.json", state)
             _sync(part)
             part.rename(path)
             _sync(path.parent)
             _write_synced(path.parent / "latest.part", path.name + "\n")
             os.replace(path.parent / "latest.part", path.parent / "latest")
-            log.info("step %d: saved %s", facts.step, path)
-            self._prune()
-        dist.barrier(group=group)
+        self._intact.add(path)
+        log.info("step %d: saved %s", step_of(path), path)
+        self._prune()
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What an action gave on each rank. Its failure on one is one on all: nobody waits for who gave up.
+
+        Raises:
+            OSError: on every rank.
+        """
+        result, failure = None, None
+        try:
+            result = action()
+        except (OSError, BadInput) as error:
+            failure = f"rank {self.world.rank}: {error}"
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, (result, failure), group=self.world.storage)
+        for _, wrong in everyone:
+            if wrong:
+                raise OSError(f"the checkpoint could not be written: {wrong}")
+        return [one for one, _ in everyone]
 
     def _prune(self) -> None:
-        """Delete what retention does not ask for, oldest first; it never leaves fewer than two."""
-        every = self.settings.keep_every_steps
-        found = list_checkpoints(self.run_folder)
-        for path in found[: -self.settings.keep_last]:
-            if every and step_of(path) % every == 0:
+        """Delete what retention does not ask for, oldest first, once two that stay are found intact."""
+        every, found = self.settings.keep_every_steps, list_checkpoints(self.home)
+        doomed = [
+            path
+            for path in found[: -self.settings.keep_last]
+            if not (every and step_of(path) % every == 0) and step_of(path) not in self.settings.milestones
+        ]
+        if not doomed:
+            return
+        intact = 0
+        for path in reversed([path for path in found if path not in doomed]):
+            if path not in self._intact and (wrong := damage(path)):
+                log.warning("%s is damaged: %s", path, wrong)
                 continue
-            # Out of sight first: a deletion cut short must not leave half a checkpoint under a good name.
-            trash = path.with_name(f".{path.name}.trash")
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            self._intact.add(path)
+            intact += 1
+            if intact == 2:
+                break
+        if intact < 2:
+            log.warning("%s: no old checkpoint is deleted, since fewer than two newer ones are intact", self.home)
+            return
+        for path in doomed:
+            place.remove(path)
 
 
-def find_newest(run_folder: Path, world: World) -> Path | None:
+def find_newest(home: Path, world: World) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; the ranks share the reading.
 
     Damaged ones that are newer are set aside under another name, since their steps will be made again.
@@ -257,23 +349,23 @@ def find_newest(run_folder: Path, world: World) -> Path | None:
     Raises:
         BadInput: there are checkpoints and all are damaged: starting anew would be a silent loss.
     """
-    candidates = world.first(lambda: list_checkpoints(run_folder))
+    candidates = world.first(lambda: list_checkpoints(home))
     damaged = []
     for path in reversed(candidates):
         try:
-            names = sorted(json.loads((path / "state.json").read_text())["files"])
+            names = sorted(json.loads(_read_text(path / "state.json"))["files"])
         except (OSError, ValueError, KeyError):
             names = []  # `damage` will say it
         wrong = [one for one in world.gather(damage(path, only=names[world.rank :: world.size])) if one]
         if not wrong:
-            world.first(lambda: [one.rename(one.with_name(f"damaged_{one.name}")) for one in damaged])
+            world.first(lambda: [place.set_aside(one, name="damaged") for one in damaged])
             return path
         damaged.append(path)
         if world.is_first:
             log.warning("%s is skipped: %s", path, wrong[0])
     if candidates:
         raise BadInput(
-            f"none of the {len(candidates)} checkpoints in {run_folder / 'checkpoints'} is intact; "
+            f"none of the {len(candidates)} checkpoints in {home} is intact; "
             f"bring one back, or give another folder with --out to start anew"
         )
     return None
@@ -281,7 +373,7 @@ def find_newest(run_folder: Path, world: World) -> Path | None:
 
 def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
     """Fill tensors in place from a checkpoint that any number of ranks wrote."""
-    load(dict(tensors), checkpoint_id=path, process_group=world.storage)
+    load(dict(tensors), storage_reader=place.reader_of(path), process_group=world.storage)
 
 
 def load_weights(path: Path, part: Part = "target") -> dict[str, Tensor]:
@@ -302,7 +394,8 @@ def load_weights(path: Path, part: Part = "target") -> dict[str, Tensor]:
     if wrong:
         raise BadInput(f"{path} is damaged: {wrong}; choose another checkpoint")
     read_facts(path)
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = place.reader_of(path)
+    entries = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
@@ -310,7 +403,7 @@ def load_weights(path: Path, part: Part = "target") -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what we ask for
-        load(tensors, checkpoint_id=path, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
 
 
@@ -322,15 +415,15 @@ def resolve(path: Path) -> Path:
     """
     if NAME.fullmatch(path.name) and path.is_dir():
         return path
-    found = latest(path / "checkpoints")
+    found = latest(home_of(path))
     if found is None:
         raise BadInput(f"{path} holds no complete checkpoint; give the folder of a run, or one of its step_* folders")
     return found
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The newest intact checkpoint in a folder of checkpoints, if there is any."""
-    for path in reversed(list_checkpoints(checkpoints.parent)):
+def latest(home: Path) -> Path | None:
+    """The newest intact checkpoint of a run, if there is any."""
+    for path in reversed(list_checkpoints(home)):
         wrong = damage(path)
         if not wrong:
             return path
@@ -343,12 +436,8 @@ def _fresh(part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _sweep(checkpoints: Path) -> None:
-    """Remove what an attempt that was killed left half done."""
-    for pattern in (".step_*.part", ".step_*.trash"):
-        for path in checkpoints.glob(pattern):
-            log.info("removing %s, left unfinished by an earlier attempt", path)
-            shutil.rmtree(path, ignore_errors=True)
+def _read_text(file: Path) -> str:
+    return place.patiently(file.read_text, file)
 
 
 def _write_synced(file: Path, text: str) -> None:

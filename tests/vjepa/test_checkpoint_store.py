@@ -1,0 +1,144 @@
+"""Checkpoints in an object store, through its protocol: committed by the last object, whatever goes wrong."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vjepa.cli import main
+from vjepa.config import Checkpoint, Run
+from vjepa.parallel import World, join
+from vjepa.run import checkpoint, place
+from vjepa.run.checkpoint import Facts, Saver
+from vjepa.train import train
+from vjepa_data.settings import BadInput
+
+MakeRun = Callable[..., Run]
+ObjectStore = Any  # of conftest.py
+HOME = "s3://bucket/runs/x"
+
+
+@pytest.fixture
+def world(tiny_run: MakeRun) -> Iterator[World]:
+    with join(tiny_run().parallel) as world:
+        yield world
+
+
+def facts(step: int) -> Facts:
+    return Facts(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"}, ((2, 3),))
+
+
+def save(saver: Saver, step: int) -> None:
+    saver.save({"target.weight": torch.full((300,), float(step))}, facts(step))
+    saver.wait()
+
+
+def names(store: ObjectStore) -> set[str]:
+    return {name.removeprefix("bucket/runs/x/").partition("/")[0] for name in store.objects}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_is_saved_is_what_is_loaded_and_old_ones_go(
+    store: ObjectStore, world: World, tmp_path: Path, background: bool
+) -> None:
+    settings = Checkpoint(folder=HOME, background=background, milestones=(2,))
+    saver = Saver(tmp_path, settings, world)
+    for step in range(1, 6):
+        save(saver, step)
+    assert names(store) == {"step_00000002", "step_00000004", "step_00000005", "latest"}
+    assert store.objects["bucket/runs/x/latest"] == b"step_00000005\n"
+    home = checkpoint.home_of(tmp_path, settings)
+    newest = checkpoint.find_newest(home, world)
+    assert newest is not None
+    assert str(newest) == f"{HOME}/step_00000005"
+    assert checkpoint.read_facts(newest) == facts(5)
+    tensor = torch.zeros(300)
+    checkpoint.load_into({"target.weight": tensor}, newest, world)
+    assert tensor.eq(5).all()
+    assert checkpoint.load_weights(newest)["weight"].eq(5).all()
+    assert not list(tmp_path.glob("vjepa-checkpoint-*"))
+
+
+def test_files_larger_than_one_request_arrive_whole(store: ObjectStore, tmp_path: Path) -> None:
+    data = torch.randint(256, (110_000_000,), dtype=torch.uint8).numpy().tobytes()
+    (tmp_path / "large").write_bytes(data)
+    place.upload(tmp_path / "large", place.path_of(f"{HOME}/large"))
+    assert store.objects["bucket/runs/x/large"] == data
+    assert store.requests["POST"] == 2  # its parts were announced, and put together
+
+
+def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
+    store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Checkpoint(folder=HOME)
+    saver = Saver(tmp_path, settings, world)
+    save(saver, 1)
+    store.trouble = lambda method, key: 403 if method == "PUT" and key.endswith("state.json") else None
+    with pytest.raises(OSError, match=r"could not be written: rank 0: .*"):
+        save(saver, 2)
+    assert "bucket/runs/x/step_00000002/__0_0.distcp" in store.objects
+    store.trouble = lambda method, key: None
+    home = checkpoint.home_of(tmp_path, settings)
+    assert checkpoint.find_newest(home, world) == home / "step_00000001"
+    Saver(tmp_path, settings, world)
+    assert names(store) == {"step_00000001", "latest"}
+
+
+def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
+    store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = Saver(tmp_path, Checkpoint(folder=HOME), world)
+    # s3fs tries a few times by itself, before we do.
+    store.trouble = lambda method, key: 503 if method == "PUT" and "trying again" not in caplog.text else None
+    with caplog.at_level(logging.WARNING):
+        save(saver, 1)
+    assert "trying again" in caplog.text
+    assert checkpoint.latest(checkpoint.home_of(tmp_path, saver.settings)) is not None
+
+    store.trouble = lambda method, key: 503
+    monkeypatch.setattr(place, "PATIENCE_S", 0.5)
+    with pytest.raises(BadInput, match=r"cannot be reached for .* then resume"):
+        checkpoint.list_checkpoints(saver.home)
+    store.trouble = lambda method, key: 403
+    with pytest.raises(BadInput, match=r"cannot be read .*credentials"):
+        checkpoint.list_checkpoints(saver.home)
+
+
+def test_a_damaged_one_is_set_aside_but_an_outage_is_no_damage(
+    store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, Checkpoint(folder=HOME), world)
+    for step in (1, 2):
+        save(saver, step)
+    monkeypatch.setattr(place, "PATIENCE_S", 0.5)
+    store.trouble = lambda method, key: 503 if key.endswith(".distcp") else None
+    with pytest.raises(BadInput, match="cannot be reached"):
+        checkpoint.find_newest(saver.home, world)
+    store.trouble = lambda method, key: None
+    name = "bucket/runs/x/step_00000002/__0_0.distcp"
+    store.objects[name] = store.objects[name][:-1] + b"?"
+    assert checkpoint.find_newest(saver.home, world) == saver.home / "step_00000001"
+    assert "bucket/runs/x/step_00000002/damaged_state.json" in store.objects
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(saver.home)] == [1]
+    save(Saver(tmp_path, saver.settings, world), 2)
+    assert checkpoint.find_newest(saver.home, world) == saver.home / "step_00000002"
+
+
+def test_a_run_goes_on_from_a_store_and_is_verified_there(
+    store: ObjectStore, tiny_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_run(), tmp_path / "disk") == 0
+    assert train(tiny_run(steps=3, checkpoint={"folder": HOME}), tmp_path / "store") == 0
+    assert train(tiny_run(checkpoint={"folder": HOME, "background": True}), tmp_path / "store") == 0
+    ours, theirs = (checkpoint.load_weights(tmp_path / name) for name in ("store", "disk"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (tmp_path / "store" / "checkpoints").exists()
+    assert main(["verify", str(tmp_path / "store")]) == 0
+    assert "2 checkpoints: 0 problems" in capsys.readouterr().out
+    name = "bucket/runs/x/step_00000003/__0_0.distcp"
+    store.objects[name] = store.objects[name][:-1] + b"?"
+    assert main(["verify", str(tmp_path / "store")]) == 1
+    assert "has changed since it was written" in capsys.readouterr().out
