@@ -46,7 +46,8 @@ def write_tiny_corpus(folder: Path) -> Path:
     for number, count in enumerate((7, 9, 4)):
         writer = ShardWriter(folder, number=number, file=f"shards/tiny-train-{number:06d}.tar", split="train")
         for key in range(first, first + count):
-            facts = {"stored": stored, "group": str(key), "labels": {}}
+            labels = {"look": f"look {key % len(videos)}", "speed": key % 2}
+            facts = {"stored": stored, "group": str(key), "labels": labels}
             writer.write(Sample(key=f"tiny-{key:03d}", video=videos[key % len(videos)], suffix="mp4", facts=facts))
         writer.commit(plan="test")
         first += count
@@ -64,6 +65,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_corpus: Path) -> Callable[..., Run]:
     """Make a run of a few seconds; nested settings are given as `optim={"lr": 1.0}` and replace single names."""
+    return maker_of_runs(tiny_corpus)
+
+
+def maker_of_runs(corpus: Path) -> Callable[..., Run]:
+    """What the fixture `tiny_run` gives, for a corpus."""
 
     def make(**changes: Any) -> Run:
         settings: dict[str, Any] = {
@@ -72,7 +78,7 @@ def tiny_run(tiny_corpus: Path) -> Callable[..., Run]:
             "batch_size": 4,
             "precision": "fp32",
             "data": {
-                "sources": [{"shards": str(tiny_corpus)}],
+                "sources": [{"shards": str(corpus)}],
                 "clip": {"frames": 4, "fps": 4},
                 "crop": {"px": 32},
             },

@@ -70,7 +70,7 @@ def update_weights(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    finite = torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)  # the host, for weights that are offloaded
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
     for group in optimizer.param_groups:

@@ -2,7 +2,8 @@
 
 Each block of a model is a unit of sharding (FSDP2): its parameters live in slices, one per rank, are gathered just
 before it runs and dropped after. Optimizer state and the target encoder are sliced alike. With `replicate` there are
-several such sharded copies (HSDP): slices travel inside a copy, gradients between copies.
+several such sharded copies (HSDP): slices travel inside a copy, gradients between copies. A process that is alone, and
+computes in the type that it keeps, has nothing to slice: its models stay as they are.
 
     replicate=1   [ r0 r1 r2 r3 ]            replicate=2   [ r0 r1 ]  one copy, on one node
                   one copy in four slices                  [ r2 r3 ]  another copy
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -96,6 +97,8 @@ def join(settings: Parallel) -> Iterator[World]:
         BadInput: these variables are incomplete, or `parallel.replicate` does not divide the number of ranks.
         torch.distributed.DistError: the others did not come within `parallel.timeout_s`.
     """
+    _make_exact(settings)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that are remembered for when one hangs
     rank, size, local = _place()
     if size % settings.replicate:
         raise BadInput(
@@ -134,7 +137,7 @@ def shard(models: Models, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.
 
     Args:
         models: equal on all ranks, on the device.
-        settings: `recompute` and `compile`.
+        settings: `recompute`, `compile` and `offload`.
         mesh: of one dimension, or of two (replicate, shard).
         dtype: of parameters and activations at work. Slices, averages and the sums of gradients are fp32.
     """
@@ -145,6 +148,8 @@ def shard(models: Models, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,
     )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
+    slices = mesh.size() > 1 or half or settings.offload
     for name, model in models.all.items():
         learns = name != "target"
         for block in blocks_of(model):
@@ -152,10 +157,13 @@ def shard(models: Models, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.
                 _recompute(block, settings.recompute)
             if settings.compile:
                 block.compile(fullgraph=True)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            if slices:
+                fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
         # The target's root would stay gathered after its forward, for a backward that never comes: the average would
         # be written to its slices while the next forward reads the stale whole. Said outright, it is dropped.
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if learns else True)
+        if slices:
+            reshard = None if learns else True
+            fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
@@ -173,7 +181,7 @@ def materialise(models: Models, device: torch.device, *, seed: int) -> None:
 
     Args:
         models: with `init_weights(seed)`, whose result depends neither on device nor on sharding.
-        device: where the slices live.
+        device: where the slices live: the CPU for models that are offloaded.
         seed: of the run; the target starts equal to the encoder.
     """
     for name, model in models.all.items():
@@ -200,8 +208,8 @@ def send_gradients(models: Models, *, now: bool) -> None:
         now: true for the last micro-batch of a step.
     """
     for model in models.learning.values():
-        assert isinstance(model, FSDPModule)
-        model.set_requires_gradient_sync(now)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(now)
 
 
 def _recompute(block: nn.Module, mode: str) -> None:
@@ -240,6 +248,14 @@ def _products() -> frozenset[Any]:
             aten._scaled_dot_product_flash_attention_for_cpu.default,
         }
     )
+
+
+def _make_exact(settings: Parallel) -> None:
+    """Let torch refuse what does not give the same bits every time; before anything touches the device."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(settings.deterministic)
 
 
 def _place() -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,20 @@ from vjepa.model.attention import choose
 from vjepa.objective import Loss, Models, build, draw_masks, jepa_loss, update_target
 from vjepa.optimizer import Update, build_optimizer, update_weights
 from vjepa.parallel import World, join, local_parts, materialise, send_gradients, shard
-from vjepa.run import checkpoint
-from vjepa.run.folder import check_alike, code_digest, occupy, record_attempt, settings_hash, versions, write_settings
+from vjepa.run import checkpoint, passed_over
+from vjepa.run.agree import check_alike, code_digest, first_batch, settings_hash
+from vjepa.run.folder import occupy, record_attempt, versions, write_settings
+from vjepa.run.place import path_of
 from vjepa.run.resume import check_changes
+from vjepa.run.roll_back import roll_back
 from vjepa.run.stop import STOPPED, Stop, stop_signals
 from vjepa.schedule import Rates, rates_at
 from vjepa.watch.clock import Clock
-from vjepa.watch.health import Nurse, Unhealthy, Watchdog, watchdog
+from vjepa.watch.hang import Watchdog, watchdog
+from vjepa.watch.health import Nurse, Unhealthy
 from vjepa.watch.meter import Meter
 from vjepa.watch.monitors import drift, monitor
+from vjepa.watch.observe import Observer
 from vjepa.watch.track import Track, logging_to
 from vjepa_data.index import Index
 from vjepa_data.loader import Batch, ClipLoader
@@ -64,7 +69,8 @@ def train(run: Run, folder: Path) -> int:
             except Unhealthy as error:
                 if not left:
                     raise
-                log.warning("%s; going back to the newest checkpoint", error)
+                log.warning("%s", error)
+                roll_back(run, folder, world, healthy=error.healthy, last=error.last)
             except torch.OutOfMemoryError as error:
                 error.add_note(MEMORY_ADVICE)
                 raise
@@ -78,7 +84,8 @@ def learn(run: Run, now: "Attempt", stop: Stop) -> int:
         batch, rates = next(now.batches), rates_at(now.step, run)
         losses: list[Loss] = []
         for part in batch.split(run.parallel.accumulate):
-            puzzles = draw_masks(run, part, world.device)
+            with now.clock.part("prepare"):
+                puzzles = draw_masks(run, part, world.device)
             loss = jepa_loss(models, puzzles, run)
             send_gradients(models, now=len(losses) + 1 == run.parallel.accumulate)
             (loss.value * world.size).backward()  # FSDP2 takes the mean over ranks, where ours is a sum
@@ -104,8 +111,10 @@ class Attempt:
     optimizer: torch.optim.AdamW
     batches: Iterator[Batch]
     step: int
-    """Updates made, in all attempts; the next one uses the batch and the masks of this step."""
+    """Updates made, in all attempts; the next one uses the batch and the masks of this step, unless some are passed
+    over."""
 
+    passed_over: passed_over.PassedOver
     saver: checkpoint.Saver
     track: Track
     nurse: Nurse
@@ -113,6 +122,7 @@ class Attempt:
     clock: Clock
     manifests: list[str]
     meter: Meter
+    observer: Observer
 
     def record(self, total: Tensor, losses: Sequence[Loss], rates: Rates, update: Update, batch: Batch) -> None:
         """Keep the numbers of a step; now and then write them down, look at them, and sweep up."""
@@ -134,6 +144,8 @@ class Attempt:
         self.meter.count(batch, losses)
         if step % run.track.monitor_every_steps == 0:
             self.track.amend(self.monitor(losses))
+        with self.clock.aside("look"):
+            self.track.amend(self.observer.look(step, batch))
         if self.track.is_due(step):
             self.nurse.check(self.track.write(self.meter.read(self.clock)))
         if step % run.parallel.collect_every_steps == 0:
@@ -160,6 +172,7 @@ class Attempt:
                     manifests=self.manifests,
                     wandb_id=self.track.wandb_id,
                     versions=versions(),
+                    passed_over=self.passed_over,
                 ),
             )
 
@@ -168,20 +181,33 @@ class Attempt:
 def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
     """Build the pieces, bring them to where the last attempt stopped, and close them at the end."""
     check_alike(world, {"settings": settings_hash(run), "code": code_digest(), "torch": torch.__version__})
-    newest = checkpoint.find_newest(folder, world)
+    newest = checkpoint.find_newest(checkpoint.home_of(folder, run.checkpoint), world)
     facts = checkpoint.read_facts(newest) if newest else None
     step = facts.step if facts else 0
-    with ExitStack() as closing:
-        dog = closing.enter_context(watchdog(run.health, folder, world.rank))
-        clips = closing.enter_context(open_clips(run, folder, world, step))
+    with ExitStack() as at_end:
+        dog = at_end.enter_context(watchdog(run.health, folder, world))
+        skips = world.first(lambda: passed_over.read(folder)) or (facts.passed_over if facts else ())
+        clips = at_end.enter_context(
+            closing(
+                passed_over.Stream(lambda number: open_clips(run, folder, world, number), step=step, passed_over=skips)
+            )
+        )
+        plan = clips.clips.plan
         manifests = [Index(source.shards, source.split).hash for source in run.data.sources]
-        check_alike(world, {"the corpora": str(manifests), "the plan of samples": clips.plan.fingerprint})
+        check_alike(
+            world,
+            {
+                "the corpora": str(manifests),
+                "the plan of samples": plan.fingerprint,
+                "the first batch": first_batch(run, lanes=plan.lanes, number=passed_over.batch_of(step, skips)),
+            },
+        )
         changes = {}
         if facts:
             changes = check_changes(facts.settings, run, step=step, manifests=manifests, manifests_then=facts.manifests)
         models = build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
-        origin = newest or world.first(lambda: checkpoint.resolve(Path(run.start)) if run.start else None)
+        origin = newest or world.first(lambda: checkpoint.resolve(path_of(run.start)) if run.start else None)
         if origin:
             checkpoint.load_into(checkpoint.tensors_of(models, optimizer), origin, world)
         if world.is_first:
@@ -191,13 +217,15 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             for name, (old, new) in changes.items():
                 log.info("changed since step %d: %s was %s, is %s", step, name, old, new)
         track = Track(run, folder, world, step=step, wandb_id=facts.wandb_id if facts else None)
-        closing.push(lambda kind, *_: track.close(1 if kind else 0))
+        at_end.push(lambda kind, *_: track.close(1 if kind else 0))
+        nurse = Nurse(run.health, track.alert)
+        nurse.recall(folder / "metrics.jsonl")
         clock = Clock(models, optimizer, world.device)
-        closing.callback(clock.close)
+        at_end.callback(clock.close)
         saver = checkpoint.Saver(folder, run.checkpoint, world)
-        saver.newest = step if newest else -1
-        closing.callback(saver.wait)
-        closing.enter_context(quiet_garbage())
+        saver.newest, saver.on_saved = step if newest else -1, track.refer_to
+        at_end.callback(saver.wait)
+        at_end.enter_context(quiet_garbage())
         yield Attempt(
             run=run,
             world=world,
@@ -207,11 +235,13 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             step=step,
             saver=saver,
             track=track,
-            nurse=Nurse(run.health, track.alert),
+            passed_over=skips,
+            nurse=nurse,
             dog=dog,
             clock=clock,
             manifests=manifests,
             meter=Meter(run, world),
+            observer=at_end.enter_context(closing(Observer(run, folder, world, models, track))),
         )
 
 
@@ -230,7 +260,7 @@ def build_models(run: Run, world: World) -> Models:
     with torch.device("meta"):
         models = build(run, attention=attention)
     shard(models, run.parallel, mesh=world.mesh, dtype=dtype)
-    materialise(models, world.device, seed=run.seed)
+    materialise(models, torch.device("cpu") if run.parallel.offload else world.device, seed=run.seed)
     return models
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from vjepa import train as training
 from vjepa.config import Run
@@ -29,6 +30,7 @@ from vjepa.run import checkpoint
 from vjepa.run.stop import Stop
 from vjepa.schedule import rates_at
 from vjepa.watch.health import Unhealthy
+from vjepa_data import stream
 from vjepa_data.settings import BadInput
 
 
@@ -91,6 +93,41 @@ def odd_settings(run: Run, out: Path, job: dict[str, Any]) -> Any:
     return training.train(run, out / "run")
 
 
+def odd_code(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """The last rank runs other code."""
+    if os.environ["RANK"] == "1":
+        training.code_digest = lambda: "other"
+    return training.train(run, out / "run")
+
+
+def odd_pixels(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """The last rank's decoder is off by one in a single pixel."""
+    if os.environ["RANK"] == "1":
+        honest = stream.crops.cut_out
+
+        def off_by_one(*args: Any) -> Any:
+            clip = honest(*args).clone()
+            clip[0, 0, 0, 0] ^= 1
+            return clip
+
+        stream.crops.cut_out = off_by_one
+    return training.train(run, out / "run")
+
+
+def sleeps_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """The last rank falls asleep in its third step."""
+    honest, calls = training.jepa_loss, Counter[str]()
+
+    def doze(*args: Any) -> Any:
+        calls["loss"] += 1
+        if calls["loss"] == 3 and os.environ["RANK"] == "1":
+            time.sleep(LIMIT_S)
+        return honest(*args)
+
+    training.jepa_loss = doze
+    return training.train(run, out / "run")
+
+
 def counted(function: Any, kind: str, counts: Counter[str]) -> Any:
     """The same function, with its calls counted."""
 
@@ -149,13 +186,18 @@ def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
         return {"average": worst_average, "forward": difference, "messages": per_step, "gathered": gathered}
 
 
+def sums(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of this rank's part of each."""
+    return {name: float((t.to_local() if isinstance(t, DTensor) else t).sum()) for name, t in tensors.items()}
+
+
 def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """Save in the background and change every weight at once: what was saved is what was there."""
     with join(run.parallel) as world:
         models = training.build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
         tensors = checkpoint.tensors_of(models, optimizer)
-        before = {name: p.full_tensor().sum().item() for name, p in named_parameters(models.all).items()}  # pyright: ignore[reportAttributeAccessIssue]
+        before = sums(tensors)
         saver = checkpoint.Saver(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
         facts = checkpoint.Facts(1, world.size, {}, "", [], None, {})
         saver.save(tensors, facts)
@@ -165,18 +207,28 @@ def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
         for _ in range(20):  # messages of training, meanwhile, on other groups
             world.sum(torch.ones(1000))
         saver.wait()
-        path = checkpoint.find_newest(out / "run", world)
+        path = checkpoint.find_newest(out / "run" / "checkpoints", world)
         assert path is not None
         checkpoint.load_into(tensors, path, world)
-        after = {name: p.full_tensor().sum().item() for name, p in named_parameters(models.all).items()}  # pyright: ignore[reportAttributeAccessIssue]
-        return before == after
+        return sums(tensors) == before
 
 
 LIMIT_S = 60.0
 
 SCENARIOS = {
     one.__name__: one
-    for one in (trained, stopped_by_one, poisoned_on_one, dies_at, odd_settings, inspected, background_save)
+    for one in (
+        trained,
+        stopped_by_one,
+        poisoned_on_one,
+        dies_at,
+        odd_settings,
+        odd_code,
+        odd_pixels,
+        sleeps_on_one,
+        inspected,
+        background_save,
+    )
 }
 
 

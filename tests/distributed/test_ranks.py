@@ -54,12 +54,20 @@ def jobs_of(make: MakeRun, out: Path) -> dict[str, dict[str, Any]]:
     add("mixed in halves", "trained", 1, **{**mixed, "parallel": {"accumulate": 2}})
     add("stopped", "stopped_by_one", 2)
     add("poisoned", "poisoned_on_one", 2, checkpoint={"every_steps": 1, "keep_last": 9})
-    add("odd", "odd_settings", 2)
+    add("odd settings", "odd_settings", 2)
+    add("odd code", "odd_code", 2)
+    add("odd pixels", "odd_pixels", 2)
+    add("asleep", "sleeps_on_one", 2, health={"stall_s": 0.5, "hang_s": 4})
+    add("offloaded", "trained", 2, parallel={"offload": True})
+    probe = {"shards": shards, "label": "look", "split": "train", "videos": 9, "every_steps": 3}
+    add("probed", "trained", 2, track={"probe": probe, "pictures_every_steps": 3})
+    add("probed alone", "trained", 1, track={"probe": probe})
     add("inspected", "inspected", 2)
     add("background", "background_save", 2)
+    add("background alone", "background_save", 1)
     add("three lanes", "trained", 3)
     add("replicas", "trained", 2, parallel={"replicate": 3})
-    add("alone of two", "trained", 2, parallel={"timeout_s": 2}, more={"ranks": [0]})
+    add("two of three", "trained", 3, batch_size=3, parallel={"timeout_s": 2}, more={"ranks": [0, 1]})
     # Goes on, with two ranks, where four stopped: the folder is that of the scenario before.
     add("moved", "trained", 4, steps=10, checkpoint={"every_steps": 10})
     add("moved on", "trained", 2, **long, more={"folder": str(out / "moved" / "run")})
@@ -100,7 +108,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load_weights(checkpoint.folder_of(folder, step), "target")
+    return checkpoint.load_weights(checkpoint.folder_of(folder / "checkpoints", step), "target")
 
 
 @pytest.mark.parametrize("name", ["two", "four", "hybrid"])
@@ -162,6 +170,7 @@ def test_messages_per_step_stay_as_few_as_they_are(runs: Path) -> None:
 
 def test_a_background_save_keeps_what_was_there_when_it_began(runs: Path) -> None:
     assert results(runs, "background") == [True, True]
+    assert results(runs, "background alone") == [True]
 
 
 def test_a_run_goes_on_with_half_the_ranks(runs: Path) -> None:
@@ -169,10 +178,37 @@ def test_a_run_goes_on_with_half_the_ranks(runs: Path) -> None:
     assert losses(runs / "moved" / "run") == pytest.approx(losses(runs / "one" / "run"), abs=1e-6)
 
 
-def test_a_rank_that_differs_is_named(runs: Path) -> None:
-    for answer in answers(runs, "odd"):
+@pytest.mark.parametrize(("name", "what"), [("settings", "settings"), ("code", "code"), ("pixels", "the first batch")])
+def test_a_rank_that_differs_is_named_before_the_first_step(runs: Path, name: str, what: str) -> None:
+    found = answers(runs, f"odd {name}")
+    assert len(found) == 2
+    for answer in found:
         assert answer["kind"] == "BadInput"
-        assert "differs from the others in settings" in answer["error"]
+        assert f"rank 1 differs from the others in {what} (" in answer["error"]
+
+
+def test_a_rank_that_sleeps_is_named_with_what_others_wait_in_and_all_end(runs: Path) -> None:
+    assert answers(runs, "asleep") == []  # ended by their watchdogs, so that a launcher may start them again
+    log = (runs / "asleep" / "run" / "log.txt").read_text()
+    assert "rank 1 has not joined gloo:" in log
+    assert "in which rank 0 waits" in log
+    assert "rank 0: no step for" in log
+    assert "doze" in (runs / "asleep" / "run" / "stacks" / "rank_00001.txt").read_text()
+
+
+def test_offloading_changes_nothing_but_where_the_update_is_made(runs: Path) -> None:
+    assert results(runs, "offloaded") == [0, 0]
+    assert losses(runs / "offloaded" / "run") == pytest.approx(losses(runs / "two" / "run")[:6], abs=1e-7)
+
+
+def test_a_probe_scores_the_same_whatever_the_world(runs: Path) -> None:
+    assert results(runs, "probed") == [0, 0]
+    together, alone = (records(runs / name / "run") for name in ("probed", "probed alone"))
+    assert [one["step"] for one in together if "probe/score" in one] == [3, 6]
+    assert together[-1]["probe/score"] == pytest.approx(alone[-1]["probe/score"], abs=0.26)  # one of few videos may tip
+    assert together[-1]["probe/prior"] == alone[-1]["probe/prior"]
+    assert losses(runs / "probed" / "run") == losses(runs / "two" / "run")[:6]
+    assert len(list((runs / "probed" / "run" / "pictures").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -188,7 +224,9 @@ def test_worlds_that_do_not_fit_are_refused_on_every_rank(runs: Path, name: str,
         assert text in answer["error"]
 
 
-def test_a_rank_that_finds_no_others_fails_and_never_trains_alone(runs: Path) -> None:
-    (answer,) = answers(runs, "alone of two")
-    assert answer["kind"] != "BadInput"
-    assert not (runs / "alone of two" / "run").exists()
+def test_ranks_that_wait_in_vain_for_another_all_fail_and_never_train_without_it(runs: Path) -> None:
+    found = answers(runs, "two of three")
+    assert len(found) == 2
+    for answer in found:
+        assert answer["kind"].startswith("Dist")
+    assert not (runs / "two of three" / "run").exists()

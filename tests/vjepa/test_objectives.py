@@ -105,7 +105,7 @@ def learn(run: Run) -> tuple[list[Loss], Encoder]:
             update_target(models, rates.ema, applied=update.applied)
             losses.append(loss)
         encoder = Encoder(run.model)
-        encoder.load_state_dict({name: x.full_tensor() for name, x in models.target.state_dict().items()})
+        encoder.load_state_dict(models.target.state_dict())
         return losses, encoder
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from PIL import Image
 
 from vjepa.config import Run
 from vjepa.parallel import World, join
+from vjepa.run.place import path_of
 from vjepa.watch.track import Track
 
 MakeRun = Callable[..., Run]
@@ -36,11 +38,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def offline_history(folder: Path) -> list[dict[str, Any]]:
+def offline_records(folder: Path) -> Iterator[Any]:
     """Read back what W&B would send: LevelDB's log format, blocks of 32 KiB, records of (crc, length, kind)."""
     from wandb.proto import wandb_internal_pb2
 
-    rows: list[dict[str, Any]] = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         data, at, whole = file.read_bytes(), 7, b""
         while at + 7 <= len(data):
@@ -55,10 +56,13 @@ def offline_history(folder: Path) -> list[dict[str, Any]]:
                 record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
                 record.ParseFromString(whole)
                 whole = b""
-                if record.WhichOneof("record_type") == "history":
-                    items = record.history.item
-                    rows.append({(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in items})
-    return rows
+                yield record
+
+
+def offline_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of numbers that W&B would send."""
+    rows = [record.history.item for record in offline_records(folder) if record.WhichOneof("record_type") == "history"]
+    return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in items} for items in rows]
 
 
 def test_every_step_has_a_line_and_a_resumed_run_drops_those_it_will_make_again(
@@ -106,6 +110,32 @@ def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_netw
     while len(offline_history(tmp_path)) < 6 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [row["trainer/step"] for row in offline_history(tmp_path)] == [1, 2, 3, 3, 4, 5]
+
+
+def test_wandb_gets_pictures_the_commit_of_the_code_and_where_checkpoints_are(
+    tiny_run: MakeRun, world: World, tmp_path: Path
+) -> None:
+    run = tiny_run(steps=10, track={"wandb": "offline", "every_steps": 1})
+    track = Track(run, tmp_path, world, step=0, wandb_id=None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg")
+    track.show(tmp_path / "picture.jpg", 1)
+    first = tmp_path / "checkpoints" / "step_00000001"
+    track.refer_to(first)
+    track.refer_to(path_of("memory://bucket/step_00000002"))
+    track.close(0)
+    found: list[Any] = []
+    deadline = time.monotonic() + 20
+    while len([one for one in found if one.WhichOneof("record_type") == "artifact"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        found = list(offline_records(tmp_path))
+    artifacts = [one.artifact for one in found if one.WhichOneof("record_type") == "artifact"]
+    assert [set(one.aliases) for one in artifacts] == [{"latest", f"step_0000000{n}"} for n in (1, 2)]
+    assert [json.loads(one.metadata)["where"] for one in artifacts] == [str(first), "memory://bucket/step_00000002"]
+    assert any("pictures" in row and row["trainer/step"] == 1 for row in offline_history(tmp_path))
+    configs = [item for one in found if one.WhichOneof("record_type") == "run" for item in one.run.config.update]
+    (code,) = (json.loads(item.value_json) for item in configs if item.key == "code")
+    assert code["root"]
 
 
 def test_a_dead_server_and_a_killed_service_do_not_stop_a_run(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    path = checkpoint.folder_of(folder, step)
+    path = checkpoint.folder_of(folder / "checkpoints", step)
     return {
         f"{part}.{name}": tensor
         for part in ("encoder", "predictor", "target")
@@ -93,7 +94,10 @@ def test_a_signal_stops_after_the_step_and_the_next_attempt_ends_with_the_same_b
     with monkeypatch.context() as patch:
         stop_after(4, patch)
         assert train(tiny_run(), tmp_path) == 75
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [
+        "step_00000003",
+        "step_00000004",
+    ]
     assert train(tiny_run(), tmp_path) == 0
     assert losses(tmp_path) == losses(straight)
     assert same(tensors(tmp_path, 6), tensors(straight, 6))
@@ -105,7 +109,7 @@ def test_steps_after_a_checkpoint_are_made_again_bit_for_bit_and_a_damaged_one_i
     straight: Path, tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train(tiny_run(), tmp_path) == 0
-    shard = next(checkpoint.folder_of(tmp_path, 6).glob("*.distcp"))
+    shard = next(checkpoint.folder_of(tmp_path / "checkpoints", 6).glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
@@ -170,10 +174,63 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
     assert same(tensors(tmp_path / "once", 3), tensors(tmp_path / "once", 4))
 
     calls, bad_calls = 0, set(range(3, 100))
-    with pytest.raises(Unhealthy, match="step 6 is the last of 3 bad ones in a row"):
+    with pytest.raises(Unhealthy, match="step 3 is the last of 3 bad ones in a row"):
         train(tiny_run(steps=8, track={"every_steps": 1}), tmp_path / "often")
     log = (tmp_path / "often" / "log.txt").read_text()
-    assert "going back to the newest checkpoint" in log
+    assert "going back to step 0: once more" in log
+
+
+def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vjepa import train as module
+
+    jepa_loss, used = module.jepa_loss, list[int]()
+
+    def of_bad_data(models: Any, puzzles: Any, run: Run) -> Any:
+        used.append(puzzles[0].step)
+        loss = jepa_loss(models, puzzles, run)
+        return dataclasses.replace(loss, value=loss.value * float("nan")) if puzzles[0].step in (4, 5) else loss
+
+    monkeypatch.setattr(module, "jepa_loss", of_bad_data)
+    health = {"max_skipped_in_a_row": 2, "after_roll_back": "pass_over"}
+    run = tiny_run(steps=7, health=health, track={"every_steps": 1}, checkpoint={"every_steps": 1, "keep_last": 9})
+    assert train(run, tmp_path / "straight") == 0
+    # Steps 5 and 6 are bad; the last healthy checkpoint is that of step 4, whose next two batches are never used again.
+    assert used == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((tmp_path / "straight" / "passed_over.json").read_text()) == [[4, 2]]
+    home = tmp_path / "straight" / "checkpoints"
+    assert [path.name for path in home.glob("unhealthy_*")] == ["unhealthy_step_00000005"]
+    assert checkpoint.read_facts(checkpoint.resolve(tmp_path / "straight")).passed_over == ((4, 2),)
+
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for step in (4, 5, 6, 7):
+        shutil.rmtree(checkpoint.folder_of(tmp_path / "again" / "checkpoints", step))
+    used.clear()
+    assert train(run, tmp_path / "again") == 0
+    assert used == [3, 6, 7, 8]
+    assert losses(tmp_path / "again") == losses(tmp_path / "straight")
+    assert same(tensors(tmp_path / "again", 7), tensors(tmp_path / "straight", 7))
+
+
+def test_a_full_device_says_what_to_change(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vjepa import train as module
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "jepa_loss", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(tiny_run(), tmp_path)
+    assert "parallel.accumulate=2" in caught.value.__notes__[0]
+
+
+def test_offloading_and_determinism_change_nothing_on_a_cpu(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
+    for name in ("offload", "deterministic"):
+        assert train(tiny_run(parallel={name: True}), tmp_path / name) == 0
+        assert losses(tmp_path / name) == losses(straight), name
+        assert same(tensors(tmp_path / name, 6), tensors(straight, 6)), name
+    torch.use_deterministic_algorithms(False)
 
 
 def test_missing_shards_a_changed_setting_and_a_folder_in_use_are_one_clear_line(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vjepa.config import Run
@@ -126,12 +127,12 @@ def update_target(models: Models, rate: float, *, applied: Float[Tensor, ""]) ->
 
 def _slices(model: nn.Module) -> list[Tensor]:
     """This rank's part of every parameter."""
-    slices = []
+    slices, is_sliced = [], isinstance(model, FSDPModule)
     for name, parameter in model.named_parameters():
         # A gathered root would take the average and drop it: see `parallel.shard`.
-        assert isinstance(parameter, DTensor), f"{name} is gathered; the average would be written to a passing copy"
+        assert isinstance(parameter, DTensor) or not is_sliced, f"{name} is gathered; the average would pass with it"
         assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, too coarse for a moving average"
-        slices.append(parameter.to_local())
+        slices.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
     return slices
 
 

@@ -6,8 +6,6 @@ runs/X/config.yaml        the settings, resolved
 """
 
 import fcntl
-import hashlib
-import importlib
 import json
 import logging
 import os
@@ -15,7 +13,6 @@ import platform
 import socket
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -32,7 +29,6 @@ from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-ROOMS = ("vjepa", "vjepa_data", "vjepa_launch")
 LIBRARIES = ("torch", "numpy", "decord", "webdataset", "xformers", "wandb")
 
 
@@ -119,44 +115,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def settings_hash(run: Run) -> str:
-    """One word for all settings of a run."""
-    text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def code_digest() -> str:
-    """One word for all code of ours that this process would run, of the three rooms."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for room in ROOMS:
-        place = Path(str(importlib.import_module(room).__file__)).parent
-        for file in sorted(place.rglob("*.py")):
-            hasher.update(str(file.relative_to(place)).encode() + file.read_bytes())
-    return hasher.hexdigest()
-
-
-def check_alike(world: World, facts: Mapping[str, str]) -> None:
-    """Make sure that all ranks are about to do the same thing.
-
-    Args:
-        world: the ranks.
-        facts: what must be equal everywhere, by what it is called.
-
-    Raises:
-        BadInput: on every rank, naming the ranks that differ from most others, and in what.
-    """
-    everyone = world.gather(dict(facts))
-    for name in facts:
-        values = [one[name] for one in everyone]
-        usual = Counter(values).most_common(1)[0][0]
-        odd = [rank for rank, value in enumerate(values) if value != usual]
-        if odd:
-            raise BadInput(
-                f"rank {', '.join(map(str, odd[:8]))} differs from the others in {name} "
-                f"({values[odd[0]]} where the others have {usual}); start all ranks with the same one"
-            )
 
 
 def code_version() -> dict[str, str]:

@@ -20,8 +20,10 @@ Mark = float | torch.cuda.Event
 class Clock:
     """Seconds by part of the step, gathered from hooks so that the loop need not speak of time.
 
-    data | target, encoder, predictor forward | backward | optimizer
-         ^ target's forward begins    predictor's ends ^          ^ optimizer's step begins
+    data | prepare | target, encoder, predictor forward | backward | optimizer
+                   ^ target's forward begins    predictor's ends ^          ^ optimizer's step begins
+
+    `prepare` is the way to the device, and the masks.
     """
 
     def __init__(self, models: Models, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -29,6 +31,7 @@ class Clock:
         self._spans: list[tuple[str, Mark, Mark]] = []
         self._begun: dict[str, Mark] = {}
         self._host_s: defaultdict[str, float] = defaultdict(float)
+        self._aside = False
         self._hooks: list[Any] = [
             models.target.register_forward_pre_hook(lambda *_: self._begin_forward()),
             models.encoder.register_forward_pre_hook(lambda *_: self._begin_forward()),  # where no target is asked
@@ -48,6 +51,21 @@ class Clock:
         start = time.perf_counter()
         yield
         self._host_s[name] += time.perf_counter() - start
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part of the step that no hook sees; what came before it has ended."""
+        self._turn(None, name)
+        yield
+        self._turn(name, None)
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Time something that may run the networks but is no part of a step."""
+        self._aside = True
+        with self.host(name):
+            yield
+        self._aside = False
 
     def waiting(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """The same items, with the time spent waiting for each."""
@@ -74,7 +92,7 @@ class Clock:
         return dict(seconds)
 
     def _begin_forward(self) -> None:
-        if "forward" not in self._begun:
+        if "forward" not in self._begun and not self._aside:
             self._turn(None, "forward")
 
     def _turn(self, ends: str | None, begins: str | None) -> None:

@@ -1,14 +1,10 @@
-"""When a run must not simply go on: numbers that are not finite, spikes, collapse, and steps that never end."""
+"""When a run must not simply go on: numbers that are not finite, spikes, collapse."""
 
-import faulthandler
+import json
 import logging
-import os
 import statistics
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +17,20 @@ WATCHED = ("monitor/rankme", "monitor/std")
 
 
 class Unhealthy(RuntimeError):
-    """The last steps went wrong; going on from the newest checkpoint may help."""
+    """The last steps went wrong; going on from before them may help."""
+
+    def __init__(self, text: str, *, healthy: int, last: int) -> None:
+        """Args:
+        text: what is wrong.
+        healthy: updates after which all was well.
+        last: updates made.
+        """
+        super().__init__(text)
+        self.healthy, self.last = healthy, last
 
 
 class Collapsed(RuntimeError):
-    """The features lost their variety; going on will not help."""
+    """The features lost their variety, and the settings say to stop."""
 
 
 class Nurse:
@@ -33,12 +38,30 @@ class Nurse:
 
     def __init__(self, settings: Health, alert: Callable[[str, str], None]) -> None:
         self.settings, self._alert = settings, alert
-        self._bad = 0
+        self._bad = self._good = self._varied = 0
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._highest: dict[str, float] = {}
         self._warned: set[str] = set()
 
-    def check(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def recall(self, file: Path) -> None:
+        """Learn what is usual from the record of earlier attempts, lest a collapse be forgotten by a restart.
+
+        Args:
+            file: `metrics.jsonl`, up to the step from which the run goes on.
+        """
+        if not file.is_file():
+            return
+        recent: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        with file.open() as lines:
+            for line in lines:
+                recent.append(record := json.loads(line))
+                for name in WATCHED:
+                    if record.get(name) is not None:
+                        self._highest[name] = max(record[name], self._highest.get(name, 0.0))
+        self._losses.extend(one["loss/prediction"] for one in recent if one["loss/prediction"] is not None)
+        self._good = self._varied = recent[-1]["step"] if recent else 0
+
+    def check(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Look at the lines of the last steps.
 
         Raises:
@@ -47,11 +70,12 @@ class Nurse:
         """
         for record in records:
             what = self._complaint(record)
-            self._bad = self._bad + 1 if what else 0
+            self._bad, self._good = (self._bad + 1, self._good) if what else (0, record["step"])
             if what and self._bad == 1:
                 self._alert("a bad step", f"step {record['step']}: {what}")
             if what and self._bad >= self.settings.max_skipped_in_a_row:
-                raise Unhealthy(f"step {record['step']} is the last of {self._bad} bad ones in a row: {what}")
+                text = f"step {record['step']} is the last of {self._bad} bad ones in a row: {what}"
+                raise Unhealthy(text, healthy=self._good, last=record["step"])
             self._watch_collapse(record)
 
     def _complaint(self, record: Mapping[str, Any]) -> str | None:
@@ -65,9 +89,8 @@ class Nurse:
         return None
 
     def _watch_collapse(self, record: Mapping[str, Any]) -> None:
-        for name in WATCHED:
-            if name not in record:
-                continue
+        seen = [name for name in WATCHED if name in record]
+        for name in seen:
             value, highest = record[name], max(record[name], self._highest.get(name, 0.0))
             self._highest[name] = highest
             if value >= self.settings.collapse_share * highest:
@@ -79,63 +102,10 @@ class Nurse:
             )
             if self.settings.on_collapse == "stop":
                 raise Collapsed(text)
+            if self.settings.on_collapse == "roll_back":
+                raise Unhealthy(text, healthy=self._varied, last=record["step"])
             if name not in self._warned:
                 self._warned.add(name)
                 self._alert("features collapse", text)
-
-
-class Watchdog:
-    """A thread that notices when steps stop coming, and writes down what every thread was doing."""
-
-    def __init__(self, settings: Health, folder: Path, rank: int) -> None:
-        self._settings, self._rank = settings, rank
-        self._file = folder / "stacks" / f"rank_{rank:05d}.txt"
-        self._last_s, self._doing, self._steps = time.monotonic(), "starting", 0
-        self._dumped = False
-        self._over = threading.Event()
-
-    def beat(self, doing: str, *, step: int | None = None) -> None:
-        """Say that there is progress, and what comes next."""
-        self._last_s, self._doing, self._dumped = time.monotonic(), doing, False
-        self._steps += step is not None
-
-    def watch(self) -> None:
-        """The thread's work, until it is over."""
-        settings = self._settings
-        stall_s = settings.stall_s
-        while not self._over.wait(min(1.0, settings.stall_s / 4)):
-            quiet_s = time.monotonic() - self._last_s
-            stall_s = settings.stall_s if self._steps else 10 * settings.stall_s
-            if quiet_s > stall_s and not self._dumped:
-                self._dump(quiet_s)
-            if quiet_s > max(settings.hang_s, stall_s):
-                log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
-                os._exit(1)
-
-    def _dump(self, quiet_s: float) -> None:
-        self._dumped = True
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:
-            file.write(f"\n{time.ctime()}: rank {self._rank}, {quiet_s:.0f} s without a step while {self._doing}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        log.warning(
-            "rank %d: no step for %.0f s while %s; stacks are in %s", self._rank, quiet_s, self._doing, self._file
-        )
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._over.set()
-
-
-@contextmanager
-def watchdog(settings: Health, folder: Path, rank: int) -> Iterator[Watchdog]:
-    """Watch over the block."""
-    dog = Watchdog(settings, folder, rank)
-    thread = threading.Thread(target=dog.watch, name="watchdog", daemon=True)
-    thread.start()
-    try:
-        yield dog
-    finally:
-        dog.stop()
-        thread.join()
+        if seen and not self._warned:
+            self._varied = record["step"]

@@ -1,5 +1,6 @@
 """How fast a run goes and what it really saw: counted in every step, read when the record is written."""
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from vjepa.estimate import accelerator_of, count_flops, count_tokens
 from vjepa.objective import Loss
 from vjepa.parallel import World
 from vjepa.watch.clock import Clock
+from vjepa.watch.stragglers import Pulse, Stragglers
 from vjepa_data.loader import Batch
 
 GIB = 2**30
@@ -23,6 +25,7 @@ class Meter:
         self._run, self._world = run, world
         self._since_s = time.perf_counter()
         self._peak_clips_per_s = _peak_clips_per_s(run, world)
+        self._pulse, self._stragglers = Pulse(world.device), Stragglers(run.health.straggler_ratio)
         self._reset()
 
     def count(self, batch: Batch, losses: Sequence[Loss]) -> None:
@@ -42,17 +45,23 @@ class Meter:
         wall_s, self._since_s = now_s - self._since_s, now_s
         steps = self._steps
         spent = {f"time/{name}_s": value / steps for name, value in seconds.items()}
-        everyone = self._world.gather((seconds.get("data", 0.0) / steps, self._rejected, dict(self._sources)))
-        waits = [wait for wait, _, _ in everyone]
-        seen = sum((Counter(sources) for _, _, sources in everyone), Counter[int]())
+        mine = (seconds.get("data", 0.0) / steps, self._pulse.measure_s(), socket.gethostname())
+        everyone = self._world.gather((*mine, self._rejected, dict(self._sources)))
+        waits, pulses, hosts, rejected, sources = zip(*everyone, strict=True)
+        seen = sum((Counter(counts) for counts in sources), Counter[int]())
+        if self._world.is_first:
+            self._stragglers.see("waiting for data", waits, hosts, at_least_s=0.1 * wall_s / steps)
+            self._stragglers.see("a matrix product", pulses, hosts, at_least_s=0.0)
         clips_per_s = self._run.batch_size * steps / wall_s
         numbers = {
             "speed/clips_per_s": clips_per_s,
             "time/step_s": wall_s / steps,
             **spent,
             "time/slowest_data_s": max(waits),
-            "time/slowest_rank": waits.index(max(waits)),
-            "data/rejected": sum(rejected for _, rejected, _ in everyone),
+            "time/slowest_data_rank": waits.index(max(waits)),
+            "time/slowest_pulse_s": max(pulses),
+            "time/slowest_pulse_rank": pulses.index(max(pulses)),
+            "data/rejected": sum(rejected),
             "masks/visible_share": self._visible / self._tokens,
             "masks/hidden_share": self._hidden / self._tokens,
             **{f"data/source_{source}_share": count / seen.total() for source, count in sorted(seen.items())},

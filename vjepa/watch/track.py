@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vjepa.config import Run
 from vjepa.parallel import World
+from vjepa.run.folder import code_version
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,16 @@ class Track:
                 self._wandb.log(records[-1])
         return records
 
+    def show(self, picture: Path, step: int) -> None:
+        """Keep a picture where someone may see it."""
+        if self._wandb:
+            self._wandb.show(picture, step)
+
+    def refer_to(self, checkpoint: Path) -> None:
+        """Say that a checkpoint is complete, and where."""
+        if self._wandb:
+            self._wandb.refer_to(checkpoint)
+
     def alert(self, title: str, text: str) -> None:
         """Shout, wherever someone may hear it."""
         if self.world.is_first:
@@ -159,7 +170,7 @@ class Wandb:
     def __init__(self, run: Run, folder: Path, run_id: str) -> None:
         import wandb
 
-        self._run = None
+        self._run, self._name = None, f"{run.name}-{run_id}"
         wanted = run.track.wandb
         online = wanted == "online" or (wanted == "auto" and _has_key())
         modes: tuple[Literal["online", "offline"], ...] = ("online", "offline") if online else ("offline",)
@@ -173,7 +184,7 @@ class Wandb:
                     resume="allow",
                     dir=folder,
                     mode=mode,
-                    config=run.model_dump(mode="json"),
+                    config={**run.model_dump(mode="json"), "code": code_version()},
                     settings=wandb.Settings(init_timeout=run.track.wandb_timeout_s, console="off", silent=True),
                 )
             except Exception as error:  # noqa: BLE001  see the class
@@ -189,6 +200,25 @@ class Wandb:
         """Copy one record."""
         numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
         self._try(lambda run: run.log({"trainer/step": record["step"], **numbers}))
+
+    def show(self, picture: Path, step: int) -> None:
+        """Copy a picture."""
+        import wandb
+
+        self._try(lambda run: run.log({"trainer/step": step, "pictures": wandb.Image(str(picture))}))
+
+    def refer_to(self, checkpoint: Path) -> None:
+        """Note where a checkpoint is; its files stay there."""
+        import wandb
+
+        def note(run: Any) -> None:
+            artifact = wandb.Artifact(self._name, type="model", metadata={"where": str(checkpoint)})
+            # W&B's own references read every file that they point to, and for s3 need a client of their own.
+            with artifact.new_file("where.txt") as file:
+                file.write(f"{checkpoint}\n")
+            run.log_artifact(artifact, aliases=["latest", checkpoint.name])
+
+        self._try(note)
 
     def alert(self, title: str, text: str) -> None:
         """Send a notice."""

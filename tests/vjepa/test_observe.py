@@ -1,0 +1,71 @@
+"""What is looked at in the course of a run: a trace, pictures, a probe; and none of it moves the run."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vjepa.config import Run
+from vjepa.train import train
+from vjepa.watch.stragglers import Stragglers
+from vjepa_data.settings import BadInput
+
+MakeRun = Callable[..., Run]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_looking_leaves_a_trace_pictures_and_scores_and_changes_no_step(
+    tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    probe = {"shards": str(tiny_corpus), "label": "look", "split": "train", "videos": 16, "every_steps": 2}
+    looks = {"profile": {"at": 3, "steps": 2}, "pictures_every_steps": 4, "probe": probe}
+    assert train(tiny_run(), tmp_path / "plain") == 0
+    assert train(tiny_run(track=looks), tmp_path / "looked") == 0
+    plain, looked = (records(tmp_path / name) for name in ("plain", "looked"))
+    assert [one["loss/prediction"] for one in plain] == [one["loss/prediction"] for one in looked]
+
+    (trace,) = (tmp_path / "looked" / "profile").iterdir()
+    assert trace.name == "step_00000003_rank_00000.json.gz"
+    with gzip.open(trace, "rt") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step#AdamW") for name in names) == 2  # steps 3 and 4
+
+    (picture,) = (tmp_path / "looked" / "pictures").iterdir()
+    assert picture.name == "step_00000004.jpg"
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape[0] > 4 * 90  # the clip, two masks, features
+    assert pixels.std() > 10
+
+    scores = [(one["step"], one["probe/score"]) for one in looked if "probe/score" in one]
+    assert [step for step, _ in scores] == [2, 4, 6]
+    # Videos of a look are copies of each other, so that any features that tell videos apart tell looks.
+    assert scores[-1][1] > looked[-1]["probe/prior"]
+    assert looked[-1]["time/look_s"] > 0
+    assert looked[-1]["time/prepare_s"] > 0
+
+
+def test_a_probe_of_what_is_not_there_says_so(tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path) -> None:
+    probe = {"shards": str(tiny_corpus), "label": "smell", "split": "train"}
+    with pytest.raises(BadInput, match=r"track\.probe: 0 of the videos .* have the label 'smell'"):
+        train(tiny_run(track={"probe": probe}), tmp_path)
+
+
+def test_a_rank_that_is_late_three_times_in_a_row_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Stragglers(1.5)
+    hosts = ["a", "b", "c", "d"]
+    for times in ([1, 1, 1, 9], [1, 1, 9, 1], [1, 1, 9, 1], [1, 1, 1, 1]):
+        watch.see("waiting", times, hosts, at_least_s=0.5)
+    assert caplog.text == ""
+    for _ in range(5):
+        watch.see("waiting", [1, 1, 9, 1], hosts, at_least_s=0.5)
+        watch.see("a product", [1e-3, 1e-3, 1e-3, 9e-3], hosts, at_least_s=0.5)  # too little to matter
+    assert caplog.text.count("rank 2 on c is slow at waiting: 9 s where the median rank takes 1 s") == 1
+    assert "rank 3" not in caplog.text

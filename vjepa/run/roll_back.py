@@ -1,0 +1,42 @@
+"""Going back to before something went wrong: later checkpoints are set aside, and their batches perhaps passed over."""
+
+import logging
+from pathlib import Path
+
+from vjepa.config import Run
+from vjepa.parallel import World
+from vjepa.run import passed_over, place
+from vjepa.run.checkpoint import home_of, list_checkpoints, step_of
+
+log = logging.getLogger(__name__)
+
+
+def roll_back(run: Run, folder: Path, world: World, *, healthy: int, last: int) -> None:
+    """Make the run go on from its last healthy checkpoint, or from the start if it has none.
+
+    Checkpoints after it are kept under another name, for whoever wants to know.
+
+    Args:
+        run: the run.
+        folder: its folder.
+        world: the ranks; all must call it.
+        healthy: updates after which all was well.
+        last: updates made until somebody noticed.
+    """
+
+    def go_back() -> int:
+        found = list_checkpoints(home_of(folder, run.checkpoint))
+        for path in found:
+            if step_of(path) > healthy:
+                place.set_aside(path, name="unhealthy")
+        step = max((step_of(path) for path in found if step_of(path) <= healthy), default=0)
+        if run.health.after_roll_back == "pass_over":
+            passed_over.add(folder, at=step, count=last - step)
+        return step
+
+    step = world.first(go_back)
+    log.warning(
+        "going back to step %d: %s",
+        step,
+        f"its next {last - step} batches are passed over" if run.health.after_roll_back == "pass_over" else "once more",
+    )

@@ -1,0 +1,138 @@
+"""Steps that never end: what every thread was doing, which collective ranks wait in, and who has not come.
+
+    stacks/rank_00003.txt    stacks of all threads of a rank, at every stall
+           rank_00003.json   torch's flight recorder: the last collectives that it joined
+
+The recorder works for NCCL and for gloo; a rank that is stopped or gone leaves no file, and is named for that.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch._C import _distributed_c10d as c10d
+
+from vjepa.config import Health
+from vjepa.parallel import World
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 5.0
+"""Ranks notice a stall by their own clocks; so long after the first, all that can write have written."""
+
+
+class Watchdog:
+    """A thread that notices when steps stop coming, and writes down what every thread was doing."""
+
+    def __init__(self, settings: Health, folder: Path, world: World) -> None:
+        self._settings, self._rank, self._size = settings, world.rank, world.size
+        self._folder = folder / "stacks"
+        self._last_s, self._doing, self._steps = time.monotonic(), "starting", 0
+        self._dumped = self._told = False
+        self._over = threading.Event()
+
+    def beat(self, doing: str, *, step: int | None = None) -> None:
+        """Say that there is progress, and what comes next."""
+        self._last_s, self._doing, self._dumped, self._told = time.monotonic(), doing, False, False
+        self._steps += step is not None
+
+    def watch(self) -> None:
+        """The thread's work, until it is over."""
+        settings = self._settings
+        while not self._over.wait(min(1.0, settings.stall_s / 4)):
+            quiet_s = time.monotonic() - self._last_s
+            stall_s = settings.stall_s if self._steps else 10 * settings.stall_s
+            if quiet_s > stall_s and not self._dumped:
+                self._dump(quiet_s)
+            if quiet_s > stall_s + min(GRACE_S, settings.stall_s) and not self._told:
+                self._told = True
+                log.warning("rank %d: %s", self._rank, name_the_late(self._folder, self._size))
+            if quiet_s > max(settings.hang_s, stall_s):
+                log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
+                os._exit(1)
+
+    def _dump(self, quiet_s: float) -> None:
+        self._dumped = True
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"rank_{self._rank:05d}.txt"
+        with file.open("a") as stream:
+            stream.write(f"\n{time.ctime()}: rank {self._rank}, {quiet_s:.0f} s without a step while {self._doing}\n")
+            stream.flush()
+            faulthandler.dump_traceback(stream, all_threads=True)
+        text = f"rank {self._rank}: no step for {quiet_s:.0f} s while {self._doing}; stacks are in {file}"
+        log.warning(text)
+        record = {"time": time.time(), **json.loads(c10d._dump_fr_trace_json())}  # pyright: ignore[reportAttributeAccessIssue]
+        beside = self._folder / f".rank_{self._rank:05d}.part"
+        beside.write_text(json.dumps(record))
+        os.replace(beside, file.with_suffix(".json"))
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+
+
+@contextmanager
+def watchdog(settings: Health, folder: Path, world: World) -> Iterator[Watchdog]:
+    """Watch over the block."""
+    dog = Watchdog(settings, folder, world)
+    thread = threading.Thread(target=dog.watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield dog
+    finally:
+        dog.stop()
+        thread.join()
+
+
+def name_the_late(folder: Path, world: int, *, since: float | None = None) -> str:
+    """Compare the flight recorders of all ranks and say who keeps the others waiting, in which collective.
+
+    Collectives of a group are numbered, and all ranks must join each; who has joined fewer than another is late.
+
+    Args:
+        folder: where the recorders were written.
+        world: number of ranks.
+        since: files written before this time are of an earlier stall, seconds since the epoch; by default ten minutes
+            ago.
+    """
+    since = time.time() - 600 if since is None else since
+    joined: dict[int, dict[str, dict[str, Any]]] = {}
+    for rank in range(world):
+        file = folder / f"rank_{rank:05d}.json"
+        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"time": 0.0}
+        if record["time"] >= since:
+            joined[rank] = _last_of_each_group(record.get("entries", []))
+    silent = [rank for rank in range(world) if rank not in joined]
+    if silent:
+        return f"rank {_some(silent)} left no word: stopped, gone, or without this folder; look at its machine first"
+    for group in sorted({group for last in joined.values() for group in last}):
+        numbers = {rank: last[group]["collective_seq_id"] for rank, last in joined.items() if group in last}
+        most = max(numbers.values())
+        late = [rank for rank, number in numbers.items() if number < most]
+        if late:
+            first = next(rank for rank, number in numbers.items() if number == most)
+            entry = joined[first][group]
+            return (
+                f"rank {_some(late)} has not joined {entry['profiling_name']} (number {most} of group {group}, "
+                f"{entry.get('input_sizes')}), in which rank {first} waits; see what it does in its stacks"
+            )
+    return "all ranks have joined the same collectives: the device or the network keeps them, not one of us"
+
+
+def _last_of_each_group(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    last: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if not entry.get("is_p2p"):
+            last[" ".join(map(str, entry["process_group"]))] = entry
+    return last
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
