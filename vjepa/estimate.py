@@ -135,7 +135,8 @@ class Estimate:
         settings = self.run.parallel
         if settings.replicate > 1:
             yield "replicate", 1
-        per_gpu = self.run.batch_size // self.gpus
+        # LeVJEPA compares all clips of a step, so its step is not cut.
+        per_gpu = 1 if isinstance(self.run.objective, LeVJEPA) else self.run.batch_size // self.gpus
         for accumulate in range(settings.accumulate + 1, per_gpu + 1):
             if per_gpu % accumulate == 0:
                 yield "accumulate", accumulate
@@ -143,6 +144,8 @@ class Estimate:
             yield "recompute", "selective"
         if settings.recompute != "full":
             yield "recompute", "full"
+        if not settings.offload:
+            yield "offload", True
 
     def text(self) -> str:
         """All of it, for a terminal."""
@@ -360,13 +363,14 @@ def count_memory(run: Run, tokens: Sequence[Tokens], parameters: dict[str, int],
     if isinstance(run.objective, LeVJEPA):
         pixels += clips * mean_frames(run) * 3 * run.objective.local_px**2 * 4 * run.objective.local_views
         if run.objective.variety == "sigreg":  # in fp32: slices, angles of every clip, what was observed of all
-            views, slices, knots = sum(t.views for t in tokens), run.objective.slices, run.objective.knots
-            kept += 4 * slices * (run.objective.projector[1] + views * knots * (clips + 2))
+            views, knots = sum(t.views for t in tokens), run.objective.knots
+            kept += 4 * run.objective.slices * (run.objective.projector[1] + views * knots * (clips + 2))
+    here = (0 if run.parallel.offload else 1) / slices
     return {
-        "weights": 4 * learning / slices,
-        "target": 4 * parameters["target"] / slices,
-        "gradients": 4 * learning / slices,
-        "moments": 8 * learning / slices,
+        "weights": 4 * learning * here,
+        "target": 4 * parameters["target"] * here,
+        "gradients": 4 * learning * here,
+        "moments": 8 * learning * here,
         "gathered": (blocks + roots) * (width + 4),
         "activations": kept,
         "passing": target + targets + pixels,

@@ -122,8 +122,9 @@ def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) ->
         batch_size=3072,
         precision="bf16",
         model={
-            "encoder": {"name": "custom", "width": 1408, "depth": 3, "heads": 22, "mlp_ratio": 48 / 11},  # of ViT-g
-            "predictor": {"width": 384, "depth": 2, "heads": 12},
+            "encoder": Encoder.model_validate("vit_giant"),
+            "predictor": {"width": 384, "depth": 12, "heads": 12},
+            "patch_px": 16,
         },
     )
     expected = estimate(run, gpus=size)
@@ -134,7 +135,7 @@ def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) ->
         for name, parameter in named_parameters(models.all).items():
             ours[name.split(".")[0]] += parameter.to_local().numel() * 4  # pyright: ignore[reportAttributeAccessIssue]
     # Slices are cut along the first dimension, so the last rank's are smaller and rank 0's larger than the mean: by a
-    # third for blocks of 1,408 rows on 1,024 ranks.
+    # third for the 1,408 rows of ViT-g's maps on 1,024 ranks.
     assert ours["target"] == pytest.approx(expected.memory["target"], rel=0.5)
     assert ours["encoder"] + ours["predictor"] == pytest.approx(expected.memory["weights"], rel=0.5)
 
@@ -224,3 +225,17 @@ def test_a_gpu_is_known_by_its_name() -> None:
 def test_the_arithmetic_needs_no_torch_but_for_the_masks() -> None:
     text = Path(arithmetic.__file__).read_text()
     assert "import torch" not in text
+
+
+def test_a_model_that_no_slicing_makes_fit_may_be_offloaded(tiny_run: MakeRun) -> None:
+    run = tiny_run(
+        batch_size=1,
+        precision="bf16",
+        objective={"name": "levjepa", "local_views": 2, "local_px": 16},
+        masks=[{"mode": "random", "visible_share": 0.25}],
+        model={"encoder": {"name": "custom", "width": 4096, "depth": 40, "heads": 32}},
+    )
+    found = estimate(run, gpus=1)
+    assert not found.fits
+    assert [advice.split()[0] for advice in found.advice()] == ["parallel.offload=True"]
+    assert found.memory["moments"] == 8 * (found.parameters["encoder"] + found.parameters["predictor"])
