@@ -34,6 +34,7 @@ from vjepa.model.grid import Grid
 from vjepa.objective import Puzzle, jepa_loss, update_target
 from vjepa.optimizer import build_optimizer, update_weights
 from vjepa.parallel import World, join
+from vjepa.run.checkpoint import tensors_of
 from vjepa.schedule import rates_at
 from vjepa.train import build_models
 from vjepa.watch.clock import Clock
@@ -49,15 +50,8 @@ def main() -> None:
     with join(run.parallel) as world:
         frames = torch.randn(run.batch_size, 3, args.frames, args.px, args.px, device=world.device)
         grid = Grid.of(args.frames, args.px, args.px, run.model)
-        places = torch.Generator().manual_seed(0)
-        masks = [
-            tuple(
-                ids.to(world.device)
-                for ids in reference_masks(k, grid, clips=run.batch_size, size_seed=0, places=places)
-            )
-            for k in KINDS
-        ]
-        with ours(run, world, frames, grid, masks) as (our_step, clock):
+        masks = draw_masks(run, grid, world.device)
+        with ours(run, world, frames, grid, masks) as (our_step, clock, _):
             steps = {"ours": our_step}
             if "VJEPA2_REFERENCE" in os.environ:
                 with reference():
@@ -94,11 +88,18 @@ def parse() -> tuple[Run, argparse.Namespace]:
     return Run.model_validate(settings), args
 
 
+def draw_masks(run: Run, grid: Grid, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Visible and hidden tokens of all clips, for each kind of mask."""
+    places = torch.Generator().manual_seed(0)
+    drawn = [reference_masks(kind, grid, clips=run.batch_size, size_seed=0, places=places) for kind in KINDS]
+    return [tuple(ids.to(device) for ids in pair) for pair in drawn]
+
+
 @contextmanager
 def ours(
     run: Run, world: World, frames: Tensor, grid: Grid, masks: list[tuple[Tensor, ...]]
-) -> Iterator[tuple[Step, Clock]]:
-    """Our step, as in `vjepa.train.learn`."""
+) -> Iterator[tuple[Step, Clock, dict[str, Tensor]]]:
+    """Our step, as in `vjepa.train.learn`; where its time goes; and what a checkpoint of it would hold."""
     models = build_models(run, world)
     optimizer = build_optimizer(models.learning, run.optim)
     clock = Clock(models, optimizer, world.device)
@@ -114,7 +115,7 @@ def ours(
         update_target(models, rates.ema, applied=update.applied)
         return 0.0  # nothing is read: the record does that every few steps
 
-    yield step, clock
+    yield step, clock, tensors_of(models, optimizer)
     clock.close()
 
 
