@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from vjepa_data.fetch import Place
+from vjepa_data.index import prepare
 from vjepa_data.labels import MAX_BYTES, read_labels
 from vjepa_data.pool import Pool
 from vjepa_data.remote import is_remote
@@ -122,6 +123,7 @@ def admit(
         spec["root"] = tars.root
     called = name or Path(tars.root.rstrip("/")).resolve().name
     manifest = write_manifest(target, records, [], name=called, spec=spec, tools={})
+    prepare(target, manifest)
     return Admission(manifest, dict(flaws), dict(rejects))
 
 

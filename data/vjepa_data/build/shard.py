@@ -25,6 +25,7 @@ from vjepa_data.build.report import write_report
 from vjepa_data.build.select import choose, look_at
 from vjepa_data.build.status import StatusFile, Tally, read_builders, total
 from vjepa_data.build.write import write_shards
+from vjepa_data.index import prepare
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
 from vjepa_data.shards import Manifest, Reject, read_manifest, read_record, remove_leftovers, write_manifest
@@ -118,6 +119,7 @@ def _build(
     if (out / "report.html").exists():  # another builder was first; the report is the last file of a build
         return read_manifest(out)
     manifest = _finish(found, out, plan, spec=spec, tools=tools)
+    prepare(out, manifest)
     write_report(out, manifest, total([builder.tally for builder in read_builders(out)]), pool=pool)
     _remove_leftovers(out)
     return manifest

@@ -46,11 +46,11 @@ def write_shards(
     """
     (out / "shards").mkdir(exist_ok=True)
     turn = int(start * len(plan.shards))
-    order = [*plan.shards[turn:], *plan.shards[:turn]]
+    missing = [*plan.shards[turn:], *plan.shards[:turn]]
     writers: dict[int, ShardWriter] = {}
     tally = Tally()
     try:
-        while missing := [s for s in order if read_record(out, s.number, plan=plan.hash) is None]:
+        while missing := [s for s in missing if read_record(out, s.number, plan=plan.hash) is None]:
             free = [shard for shard in missing if not is_claimed(out / shard.file)]
             if not free:
                 time.sleep(PATIENCE_S)
