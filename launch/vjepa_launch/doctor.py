@@ -49,21 +49,36 @@ SLOWER_THAN_THE_BEST = 0.9
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast something is, to be compared between nodes."""
+
+    value: float
+    unit: str
+    least: float = SLOWER_THAN_THE_BEST
+    """A node below this share of the usual is an outlier."""
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that was looked at."""
 
     what: str
     level: Level
     found: str
+    speed: Speed | None = None
 
 
-def examine(folder: Path) -> list[Finding]:
+Look = Callable[[], list[Finding]]
+
+
+def examine(folder: Path, more: Sequence[Look] = ()) -> list[Finding]:
     """Look at everything, in the order of the table.
 
     Args:
         folder: where runs are kept; a file is written there and removed.
+        more: what else to look at; this room knows neither torch nor data.
     """
-    looks: Sequence[Callable[[], list[Finding]]] = (
+    looks: Sequence[Look] = (
         _versions,
         _torch,
         _shared_memory,
@@ -71,6 +86,7 @@ def examine(folder: Path) -> list[Finding]:
         lambda: _disk(folder),
         _scheduler,
         _wandb,
+        *more,
     )
     return [finding for look in looks for finding in look()]
 
@@ -83,9 +99,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 def _versions() -> list[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    findings = [
-        Finding("python", "ok" if sys.version_info >= (3, 11) else "bad", f"{version} on {socket.gethostname()}")
-    ]
+    findings = [Finding("python", "ok" if sys.version_info >= (3, 11) else "bad", f"{version}")]
     for name in PACKAGES:
         try:
             findings.append(Finding(name, "ok", metadata.version(name)))
@@ -118,7 +132,7 @@ def _gpus(rows: Sequence[Sequence[str]]) -> list[Finding]:
     for index, (name, tflops) in enumerate(rows):
         slow = float(tflops) < SLOWER_THAN_THE_BEST * best
         text = f"{name}, {tflops} TFLOP/s bf16" + (f", where the best here has {best:.0f}" if slow else "")
-        findings.append(Finding(f"GPU {index}", "bad" if slow else "ok", text))
+        findings.append(Finding(f"GPU {index}", "bad" if slow else "ok", text, Speed(float(tflops), "TFLOP/s")))
     if seen > len(rows):
         findings.append(Finding("GPUs", "note", f"{seen} in the machine, {len(rows)} visible"))
     return findings
@@ -163,10 +177,10 @@ def _disk(folder: Path) -> list[Finding]:
         if probe.exists():
             probe.unlink()
     free = shutil.disk_usage(folder).free / 2**30
-    text = f"{folder.resolve()}: {speed:.0f} MiB/s written, {free:.0f} GiB free"
+    text = f"{speed:.0f} MiB/s written to {folder.resolve()}, {free:.0f} GiB free"
     clock = f"{apart_s:.1f} s from that of the disk" + ("" if apart_s < CLOCK_S else "; ages of runs will be wrong")
     return [
-        Finding("disk", "ok" if speed >= DISK_MIB_PER_S else "note", text),
+        Finding("disk", "ok" if speed >= DISK_MIB_PER_S else "note", text, Speed(speed, "MiB/s written", least=0.5)),
         Finding("clock", "ok" if apart_s < CLOCK_S else "note", clock),
     ]
 

@@ -54,7 +54,8 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{' '.join(command)} did not answer within {timeout_s:.0f} s") from None
     if done.returncode:
-        raise Unreachable(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise Unreachable(f"{' '.join(command)}: {last}")
     return done.stdout
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_launch import doctor
+from vjepa_launch import doctor, visit
+from vjepa_launch.doctor import Finding, Speed
 
 
 def levels(findings: list[doctor.Finding]) -> dict[str, str]:
@@ -54,6 +55,30 @@ def test_a_folder_that_cannot_be_written_to_is_bad(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (finding,) = doctor._disk(tmp_path / "file")
     assert finding.level == "bad"
+
+
+def test_what_differs_between_nodes_is_named_and_what_does_not_is_one_line() -> None:
+    def node(tflops: float, torch: str, disk: float) -> list[Finding]:
+        return [
+            Finding("torch", "ok", torch),
+            Finding("GPU 0", "ok", f"H100, {tflops:.0f} TFLOP/s", Speed(tflops, "TFLOP/s")),
+            Finding("disk", "ok", f"{disk:.0f} MiB/s", Speed(disk, "MiB/s", least=0.5)),
+        ]
+
+    nodes = {"n1": node(700, "2.13", 900), "n2": node(690, "2.13", 500), "n3": node(510, "2.12", 800)}
+    nodes["n4"] = [Finding("report", "bad", "none")]
+    assert doctor.table(visit.compare(nodes)).splitlines() == [
+        "ok    torch   2 nodes: 2.13",
+        "note  torch   n3: 2.12",
+        "note  torch   not on n4",
+        "ok    GPU 0   2 nodes: 690 to 700 TFLOP/s",
+        "bad   GPU 0   n3: H100, 510 TFLOP/s",
+        "note  GPU 0   not on n4",
+        "ok    disk    3 nodes: 500 to 900 MiB/s",
+        "note  disk    not on n4",
+        "bad   report  n4: none",
+        "note  report  not on n1, n2, n3",
+    ]
 
 
 @pytest.mark.usefixtures("quick")

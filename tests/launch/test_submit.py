@@ -59,7 +59,7 @@ def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
 
 def test_a_container_wraps_the_ranks_but_not_the_last_word(tmp_path: Path) -> None:
     lines = describe(tmp_path / "run", read("h200")).splitlines()
-    step = next(line for line in lines if line.startswith("srun"))
+    step = next(line for line in lines if line.startswith("srun --"))
     assert "--container-image=/shared/images/vjepa-pretrain.sqsh" in step
     assert "--container-mounts=/shared:/shared" in step
     assert " python3 -u -m submitit" in step
@@ -83,6 +83,22 @@ print(submit.describe(Request(Path("run").resolve(), cluster, ["python"], config
     )
     assert done.returncode == 0, done.stderr
     assert "#!/bin/bash" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_describes_a_launch_without_slurm_and_without_torch(tmp_path: Path) -> None:
+    program = """
+import sys
+sys.modules["torch"] = None
+from vjepa.cli import main
+sys.exit(main(["launch", "vitl16_256px_16f", "--on", "h100", "--nodes", "16", "--dry-run"]))
+"""
+    environment = {"PATH": "/nowhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Command of each of 128 ranks" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

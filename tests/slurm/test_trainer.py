@@ -52,7 +52,9 @@ def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
     assert "starting the workers again" in disturbed.log()
     recorded = list(disturbed.folder.glob("wandb/offline-run-*"))
     assert len(recorded) == 3
-    assert {folder.name.split("-")[3] for folder in recorded} == {(disturbed.folder / "wandb" / "id").read_text()}
+    assert {folder.name.split("-")[3] for folder in recorded} == {
+        (disturbed.folder / "wandb" / "id").read_text().strip()
+    }
 
 
 def launch(run: Run, folder: Path) -> Rehearsal:

@@ -1,7 +1,9 @@
 """Verbs for those who train: look at settings, train here or on a cluster, and see how runs are doing."""
 
 import argparse
+import os
 import sys
+import time
 from pathlib import Path
 
 from vjepa.cli.cluster import launch_array, on_cluster, profile, say
@@ -55,8 +57,12 @@ def add_verbs(verbs: Verbs) -> None:
     verb = group.add("requeue", runs_requeue, "save and come back; one that is over is launched again")
     verb.add_argument("run", type=Path, metavar="RUN")
 
-    verb = verbs.add("doctor", doctor, "would a run work on this machine")
-    verb.add_argument("--folder", type=Path, default=Path(), help="where runs are kept (default: here)")
+    verb = verbs.add("doctor", doctor, "would a run work on this machine, or on all nodes of a cluster", settings=True)
+    verb.add_argument("config", metavar="CONFIG", nargs="?", help="a run, to read and decode its shards")
+    verb.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (default: %(default)s)")
+    verb.add_argument("--on", metavar="CLUSTER", help="every node of a profile, compared: a file, or a name")
+    verb.add_argument("--nodes", type=int, help="machines, in place of the profile's number")
+    verb.add_argument("--visit", type=Path, help=argparse.SUPPRESS)  # one rank of a job that --on started
 
     group = verbs.group("bench", "how fast things are on this machine")
     verb = group.add("loader", bench_loader, "clips per second, and what each stage costs", settings=True)
@@ -214,10 +220,31 @@ def runs_requeue(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from vjepa_launch import doctor
+    from vjepa.config import load
+    from vjepa_data.settings_files import dump_settings
+    from vjepa_launch import visit
+    from vjepa_launch.doctor import examine, table
 
-    findings = doctor.examine(args.folder)
-    print(doctor.table(findings))
+    run = load(args.config, args.overrides).settings if args.config else None
+    if args.on:
+        folder = (args.folder / "doctor" / time.strftime("%Y%m%d-%H%M%S")).resolve()
+        about = [str(folder / "config.yaml")] if run else []
+        command = ["python", "-m", "vjepa", "doctor", *about, "--visit", str(folder)]
+        config = dump_settings(run) if run else "name: doctor\n"
+        found = visit.visit(folder, profile(args.on, args.nodes), command, config=config)
+        findings = visit.compare(found)
+    else:
+        from vjepa import doctor
+
+        if args.visit is None:
+            findings = examine(args.folder, doctor.looks(run))
+        else:
+            findings = examine(args.visit, doctor.looks(run)) if os.environ["LOCAL_RANK"] == "0" else []
+            findings += doctor.exchange_between_ranks()
+            if os.environ["LOCAL_RANK"] == "0":
+                visit.report(args.visit, findings)
+            return 0
+    print(table(findings))
     return 1 if any(finding.level == "bad" for finding in findings) else 0
 
 

@@ -1,0 +1,34 @@
+"""The doctor on all nodes of a real SLURM."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vjepa.cli import main
+
+pytestmark = pytest.mark.xdist_group("slurm")
+
+
+@pytest.mark.timeout(600)
+def test_every_node_is_looked_at_and_the_odd_one_is_named(
+    slurm: Any, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = slurm.nodes[1]
+    python, profile = tmp_path / "python", tmp_path / "profile.yaml"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = {odd} ] && ulimit -Sn 512\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = {"executor": "slurm", "nodes": 2, "tasks_per_node": 2, "cpus_per_task": 1, "hours": 1}
+    profile.write_text(yaml.safe_dump({**settings, "python": str(python)}))
+    shards = f"data.sources.0.shards={tiny_corpus}"
+    code = main(["doctor", "demo", shards, "--folder", str(tmp_path / "runs"), "--on", str(profile)])
+    told = capsys.readouterr().out
+    assert code == 0, told
+    lines = [line.split(maxsplit=2) for line in told.splitlines()]
+    assert ["ok", "python", "2 nodes: {}.{}.{}".format(*sys.version_info[:3])] in lines
+    assert f"note  open files            {odd}: 512" in told
+    assert "GB/s all-reduce between 4 ranks, gloo" in told or "nodes: " in told
+    for what in ("exchange here", "exchange of all ranks", "shards 0", "clips"):
+        assert f"ok    {what:20}  " in told, told
