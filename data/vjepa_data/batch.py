@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vjepa_data.crops import Box, scale
 from vjepa_data.settings import BadInput
 
 
@@ -41,6 +43,32 @@ class Clips:
 
 
 @dataclass(frozen=True)
+class Uncropped:
+    """Clips of one length whose boxes are cut out, but not yet scaled: as they come with `loader.crop_on: device`."""
+
+    pixels: UInt8[Tensor, " n"]
+    """One clip [T h w C] behind the other."""
+
+    boxes: tuple[Box, ...]
+    frames: int
+    px: int
+    clips: Clips
+    """Everything else about them; its frames are still empty."""
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def scaled(self, device: torch.device) -> Clips:
+        """Take the pixels to a device and scale them there."""
+        sizes = [self.frames * box.height * box.width * 3 for box in self.boxes]
+        parts = self.pixels.to(device, non_blocking=True).split(sizes)
+        out = torch.empty(len(sizes), self.frames, self.px, self.px, 3, dtype=torch.uint8, device=device)
+        for row, part, box in zip(out, parts, self.boxes, strict=True):
+            row.copy_(scale(part.view(self.frames, box.height, box.width, 3), box, self.px))
+        return replace(self.clips, frames=out)
+
+
+@dataclass(frozen=True)
 class Reject:
     """A sample that could not be used, and where."""
 
@@ -60,6 +88,9 @@ class Batch:
 
     step: int
     groups: tuple[Clips, ...]
+    uncropped: tuple[Uncropped, ...] = ()
+    """Groups that `on` makes clips of, if the device is to scale them."""
+
     rejected: tuple[Reject, ...] = ()
     """What was tried and replaced on the way."""
 
@@ -67,7 +98,7 @@ class Batch:
     """Why no batch could be made; the loader raises it."""
 
     def __len__(self) -> int:
-        return sum(len(g) for g in self.groups)
+        return sum(len(g) for g in (*self.groups, *self.uncropped))
 
     def split(self, parts: int) -> "list[Batch]":
         """Cut into micro-batches of equal numbers of slots, in the order of slots.
@@ -75,6 +106,7 @@ class Batch:
         Raises:
             BadInput: the number of clips is no multiple of `parts`.
         """
+        assert not self.uncropped, "`ahead` comes before `split`"
         slots = sorted(slot for g in self.groups for slot in g.slots)
         if len(slots) % parts:
             raise BadInput(
@@ -91,4 +123,11 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which a GPU fetches while it computes; DataLoader calls this."""
-        return replace(self, groups=tuple(replace(g, frames=g.frames.pin_memory()) for g in self.groups))
+        groups = tuple(replace(g, frames=g.frames.pin_memory()) for g in self.groups)
+        uncropped = tuple(replace(g, pixels=g.pixels.pin_memory()) for g in self.uncropped)
+        return replace(self, groups=groups, uncropped=uncropped)
+
+    def on(self, device: torch.device) -> "Batch":
+        """Take all clips to a device, and scale there those that are not yet; copies from pinned memory do not wait."""
+        groups = [replace(g, frames=g.frames.to(device, non_blocking=True)) for g in self.groups]
+        return replace(self, groups=(*groups, *(g.scaled(device) for g in self.uncropped)), uncropped=())

@@ -53,9 +53,7 @@ def choose(crop: Crop, *, height: int, width: int, seed: int, step: int, slot: i
 
 
 def cut_out(frames: np.ndarray, box: Box, px: int, *, rows: np.ndarray | None = None) -> UInt8[Tensor, "T px px C"]:
-    """Cut a box out of every frame and scale it to a square, on uint8 all the way.
-
-    Bilinear with antialiasing; 1.4 ms for 16 frames of 456x256 to 256x256 on one core (benchmarks/README.md).
+    """Cut a box out of every frame and scale it to a square: `cut` and `scale` in one.
 
     Args:
         frames: uint8 [N H W C], contiguous.
@@ -63,11 +61,34 @@ def cut_out(frames: np.ndarray, box: Box, px: int, *, rows: np.ndarray | None = 
         px: height and width of the result.
         rows: which of the frames, int [T], rising; all of them by default.
     """
+    return scale(cut(frames, box, rows=rows), box, px)
+
+
+def cut(frames: np.ndarray, box: Box, *, rows: np.ndarray | None = None) -> UInt8[Tensor, "T h w C"]:
+    """Cut a box out of every frame; a view, unless `rows` leaves some frames out or repeats them."""
     part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
     if rows is not None and not np.array_equal(rows, np.arange(len(frames))):
         part = part[rows]
-    pictures = torch.from_numpy(part).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return torch.from_numpy(part)
+
+
+def scale(part: UInt8[Tensor, "T h w C"], box: Box, px: int) -> UInt8[Tensor, "T px px C"]:
+    """Scale what was cut out to a square and mirror it if the box says so, wherever it lies.
+
+    Bilinear with antialiasing. 1.4 ms for 16 frames of 456x256 to 256x256 on one core (benchmarks/README.md), where
+    pixels stay uint8 all the way; a GPU does it in floats, which may differ by one level.
+    """
+    pictures = part.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     if (box.height, box.width) != (px, px):
-        pictures = torch.nn.functional.interpolate(pictures, (px, px), mode="bilinear", antialias=True)
+        pictures = _resize(pictures, px) if pictures.is_cpu else _resize_by_floats(pictures, px)
     pictures = pictures.permute(0, 2, 3, 1)
     return pictures.flip(2) if box.flip else pictures
+
+
+def _resize(pictures: Tensor, px: int) -> Tensor:
+    return torch.nn.functional.interpolate(pictures, (px, px), mode="bilinear", antialias=True)
+
+
+def _resize_by_floats(pictures: UInt8[Tensor, "T C h w"], px: int) -> UInt8[Tensor, "T C px px"]:
+    """Do what `_resize` does where there is none for uint8."""
+    return _resize(pictures.float(), px).round_().clamp_(0, 255).to(torch.uint8)

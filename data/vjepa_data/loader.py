@@ -141,7 +141,8 @@ class ClipLoader:
             max_in_a_row=self.data.rejects.max_in_a_row,
             board=self._board,
         )
-        pipeline = wds.DataPipeline(samples, decode, Gather(self.slots, self.data.crop.px))  # pyright: ignore[reportAttributeAccessIssue]
+        gather = Gather(self.slots, self.data.crop.px, crop_on=self.settings.crop_on)
+        pipeline = wds.DataPipeline(samples, decode, gather)  # pyright: ignore[reportAttributeAccessIssue]
         workers = self.settings.workers
         more: dict = {}
         if workers:

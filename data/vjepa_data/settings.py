@@ -147,6 +147,10 @@ class Loader(Settings):
     decoder: Literal["decord", "torchcodec", "pyav"] = "decord"
     """Who decodes. All agree bit for bit on the canonical form that `vjepa shard` writes."""
 
+    crop_on: Literal["cpu", "device"] = "cpu"
+    """Who scales what is cropped. The device spares the workers a twentieth of their time; in floats, which may differ
+    from the CPU's result by one level of 255. On a CPU both are the same."""
+
     decode_timeout_s: float = Field(default=20.0, gt=0)
     """Seconds after which a decoder that does not answer is killed and its sample replaced."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vjepa_data import clips, crops
-from vjepa_data.batch import Batch, Clips, Reject
+from vjepa_data.batch import Batch, Clips, Reject, Uncropped
 from vjepa_data.cache import Cache
 from vjepa_data.clips import Offer, Pace, read_keys
 from vjepa_data.decode import Expect
@@ -247,8 +247,11 @@ class Decode:
         """Cut the clip out of the servant's frames, which will not stay; one that replaced another has been."""
         if "frames" not in sample:
             return sample
-        frames, rows = sample.pop("frames"), sample.pop("rows")
-        return {**sample, "clip": crops.cut_out(frames, sample["choice"].box, self.crop.px, rows=rows)}
+        frames, rows, box = sample.pop("frames"), sample.pop("rows"), sample["choice"].box
+        part = crops.cut(frames, box, rows=rows)
+        if self.loader.crop_on == "device":
+            return {**sample, "clip": part.clone(memory_format=torch.contiguous_format)}
+        return {**sample, "clip": crops.scale(part, box, self.crop.px)}
 
     def _note(self, text: str) -> None:
         data = text.encode()[:BOARD_BYTES].ljust(BOARD_BYTES, b"\0")
@@ -264,8 +267,8 @@ def _video(sample: dict) -> tuple[int, int, int, int]:
 class Gather:
     """Third stage: the clips of a step become a batch, written straight into memory that the trainer shares."""
 
-    def __init__(self, slots: tuple[int, ...], px: int) -> None:
-        self.slots, self.px = slots, px
+    def __init__(self, slots: tuple[int, ...], px: int, *, crop_on: str = "cpu") -> None:
+        self.slots, self.px, self.crop_on = slots, px, crop_on
 
     def __call__(self, samples: Iterable[dict]) -> Iterator[Batch]:
         of_step: list[dict] = []
@@ -279,28 +282,37 @@ class Gather:
             yield Batch(-1, (), stop=e)
 
     def _batch(self, samples: list[dict]) -> Batch:
-        groups = []
-        for frames in sorted({len(s["clip"]) for s in samples}):
-            alike = [s for s in samples if len(s["clip"]) == frames]
-            out = _shared_uint8(len(alike), frames, self.px, self.px, 3)
-            for row, sample in zip(out, alike, strict=True):
-                row.copy_(sample["clip"])
-            groups.append(
-                Clips(
-                    out,
-                    slots=tuple(s["__slot__"] for s in alike),
-                    keys=tuple(s["__key__"] for s in alike),
-                    sources=tuple(s["__draw__"].source for s in alike),
-                    start_s=tuple(s["choice"].look.start_s for s in alike),
-                )
-            )
-        rejected = tuple(r for s in samples for r in s["rejected"])
-        return Batch(samples[0]["__step__"], tuple(groups), rejected)
+        lengths = sorted({len(s["clip"]) for s in samples})
+        groups = [self._group([s for s in samples if len(s["clip"]) == frames], frames) for frames in lengths]
+        return Batch(
+            samples[0]["__step__"],
+            tuple(g for g in groups if isinstance(g, Clips)),
+            tuple(g for g in groups if isinstance(g, Uncropped)),
+            tuple(r for s in samples for r in s["rejected"]),
+        )
+
+    def _group(self, samples: list[dict], frames: int) -> Clips | Uncropped:
+        is_cropped = self.crop_on == "cpu"
+        out = _shared_uint8(len(samples) if is_cropped else 0, frames, self.px, self.px, 3)
+        clips = Clips(
+            out,
+            slots=tuple(s["__slot__"] for s in samples),
+            keys=tuple(s["__key__"] for s in samples),
+            sources=tuple(s["__draw__"].source for s in samples),
+            start_s=tuple(s["choice"].look.start_s for s in samples),
+        )
+        if not is_cropped:
+            pixels = _shared_uint8(sum(s["clip"].numel() for s in samples))
+            torch.cat([s["clip"].flatten() for s in samples], out=pixels)
+            return Uncropped(pixels, tuple(s["choice"].box for s in samples), frames, self.px, clips)
+        for row, sample in zip(out, samples, strict=True):
+            row.copy_(sample["clip"])
+        return clips
 
 
 def _shared_uint8(*shape: int) -> Tensor:
     """Make an empty tensor, in shared memory if this is a loader worker: the trainer then gets it without a copy."""
-    if get_worker_info() is None:
+    if get_worker_info() is None or 0 in shape:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
