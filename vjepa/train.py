@@ -16,7 +16,7 @@ from vjepa.objective import Loss, Models, build, draw_masks, jepa_loss, update_t
 from vjepa.optimizer import Update, build_optimizer, update_weights
 from vjepa.parallel import World, join, local_parts, materialise, send_gradients, shard
 from vjepa.run import checkpoint, passed_over
-from vjepa.run.agree import check_alike, code_digest, first_batch, settings_hash
+from vjepa.run.agree import check_data, check_program, settings_hash
 from vjepa.run.folder import occupy, record_attempt, versions, write_settings
 from vjepa.run.place import path_of
 from vjepa.run.resume import check_changes
@@ -25,19 +25,20 @@ from vjepa.run.stop import STOPPED, Stop, stop_signals
 from vjepa.schedule import Rates, rates_at
 from vjepa.watch.clock import Clock
 from vjepa.watch.hang import Watchdog, watchdog
-from vjepa.watch.health import Nurse, Unhealthy
+from vjepa.watch.health import Nurse, Unhealthy, telling
 from vjepa.watch.meter import Meter
 from vjepa.watch.monitors import drift, monitor
 from vjepa.watch.observe import Observer
 from vjepa.watch.track import Track, logging_to
-from vjepa_data.index import Index
+from vjepa_data.ahead import ahead
 from vjepa_data.loader import Batch, ClipLoader
 
 log = logging.getLogger(__name__)
 
 MEMORY_ADVICE = (
     "The device is full. In this order: parallel.accumulate=2 (or more) halves the clips at work, not the result; "
-    "parallel.recompute=selective, then full, trades work for memory; parallel.replicate=1 shards over all ranks. "
+    "parallel.recompute=selective, then full, trades work for memory; parallel.replicate=1 shards over all ranks; "
+    "parallel.offload=true keeps what is not at work in the memory of the host. "
     "`vjepa estimate` says what each would need."
 )
 
@@ -180,28 +181,16 @@ class Attempt:
 @contextmanager
 def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
     """Build the pieces, bring them to where the last attempt stopped, and close them at the end."""
-    check_alike(world, {"settings": settings_hash(run), "code": code_digest(), "torch": torch.__version__})
+    check_program(run, world)
     newest = checkpoint.find_newest(checkpoint.home_of(folder, run.checkpoint), world)
     facts = checkpoint.read_facts(newest) if newest else None
     step = facts.step if facts else 0
     with ExitStack() as at_end:
         dog = at_end.enter_context(watchdog(run.health, folder, world))
         skips = world.first(lambda: passed_over.read(folder)) or (facts.passed_over if facts else ())
-        clips = at_end.enter_context(
-            closing(
-                passed_over.Stream(lambda number: open_clips(run, folder, world, number), step=step, passed_over=skips)
-            )
-        )
-        plan = clips.clips.plan
-        manifests = [Index(source.shards, source.split).hash for source in run.data.sources]
-        check_alike(
-            world,
-            {
-                "the corpora": str(manifests),
-                "the plan of samples": plan.fingerprint,
-                "the first batch": first_batch(run, lanes=plan.lanes, number=passed_over.batch_of(step, skips)),
-            },
-        )
+        stream = passed_over.Stream(lambda at: open_clips(run, folder, world, at), step=step, passed_over=skips)
+        clips = at_end.enter_context(closing(stream))
+        manifests = check_data(run, world, clips.plan, number=passed_over.batch_of(step, skips))
         changes = {}
         if facts:
             changes = check_changes(facts.settings, run, step=step, manifests=manifests, manifests_then=facts.manifests)
@@ -219,7 +208,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         track = Track(run, folder, world, step=step, wandb_id=facts.wandb_id if facts else None)
         at_end.push(lambda kind, *_: track.close(1 if kind else 0))
         nurse = Nurse(run.health, track.alert)
-        nurse.recall(folder / "metrics.jsonl")
+        nurse.recall(world.first(lambda: telling(folder / "metrics.jsonl")))
         clock = Clock(models, optimizer, world.device)
         at_end.callback(clock.close)
         saver = checkpoint.Saver(folder, run.checkpoint, world)
@@ -231,7 +220,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             world=world,
             models=models,
             optimizer=optimizer,
-            batches=clock.waiting("data", clips),
+            batches=clock.waiting("data", ahead(clips, world.device)),
             step=step,
             saver=saver,
             track=track,

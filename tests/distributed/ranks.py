@@ -26,7 +26,7 @@ from vjepa.model.encoder import Encoder, View
 from vjepa.objective import draw_masks, jepa_loss, update_target
 from vjepa.optimizer import build_optimizer, named_parameters, update_weights
 from vjepa.parallel import join, send_gradients
-from vjepa.run import checkpoint
+from vjepa.run import agree, checkpoint
 from vjepa.run.stop import Stop
 from vjepa.schedule import rates_at
 from vjepa.watch.health import Unhealthy
@@ -96,7 +96,7 @@ def odd_settings(run: Run, out: Path, job: dict[str, Any]) -> Any:
 def odd_code(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank runs other code."""
     if os.environ["RANK"] == "1":
-        training.code_digest = lambda: "other"
+        agree.code_digest = lambda: "other"
     return training.train(run, out / "run")
 
 
@@ -105,8 +105,8 @@ def odd_pixels(run: Run, out: Path, job: dict[str, Any]) -> Any:
     if os.environ["RANK"] == "1":
         honest = stream.crops.cut_out
 
-        def off_by_one(*args: Any) -> Any:
-            clip = honest(*args).clone()
+        def off_by_one(*args: Any, **kwargs: Any) -> Any:
+            clip = honest(*args, **kwargs).clone()
             clip[0, 0, 0, 0] ^= 1
             return clip
 

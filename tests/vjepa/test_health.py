@@ -1,9 +1,11 @@
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vjepa.config import Health
-from vjepa.watch.health import Collapsed, Nurse, Unhealthy
+from vjepa.watch.health import Collapsed, Nurse, Unhealthy, telling
 
 
 def record(step: int, loss: float = 0.7, applied: float = 1.0, **more: float) -> dict[str, Any]:
@@ -43,3 +45,20 @@ def test_a_collapse_is_told_once_and_stops_by_setting() -> None:
     strict, _ = a_nurse(collapse_share=0.25, on_collapse="stop")
     with pytest.raises(Collapsed, match="monitor/rankme"):
         strict.check(falling)
+
+
+def test_a_collapse_is_seen_across_a_restart_and_leads_back_to_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    healthy = [record(step, **({"monitor/rankme": 20.0} if step == 1 else {})) for step in range(1, 401)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in healthy))
+    past = telling(file)
+    assert len(past) == 201  # the last losses, and the one monitor long before
+    nurse, _ = a_nurse(on_collapse="roll_back", max_loss_ratio=2.0)
+    nurse.recall(past)
+    nurse.check([record(450, **{"monitor/rankme": 10.0}), record(451)])
+    with pytest.raises(Unhealthy, match="monitor/rankme fell to 3, from 20") as caught:
+        nurse.check([record(500, **{"monitor/rankme": 3.0})])
+    assert (caught.value.healthy, caught.value.last) == (450, 500)
+    with pytest.raises(Unhealthy, match="times the usual") as caught:
+        nurse.check([record(step, loss=9.0) for step in range(501, 510)])
+    assert (caught.value.healthy, caught.value.last) == (500, 503)

@@ -13,7 +13,9 @@ from vjepa.config import Run
 from vjepa.masks import sample_masks
 from vjepa.model.grid import Grid
 from vjepa.parallel import World
+from vjepa_data.index import Index
 from vjepa_data.loader import ClipLoader
+from vjepa_data.plan import Plan
 from vjepa_data.settings import BadInput
 
 ROOMS = ("vjepa", "vjepa_data", "vjepa_launch")
@@ -41,6 +43,42 @@ def check_alike(world: World, facts: Mapping[str, str]) -> None:
             )
 
 
+def check_program(run: Run, world: World) -> None:
+    """Make sure that all ranks have the same settings, code and torch.
+
+    Raises:
+        BadInput: see `check_alike`.
+    """
+    check_alike(world, {"settings": settings_hash(run), "code": code_digest(), "torch": torch.__version__})
+
+
+def check_data(run: Run, world: World, plan: Plan, *, number: int) -> list[str]:
+    """Make sure that all ranks see the same corpora, plan and first batch.
+
+    Args:
+        run: the run.
+        world: the ranks.
+        plan: of this rank.
+        number: of the first batch.
+
+    Returns:
+        Hash of the manifest of each source.
+
+    Raises:
+        BadInput: see `check_alike`.
+    """
+    manifests = [Index(source.shards, source.split).hash for source in run.data.sources]
+    check_alike(
+        world,
+        {
+            "the corpora": str(manifests),
+            "the plan of samples": plan.fingerprint,
+            "the first batch": first_batch(run, plan, number=number),
+        },
+    )
+    return manifests
+
+
 def settings_hash(run: Run) -> str:
     """One word for all settings of a run."""
     return _word(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode())
@@ -56,24 +94,23 @@ def code_digest() -> str:
     return hasher.hexdigest()
 
 
-def first_batch(run: Run, *, lanes: int, number: int) -> str:
+def first_batch(run: Run, plan: Plan, *, number: int) -> str:
     """One word for a batch as this rank would see it: which samples, their pixels, what is hidden of them.
 
     Pixels are those of the first lane alone, decoded by every rank: another version of a decoder or a scaler shows.
 
     Args:
         run: the run.
-        lanes: of its plan.
+        plan: of its samples.
         number: of the batch.
 
     Raises:
         BadInput: the data cannot be read.
     """
     loader = run.loader.model_copy(update={"workers": 0})
-    with ClipLoader(
-        run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=0, world=lanes, step=number
-    ) as clips:
-        draws = [str(clips.plan.draw(number, slot)) for slot in range(run.batch_size)]
+    draws = [str(plan.draw(number, slot)) for slot in range(run.batch_size)]
+    mine = ClipLoader(run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=0, world=plan.lanes, step=number)
+    with mine as clips:
         batch = next(clips)
     hasher = hashlib.blake2b("\n".join(draws).encode(), digest_size=8)
     for group in batch.groups:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vjepa_data.loader import Batch, ClipLoader
+from vjepa_data.plan import Plan
 
 PassedOver = Sequence[tuple[int, int]]
 
@@ -26,7 +27,7 @@ def read(run_folder: Path) -> PassedOver:
 
 def add(run_folder: Path, *, at: int, count: int) -> None:
     """Pass over `count` batches from step `at` on, for good."""
-    known = {**dict(read(run_folder))}
+    known = dict(read(run_folder))
     known[at] = known.get(at, 0) + count
     beside = run_folder / ".passed_over.json.part"
     beside.write_text(json.dumps(sorted(known.items())) + "\n")
@@ -49,6 +50,11 @@ class Stream(Iterator[Batch]):
         """
         self._open, self._step, self._passed_over = open_clips, step, passed_over
         self.clips = open_clips(batch_of(step, passed_over))
+
+    @property
+    def plan(self) -> Plan:
+        """Which sample fills which slot of a batch."""
+        return self.clips.plan
 
     def __next__(self) -> Batch:
         wanted = batch_of(self._step, self._passed_over)

@@ -4,7 +4,7 @@ import json
 import logging
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,19 @@ class Nurse:
         self._highest: dict[str, float] = {}
         self._warned: set[str] = set()
 
-    def recall(self, file: Path) -> None:
-        """Learn what is usual from the record of earlier attempts, lest a collapse be forgotten by a restart.
+    def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Learn from earlier attempts what is usual, lest a collapse be forgotten by a restart.
 
         Args:
-            file: `metrics.jsonl`, up to the step from which the run goes on.
+            records: what `telling` found, equal on all ranks.
         """
-        if not file.is_file():
-            return
-        recent: deque[dict[str, Any]] = deque(maxlen=HISTORY)
-        with file.open() as lines:
-            for line in lines:
-                recent.append(record := json.loads(line))
-                for name in WATCHED:
-                    if record.get(name) is not None:
-                        self._highest[name] = max(record[name], self._highest.get(name, 0.0))
-        self._losses.extend(one["loss/prediction"] for one in recent if one["loss/prediction"] is not None)
-        self._good = self._varied = recent[-1]["step"] if recent else 0
+        for record in records:
+            if record.get("loss/prediction") is not None:
+                self._losses.append(record["loss/prediction"])
+            for name in WATCHED:
+                if record.get(name) is not None:
+                    self._highest[name] = max(record[name], self._highest.get(name, 0.0))
+            self._good = self._varied = record["step"]
 
     def check(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Look at the lines of the last steps.
@@ -109,3 +105,22 @@ class Nurse:
                 self._alert("features collapse", text)
         if seen and not self._warned:
             self._varied = record["step"]
+
+
+def telling(file: Path) -> list[dict[str, Any]]:
+    """What a nurse wants to know of a record: the monitors of all its steps, and the losses of the last ones.
+
+    Args:
+        file: `metrics.jsonl`, up to the step from which the run goes on.
+    """
+    names = ("step", "loss/prediction", *WATCHED)
+    found: list[dict[str, Any]] = []
+    recent: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+    with file.open() as lines:
+        for line in lines:
+            record = json.loads(line)
+            kept = {name: record[name] for name in names if name in record}
+            if len(recent) == HISTORY and any(name in recent[0] for name in WATCHED):
+                found.append(recent[0])
+            recent.append(kept)
+    return [*found, *recent]
