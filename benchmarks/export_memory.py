@@ -1,9 +1,10 @@
 """How much memory an export takes, in units of the weights that it writes.
 
-    python benchmarks/export_memory.py --encoder vit_base
+    python benchmarks/export_memory.py --encoder vit_large --ranks 4
 
-Makes a checkpoint of an untrained model, exports it in a process of its own, once in each format, and prints that
-process's highest anonymous memory (what is not a page of a file, which the system may drop) less what it had before.
+Writes a checkpoint of an untrained model from several ranks, each parameter cut among them as FSDP2 cuts it, optimizer
+moments included; then exports it in a process of its own, once in each format, and prints that process's highest
+anonymous memory (what is not a page of a file, which the system may drop) less what it had after its imports.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 EXPORT = """
-import sys, threading, time, json
+import json, resource, sys, threading, time
 from pathlib import Path
 import torch, transformers
 from transformers.models.vjepa2 import modeling_vjepa2
@@ -23,48 +25,72 @@ from vjepa.release.export import export
 def anonymous_mb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 
-before, peak, done = anonymous_mb(), 0.0, False
+before, peak, done = anonymous_mb(), 0.0, threading.Event()
 def watch():
     global peak
-    while not done:
+    while not done.wait(0.005):
         peak = max(peak, anonymous_mb())
-        time.sleep(0.005)
-thread = threading.Thread(target=watch); thread.start()
+thread = threading.Thread(target=watch)
+thread.start()
 export(Path(sys.argv[1]), Path(sys.argv[2]), format=sys.argv[3])
-done = True; thread.join()
+done.set()
+thread.join()
 print(json.dumps({"before_mb": before, "peak_mb": peak}))
 """
 
-MAKE = """
-import sys
+# One rank: it draws whole parameters one at a time, keeps its rows of each, and saves them with those of all others.
+RANK = """
+import os, sys, warnings
 from pathlib import Path
+import torch, torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 from vjepa import config
-from vjepa.release.adopt import _save, _settings
-from vjepa.model.encoder import Encoder
-from vjepa.model.predictor import Predictor
-model = config.Model(encoder=sys.argv[2])
-run = _settings(model, px=64, frames=2, fps=4.0, kinds=2)
-encoder = Encoder(model).state_dict()
-parts = {"encoder": encoder, "target": encoder, "predictor": Predictor(model, 2).state_dict()}
-_save(run, parts, Path(sys.argv[1]), Path("x"))
+from vjepa.parallel import join
+from vjepa.release.adopt import fresh_facts, settings_of
+from vjepa.release.weights import expected_shapes
+from vjepa.run.checkpoint import Saver
+model = config.Model.model_validate({"encoder": sys.argv[2]})
+run = settings_of(model, px=64, frames=2, fps=4.0, kinds=2)
+tensors = {}
+with join(run.parallel) as world:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world.size,))
+    for number, (name, shape) in enumerate(expected_shapes(model, 2).items()):
+        draw = torch.Generator().manual_seed(number)
+        part, _, rest = name.partition(".")
+        for whose in (name, f"target.{rest}") if part == "encoder" else (name,):
+            whole = torch.randn(shape, generator=draw) * 0.02
+            tensors[whose] = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{moment}.{name}"] = torch.zeros_like(tensors[name])
+    Saver(Path(sys.argv[1]), config.Checkpoint(), world).save(tensors, fresh_facts(run, "benchmark"))
 """
 
 
 def main() -> None:
     """Print one line for each format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="vit_base")
-    encoder = parser.parse_args().encoder
-    with tempfile.TemporaryDirectory() as place:
-        run = Path(place) / "run"
-        subprocess.run([sys.executable, "-c", MAKE, run, encoder], check=True)
+    parser.add_argument("--encoder", default="vit_large")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument(
+        "--place", type=Path, help="folder for the files, on a disk with room (default: a temporary one)"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.place) as place:
+        run, rank = Path(place) / "run", Path(place) / "rank.py"
+        rank.write_text(RANK)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        subprocess.run([*torchrun, rank, run, args.encoder], check=True)
         for form in ("native", "hf"):
-            out = Path(place) / form
+            out, began = Path(place) / form, time.monotonic()
             done = subprocess.run([sys.executable, "-c", EXPORT, run, out, form], check=True, stdout=subprocess.PIPE)
             found = json.loads(done.stdout.splitlines()[-1])
             weights_mb = (out / "model.safetensors").stat().st_size / 2**20
             ratio = (found["peak_mb"] - found["before_mb"]) / weights_mb
-            print(f"{encoder} {form}: weights {weights_mb:.0f} MB, peak {ratio:.2f} times that", flush=True)
+            seconds = time.monotonic() - began
+            print(
+                f"{args.encoder} {form}: weights {weights_mb:.0f} MB, peak {ratio:.2f} of that, {seconds:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vjepa.release.adopt import Sizes, adopt
+from vjepa.model.grid import Grid
+from vjepa.model.layers import sine_cosine
+from vjepa.release.adopt import adopt
 from vjepa.release.export import export
 from vjepa.release.read import load_encoder, read_weights
+from vjepa.release.released import Sizes
 from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
@@ -73,6 +76,37 @@ def test_mask_tokens_are_given_to_our_kinds(trained: Path, released: Path, tmp_p
         adopt(released, tmp_path / "other", Sizes(**{**SIZES.__dict__, "mask_tokens": (2,)}))
 
 
+def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_trained(tmp_path / "run", rope="sincos", predictor={"width": 36, "depth": 1, "heads": 3})
+    content, grid = as_released(run), Grid(2, 4, 4)
+    ids = torch.arange(grid.tokens)[None]
+    for part in ("encoder", "target_encoder"):
+        content[part]["module.backbone.pos_embed"] = sine_cosine(grid, ids, 48)
+    content["predictor"]["module.backbone.predictor_pos_embed"] = sine_cosine(grid, ids, 36)
+    torch.save(content, tmp_path / "vit.pt")
+    adopt(tmp_path / "vit.pt", tmp_path / "out", Sizes(heads=3, fps=8.0))
+    before, after = read_weights(run), read_weights(tmp_path / "out")
+    assert (after.model, after.px, after.frames) == (before.model, 32, 4)
+    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+    with pytest.raises(BadInput, match=r"model\.rope is 'sincos', and VJEPA2Model has 'tiled'"):
+        export(tmp_path / "out", tmp_path / "hf")
+    content["target_encoder"]["module.backbone.pos_embed"] = sine_cosine(grid, ids, 48) + 1e-3
+    torch.save(content, tmp_path / "learned.pt")
+    with pytest.raises(BadInput, match="pos_embed differs"):
+        adopt(tmp_path / "learned.pt", tmp_path / "other", Sizes(heads=3))
+
+
+def test_a_file_of_vjepa_2_1_tells_its_levels(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"levels": (0, 1), "still_tokens": True, "guess_visible": True, "rope": "interleaved", "rope_cells": 16}
+    run = make_trained(tmp_path / "run", **settings)
+    torch.save(as_released(run), tmp_path / "vit.pt")
+    adopt(tmp_path / "vit.pt", tmp_path / "out", SIZES)
+    before, after = read_weights(run), read_weights(tmp_path / "out")
+    assert after.model == before.model
+    assert set(after.tensors) == set(before.tensors)
+    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+
+
 def test_an_encoder_alone_gets_a_new_predictor(trained: Path, tmp_path: Path) -> None:
     content = as_released(trained, average="ema_encoder")
     torch.save({"ema_encoder": content["ema_encoder"]}, tmp_path / "small.pt")
@@ -101,8 +135,8 @@ def spoil(change: Callable[[dict], object]) -> Callable[[Path, dict], None]:
         (lambda path, _: torch.save([1], path), "holds a list"),
         (lambda path, _: torch.save({"model": {}}, path), "holds model; expected the parts"),
         (
-            spoil(lambda content: content["encoder"].update({"module.backbone.pos_embed": torch.zeros(1)})),
-            "is V-JEPA 1",
+            spoil(lambda content: content["encoder"].update({"module.backbone.pos_embed": torch.zeros(1, 32, 48)})),
+            "its pos_embed .* holds no sines and cosines",
         ),
         (
             spoil(

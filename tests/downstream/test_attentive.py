@@ -1,14 +1,18 @@
 """The attentive probe is V-JEPA 2's, learns what is there, and goes to Hugging Face without loss."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vjepa.evals import attentive as attentive_module
 from vjepa.evals.attentive import Clips, Recipe, accuracy, attentive, fit_probe
+from vjepa.evals.embed import embed
 from vjepa.evals.pooler import AttentiveProbe, hf_probe_tensors, load_classifier
 from vjepa.evals.readout import wilson
 from vjepa.release.export import export
@@ -68,48 +72,53 @@ def test_tokens_are_computed_once(
     result: tuple[dict, Path], trained: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, out = result
-    monkeypatch.setattr(attentive_module, "embed", None)
+    monkeypatch.setattr(attentive_module, "write_features", None)
     again = attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True)
     assert again == found
 
 
-def test_ranks_share_the_grid(
-    result: tuple[dict, Path], trained: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two ranks in turn, each with what the other would have sent."""
-    found, out = result
-    shares: list[dict] = []
-    for rank in (0, 1):
+RANKS = """
+import sys
+from pathlib import Path
+from vjepa.evals.attentive import Recipe, attentive
+from vjepa.evals.embed import embed
+model, shards, out = map(Path, sys.argv[1:])
+recipe = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
+attentive(model, shards, label="shape", out=out / "probe.json", recipe=recipe)
+embed(model, [shards], out / "features.npy", split="val")
+"""
 
-        class Turn:
-            size = 2
-            is_first = rank == 0
 
-            def __init__(self, rank: int = rank) -> None:
-                self.rank = rank
+def test_two_ranks_find_what_one_finds(result: tuple[dict, Path], trained: Path, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, tmp_path / "ranks.py", trained, scenes, tmp_path], check=True, capture_output=True)
+    assert json.loads((tmp_path / "probe.json").read_text()) == result[0]
+    ours, theirs = (load_file(out.with_suffix(".safetensors")) for out in (result[1], tmp_path / "probe.json"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    embed(trained, [scenes], tmp_path / "alone.npy", split="val")
+    assert np.array_equal(np.load(tmp_path / "features.npy"), np.load(tmp_path / "alone.npy"))
 
-            def __enter__(self):
-                return self
 
-            def __exit__(self, *_):
-                return None
-
-            def first(self, function):
-                return function()
-
-            def gather(self, mine):
-                shares.append(mine)
-                if self.rank == 0:
-                    raise KeyboardInterrupt
-                return shares
-
-        monkeypatch.setattr(attentive_module, "join", lambda _, turn=Turn: turn())
-        if rank == 0:
-            with pytest.raises(KeyboardInterrupt):
-                attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True)
-        else:
-            assert attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True) == found
-    assert [list(one) for one in shares] == [[0], [1]]
+def test_views_vote_and_baselines_stand_beside(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    found = attentive(
+        trained,
+        scenes,
+        label="shape",
+        out=tmp_path / "p.json",
+        recipe=SMALL,
+        clips_per_video=1,
+        views=3,
+        baselines=True,
+    )
+    tokens = sorted(tmp_path.glob(".p.tokens/*-1x3"))[0]
+    assert np.load(tokens / "val.npy", mmap_mode="r").shape == (24 * 3, 2, 4, 4, 48)
+    assert [row["features"] for row in found["rows"]] == [
+        "pretrained", "random init", "pretrained, max over heads", "prior",
+    ]  # fmt: skip
+    assert found["baselines"]["random init"]["videos"] == found["videos"] == 8
+    assert found["rows"][2]["value"] >= found["rows"][0]["value"]
 
 
 def test_the_classifier_is_hugging_faces(result: tuple[dict, Path], trained: Path, tmp_path: Path) -> None:

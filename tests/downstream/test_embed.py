@@ -86,11 +86,11 @@ def test_it_goes_on_where_it_was_stopped(
     monkeypatch.setattr(embed_module, "PART_VIDEOS", 2)
     honest, calls = embed_module._rows, []
 
-    def stop_at_third(encoder, items, **options):
-        calls.append([Path(item.key).name for item in items])
+    def stop_at_third(encoder, job, videos):
+        calls.append([Path(job.videos.keys[video]).name for video in videos])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return honest(encoder, items, **options)
+        return honest(encoder, job, videos)
 
     monkeypatch.setattr(embed_module, "_rows", stop_at_third)
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from vjepa.evals import probe as probe_module
-from vjepa.evals.probe import probe, table
+from vjepa.evals.probe import probe
+from vjepa.evals.results import table
 from vjepa_data.settings import BadInput
 
 

@@ -11,8 +11,11 @@ import yaml
 
 from vjepa.evals.probe import probe
 from vjepa.release.read import read_weights
+from vjepa.report import pictures
 from vjepa.report.pictures import Curve
-from vjepa.report.run import pictures, read_lines, report, training_clips
+from vjepa.report.run import read_lines
+from vjepa.report.seen import training_clips
+from vjepa.report.write import report
 from vjepa.run.checkpoint import resolve
 from vjepa_data.settings import BadInput
 
@@ -75,7 +78,7 @@ def test_what_cannot_be_shown_is_said(story: Path) -> None:
 
 
 def test_bad_input_is_named_and_nothing_is_overwritten(story: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="not the folder of a run"):
+    with pytest.raises(BadInput, match="is no run"):
         report(tmp_path)
     mine = tmp_path / "page.html"
     mine.write_text("mine")

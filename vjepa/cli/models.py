@@ -19,12 +19,12 @@ def add_verbs(verbs: Verbs) -> None:
     overwrite(verb)
 
     verb = verbs.add("import", import_, "a model of others as a checkpoint to go on from")
-    verb.add_argument("source", type=Path, help="a released V-JEPA 2 .pt file, or a Hugging Face folder")
+    verb.add_argument("source", type=Path, help="a released file of V-JEPA, 2 or 2.1, or a Hugging Face folder")
     out(verb, "folder for the checkpoint, laid out as a run's")
     verb.add_argument("--heads", type=int, help="of a .pt file's encoder (default: the registry's for its size)")
-    verb.add_argument("--predictor-heads", type=int, default=12, help="(default: %(default)s)")
-    verb.add_argument("--px", type=int, default=256, help="what it was trained on, as is all of these (default: 256)")
-    verb.add_argument("--frames", type=int, default=16, help="(default: %(default)s)")
+    verb.add_argument("--predictor-heads", type=int, help="(default: 12; the encoder's for the first V-JEPA)")
+    verb.add_argument("--px", type=int, help="of its clips, which a .pt file does not tell (default: 256)")
+    verb.add_argument("--frames", type=int, help="(default: 16)")
     verb.add_argument("--fps", type=float, default=4.0, help="(default: %(default)s)")
     verb.add_argument("--mask-tokens", type=int, nargs="+", help="which of the file's tokens each kind of mask gets")
     overwrite(verb)
@@ -35,10 +35,13 @@ def add_verbs(verbs: Verbs) -> None:
     out(verb, "file: .parquet, .npy or .safetensors")
     verb.add_argument("--what", choices=("clip", "time", "token"), default="clip", help="one vector for each of these")
     verb.add_argument("--split", default="train", help="of a corpus (default: %(default)s)")
-    verb.add_argument("--clips-per-video", type=int, default=1)
+    verb.add_argument("--clips-per-video", type=int, default=1, help="(default: %(default)s)")
+    _views(verb)
     _part(verb)
     verb.add_argument("--device", help="(default: a GPU if there is one)")
     verb.add_argument("--batch", type=int, default=8, help="clips encoded together (default: %(default)s)")
+    verb.add_argument("--workers", type=int, default=2, help="processes that decode files (default: %(default)s)")
+    verb.add_argument("--timeout-s", type=float, default=120, help="of one file, then it is given up (default: 120)")
     overwrite(verb)
 
     group = verbs.group("eval", "what frozen features are worth")
@@ -57,6 +60,8 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--train-split", help="to fit on (default: half of the videos of --split)")
     verb.add_argument("--label", required=True, help="to read out")
     verb.add_argument("--clips-per-video", type=int, default=2, help="(default: %(default)s)")
+    _views(verb)
+    _baselines(verb, "an untrained encoder")
     verb.add_argument("--seed", type=int, default=0)
     out(verb, "JSON file for the result; the chosen probe goes beside it")
 
@@ -65,11 +70,14 @@ def add_verbs(verbs: Verbs) -> None:
     ask = verb.add_mutually_exclusive_group(required=True)
     ask.add_argument("--label", help="how often neighbours are right about it")
     ask.add_argument("--query", type=Path, metavar="VIDEO", help="show the clips that are most like it")
+    _baselines(verb, "an untrained encoder and pixels")
     out(verb, "JSON file for the result, or HTML file for the page")
 
-    verb = verbs.add("report", report, "one page about a run: curves, masks, clips, features, probes")
-    verb.add_argument("source", type=Path, metavar="RUN")
-    out(verb, "HTML file (default: report.html in the run folder)", required=False)
+    verb = verbs.add("report", report, "one page about a run, a model or a corpus")
+    verb.add_argument("source", type=Path, metavar="RUN|MODEL|SHARDS")
+    out(verb, "HTML file (default: report.html in that folder)", required=False)
+    verb.add_argument("--clips", type=Path, nargs="+", default=(), help="of a model: videos to show features of")
+    verb.add_argument("--results", type=Path, nargs="+", default=(), help="of a model: files that `vjepa eval` wrote")
     overwrite(verb)
 
 
@@ -79,6 +87,14 @@ def _labelled(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--split", default="val", help="to report on (default: %(default)s)")
     _part(verb)
     overwrite(verb)
+
+
+def _views(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--views", type=int, default=1, help="squares of each clip; 1 is the whole frame (default: 1)")
+
+
+def _baselines(verb: argparse.ArgumentParser, what: str) -> None:
+    verb.add_argument("--baselines", action="store_true", help=f"{what} beside it")
 
 
 def _part(verb: argparse.ArgumentParser) -> None:
@@ -103,7 +119,8 @@ def export(args: argparse.Namespace) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    from vjepa.release.adopt import Sizes, adopt
+    from vjepa.release.adopt import adopt
+    from vjepa.release.released import Sizes
 
     sizes = Sizes(
         heads=args.heads,
@@ -126,15 +143,19 @@ def embed(args: argparse.Namespace) -> None:
         what=args.what,
         split=args.split,
         clips_per_video=args.clips_per_video,
+        views=args.views,
         part=args.part,
         device=args.device,
         batch=args.batch,
+        workers=args.workers,
+        timeout_s=args.timeout_s,
         overwrite=args.overwrite,
     )
 
 
 def probe(args: argparse.Namespace) -> None:
-    from vjepa.evals.probe import probe, table
+    from vjepa.evals.probe import probe
+    from vjepa.evals.results import table
 
     result = probe(
         args.model,
@@ -155,6 +176,7 @@ def probe(args: argparse.Namespace) -> None:
 
 def attentive(args: argparse.Namespace) -> None:
     from vjepa.evals.attentive import attentive
+    from vjepa.evals.results import table
 
     result = attentive(
         args.model,
@@ -164,27 +186,29 @@ def attentive(args: argparse.Namespace) -> None:
         split=args.split,
         train_split=args.train_split,
         clips_per_video=args.clips_per_video,
+        views=args.views,
+        baselines=args.baselines,
         part=args.part,
         seed=args.seed,
         overwrite=args.overwrite,
     )
-    low, high = result["interval"]
-    print(f"{args.label}: accuracy {result['accuracy']:.3f} [{low:.3f} {high:.3f}], prior {result['prior']:.3f}")
+    print(table(result))
 
 
 def knn(args: argparse.Namespace) -> None:
     from vjepa.evals.knn import knn, nearest_page
+    from vjepa.evals.results import table
 
     where = {"split": args.split, "part": args.part, "overwrite": args.overwrite}
     if args.query:
         for key, cosine in nearest_page(args.model, args.shards, args.query, args.out, **where):
             print(f"{cosine:.3f}  {key}")
     else:
-        result = knn(args.model, args.shards, label=args.label, out=args.out, **where)
-        print(f"{args.label}: accuracy {result['accuracy']:.3f}, prior {result['prior']:.3f}")
+        result = knn(args.model, args.shards, label=args.label, out=args.out, baselines=args.baselines, **where)
+        print(table(result))
 
 
 def report(args: argparse.Namespace) -> None:
-    from vjepa.report.run import report
+    from vjepa.report.write import report
 
-    report(args.source, args.out, overwrite=args.overwrite)
+    print(report(args.source, args.out, clips=args.clips, results=args.results, overwrite=args.overwrite))

@@ -4,12 +4,14 @@
 
 Tokens are computed once and kept beside the result, so every probe of the grid (learning rate x weight decay) sees the
 same ones and a second call begins where the first stopped. Under torchrun the ranks share the videos, then the grid.
+`--baselines` trains the same grid on the tokens of the encoder before it was trained.
 
 Letters: B clips, N tokens of a clip, D width.
 
 Source: V-JEPA 2 (arXiv:2506.09985), frozen evaluation: 3 self-attention blocks and 1 cross-attention block, 20 probes
-of which the best on the validation set is reported. Unlike there, clips are not augmented, the whole frame is seen, and
-the best probe is chosen on videos that are not reported on; what it would have been otherwise is given beside it.
+of which the best on the validation set is reported; several clips (segments) of each video, several views of each clip.
+Unlike there, clips are not augmented, and the best probe is chosen on videos that are not reported on; what it would
+have been otherwise is given beside it.
 """
 
 import itertools
@@ -27,14 +29,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vjepa.config import Parallel
-from vjepa.evals.embed import embed, fingerprint
+from vjepa.evals.clips import EvalClips
+from vjepa.evals.embed import TOGETHER, CorpusVideos, Job, fingerprint, write_features
 from vjepa.evals.pooler import AttentiveProbe, save_classifier
 from vjepa.evals.readout import wilson
+from vjepa.evals.results import about_model, score_row
 from vjepa.output import check_free, new_file
 from vjepa.parallel import World, join
+from vjepa.release.native import VideoEncoder
 from vjepa.release.read import Part, load_encoder
 from vjepa.release.tensors import read_json
+from vjepa.release.weights import random_encoder
 from vjepa_data.draws import generator
 from vjepa_data.index import Index
 from vjepa_data.settings import BadInput
@@ -44,6 +49,9 @@ log = logging.getLogger(__name__)
 
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 DECAYS = (0.01, 0.1, 0.4, 0.8)
+
+# The best of the grid on the very videos that are reported on: what V-JEPA 2's tables print.
+MAX_OVER_HEADS = "pretrained, max over heads"
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ def attentive(
     split: str = "val",
     train_split: str | None = None,
     clips_per_video: int = 2,
+    views: int = 1,
+    baselines: bool = False,
     recipe: Recipe = Recipe(),
     part: Part = "target",
     seed: int = 0,
@@ -140,6 +150,8 @@ def attentive(
         train_split: the split to fit on, a fifth of whose videos choose the probe; by default `split` is cut by video:
             half to fit, a sixth to choose, a third to report.
         clips_per_video: clips (segments) of each video, evenly spaced, their votes averaged.
+        views: of each clip, whose votes are averaged too: 1 is the whole frame, more are squares of it.
+        baselines: probe the encoder as it was before training, too.
         recipe: how the probes are trained.
         part: whose features.
         seed: of the cut, of the first weights, of the order.
@@ -154,42 +166,67 @@ def attentive(
     check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
     heads = recipe.heads or encoder.model.encoder.heads
-    with join(Parallel()) as world:
-        # Named by all that decides the tokens, so that those of another model or corpus are never taken for these.
-        what = f"{fingerprint(encoder)}-{read_manifest(shards).hash[:16]}-{clips_per_video}"
-        cache = out.with_name(f".{out.stem}.tokens") / what
-        cut = _cut(shards, split, train_split, label, seed)
-        sides = _load(cache, model, shards, cut, world, clips_per_video=clips_per_video, part=part)
-        grid = list(itertools.product(recipe.rates, recipe.decays))
-        mine = {}
-        for number in range(world.rank, len(grid), world.size):
-            rate, decay = grid[number]
-            probe = fit_probe(sides["fit"], len(cut.classes), heads, recipe, rate=rate, decay=decay, seed=seed)
-            scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
-            log.info("rate %g decay %g: %s", rate, decay, {name: round(score, 3) for name, score in scores.items()})
-            mine[number] = (scores, probe.state_dict())
-        every = {number: found for share in world.gather(mine) for number, found in share.items()}
-    protocol = {
-        "model": str(model),
-        "shards": str(shards),
-        "label": label,
-        "fit": train_split or split,
-        "report": split,
-        "videos": {side: len(np.unique(clips.video)) for side, clips in sides.items()},
-        "clips_per_video": clips_per_video,
-        "blocks": recipe.blocks,
-        "heads": heads,
-        "epochs": recipe.epochs,
-        "seed": seed,
-    }
-    scores = [every[number][0] for number in range(len(grid))]
-    result = {"format": 1, "kind": "attentive", "protocol": protocol, **_result(scores, grid, cut.classes, sides)}
-    if world.is_first:
-        with new_file(out.with_suffix(".safetensors"), overwrite=overwrite) as beside:
-            save_classifier(beside, every[result["chosen"]["number"]][1], cut.classes, heads)
-        with new_file(out, overwrite=overwrite) as beside:
-            beside.write_text(json.dumps(result, indent=2) + "\n")
+    encoders = {"pretrained": encoder}
+    if baselines:
+        encoders["random init"] = random_encoder(encoder, seed)
+    cut = _cut(shards, split, train_split, label, seed)
+    grid = list(itertools.product(recipe.rates, recipe.decays))
+    found: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, dict[str, Tensor]] = {}
+    with join(TOGETHER) as world:
+        for name, one in encoders.items():
+            one.to(world.device)
+            sides = _load(out, str(model), one, shards, cut, world, clips_per_video=clips_per_video, views=views)
+            mine = {}
+            for number in range(world.rank, len(grid), world.size):
+                rate, decay = grid[number]
+                probe = fit_probe(sides["fit"], len(cut.classes), heads, recipe, rate=rate, decay=decay, seed=seed)
+                scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
+                log.info("%s, rate %g decay %g: %s", name, rate, decay, scores)
+                mine[number] = (scores, probe.state_dict())
+            every = {number: got for share in world.gather(mine) for number, got in share.items()}
+            found[name] = _result([every[number][0] for number in range(len(grid))], grid, cut.classes, sides)
+            chosen[name] = every[found[name]["chosen"]["number"]][1]
+        result = {
+            "format": 1,
+            "kind": "attentive",
+            "model": about_model(model, encoder),
+            "label": label,
+            **found["pretrained"],
+            "baselines": {name: one for name, one in found.items() if name != "pretrained"},
+            "protocol": {
+                "shards": str(shards),
+                "fit": train_split or split,
+                "report": split,
+                "videos": {side: len(keys) for side, (_, keys) in cut.sides.items()},
+                "clips_per_video": clips_per_video,
+                "views": views,
+                "blocks": recipe.blocks,
+                "heads": heads,
+                "epochs": recipe.epochs,
+                "interval": "Wilson's 95 % over the videos",
+                "seed": seed,
+            },
+            "rows": _rows(label, found),
+        }
+        if world.is_first:
+            with new_file(out.with_suffix(".safetensors"), overwrite=overwrite) as beside:
+                save_classifier(beside, chosen["pretrained"], cut.classes, heads)
+            with new_file(out, overwrite=overwrite) as beside:
+                beside.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _rows(label: str, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the table: each encoder's chosen probe, what the paper's choice would have given, and the prior."""
+    rows = [
+        score_row(label, name, one["accuracy"], *one["interval"], videos=one["videos"]) for name, one in found.items()
+    ]
+    ours = found["pretrained"]
+    best = ours["accuracy_if_chosen_on_what_is_reported"]
+    rows.append(score_row(label, MAX_OVER_HEADS, best, *wilson(best, ours["videos"]), videos=ours["videos"]))
+    rows.append(score_row(label, "prior", ours["prior"], *wilson(ours["prior"], ours["videos"]), videos=ours["videos"]))
+    return rows
 
 
 # ---- which videos
@@ -250,17 +287,26 @@ def _labels(shards: Path, split: str, label: str) -> dict[str, str]:
 
 
 def _load(
-    cache: Path, model: Path, shards: Path, cut: Cut, world: World, *, clips_per_video: int, part: Part
+    out: Path,
+    model: str,
+    encoder: VideoEncoder,
+    shards: Path,
+    cut: Cut,
+    world: World,
+    *,
+    clips_per_video: int,
+    views: int,
 ) -> dict[str, Clips]:
-    """The tokens of all clips, computed once and mapped from files beside the result."""
+    """The tokens of all clips, computed once by all ranks together and mapped from files beside the result."""
+    # Named by all that decides the tokens, so that those of another model or corpus are never taken for these.
+    what = f"{fingerprint(encoder)}-{read_manifest(shards).hash[:16]}-{clips_per_video}x{views}"
+    cache = out.with_name(f".{out.stem}.tokens") / what
+    form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
     for split in dict.fromkeys(of for of, _ in cut.sides.values()):
-        file = cache / f"{split}.npy"
-
-        def compute(file: Path = file, split: str = split) -> None:
-            if not file.exists():
-                embed(model, [shards], file, what="token", split=split, clips_per_video=clips_per_video, part=part)
-
-        world.first(compute)
+        if not world.first((cache / f"{split}.npy").exists):
+            clips = EvalClips(shards, split=split, per_video=clips_per_video, views=views, **form)
+            job = Job(CorpusVideos(clips), "token", model, clips_per_video, views)
+            write_features(world, encoder, job, cache / f"{split}.npy")
     sides = {}
     for side, (split, classes) in cut.sides.items():
         rows = [row for row in read_json(cache / f"{split}.json")["rows"] if "error" not in row]
@@ -286,6 +332,7 @@ def _result(
     commonest = np.bincount(sides["fit"].label, minlength=len(classes)).argmax()
     return {
         "classes": list(classes),
+        "videos": len(first),
         "chosen": {"number": best, "rate": grid[best][0], "decay": grid[best][1]},
         "accuracy": scores[best]["report"],
         "interval": wilson(scores[best]["report"], len(first)),

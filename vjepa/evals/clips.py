@@ -1,7 +1,10 @@
 """Clips to evaluate on: the same ones every time, nothing random about where or when they look.
 
 In time, `per_video` clips whose starts are evenly spaced from the first frame to the last start that fits. In space,
-the whole frame scaled to a square, so that nothing is cut off and a place in the grid is a place in the picture.
+the whole frame scaled to a square, so that nothing is cut off and a place in the grid is a place in the picture; or,
+with several views, squares of the short side's length, evenly spaced along the long side, as V-JEPA 2 evaluates.
+
+Decoding happens in a servant (`vjepa_data.servant`): a file that hangs or crashes its decoder costs its own video.
 """
 
 import itertools
@@ -19,9 +22,11 @@ from torch import Tensor
 
 from vjepa_data.clips import can_serve, offsets
 from vjepa_data.crops import Box, cut_out
-from vjepa_data.decode import Expect, Undecodable, decode
+from vjepa_data.decode import Expect
 from vjepa_data.draws import generator
-from vjepa_data.index import Index, Sample, Unreadable
+from vjepa_data.faults import Unreadable
+from vjepa_data.index import Index, Sample
+from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -40,6 +45,8 @@ class EvalClip:
     fps: float
     """Frames per second of the video file."""
     labels: Mapping[str, Any]
+    view: int = 0
+    """Which square of the picture, from its left or its top."""
 
     @property
     def start_s(self) -> float:
@@ -58,6 +65,7 @@ class EvalClips:
         frames: int,
         fps: float,
         per_video: int = 1,
+        views: int = 1,
         max_videos: int | None = None,
     ) -> None:
         """Args:
@@ -66,12 +74,15 @@ class EvalClips:
         px: height and width of the clips.
         frames, fps: of the clips, in video time.
         per_video: clips of each video, fewer where it is too short for so many different ones.
+        views: of each clip: 1 is the whole frame, more are squares of it.
         max_videos: at most so many, the first ones of a shuffle that is always the same.
 
         Raises:
             BadInput: no corpus, no such split, or no video in it that is long enough.
         """
-        self.index, self.px, self.frames, self.rate, self.per_video = Index(shards, split), px, frames, fps, per_video
+        self.index, self.px, self.frames, self.rate = Index(shards, split), px, frames, fps
+        self.per_video, self.views = per_video, views
+        self._servant: Servant | None = None
         fit = np.flatnonzero(can_serve(self.index.frames, self.index.fps, frames=frames, fps=fps))
         if not len(fit):
             raise BadInput(
@@ -88,27 +99,27 @@ class EvalClips:
         """Clips that could not be read or decoded so far."""
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.chosen) * self.views
 
     def __iter__(self) -> Iterator[EvalClip]:
         for video, chosen in itertools.groupby(self.chosen, key=lambda pair: pair[0]):
             starts = [start for _, start in chosen]
             try:
                 yield from self.read(video, starts)
-            except (Unreadable, Undecodable) as error:
-                self.skipped += len(starts)
+            except Unreadable as error:
+                self.skipped += len(starts) * self.views
                 log.warning("%s is left out: %s", self.index.key(video), error.detail)
 
     def read(self, video: int, starts: Sequence[int] | None = None) -> list[EvalClip]:
         """Decode clips of one video; by default all that are evaluated.
 
         Raises:
-            Unreadable, Undecodable: it cannot be had.
+            Unreadable: it cannot be had.
         """
         starts = self.starts(video) if starts is None else starts
         sample = self.index.read(video)
         labels = json.loads(sample.json).get("labels") or {}
-        return [self._clip(video, start, sample, labels) for start in starts]
+        return [clip for start in starts for clip in self._clips(video, start, sample, labels)]
 
     def starts(self, video: int) -> list[int]:
         """First frames of the clips of one video; none if it is too short or too slow."""
@@ -123,19 +134,45 @@ class EvalClips:
     def _ahead(self, video: int) -> np.ndarray:
         return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))
 
-    def _clip(self, video: int, start: int, sample: Sample, labels: Mapping[str, Any]) -> EvalClip:
+    def _clips(self, video: int, start: int, sample: Sample, labels: Mapping[str, Any]) -> list[EvalClip]:
         index = self.index
         numbers = (start + self._ahead(video)).tolist()
         expect = Expect(int(index.frames[video]), int(index.width[video]), int(index.height[video]))
-        # PyAV rather than decord: the same bits, and it has not been seen to hang.
-        frames = decode(sample.video, numbers, backend="image" if sample.suffix != "mp4" else "pyav", expect=expect)
-        view, fps = whole_view(frames, self.px), float(index.fps[video])
-        return EvalClip(sample.key, video, view, tuple(numbers), fps, labels)
+        if self._servant is None:
+            self._servant = Servant("pyav")
+        frames = self._servant.decode(sample.video, numbers, expect, suffix=sample.suffix)
+        fps = float(index.fps[video])
+        return [
+            EvalClip(sample.key, video, picture, tuple(numbers), fps, labels, view)
+            for view, picture in enumerate(square_views(frames, self.px, self.views))
+        ]
+
+
+def square_views(frames: UInt8[np.ndarray, "T H W C"], px: int, views: int) -> list[UInt8[Tensor, "T px px C"]]:
+    """The whole frame scaled to a square; or `views` squares of the short side's length, evenly along the long side.
+
+    Source: several crops of each clip, V-JEPA 2 (arXiv:2506.09985), frozen evaluation: 3.
+    """
+    if views == 1:
+        return [whole_view(frames, px)]
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    places = np.linspace(0, max(height, width) - short, views).round().astype(int).tolist()
+    boxes = [
+        Box(0, place, short, short, flip=False) if width >= height else Box(place, 0, short, short, flip=False)
+        for place in places
+    ]
+    return [_own(frames, box, px) for box in boxes]
 
 
 def whole_view(frames: UInt8[np.ndarray, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:
     """Scale whole frames to a square."""
-    return cut_out(frames, Box(0, 0, frames.shape[1], frames.shape[2], flip=False), px).contiguous()
+    return _own(frames, Box(0, 0, frames.shape[1], frames.shape[2], flip=False), px)
+
+
+def _own(frames: UInt8[np.ndarray, "T H W C"], box: Box, px: int) -> UInt8[Tensor, "T px px C"]:
+    """Cut out into memory of its own: frames of a servant are overwritten by those to come."""
+    return cut_out(frames, box, px).clone(memory_format=torch.contiguous_format)
 
 
 def centre_view(frames: UInt8[Tensor, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:

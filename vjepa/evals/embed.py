@@ -17,9 +17,10 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,14 +31,15 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vjepa.config import Parallel
 from vjepa.evals.clips import EvalClips
-from vjepa.evals.files import FileClip, file_clips, find_videos
+from vjepa.evals.files import TIMEOUT_S, FileClip, FileVideos, find_videos
 from vjepa.output import check_free, new_file
+from vjepa.parallel import World, join
 from vjepa.release.native import VideoEncoder
 from vjepa.release.read import Part, load_encoder
 from vjepa.release.tensors import read_json
-from vjepa_data.decode import Undecodable
-from vjepa_data.index import Unreadable
+from vjepa_data.faults import Unreadable
 from vjepa_data.settings import BadInput
 from vjepa_data.video import Refused
 
@@ -52,6 +54,7 @@ SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("clip", pa.int32()),
+        ("view", pa.int32()),
         ("start_s", pa.float64()),
         ("seconds", pa.float64()),
         ("error", pa.string()),
@@ -60,12 +63,14 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Item:
-    """One video and how to get its clips."""
+class Videos(Protocol):
+    """Where clips come from."""
 
-    key: str
-    read: Callable[[], Sequence[FileClip]]
+    keys: Sequence[str]
+
+    def read(self, videos: Sequence[int]) -> Iterator[Sequence[FileClip] | Refused | Unreadable]:
+        """The clips of each video, or why there are none, in order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,13 +93,15 @@ def embed(
     what: What = "clip",
     split: str = "train",
     clips_per_video: int = 1,
+    views: int = 1,
     part: Part = "target",
     device: str | None = None,
     batch: int = 8,
     workers: int = 2,
+    timeout_s: float = TIMEOUT_S,
     overwrite: bool = False,
 ) -> Summary:
-    """Write the features of videos.
+    """Write the features of videos; under torchrun the ranks share them.
 
     Args:
         model: a run, a checkpoint, or an export.
@@ -103,10 +110,12 @@ def embed(
         what: mean over all tokens [D], over space at each time [t D], or every token [t h w D].
         split: which split of a corpus.
         clips_per_video: clips of each video, evenly spaced.
+        views: of each clip: 1 is the whole frame, more are squares of it.
         part: whose features, where `model` is a run or a checkpoint.
         device: where to compute; by default a GPU if there is one.
         batch: clips that are encoded together.
-        workers: threads that decode.
+        workers: processes of each rank that decode files.
+        timeout_s: seconds that one file may take to be opened and decoded.
         overwrite: replace `out`, and forget unfinished parts of it.
 
     Raises:
@@ -116,60 +125,105 @@ def embed(
     if out.suffix not in WRITERS:
         raise BadInput(f"{out}: features are written as {', '.join(WRITERS)}; give --out such a name")
     encoder = load_encoder(model, part)
-    encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    items = list_items(videos, encoder, split=split, clips_per_video=clips_per_video)
-    plan = {
-        "model": str(model),
-        "weights": fingerprint(encoder),
-        "what": what,
-        "shape": list(shape_of(encoder, what)),
-        "frames": encoder.frames,
-        "fps": encoder.fps,
-        "px": encoder.px,
-        "clips_per_video": clips_per_video,
-        "videos": hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest(),
-    }
-    parts = _open_parts(out, plan, overwrite=overwrite)
-    files = [parts / f"{start:09d}.parquet" for start in range(0, len(items), PART_VIDEOS)]
-    for number, file in enumerate(track(files, f"{len(items)} videos", disable=len(files) < 2)):
-        if not file.exists():
-            group = items[number * PART_VIDEOS : (number + 1) * PART_VIDEOS]
-            rows = list(_rows(encoder, group, what=what, batch=batch, workers=workers))
-            with new_file(file) as beside:
-                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside)
-    WRITERS[out.suffix](files, out, plan, overwrite)
-    clips, broken = _count(files)
-    shutil.rmtree(parts)
-    log.info("%s: %d clips of %d videos, %d videos broken", out, clips, len(items), broken)
-    return Summary(clips, len(items), broken, tuple(plan["shape"]))
-
-
-def list_items(
-    videos: Sequence[Path], encoder: VideoEncoder, *, split: str = "train", clips_per_video: int = 1
-) -> list[Item]:
-    """Every video, in order.
-
-    Raises:
-        BadInput: none there, or a corpus among other things.
-    """
     form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
+    form |= {"per_video": clips_per_video, "views": views}
     corpora = [place for place in videos if (place / "manifest.json").is_file()]
     if corpora and len(videos) > 1:
         raise BadInput(f"{corpora[0]} is a corpus, and is embedded alone; give it as the only place")
-    if corpora:
-        clips = EvalClips(corpora[0], split=split, per_video=clips_per_video, **form)
-        return [Item(clips.index.key(n), lambda n=n: _from_corpus(clips, n)) for n in range(len(clips.index))]
-    return [
-        Item(str(path), lambda path=path: file_clips(path, per_video=clips_per_video, **form))
-        for path in find_videos(videos)
-    ]
+    with join(TOGETHER) as world, ExitStack() as stack:
+        if corpora:
+            found: Videos = CorpusVideos(EvalClips(corpora[0], split=split, **form))
+        else:
+            files = FileVideos(find_videos(videos), workers=workers, timeout_s=timeout_s, **form)
+            found = stack.enter_context(files)
+        encoder.to(device or world.device)
+        job = Job(found, what, str(model), clips_per_video, views, batch)
+        return write_features(world, encoder, job, out, overwrite=overwrite)
 
 
-def _from_corpus(clips: EvalClips, video: int) -> list[FileClip]:
-    found = [FileClip(clip.frames, clip.start_s) for clip in clips.read(video)]
-    if not found:
-        raise Undecodable("short", f"{clips.index.frames[video]} frames at {clips.index.fps[video]:g} per second")
-    return found
+# Ranks do not wait for each other's videos, only for the last of them; a day is no reason to give up.
+TOGETHER = Parallel(timeout_s=86_400)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to encode, and how."""
+
+    videos: Videos
+    what: What
+    model: str
+    """For the record."""
+    clips_per_video: int
+    views: int
+    batch: int = 8
+
+
+def write_features(world: World, encoder: VideoEncoder, job: Job, out: Path, *, overwrite: bool = False) -> Summary:
+    """Write the features of videos, all ranks together: parts of some videos each, then one file.
+
+    Raises:
+        BadInput: parts of another command are in the way.
+    """
+    keys = job.videos.keys
+    plan = {
+        "model": job.model,
+        "weights": fingerprint(encoder),
+        "what": job.what,
+        "shape": list(shape_of(encoder, job.what)),
+        "frames": encoder.frames,
+        "fps": encoder.fps,
+        "px": encoder.px,
+        "clips_per_video": job.clips_per_video,
+        "views": job.views,
+        "videos": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+    }
+    parts = world.first(lambda: _open_parts(out, plan, overwrite=overwrite))
+    files = [parts / f"{start:09d}.parquet" for start in range(0, len(keys), PART_VIDEOS)]
+    mine = range(world.rank, len(files), world.size)
+    for number in track(mine, f"{len(keys)} videos", disable=len(mine) < 2 or not world.is_first):
+        if not files[number].exists():
+            group = range(number * PART_VIDEOS, min(len(keys), (number + 1) * PART_VIDEOS))
+            rows = list(_rows(encoder, job, group))
+            with new_file(files[number]) as beside:
+                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside)
+    world.gather(None)  # all parts are there
+
+    def finish() -> Summary:
+        WRITERS[out.suffix](files, out, plan, overwrite)
+        clips, broken = _count(files)
+        shutil.rmtree(parts)
+        log.info("%s: %d clips of %d videos, %d videos broken", out, clips, len(keys), broken)
+        return Summary(clips, len(keys), broken, tuple(plan["shape"]))
+
+    return world.first(finish)
+
+
+class CorpusVideos:
+    """The clips of one split of a corpus; a thread decodes ahead of the encoder."""
+
+    def __init__(self, clips: EvalClips) -> None:
+        self.clips = clips
+        self.keys: Sequence[str] = [clips.index.key(number) for number in range(len(clips.index))]
+
+    def read(self, videos: Sequence[int]) -> Iterator[list[FileClip] | Unreadable]:
+        """The clips of each video, or why there are none, in order."""
+        with ThreadPoolExecutor(1) as thread:
+            ahead: deque[Future[list[FileClip] | Unreadable]] = deque()
+            rest = iter(videos)
+            while True:
+                while len(ahead) < 2 and (video := next(rest, None)) is not None:
+                    ahead.append(thread.submit(self._one, video))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+
+    def _one(self, video: int) -> list[FileClip] | Unreadable:
+        try:
+            found = [FileClip(clip.frames, clip.start_s, clip.view) for clip in self.clips.read(video)]
+        except Unreadable as error:
+            return error
+        index = self.clips.index
+        return found or Unreadable("short", f"{index.frames[video]} frames at {index.fps[video]:g} per second")
 
 
 def shape_of(encoder: VideoEncoder, what: What) -> tuple[int, ...]:
@@ -202,42 +256,26 @@ def fingerprint(encoder: VideoEncoder) -> str:
 # ---- the work
 
 
-def _rows(
-    encoder: VideoEncoder, items: Sequence[Item], *, what: What, batch: int, workers: int
-) -> Iterator[Mapping[str, Any]]:
-    """Rows of some videos, in order; threads decode ahead while the encoder is busy."""
+def _rows(encoder: VideoEncoder, job: Job, videos: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    """Rows of some videos, in order; the next are decoded while the encoder is busy."""
     seconds = encoder.frames / encoder.fps
     waiting: list[dict[str, Any]] = []
     frames: list[Tensor] = []
-    for item, clips, error in _decoded(items, workers):
-        if error:
-            waiting.append({"key": item.key, "clip": 0, "error": error})
+    for video, clips in zip(videos, job.videos.read(videos), strict=True):
+        key = job.videos.keys[video]
+        if isinstance(clips, Refused | Unreadable):
+            error = f"{clips.reason}: {clips.detail}"
+            log.warning("%s: %s", key, error)
+            waiting.append({"key": key, "clip": 0, "view": 0, "error": error})
+            continue
         for number, clip in enumerate(clips):
-            waiting.append({"key": item.key, "clip": number, "start_s": clip.start_s, "seconds": seconds})
+            row = {"key": key, "clip": number // job.views, "view": clip.view}
+            waiting.append({**row, "start_s": clip.start_s, "seconds": seconds})
             frames.append(clip.frames)
-        if len(frames) >= batch:
-            yield from _encoded(encoder, waiting, frames, what, batch)
+        if len(frames) >= job.batch:
+            yield from _encoded(encoder, waiting, frames, job.what, job.batch)
             waiting, frames = [], []
-    yield from _encoded(encoder, waiting, frames, what, batch)
-
-
-def _decoded(items: Sequence[Item], workers: int) -> Iterator[tuple[Item, Sequence[FileClip], str | None]]:
-    """The clips of each video, or why there are none; at most two per worker lie ready."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        ahead: deque[tuple[Item, Future[Sequence[FileClip]]]] = deque()
-        rest = iter(items)
-        while True:
-            while len(ahead) < 2 * max(1, workers) and (item := next(rest, None)) is not None:
-                ahead.append((item, pool.submit(item.read)))
-            if not ahead:
-                return
-            item, future = ahead.popleft()
-            try:
-                yield item, future.result(), None
-            except (Refused, Unreadable, Undecodable) as problem:
-                error = f"{problem.reason}: {problem.detail}"
-                log.warning("%s: %s", item.key, error)
-                yield item, (), error
+    yield from _encoded(encoder, waiting, frames, job.what, job.batch)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ of two is the cosine of their angle.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
+from torch import Tensor
 
-from vjepa.evals.clips import EvalClip, EvalClips
+from vjepa.evals.clips import EvalClips
 from vjepa.evals.embed import reduce_tokens
-from vjepa.evals.features import batches
-from vjepa.evals.files import FileClip, file_clips
+from vjepa.evals.features import EncoderReader, PixelReader, Reader, batches
+from vjepa.evals.files import FileVideos
 from vjepa.evals.readout import wilson
+from vjepa.evals.results import about_model, score_row
 from vjepa.output import check_free, new_file
 from vjepa.release.native import VideoEncoder
 from vjepa.release.read import Part, load_encoder
+from vjepa.release.weights import random_encoder
 from vjepa.report import page, pictures
 from vjepa_data.settings import BadInput
 from vjepa_data.video import Refused
@@ -41,7 +44,6 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 class Near:
     """A corpus in feature space."""
 
-    clips: EvalClips
     seen: tuple[tuple[str, int], ...]
     """Key and number of the video of each clip."""
     labels: tuple[Any, ...]
@@ -60,7 +62,9 @@ def knn(
     neighbours: int = NEIGHBOURS,
     clips_per_video: int = 1,
     max_videos: int | None = None,
+    baselines: bool = False,
     part: Part = "target",
+    seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """How often the nearest clips of other videos are right about a label.
@@ -74,7 +78,9 @@ def knn(
         neighbours: how many vote.
         clips_per_video: clips of each video; those of the same video have no vote.
         max_videos: at most so many.
+        baselines: ask the neighbours in the features of the encoder before training, and in pixels, too.
         part: whose features, where `model` is a run or a checkpoint.
+        seed: of the encoder before training.
         overwrite: replace an earlier result.
 
     Raises:
@@ -82,24 +88,46 @@ def knn(
     """
     check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
-    near = read_corpus(encoder, shards, split=split, label=label, per_video=clips_per_video, max_videos=max_videos)
-    keep = np.array([n for n, value in enumerate(near.labels) if value is not None], int)
-    classes, target = np.unique([str(near.labels[n]) for n in keep], return_inverse=True)
+    readers: dict[str, Reader] = {"pretrained": _Mean(encoder)}
+    if baselines:
+        readers |= {"random init": _Mean(random_encoder(encoder, seed)), "pixels": PixelReader(encoder.model)}
+    near = read_corpus(
+        readers, _clips(encoder, shards, split, per_video=clips_per_video, max_videos=max_videos), label=label
+    )
+    labels = near["pretrained"].labels
+    keep = np.array([n for n, value in enumerate(labels) if value is not None], int)
+    classes, target = np.unique([str(labels[n]) for n in keep], return_inverse=True)
     if len(classes) < 2:
         raise BadInput(
             f"{shards}: label {label!r} takes {len(classes)} values in split {split!r}; give another --label"
         )
-    video = np.array([number for _, number in near.seen])[keep]
-    right = vote(near.features[keep], target, video, neighbours) == target
+    video = np.array([number for _, number in near["pretrained"].seen])[keep]
+    videos = len(np.unique(video))
+    shares = {
+        name: float((vote(one.features[keep], target, video, neighbours) == target).mean())
+        for name, one in near.items()
+    }
+    shares["prior"] = float(np.bincount(target).max() / len(target))
     result = {
         "format": 1,
         "kind": "knn",
-        "model": {"path": str(model)},
+        "model": about_model(model, encoder),
         "label": label,
-        "accuracy": float(right.mean()),
-        "interval": wilson(float(right.mean()), len(np.unique(video))),
-        "prior": float(np.bincount(target).max() / len(target)),
-        "protocol": {"shards": str(shards), "split": split, "neighbours": neighbours, "clips": len(keep)},
+        "accuracy": shares["pretrained"],
+        "interval": wilson(shares["pretrained"], videos),
+        "prior": shares["prior"],
+        "protocol": {
+            "shards": str(shards),
+            "report": split,
+            "neighbours": neighbours,
+            "clips_per_video": clips_per_video,
+            "clips": len(keep),
+            "interval": "Wilson's 95 % over the videos",
+            "seed": seed,
+        },
+        "rows": [
+            score_row(label, name, share, *wilson(share, videos), videos=videos) for name, share in shares.items()
+        ],
     }
     with new_file(out, overwrite=overwrite) as beside:
         beside.write_text(json.dumps(result, indent=2) + "\n")
@@ -157,18 +185,20 @@ def nearest_page(
     """
     check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
-    try:
-        (asked,) = file_clips(query, px=encoder.px, frames=encoder.frames, fps=encoder.fps)
-    except Refused as refusal:
-        raise BadInput(f"{query}: {refusal.reason} ({refusal.detail}); give a video that can be decoded") from None
-    near = read_corpus(encoder, shards, split=split, label=None, per_video=1, max_videos=max_videos)
-    feature = features_of(encoder, [asked])[0] - near.mean
+    with FileVideos([query], px=encoder.px, frames=encoder.frames, fps=encoder.fps, workers=1) as videos:
+        (answer,) = videos.read([0])
+    if isinstance(answer, Refused):
+        raise BadInput(f"{query}: {answer.reason} ({answer.detail}); give a video that can be decoded")
+    (asked,) = answer
+    clips = _clips(encoder, shards, split, per_video=1, max_videos=max_videos)
+    near = read_corpus({"pretrained": _Mean(encoder)}, clips, label=None)["pretrained"]
+    feature = _Mean(encoder)(asked.frames[None])[1][0].double().numpy() - near.mean
     likeness = near.features @ (feature / np.linalg.norm(feature))
     order = np.argsort(-likeness, kind="stable")[:count]
     blocks = [_figure(f"{query.name} at {asked.start_s:.1f} s", "asked for", asked.frames)]
     for place in order:
         key, video = near.seen[place]
-        (clip,) = near.clips.read(video)
+        (clip,) = clips.read(video)
         blocks.append(_figure(f"{key} at {clip.start_s:.1f} s", f"{likeness[place]:.3f}", clip.frames))
     text = page.render(
         "Nearest clips",
@@ -181,35 +211,47 @@ def nearest_page(
     return [(near.seen[place][0], float(likeness[place])) for place in order]
 
 
-def read_corpus(
-    encoder: VideoEncoder, shards: Path, *, split: str, label: str | None, per_video: int, max_videos: int | None
-) -> Near:
-    """Encode a corpus.
-
-    Raises:
-        BadInput: no such corpus or split, or no sample with that label.
-    """
-    clips = EvalClips(
+def _clips(encoder: VideoEncoder, shards: Path, split: str, *, per_video: int, max_videos: int | None) -> EvalClips:
+    return EvalClips(
         shards, split=split, px=encoder.px, frames=encoder.frames, fps=encoder.fps,
         per_video=per_video, max_videos=max_videos,
     )  # fmt: skip
-    features, seen, labels = [], [], []
+
+
+def read_corpus(readers: Mapping[str, Reader], clips: EvalClips, *, label: str | None) -> dict[str, Near]:
+    """Where the clips of a corpus lie for each reader; each clip is decoded once.
+
+    Raises:
+        BadInput: no sample has that label.
+    """
+    features: dict[str, list[ndarray]] = {name: [] for name in readers}
+    seen, labels = [], []
     for group in batches(clips, 8):
-        features.append(features_of(encoder, group))
+        frames = torch.stack([clip.frames for clip in group])
+        for name, reader in readers.items():
+            features[name].append(reader(frames)[1].double().numpy())
         seen += [(clip.key, clip.video) for clip in group]
         labels += [clip.labels.get(label) if label else None for clip in group]
     if label and all(value is None for value in labels):
-        raise BadInput(f"{shards}: no label {label!r} in split {split!r}; see its report.html for those it has")
-    every = np.concatenate(features)
+        raise BadInput(
+            f"no label {label!r} on any of {len(seen)} clips; see the report.html of the corpus for its labels"
+        )
+    return {name: _centred(np.concatenate(parts), tuple(seen), tuple(labels)) for name, parts in features.items()}
+
+
+def _centred(every: Float[ndarray, "n D"], seen: tuple[tuple[str, int], ...], labels: tuple[Any, ...]) -> Near:
     mean = every.mean(0)
     every = every - mean
-    return Near(clips, tuple(seen), tuple(labels), every / np.linalg.norm(every, axis=1, keepdims=True), mean)
+    return Near(seen, labels, every / np.linalg.norm(every, axis=1, keepdims=True).clip(1e-12), mean)
 
 
-@torch.no_grad()
-def features_of(encoder: VideoEncoder, clips: Sequence[EvalClip] | Sequence[FileClip]) -> Float[ndarray, "B D"]:
-    """The mean over all tokens of each clip."""
-    return reduce_tokens(encoder(torch.stack([clip.frames for clip in clips])), "clip").double().numpy()
+class _Mean(EncoderReader):
+    """A clip is the mean of all its tokens."""
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encoder(frames)
+        return tokens, reduce_tokens(tokens, "clip")
 
 
 def _figure(caption: str, name: str, frames: torch.Tensor) -> str:

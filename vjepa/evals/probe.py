@@ -18,6 +18,7 @@ import numpy as np
 from vjepa.evals.clips import EvalClips
 from vjepa.evals.features import EncoderReader, PixelReader, Reader, Seen, read_features
 from vjepa.evals.readout import Kind, Score, Table, prior_score, ridge_score
+from vjepa.evals.results import about_model
 from vjepa.output import check_free, new_file
 from vjepa.release.read import Part, load_encoder
 from vjepa.release.weights import random_encoder
@@ -70,7 +71,7 @@ def probe(
         overwrite: replace an earlier result.
 
     Returns:
-        What was written: `{"format", "model", "protocol", "rows": [...]}`; see `table`.
+        What was written: `{"format", "model", "protocol", "rows": [...]}`; see `vjepa.evals.results`.
 
     Raises:
         BadInput: no such model or corpus, an empty split, no such label, labels that differ between the splits.
@@ -98,7 +99,8 @@ def probe(
     ]
     result = {
         "format": 1,
-        "model": {"path": str(model), **{key: encoder.provenance.get(key) for key in ("part", "run", "step")}},
+        "kind": "probe",
+        "model": about_model(model, encoder),
         "protocol": {
             "shards": str(shards),
             "fit": train_split or f"two thirds of the videos of {split}",
@@ -224,22 +226,4 @@ def _mean(scores: Sequence[Score]) -> Score:
         max(score.high for score in scores),
         scores[0].rows,
         scores[0].clips,
-    )
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The result as text, a task a line and a column for each kind of features: value [low high]."""
-    columns = list(dict.fromkeys(row["features"] for row in result["rows"]))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in result["rows"]:
-        text = f"{row['value']:.3f} [{row['low']:.3f} {row['high']:.3f}]"
-        if seeds := row.get("seeds"):
-            text = f"{row['value']:.3f} ±{np.std(seeds):.3f} ({len(seeds)} seeds)"
-        cells.setdefault((row["task"], row["metric"]), {})[row["features"]] = text
-    lines = [["probe", "", *columns]] + [
-        [task, metric, *(cell.get(column, "") for column in columns)] for (task, metric), cell in cells.items()
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )

@@ -1,7 +1,7 @@
 """Frames to tokens: V-JEPA 2's video transformer, for any number of views in one pass.
 
 Letters: B clips, C channels, T frames, Y X height and width in pixels, N tokens of a clip, V visible ones, D width, LD
-width times levels.
+width times levels. In a list each view has its own: _B and _V.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vjepa.model.attention import Backend, Segments
 from vjepa.model.grid import Grid
-from vjepa.model.layers import NORM_EPS, Block, PatchEmbed, init_weights, rotations
+from vjepa.model.layers import NORM_EPS, Block, PatchEmbed, init_weights, rotations, sine_cosine
 from vjepa.model.notation import Float, Int, Model, UInt8
 
 # ImageNet, as in V-JEPA 2.
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 
     def forward(
         self, views: Sequence[View], *, levels: bool = False, class_token: bool = False
-    ) -> list[Float[Tensor, "B V LD"]]:
+    ) -> list[Float[Tensor, "_B _V LD"]]:
         """Encode all views in one packed pass; each sequence sees only itself.
 
         Args:
@@ -105,6 +105,11 @@ class Encoder(nn.Module):
             _all_ids(view.frames, grid) if view.index is None else view.index
             for view, grid in zip(views, grids, strict=True)
         ]
+        if self.settings.rope == "sincos":
+            places = [
+                sine_cosine(grid, each, self.settings.encoder.width) for grid, each in zip(grids, ids, strict=True)
+            ]
+            tokens = [each + place.to(each.dtype) for each, place in zip(tokens, places, strict=True)]
         times = [each // grid.cells for each, grid in zip(ids, grids, strict=True)]
         if self.settings.class_token:  # first, at place 0, where nothing turns, and after the end: nothing sees it
             tokens = [torch.cat((self.cls_token.to(each.dtype).expand(len(each), -1, -1), each), 1) for each in tokens]
@@ -139,7 +144,7 @@ class Encoder(nn.Module):
             return found[0]
         return [torch.cat(of_view, dim=-1) for of_view in zip(*found, strict=True)]
 
-    def _embed(self, views: Sequence[View]) -> list[Float[Tensor, "B V D"]]:
+    def _embed(self, views: Sequence[View]) -> list[Float[Tensor, "_B _V D"]]:
         """Tokens of all views, with the mark of their kind if there is one."""
         if not self.settings.still_tokens:
             return [self.patch_embed(view.frames, view.index) for view in views]

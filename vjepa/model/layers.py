@@ -1,10 +1,11 @@
 """What encoder and predictor are made of: tokens from pixels, rotary positions in three axes, the block.
 
 Letters: B clips, C channels of a pixel, N tokens of a clip, V those kept, S tokens of all packed sequences, D width,
-H heads, d channels of a head.
+H heads, d channels of a head. In a list each entry has its own: _B and _V.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -36,10 +37,10 @@ def axis_channels(head_width: int) -> int:
 
 
 def rotations(
-    places: Sequence[tuple[Grid, Int[Tensor, "B V"]]],
+    places: Sequence[tuple[Grid, Int[Tensor, "_B _V"]]],
     *,
     head_width: int,
-    form: Literal["tiled", "interleaved"],
+    form: Literal["tiled", "interleaved", "sincos"],
     cells: int | None = None,
 ) -> Rotation:
     """Work out how to turn every token of a packed tensor, once for all blocks.
@@ -54,7 +55,7 @@ def rotations(
     Args:
         places: for each run of sequences its grid and token ids, in the order of the packed tensor.
         head_width: channels of a head.
-        form: which channels share an angle.
+        form: which channels share an angle; nothing turns with `sincos`.
         cells: stretch rows and columns, each to 0 .. cells - 1; by default they are counted.
 
     Returns:
@@ -76,11 +77,35 @@ def rotations(
                 each * ((cells - 1) / max(1, n - 1)) for each, n in zip(place[1:], (grid.h, grid.w), strict=True)
             )
         axes.append(torch.stack([each.float() for each in place], dim=-1))
+    if form == "sincos":
+        speeds = torch.zeros_like(speeds)
     angles = torch.cat(axes)[..., None] * speeds  # [S 3 channels/2]
     angles = angles.repeat_interleave(2, dim=-1) if form == "interleaved" else angles.repeat(1, 1, 2)
     angles = F.pad(angles.flatten(1), (0, head_width - 3 * channels))  # at rest: angle 0
     angles = angles[:, None, None, :]
     return Rotation(angles.cos(), angles.sin())
+
+
+def sine_cosine(grid: Grid, ids: Int[Tensor, "B V"], width: int) -> Float[Tensor, "B V D"]:
+    """Work out positions that are added to tokens: time, rows, columns, a third of the channels each.
+
+    Channels of an axis are sines, then cosines, of position / 10000^(2i / n), n an even number of channels; what is
+    beyond the width is cut off.
+
+    Args:
+        grid: of the clip.
+        ids: tokens.
+        width: channels D.
+
+    Source: V-JEPA (arXiv:2404.08471), fixed 3-D sine-cosine positions with equal parts for all axes.
+    """
+    channels = 2 * math.ceil(width / 6)
+    exponents = torch.arange(channels // 2, dtype=torch.float64, device=ids.device) / (channels / 2)
+    speeds = 1.0 / 10000**exponents
+    cell = ids % grid.cells
+    angles = [place[..., None] * speeds for place in (ids // grid.cells, cell // grid.w, cell % grid.w)]
+    parts = [part for angle in angles for part in (angle.sin(), angle.cos())]
+    return torch.cat(parts, dim=-1)[..., :width].float()
 
 
 def rotate(x: Float[Tensor, "S n H d"], rotation: Rotation) -> Float[Tensor, "S n H d"]:

@@ -1,6 +1,7 @@
 """Visible tokens to a guess of the hidden ones: V-JEPA 2's narrow transformer, for any number of guesses in one pass.
 
-Letters: B clips, V visible and K hidden tokens, D width of the encoder, LD times its levels, P width of the predictor.
+Letters: B clips, V visible and K hidden tokens, D width of the encoder, LD times its levels, P width of the predictor,
+n tokens of a sequence, V + K. In a list each guess has its own: _B and _K.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vjepa.model.attention import Backend, Segments
 from vjepa.model.grid import Grid
-from vjepa.model.layers import NORM_EPS, Block, init_weights, rotations
+from vjepa.model.layers import NORM_EPS, Block, init_weights, rotations, sine_cosine
 from vjepa.model.notation import Float, Int, Model
 
 
@@ -78,7 +79,7 @@ class Predictor(nn.Module):
         """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
         init_weights(self, seed=seed, name="predictor", std=self.settings.init_std)
 
-    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "B K LD"]]:
+    def forward(self, guesses: Sequence[Guess]) -> list[Float[Tensor, "_B _K LD"]]:
         """Guess all hidden tokens in one packed pass; each sequence sees only itself.
 
         Visible and hidden tokens of a clip are laid side by side, not sorted by place as in V-JEPA 2: attention is
@@ -116,11 +117,14 @@ class Predictor(nn.Module):
         # Copied, since FSDP2 wants no views returned and a linear map's output is one.
         return [project(self.predictor_norm(each)).clone() for project, each in asked]
 
-    def _sequence(self, guess: Guess) -> Float[Tensor, "B V+K P"]:
+    def _sequence(self, guess: Guess) -> Float[Tensor, "B n P"]:
         """Known and unknown tokens of each clip, with the mark of their kind if there is one."""
         known = self.predictor_embed(guess.context)
         unknown = self.mask_tokens[guess.token].to(known.dtype).expand(*guess.hidden.shape, -1)
         sequence = torch.cat((known, unknown), dim=1)
+        if self.settings.rope == "sincos":
+            ids = torch.cat((guess.visible, guess.hidden), dim=1)
+            sequence = sequence + sine_cosine(guess.grid, ids, sequence.shape[-1]).to(sequence.dtype)
         if self.settings.still_tokens:
             ours, other = self.img_mod_embed, self.video_mod_embed
             if not guess.still:

@@ -9,25 +9,8 @@ from vjepa.release.weights import Weights
 
 def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> str:
     """README.md of an export."""
-    encoder, where = weights.model.encoder, provenance
-    tokens = (weights.frames // weights.model.tubelet_frames) * (weights.px // weights.model.patch_px) ** 2
-    millions = sum(torch.Size(weights.tensors.shape(name)).numel() for name in weights.tensors) / 1e6
-    rows = [
-        ("encoder", f"{encoder.name}: width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}"),
-        ("parameters", f"{millions:.1f} M" + (", predictor included" if weights.mask_tokens else "")),
-        ("input", f"{weights.frames} frames at {weights.fps:g} per second, {weights.px} x {weights.px} pixels"),
-        ("output", f"{tokens} tokens of {encoder.width} channels, one for each {weights.model.tubelet_frames} frames x "
-                   f"{weights.model.patch_px} x {weights.model.patch_px} pixels"),
-        ("weights", {"target": "moving average of the encoder (target)", "encoder": "encoder as trained (online)"}.get(
-            where.get("part", ""), "not recorded")),
-        ("trained", f"{where['step']:,} steps in run `{where['run']}`" if "step" in where else "not recorded"),
-        ("settings", f"`{where.get('settings_hash', 'not recorded')}`, in full in `provenance.json`"),
-        ("data", ", ".join(f"`{one}`" for one in where.get("manifests", [])) or "not recorded"),
-        ("masks", ", ".join(mask.mode for mask in weights.masks) or "not recorded"),
-        ("positions", f"rotary in time, height and width ({weights.model.rope})"),
-        ("loaded back", f"features differ by {where['check']['features_max_abs_difference']}"),
-    ]  # fmt: skip
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    where = provenance
+    table = "\n".join(f"| {name} | {value} |" for name, value in card_rows(weights, provenance))
     library = "transformers" if where["layout"] == "hf" else "vjepa"
     usage = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE}[where["layout"]]
     return _CARD.format(
@@ -37,6 +20,34 @@ def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> st
         usage=usage.format(frames=weights.frames, px=weights.px),
         notes=_notes(weights, where),
     )
+
+
+def parameters_m(weights: Weights) -> float:
+    """Millions of parameters, those of the predictor included."""
+    return sum(torch.Size(weights.tensors.shape(name)).numel() for name in weights.tensors) / 1e6
+
+
+def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the model is and where it came from: name and value, in Markdown."""
+    encoder, where = weights.model.encoder, provenance
+    tokens = (weights.frames // weights.model.tubelet_frames) * (weights.px // weights.model.patch_px) ** 2
+    rows = [
+        ("encoder", f"{encoder.name}: width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}"),
+        ("parameters", f"{parameters_m(weights):.1f} M" + (", predictor included" if weights.mask_tokens else "")),
+        ("input", f"{weights.frames} frames at {weights.fps:g} per second, {weights.px} x {weights.px} pixels"),
+        ("output", f"{tokens} tokens of {encoder.width} channels, one for each {weights.model.tubelet_frames} frames x "
+                   f"{weights.model.patch_px} x {weights.model.patch_px} pixels"),
+        ("weights", {"target": "moving average of the encoder (target)", "encoder": "encoder as trained (online)"}.get(
+            where.get("part", ""), "not recorded")),
+        ("trained", f"{where['step']:,} steps in run `{where['run']}`" if "step" in where else "not recorded"),
+        ("settings", f"`{where.get('settings_hash', 'not recorded')}`, in full in `provenance.json`"),
+        ("data", ", ".join(f"`{one}`" for one in where.get("manifests", [])) or "not recorded"),
+        ("masks", ", ".join(mask.mode for mask in weights.masks) or "not recorded"),
+        ("positions", f"in time, height and width ({weights.model.rope})"),
+    ]  # fmt: skip
+    if "check" in where:
+        rows.append(("loaded back", f"features differ by {where['check']['features_max_abs_difference']}"))
+    return rows
 
 
 def _notes(weights: Weights, where: dict[str, Any]) -> str:

@@ -123,21 +123,17 @@ def _require_transformers() -> None:
         )
 
 
+# Settings of a model that `config.json` has words for; the others must be as they are by default, which is V-JEPA 2.
+EXPRESSIBLE = ("encoder", "predictor", "patch_px", "tubelet_frames", "init_std")
+
+
 def _require_expressible(weights: Weights) -> None:
     """Refuse what `VJEPA2Model` would load without a word and compute differently."""
     model = weights.model
     reasons = [
-        reason
-        for is_so, reason in (
-            (model.rope != "tiled", f"model.rope is {model.rope!r}, and VJEPA2Model knows only the tiled form"),
-            (model.rope_cells is not None, "model.rope_cells stretches positions"),
-            (bool(model.levels), "model.levels gives features of several blocks, each with a norm"),
-            (model.still_tokens, "model.still_tokens has a tokenizer for still pictures"),
-            (model.guess_visible, "model.guess_visible has a second output layer"),
-            (model.causal, "model.causal keeps later tubelets out of sight"),
-            (model.class_token, "model.class_token adds a token to every sequence"),
-        )
-        if is_so
+        f"model.{name} is {getattr(model, name)!r}, and VJEPA2Model has {field.default!r}"
+        for name, field in type(model).model_fields.items()
+        if name not in EXPRESSIBLE and getattr(model, name) != field.default
     ]
     if reasons:
         raise BadInput(f"format hf cannot express this model: {'; '.join(reasons)}. Take --format native")

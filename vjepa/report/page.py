@@ -13,6 +13,7 @@ main { max-width: 1060px; margin: 0 auto; padding: 48px 28px 72px }
 header { border-bottom: 1px solid var(--line); padding-bottom: 28px; margin-bottom: 12px }
 h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px }
 h2 { font-size: 21px; letter-spacing: -0.01em; margin: 44px 0 6px }
+h3 { font-size: 15px; margin: 22px 0 4px }
 p { color: var(--faint); margin: 0 0 18px; max-width: 78ch }
 .facts { display: flex; flex-wrap: wrap; gap: 12px 40px; margin: 24px 0 0 }
 .facts div { min-width: 90px }

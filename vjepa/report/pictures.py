@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
@@ -19,6 +19,13 @@ from torch import Tensor
 INK, FAINT, GRID = "#1c2330", "#6b7585", "#e4e8ee"
 COLOURS = ("#2563eb", "#ea7317", "#0f9d8a", "#b4349b", "#8a93a3")
 HIDDEN = np.array([234, 115, 23], np.float32)
+
+STRIP_FRAMES, STRIP_PX = 8, 112
+
+
+def evenly(count: int) -> Int[ndarray, " n"]:
+    """Numbers of the frames that a strip shows, of so many."""
+    return np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int)
 
 
 def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None = None) -> UInt8[ndarray, "H W 3"]:
@@ -101,6 +108,7 @@ def plot(
     title: str,
     marks: Sequence[float] = (),
     log: bool = False,
+    across: str = "step",
     size: tuple[float, float] = (4.4, 2.3),
 ) -> str:
     """Lines over the step, as SVG text that takes the width it is given.
@@ -110,9 +118,11 @@ def plot(
         title: what is shown, with its unit.
         marks: steps at which to draw a thin vertical line: a run that was started again.
         log: logarithmic heights.
+        across: what runs from left to right, with its unit.
         size: inches.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
@@ -132,9 +142,12 @@ def plot(
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
-    axes.set_xlabel("step", loc="right", fontsize=7, color=FAINT)
+    axes.set_xlabel(across, loc="right", fontsize=7, color=FAINT)
     _dress(axes)
+    if across == "step":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if len(curves) > 1:
+        axes.margins(y=0.25)  # room for the legend
         axes.legend(frameon=False, fontsize=7, labelcolor=INK)
     return _svg(figure)
 

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from vjepa_data.build.status import Tally
+from vjepa_data.build.status import Tally, read_builders, total
 from vjepa_data.decode import Expect
 from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
-from vjepa_data.shards import Manifest, write_whole
+from vjepa_data.shards import Manifest, read_manifest, write_whole
 from vjepa_data.video import Refused
 from vjepa_data.work import Picture, Strip
 
@@ -39,6 +39,21 @@ def write_report(folder: Path, manifest: Manifest, tally: Tally, *, pool: Pool[A
         tally: what all builders did for it.
         pool: processes that decode the contact sheet.
     """
+    write_whole(folder / "report.html", _page(folder, manifest, tally, pool).encode())
+    return folder / "report.html"
+
+
+def report_corpus(folder: Path) -> str:
+    """The page of a corpus that is there already, as HTML.
+
+    Raises:
+        BadInput: there is no corpus, or its files are damaged.
+    """
+    with Pool("vjepa_data.work", workers=1, timeout_s=60.0) as pool:
+        return _page(folder, read_manifest(folder), total([one.tally for one in read_builders(folder)]), pool)
+
+
+def _page(folder: Path, manifest: Manifest, tally: Tally, pool: Pool[Any, Any]) -> str:
     rows = pq.read_table(folder / "samples.parquet").to_pylist()
     rejects = pq.read_table(folder / "rejects.parquet").to_pylist()
     strips = _strips(folder, manifest, rows, pool)
@@ -60,12 +75,10 @@ def write_report(folder: Path, manifest: Manifest, tally: Tally, *, pool: Pool[A
         "<h2>Spec</h2>",
         _table([[key, value] for key, value in _flat(manifest.spec)]),
     ]
-    page = (
+    return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(manifest.name)}</title>"
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
-    write_whole(folder / "report.html", page.encode())
-    return folder / "report.html"
 
 
 def _totals(

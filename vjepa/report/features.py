@@ -1,0 +1,100 @@
+"""What features look like: their three main directions in colour, over time, beside those of an untrained encoder."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from vjepa import config
+from vjepa.evals.clips import EvalClip, EvalClips
+from vjepa.evals.files import FileClip, FileVideos, find_videos
+from vjepa.release.native import VideoEncoder
+from vjepa.release.tensors import read_json
+from vjepa.release.weights import random_encoder
+from vjepa.report import page, pictures
+from vjepa.report.page import Section
+from vjepa_data.settings import BadInput
+from vjepa_data.video import Refused
+
+CLIPS = 3
+Named = tuple[str, EvalClip | FileClip]
+
+
+def features_section(encoder: VideoEncoder, clips: Sequence[Named]) -> Section:
+    """Strips of some clips and of their features.
+
+    Args:
+        encoder: whose features.
+        clips: a name and a clip each.
+    """
+    frames = torch.stack([clip.frames for _, clip in clips])
+    with torch.no_grad():
+        coloured = {
+            "pretrained": pictures.feature_colours(encoder(frames)),
+            "random init": pictures.feature_colours(random_encoder(encoder, 0)(frames)),
+        }
+    t = coloured["pretrained"].shape[1]
+    shown = pictures.evenly(t)
+    rows = []
+    for number, (name, clip) in enumerate(clips):
+        tubelets = clip.frames.numpy()[:: encoder.model.tubelet_frames][:t]
+        strips = [("clip", pictures.jpeg(pictures.strip(tubelets[shown], height=pictures.STRIP_PX)))]
+        for whose, colours in coloured.items():
+            strips.append((whose, pictures.png(pictures.strip(colours[number][shown], height=pictures.STRIP_PX))))
+        rows.append(page.strips(f"{name} at {clip.start_s:.1f} s", strips))
+    return Section(
+        "What its features look like",
+        "The three main directions of the features of all tokens, as red, green and blue, over time: tokens of one "
+        "colour mean much the same to the encoder. The lower row is the same encoder before training.",
+        "".join(rows),
+    )
+
+
+def held_out_clips(run: config.Run, encoder: VideoEncoder) -> list[Named]:
+    """A few clips that a run did not train on, if its first corpus has any.
+
+    Raises:
+        BadInput: the corpus cannot be read.
+    """
+    source = run.data.sources[0]
+    splits = read_json(Path(source.shards) / "manifest.json").get("splits", {})
+    split = next((name for name in ("val", "test") if name in splits), source.split)
+    return corpus_clips(Path(source.shards), split, encoder)
+
+
+def corpus_clips(shards: Path, split: str, encoder: VideoEncoder) -> list[Named]:
+    """A few clips of a corpus, the same ones every time.
+
+    Raises:
+        BadInput: there is no such corpus or split, or no video of it can be decoded.
+    """
+    clips = EvalClips(shards, split=split, px=encoder.px, frames=encoder.frames, fps=encoder.fps, max_videos=CLIPS)
+    found: list[Named] = [(clip.key, clip) for clip in islice(clips, CLIPS)]
+    if not found:
+        raise BadInput(f"{shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
+    return found
+
+
+def clips_of(places: Sequence[Path], encoder: VideoEncoder) -> list[Named]:
+    """A few clips of what a user named: files, folders of files, or one corpus.
+
+    Raises:
+        BadInput: there is nothing, or none of it can be decoded.
+    """
+    corpus = next((place for place in places if (place / "manifest.json").is_file()), None)
+    if corpus is not None:
+        splits = read_json(corpus / "manifest.json").get("splits", {})
+        return corpus_clips(corpus, next((name for name in ("val", "test") if name in splits), "train"), encoder)
+    paths = find_videos(places)
+    with FileVideos(paths, px=encoder.px, frames=encoder.frames, fps=encoder.fps, workers=1) as videos:
+        found = list(islice(_decoded(paths, videos.read(range(len(paths)))), CLIPS))
+    if not found:
+        raise BadInput(f"none of {len(paths)} videos ({paths[0]}, ...) can be decoded; give others with --clips")
+    return found
+
+
+def _decoded(paths: Sequence[Path], answers: Iterator[list[FileClip] | Refused]) -> Iterator[Named]:
+    for path, answer in zip(paths, answers, strict=True):
+        if not isinstance(answer, Refused):
+            yield path.name, answer[0]

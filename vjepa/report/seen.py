@@ -1,0 +1,88 @@
+"""The clips of a run as training saw them, and through each kind of mask."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from vjepa import config
+from vjepa.masks import sample_masks
+from vjepa.model.grid import Grid
+from vjepa.report import page, pictures
+from vjepa.report.page import Section
+from vjepa_data.batch import Clips
+from vjepa_data.loader import ClipLoader, open_plan
+from vjepa_data.settings import BadInput, Loader
+
+CLIPS = 3
+
+
+def what_it_sees(run: config.Run) -> Section:
+    """Clips of the first step with their masks; a note where the corpora cannot be read."""
+    title = "What it sees"
+    try:
+        clips = training_clips(run, step=0)
+    except BadInput as error:
+        return page.note(title, f"The clips cannot be shown from here: {error}")
+    blocks = [_masked_strips(run, one, slot) for one in clips for slot in range(len(one))][:CLIPS]
+    shares = _shares(run, clips[0])
+    return Section(
+        title,
+        "Clips of the first step, cropped as the run saw them, and through each kind of mask. The encoder gets the "
+        "tokens that are left in colour; the predictor guesses the features of the orange ones. " + shares,
+        "".join(blocks),
+    )
+
+
+def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[Clips]:
+    """Some clips of a step exactly as training sees them, which is a function of the settings.
+
+    Args:
+        run: the run.
+        step: which one.
+        groups: of lanes to show, of one or a few clips each.
+
+    Raises:
+        BadInput: the corpora cannot be read.
+    """
+    lanes = open_plan(run.data, seed=run.seed, batch_size=run.batch_size).lanes
+    loader = Loader(workers=0, decoder=run.loader.decoder)
+    found = []
+    for rank in range(min(groups, lanes)):
+        with ClipLoader(
+            run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=rank, world=lanes, step=step
+        ) as clips:
+            found += next(clips).groups
+    return found
+
+
+def _masks(run: config.Run, clips: Clips, row: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each kind of mask: its number, and which tokens of one clip are visible and hidden, bool [t h w]."""
+    _, frames, height, width, _ = clips.frames.shape
+    grid = Grid.of(frames, height, width, run.model)
+    for mask in sample_masks(run.masks, grid, seed=run.seed, step=0, slots=clips.slots[row : row + 1]):
+        sides = []
+        for ids in (mask.visible[0], mask.hidden[0]):
+            side = np.zeros(grid.tokens, bool)
+            side[ids.numpy()] = True
+            sides.append(side.reshape(grid.t, grid.h, grid.w))
+        yield mask.kind, sides[0], sides[1]
+
+
+def _masked_strips(run: config.Run, clips: Clips, row: int) -> str:
+    frames = clips.frames[row].numpy()
+    shown = pictures.evenly(len(frames))
+    strips = [("clip", frames[shown])]
+    for kind, visible, hidden in _masks(run, clips, row):
+        strips.append((f"mask {kind}", pictures.draw_masks(frames, visible, hidden)[shown]))
+    caption = f"{clips.keys[row]} at {clips.start_s[row]:.1f} s"
+    return page.strips(
+        caption, [(name, pictures.jpeg(pictures.strip(one, height=pictures.STRIP_PX))) for name, one in strips]
+    )
+
+
+def _shares(run: config.Run, clips: Clips) -> str:
+    words = [
+        f"mask {kind} ({run.masks[kind].mode}) shows {visible.mean():.0%} and asks for {hidden.mean():.0%}"
+        for kind, visible, hidden in _masks(run, clips, 0)
+    ]
+    return f"Of these tokens, {', '.join(words)}."
