@@ -49,13 +49,15 @@ SLOWER_THAN_THE_BEST = 0.9
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How fast something is, to be compared between nodes."""
+class Measure:
+    """How much of something there is, to be compared between nodes; more is better."""
 
     value: float
     unit: str
-    least: float = SLOWER_THAN_THE_BEST
-    """A node below this share of the usual is an outlier."""
+    least: float = 0.5
+    """A node below this share of the usual stands out."""
+    outlier: Level = "note"
+    """What that means: `bad` if it holds all others back."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Finding:
     what: str
     level: Level
     found: str
-    speed: Speed | None = None
+    measure: Measure | None = None
 
 
 Look = Callable[[], list[Finding]]
@@ -132,7 +134,14 @@ def _gpus(rows: Sequence[Sequence[str]]) -> list[Finding]:
     for index, (name, tflops) in enumerate(rows):
         slow = float(tflops) < SLOWER_THAN_THE_BEST * best
         text = f"{name}, {tflops} TFLOP/s bf16" + (f", where the best here has {best:.0f}" if slow else "")
-        findings.append(Finding(f"GPU {index}", "bad" if slow else "ok", text, Speed(float(tflops), "TFLOP/s")))
+        findings.append(
+            Finding(
+                f"GPU {index}",
+                "bad" if slow else "ok",
+                text,
+                Measure(float(tflops), "TFLOP/s", SLOWER_THAN_THE_BEST, "bad"),
+            )
+        )
     if seen > len(rows):
         findings.append(Finding("GPUs", "note", f"{seen} in the machine, {len(rows)} visible"))
     return findings
@@ -148,7 +157,7 @@ def _shared_memory() -> list[Finding]:
         return [Finding("shared memory", "bad", "there is no /dev/shm, through which loader workers hand batches over")]
     gib = shutil.disk_usage(shared).free / 2**30
     text = f"{gib:.1f} GiB free" + ("" if gib >= SHARED_MEMORY_GIB else "; in a container, give --shm-size=16g")
-    return [Finding("shared memory", "ok" if gib >= SHARED_MEMORY_GIB else "bad", text)]
+    return [Finding("shared memory", "ok" if gib >= SHARED_MEMORY_GIB else "bad", text, Measure(gib, "GiB free"))]
 
 
 def _open_files() -> list[Finding]:
@@ -180,7 +189,7 @@ def _disk(folder: Path) -> list[Finding]:
     text = f"{speed:.0f} MiB/s written to {folder.resolve()}, {free:.0f} GiB free"
     clock = f"{apart_s:.1f} s from that of the disk" + ("" if apart_s < CLOCK_S else "; ages of runs will be wrong")
     return [
-        Finding("disk", "ok" if speed >= DISK_MIB_PER_S else "note", text, Speed(speed, "MiB/s written", least=0.5)),
+        Finding("disk", "ok" if speed >= DISK_MIB_PER_S else "note", text, Measure(speed, "MiB/s written")),
         Finding("clock", "ok" if apart_s < CLOCK_S else "note", clock),
     ]
 
@@ -193,7 +202,7 @@ def _scheduler() -> list[Finding]:
         mine = scheduler.states()
     except scheduler.Unreachable as error:
         return [Finding("SLURM", "bad", str(error))]
-    return [Finding("SLURM", "ok", f"answers in {time.perf_counter() - start:.1f} s, {len(mine)} jobs of yours")]
+    return [Finding("SLURM", "ok", f"answers in {time.perf_counter() - start:.0f} s, {len(mine)} jobs of yours")]
 
 
 def _wandb() -> list[Finding]:

@@ -15,14 +15,6 @@ from vjepa_launch.job import Job
 from vjepa_launch.place import path_environment
 from vjepa_launch.settings import BadInput, Cluster
 
-SHIELD = (
-    "# TERM is for the ranks. This script lives on to decide, and srun, which would kill the ranks at once, must not",
-    "# hear it, as it would under ProctrackType=linuxproc; so it becomes nobody's child.",
-    "trap : TERM",
-    """srun() { { code=$( ( { command srun "$@" >&3; echo $?; } & ) ); } 3>&1; return "${code:-137}"; }""",
-)
-"""Lines of the batch script before the call of srun."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -44,6 +36,9 @@ class Request:
     change."""
     makes_steps: bool = True
     """Whether it is a training run, which hangs when it makes no steps."""
+
+    def __post_init__(self) -> None:
+        assert self.run.is_absolute(), self.run
 
 
 def train_command(run: Path) -> list[str]:
@@ -77,6 +72,15 @@ def make_job(request: Request, *, code: Path) -> Job:
         restart=cluster.restart,
         makes_steps=request.makes_steps,
     )
+
+
+SHIELD = (
+    "# TERM is for the ranks. This script lives on to decide, and srun, which would kill the ranks at once, must not",
+    "# hear it, as it would under ProctrackType=linuxproc; so it becomes nobody's child.",
+    "trap : TERM",
+    """srun() { { code=$( ( { command srun "$@" >&3; echo $?; } & ) ); } 3>&1; return "${code:-137}"; }""",
+)
+"""Lines of the batch script before the call of srun."""
 
 
 def parameters(home: Path, request: Request) -> dict[str, Any]:

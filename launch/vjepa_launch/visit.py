@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vjepa_launch import jobs, place, record, status, submit
-from vjepa_launch.doctor import Finding, Speed
+from vjepa_launch.doctor import Finding, Measure
 from vjepa_launch.request import Request
 from vjepa_launch.settings import Cluster, Restart
 
@@ -58,24 +59,24 @@ def compare(nodes: Mapping[str, Sequence[Finding]]) -> list[Finding]:
     compared = []
     for what in dict.fromkeys(finding.what for findings in nodes.values() for finding in findings):
         found = {node: one for node, findings in nodes.items() for one in findings if one.what == what}
-        speeds = {node: one.speed for node, one in found.items() if one.speed}
-        usual, _ = Counter(one.found for one in found.values()).most_common(1)[0]
-        if speeds:
-            values = [speed.value for speed in speeds.values()]
-            median = statistics.median(values)
-            unit = next(iter(speeds.values())).unit
-            odd = {node for node, speed in speeds.items() if speed.value < speed.least * median}
-            usual_values = [speed.value for node, speed in speeds.items() if node not in odd] or values
-            same = f"{min(usual_values):,.0f} to {max(usual_values):,.0f} {unit}"
+        measures = {node: one.measure for node, one in found.items() if one.measure}
+        same, _ = Counter(one.found for one in found.values()).most_common(1)[0]
+        if measures:
+            median = statistics.median(measure.value for measure in measures.values())
+            odd = {node for node, measure in measures.items() if measure.value < measure.least * median}
         else:
-            same = usual
-            odd = {node for node, one in found.items() if one.found != usual}
+            odd = {node for node, one in found.items() if one.found != same}
         odd |= {node for node, one in found.items() if one.level == "bad"}
+        usual = [measure for node, measure in measures.items() if node not in odd]
+        if usual:
+            values = [measure.value for measure in usual]
+            same = f"{min(values):,.4g} to {max(values):,.4g} {usual[0].unit}"
         if len(odd) < len(found):
-            compared.append(Finding(what, "ok", f"{len(found) - len(odd)} nodes: {same}"))
+            count = len(found) - len(odd)
+            compared.append(Finding(what, "ok", f"{count} node{'s' if count > 1 else ''}: {same}"))
         for node in sorted(odd):
             one = found[node]
-            level = "bad" if one.level == "bad" or one.speed else "note"
+            level = "bad" if one.level == "bad" else one.measure.outlier if one.measure else "note"
             compared.append(Finding(what, level, f"{node}: {one.found}"))
         absent = sorted(set(nodes) - set(found))
         if absent:
@@ -92,6 +93,6 @@ def _nodes(folder: Path) -> list[str]:
     return starts[-1]["nodes"] if starts else []
 
 
-def _finding(values: dict) -> Finding:
-    speed = values.pop("speed")
-    return Finding(**values, speed=Speed(**speed) if speed else None)
+def _finding(values: dict[str, Any]) -> Finding:
+    measure = values.pop("measure")
+    return Finding(**values, measure=Measure(**measure) if measure else None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vjepa_launch import doctor, visit
-from vjepa_launch.doctor import Finding, Speed
+from vjepa_launch.doctor import Finding, Measure
 
 
 def levels(findings: list[doctor.Finding]) -> dict[str, str]:
@@ -61,8 +61,8 @@ def test_what_differs_between_nodes_is_named_and_what_does_not_is_one_line() -> 
     def node(tflops: float, torch: str, disk: float) -> list[Finding]:
         return [
             Finding("torch", "ok", torch),
-            Finding("GPU 0", "ok", f"H100, {tflops:.0f} TFLOP/s", Speed(tflops, "TFLOP/s")),
-            Finding("disk", "ok", f"{disk:.0f} MiB/s", Speed(disk, "MiB/s", least=0.5)),
+            Finding("GPU 0", "ok", f"H100, {tflops:.0f} TFLOP/s", Measure(tflops, "TFLOP/s", 0.9, "bad")),
+            Finding("disk", "ok", f"{disk:.0f} MiB/s", Measure(disk, "MiB/s")),
         ]
 
     nodes = {"n1": node(700, "2.13", 900), "n2": node(690, "2.13", 500), "n3": node(510, "2.12", 800)}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import array, drill, status
+from vjepa_launch import array, drill, scheduler, status
 from vjepa_launch.array import Array, Element
 from vjepa_launch.drill import Result
 from vjepa_launch.rehearsal import Rehearsal
@@ -46,11 +46,12 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         (replace(known[what], name=name), with_faulty_scontrol(folder / f"{name}-bin", fault))
         for name, (what, fault) in FAULTS.items()
     ]
-    with ThreadPoolExecutor(len(chosen) + 2) as pool:
+    with ThreadPoolExecutor(len(chosen) + 3) as pool:
         under_way: dict[str, Future[Any]] = {
             one.name: pool.submit(drill.rehearse, one, folder / one.name, on) for one, on in chosen
         }
         under_way["array"] = pool.submit(run_array, folder / "array")
+        under_way["intruder"] = pool.submit(run_of_two_jobs, folder / "intruder")
         under_way["bad-node"] = pool.submit(run_on_a_bad_node, folder / "bad-node")
         yield under_way
 
@@ -75,6 +76,14 @@ def test_a_node_on_which_a_run_failed_twice_is_left_out(results: dict[str, Futur
     *failed, last = [event["nodes"][0] for event in run.events("start")]
     assert run.outcomes() == ["failed", "failed", "failed", "done"], run.log()
     assert failed.count(last) == 1, run.log()
+    assert run.wrong_steps(20) == []
+
+
+def test_a_job_whose_folder_passed_to_another_refuses_to_start(results: dict[str, Future[Rehearsal]]) -> None:
+    run = results["intruder"].result()
+    (end,) = [event for event in run.events("end") if event["outcome"] != "done"]
+    assert (end["outcome"], end["requeue"]) == ("bad_input", False)
+    assert f"belongs to job {run.job} now" in end["reason"]
     assert run.wrong_steps(20) == []
 
 
@@ -107,6 +116,18 @@ def run_on_a_bad_node(folder: Path) -> Rehearsal:
     run.inject(rank=1, step=5, do="kill", restarts=3)
     run.launch(PROFILE.model_copy(update={"nodes": 1, "restart": Restart(attempts=4, node_failures=2)}))
     run.wait(300)
+    return run
+
+
+def run_of_two_jobs(folder: Path) -> Rehearsal:
+    """A job that waits, while its folder is given to another one by hand; then it starts."""
+    run = Rehearsal(folder, "--steps", "20")
+    first = run.launch(PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour"}}))
+    (folder / "launch" / "job.json").unlink()
+    run.launch(PROFILE)
+    run.wait(300)
+    scheduler.ask("scontrol", "update", f"JobId={first.job}", "StartTime=now")
+    run.wait_for(lambda: scheduler.state_of(first.job) is None, 300, poll_s=0.5)
     return run
 
 
