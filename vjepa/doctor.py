@@ -18,6 +18,7 @@ import torch.distributed as dist
 from vjepa.config import Run
 from vjepa_data.bench import measure_stages
 from vjepa_data.index import Index
+from vjepa_data.settings import BadInput
 from vjepa_launch.doctor import SLOWER_THAN_THE_BEST, Finding, Look, Measure
 
 GPU_MIB, CPU_MIB = 1024, 32
@@ -34,7 +35,7 @@ CLIPS = 20
 def looks(run: Run | None) -> list[Look]:
     """What there is to look at on one machine, with the corpora of a run if there is one."""
     exchange = partial(exchange_between_devices, max(2, torch.cuda.device_count()))
-    return [exchange, *([partial(read_shards, run), partial(decode_clips, run)] if run else [])]
+    return [exchange, *([partial(look_at_corpora, run)] if run else [])]
 
 
 def exchange_between_devices(processes: int) -> list[Finding]:
@@ -91,6 +92,14 @@ def measure_all_reduce(mib: int, device: torch.device) -> float:
             spent += time.perf_counter() - started
         numbers.fill_(1.0)
     return 2 * (size - 1) / size * numbers.nbytes * REPEATS / spent / 1e9
+
+
+def look_at_corpora(run: Run) -> list[Finding]:
+    """Whether the corpora of a run can be read here, and how fast."""
+    try:
+        return [*read_shards(run), *decode_clips(run)]
+    except BadInput as error:
+        return [Finding("shards", "bad", str(error))]
 
 
 def read_shards(run: Run) -> list[Finding]:

@@ -1,6 +1,7 @@
 """The doctor on every node of a cluster: one job, a report from each node, and what stands out among them."""
 
 import json
+import logging
 import statistics
 import time
 from collections import Counter
@@ -13,6 +14,8 @@ from vjepa_launch import jobs, place, record, status, submit
 from vjepa_launch.doctor import Finding, Measure
 from vjepa_launch.request import Request
 from vjepa_launch.settings import Cluster, Restart
+
+log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 
@@ -31,6 +34,7 @@ def visit(folder: Path, cluster: Cluster, command: Sequence[str], *, config: str
     """
     once = cluster.model_copy(update={"restart": Restart(attempts=1)})
     launched = submit.launch(Request(folder, once, command, config=config, name="doctor", makes_steps=False))
+    log.info("job %s visits %d nodes; its output is in %s", launched.job, cluster.nodes, launched.log)
     while jobs.is_alive(cluster.executor, launched.job):
         time.sleep(POLL_S)
     found = {
