@@ -30,7 +30,7 @@ from vjepa.run import agree, checkpoint
 from vjepa.run.stop import Stop
 from vjepa.schedule import rates_at
 from vjepa.watch.health import Unhealthy
-from vjepa_data import stream
+from vjepa_data.loader import Batch, ClipLoader
 from vjepa_data.settings import BadInput
 
 
@@ -103,14 +103,14 @@ def odd_code(run: Run, out: Path, job: dict[str, Any]) -> Any:
 def odd_pixels(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank's decoder is off by one in a single pixel."""
     if os.environ["RANK"] == "1":
-        honest = stream.crops.cut_out
+        honest = ClipLoader.__next__
 
-        def off_by_one(*args: Any, **kwargs: Any) -> Any:
-            clip = honest(*args, **kwargs).clone()
-            clip[0, 0, 0, 0] ^= 1
-            return clip
+        def off_by_one(self: ClipLoader) -> Batch:
+            batch = honest(self)
+            batch.groups[0].frames[0, 0, 0, 0, 0] ^= 1
+            return batch
 
-        stream.crops.cut_out = off_by_one
+        ClipLoader.__next__ = off_by_one
     return training.train(run, out / "run")
 
 

@@ -188,7 +188,8 @@ def test_a_rank_that_differs_is_named_before_the_first_step(runs: Path, name: st
 
 
 def test_a_rank_that_sleeps_is_named_with_what_others_wait_in_and_all_end(runs: Path) -> None:
-    assert answers(runs, "asleep") == []  # ended by their watchdogs, so that a launcher may start them again
+    # Ended by their watchdogs, so that a launcher may start them again; whoever is slower to it sees the other go.
+    assert all("Connection closed" in answer["error"] for answer in answers(runs, "asleep"))
     log = (runs / "asleep" / "run" / "log.txt").read_text()
     assert "rank 1 has not joined gloo:" in log
     assert "in which rank 0 waits" in log

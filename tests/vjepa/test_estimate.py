@@ -27,7 +27,7 @@ from vjepa.estimate import (
     estimate,
 )
 from vjepa.objective import build, draw_masks, jepa_loss
-from vjepa.optimizer import named_parameters
+from vjepa.optimizer import build_optimizer, named_parameters
 from vjepa.parallel import World, join, shard
 from vjepa.train import build_models, open_clips
 from vjepa_data.settings import BadInput
@@ -114,6 +114,26 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
     assert sum(count_flops(run, tokens).values()) * run.batch_size == pytest.approx(counter.get_total_flops(), rel=0.02)
     memory = count_memory(run, tokens, count_parameters(run), gpus=1)
     assert memory["activations"] == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
+    encoder = {"name": "custom", "width": 24, "depth": 3, "heads": 2}
+    run = tiny_run(**{**OBJECTIVES[name], "model": {"encoder": encoder, **OBJECTIVES[name].get("model", {})}})
+    with alone(run) as world, open_clips(run, tmp_path, world, 0) as clips:
+        models = build_models(run, world)
+        optimizer = build_optimizer(models.learning, run.optim)
+        jepa_loss(models, draw_masks(run, next(clips), world.device), run).value.backward()
+        optimizer.step()
+        learning = named_parameters(models.learning).values()
+        held = {
+            "weights": sum(p.nbytes for p in learning),
+            "gradients": sum(p.grad.nbytes for p in learning if p.grad is not None),
+            "moments": sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim),
+            "target": sum(p.nbytes for p in models.target.parameters()),
+        }
+    memory = count_memory(run, count_tokens(run), count_parameters(run), gpus=1)
+    assert {part: memory[part] for part in held} == held
 
 
 def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) -> None:
