@@ -37,6 +37,7 @@ def make_run(corpus: Path, **model: object) -> config.Run:
         batch_size=4,
         data=Data.model_validate(data),
         model=config.Model.model_validate({**sizes, **model}),
+        objective=config.VJEPA21() if model.get("guess_visible") else config.VJEPA2(),
         optim=config.Optim(lr=1e-3),
     )
 

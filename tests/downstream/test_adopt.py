@@ -1,19 +1,23 @@
 """Models of others are taken over byte for byte, and what our network cannot be is refused by name."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from vjepa import config
 from vjepa.model.grid import Grid
 from vjepa.model.layers import sine_cosine
 from vjepa.release.adopt import adopt
 from vjepa.release.export import export
 from vjepa.release.read import load_encoder, read_weights
 from vjepa.release.released import Sizes
+from vjepa.release.weights import expected_shapes
 from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
@@ -94,6 +98,31 @@ def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Pa
     torch.save(content, tmp_path / "learned.pt")
     with pytest.raises(BadInput, match="pos_embed differs"):
         adopt(tmp_path / "learned.pt", tmp_path / "other", Sizes(heads=3))
+
+
+def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    live = importlib.import_module("import_live")
+    model = config.Model(
+        encoder=config.Encoder(name="custom", width=48, depth=2, heads=3),
+        predictor=config.Transformer(width=36, depth=1, heads=3),
+        patch_px=8,
+        rope="sincos",
+    )
+    names = {name: shape for name, shape in expected_shapes(model, 2).items() if not name.endswith("mask_tokens")}
+    names |= {f"predictor.mask_tokens.{kind}": (1, 1, 36) for kind in range(2)}
+    parts: dict[str, dict] = {"encoder": {}, "predictor": {}}
+    for name, shape in names.items():
+        part, _, rest = name.partition(".")
+        parts[part][f"module.backbone.{rest}"] = live.value_of(part, rest, shape)
+    for part, table, width in (("encoder", "pos_embed", 48), ("predictor", "predictor_pos_embed", 36)):
+        ids = torch.arange(live.GRID.tokens)[None]
+        parts[part][f"module.backbone.{table}"] = sine_cosine(live.GRID, ids, width)
+    torch.save({**parts, "target_encoder": parts["encoder"]}, tmp_path / "vit.pth.tar")
+    adopt(tmp_path / "vit.pth.tar", tmp_path / "out", Sizes(heads=3))
+    recorded = np.load(live.RECORDED)
+    for name, found in live.ours(tmp_path / "out").items():
+        np.testing.assert_allclose(found, recorded[name], rtol=0, atol=live.TOLERANCE, err_msg=name)
 
 
 def test_a_file_of_vjepa_2_1_tells_its_levels(make_trained: Callable[..., Path], tmp_path: Path) -> None:

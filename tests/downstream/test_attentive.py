@@ -81,11 +81,9 @@ RANKS = """
 import sys
 from pathlib import Path
 from vjepa.evals.attentive import Recipe, attentive
-from vjepa.evals.embed import embed
 model, shards, out = map(Path, sys.argv[1:])
 recipe = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
 attentive(model, shards, label="shape", out=out / "probe.json", recipe=recipe)
-embed(model, [shards], out / "features.npy", split="val")
 """
 
 
@@ -97,6 +95,8 @@ def test_two_ranks_find_what_one_finds(result: tuple[dict, Path], trained: Path,
     ours, theirs = (load_file(out.with_suffix(".safetensors")) for out in (result[1], tmp_path / "probe.json"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    words = ["-m", "vjepa", "embed", trained, scenes, "--split", "val", "--out", tmp_path / "features.npy"]
+    subprocess.run([*torchrun, *words], check=True, capture_output=True)
     embed(trained, [scenes], tmp_path / "alone.npy", split="val")
     assert np.array_equal(np.load(tmp_path / "features.npy"), np.load(tmp_path / "alone.npy"))
 

@@ -98,6 +98,7 @@ def settings_of(model: config.Model, *, px: int, frames: int, fps: float, kinds:
             "data": data,
             "model": model,
             "masks": masks,
+            "objective": {"name": "vjepa2_1" if model.guess_visible else "vjepa2"},
             "optim": {"lr": 1e-4},
         }
     )
