@@ -68,8 +68,7 @@ def launch(array: Array) -> list[submit.Launched]:
     """
     folder = array.folder
     with submit.locked(folder):
-        requests = [array.request(element) for element in array.elements]
-        requests = [request for request in requests if not _is_done_or_alive(request.run)]
+        requests = _those_open([array.request(element) for element in array.elements])
         if not requests:
             raise BadInput(
                 f"all {len(array.elements)} elements of {folder} are done or alive; there is nothing to launch"
@@ -103,9 +102,20 @@ def describe(array: Array) -> str:
     )
 
 
-def _is_done_or_alive(run: Path) -> bool:
-    owner = record.read_json(record.launch_folder(run) / "job.json")
-    if owner is None:
-        return False
-    ends = [event for event in record.read_events(run) if event["event"] == "end"]
-    return bool(ends and ends[-1]["outcome"] == "done") or jobs.is_alive(owner["executor"], owner["job"])
+def _those_open(requests: Sequence[Request]) -> list[Request]:
+    """Requests whose jobs are neither done nor alive."""
+    owners = {request.run: record.read_json(record.launch_folder(request.run) / "job.json") for request in requests}
+    launched: dict[str, set[str]] = {}
+    for owner in filter(None, owners.values()):
+        launched.setdefault(owner["executor"], set()).add(owner["job"])
+    alive = {(executor, job) for executor, ids in launched.items() for job in jobs.those_alive(executor, ids)}
+
+    def is_open(run: Path) -> bool:
+        owner = owners[run]
+        if owner is None:
+            return True
+        ends = [event for event in record.read_events(run) if event["event"] == "end"]
+        is_done = bool(ends) and ends[-1]["outcome"] == "done"
+        return not is_done and (owner["executor"], owner["job"]) not in alive
+
+    return [request for request in requests if is_open(request.run)]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 from vjepa_launch import scheduler
@@ -14,12 +15,21 @@ def is_alive(executor: str, job: str) -> bool:
     Raises:
         BadInput: the scheduler does not answer.
     """
-    if executor == "slurm":
-        try:
-            return scheduler.state_of(job) is not None
-        except scheduler.Unreachable as error:
-            raise BadInput(f"cannot tell whether job {job} is over: {error}") from None
-    return _controller_is_alive(int(job))
+    return job in those_alive(executor, [job])
+
+
+def those_alive(executor: str, asked: Iterable[str]) -> set[str]:
+    """Which of many jobs wait or run, with one question to the scheduler.
+
+    Raises:
+        BadInput: the scheduler does not answer.
+    """
+    if executor == "local":
+        return {job for job in asked if _controller_is_alive(int(job))}
+    try:
+        return set(asked) & set(scheduler.states())
+    except scheduler.Unreachable as error:
+        raise BadInput(f"cannot tell which jobs are over: {error}") from None
 
 
 def _controller_is_alive(pid: int) -> bool:
