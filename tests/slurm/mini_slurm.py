@@ -1,6 +1,7 @@
 """A real SLURM of several nodes on one machine, on loopback only, for tests and rehearsals.
 
-    python tests/slurm/mini_slurm.py up DIR [--nodes 2] [--cpus 2] [--proctrack cgroup]   then: export SLURM_CONF=DIR/slurm.conf
+    python tests/slurm/mini_slurm.py up DIR [--nodes 2] [--cpus 2] [--proctrack cgroup]
+    export SLURM_CONF=DIR/slurm.conf
     python tests/slurm/mini_slurm.py down DIR
 
 Needs root and Debian's packages: apt-get install --no-install-recommends slurm-wlm munge. Everything lives under DIR;
