@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vjepa_launch.record import launch_folder, read_json, write_json
@@ -113,6 +113,8 @@ def freeze(run: Path) -> Code:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     beside.chmod(0o755)
+    # Of the copies: a clone may be edited meanwhile.
+    code = replace(code, digest=digest_files(list_files({room: beside / room for room in ROOMS})))
     frozen = run / "code"
     if frozen.is_symlink():  # an element of a sweep that gets code of its own
         frozen.unlink()

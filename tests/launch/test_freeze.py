@@ -1,6 +1,7 @@
 """The code of a run is what the wheel would install, and stays what it was."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def test_code_that_was_changed_or_lost_is_refused(tmp_path: Path) -> None:
     (tmp_path / "launch" / "code.json").unlink()
     with pytest.raises(BadInput, match="holds no frozen code"):
         freeze.verify(tmp_path)
+
+
+def test_a_clone_that_is_edited_while_it_is_frozen_gives_a_run_that_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def edit(source: Path, target: Path) -> None:
+        copy(source, target)
+        if source.name == "config.py":
+            with target.open("a") as file:  # as if it had been saved just before
+                file.write("# edited\n")
+
+    monkeypatch.setattr(shutil, "copyfile", edit)
+    assert freeze.freeze(tmp_path) == freeze.verify(tmp_path)
 
 
 def test_a_file_written_by_python_itself_changes_nothing(tmp_path: Path) -> None:
