@@ -134,20 +134,27 @@ def frame_at(path: Path, facts: Probe, share: float) -> av.VideoFrame:
         Refused: it cannot be decoded.
     """
     at = facts.start_s + share * facts.duration_s
+    frame = _frame_at(path, at, seeks=True) or _frame_at(path, at, seeks=False)  # some files cannot be sought in
+    if frame is None:
+        raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
+    return frame
+
+
+def _frame_at(path: Path, at: float, *, seeks: bool) -> av.VideoFrame | None:
     last: av.VideoFrame | None = None
     with open_video(path) as container:
         stream = video_stream(container)
         try:
-            if stream.time_base is not None:
+            if seeks and stream.time_base is not None:
                 container.seek(int(at / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 last = frame if last is None or (frame.time or 0.0) <= at + 1e-3 else last
                 if (frame.time or math.inf) >= at:
                     break
         except FFmpegError as error:
+            if seeks:
+                return None
             raise Refused(Reason.DAMAGED, f"near {at:.1f} s: {error.strerror}") from None
-    if last is None:
-        raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
     return last
 
 

@@ -15,9 +15,7 @@ import hashlib
 import io
 import json
 import os
-import socket
 import tarfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from vjepa_data.settings import BadInput
+from vjepa_data.whole import sync_folder, temporary_name, write_whole
 
 FORMAT = 1
 
@@ -158,52 +157,6 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all, even through a power cut."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside a file for this process alone: `.NAME.host.pid.tmp`."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
-LEASE_S = 120.0
-"""Seconds without a write after which another builder's temporary file no longer keeps us from its shard."""
-
-
-def is_claimed(path: Path) -> bool:
-    """Whether another builder seems to be writing this file: its temporary file was touched a moment ago."""
-    for other in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if other != temporary_name(path) and time.time() - other.stat().st_mtime < LEASE_S:
-                return True
-    return False
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes of this machine that are no more."""
-    for path in folder.glob(".*.tmp"):
-        host, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
-        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
-            path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 class _Hashing(io.RawIOBase):
     """A file for writing that knows its length and sha256."""
 
@@ -299,7 +252,7 @@ class ShardWriter:
         size = self._sink.tell()
         if self._rows:
             self._temporary.rename(self._folder / self._file)
-            _sync_folder((self._folder / self._file).parent)
+            sync_folder((self._folder / self._file).parent)
         else:
             self._temporary.unlink()
         record = {

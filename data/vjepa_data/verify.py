@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -62,13 +64,14 @@ def verify(
     """
     folder = mirror(str(place), user_cache()) if is_remote(str(place)) else Path(place)
     manifest = read_manifest(folder)
-    rows, problems = _read_rows(folder, manifest)
+    table = _read_table(folder, manifest)
+    problems = list(_check_table(table, manifest))
     total = sum(shard.bytes for shard in manifest.shards)
     done = decoded = 0
     root = manifest.root(str(place))
     with Pool[Check, None]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
         for number, shard in enumerate(manifest.shards):
-            own = [row for row in rows if row["shard"] == number]
+            own = table.filter(pc.field("shard") == number).to_pylist()
             with local_tar(root, shard.file, scratch=folder) as path:
                 found = list(_check_shard(path, shard, own, is_foreign=bool(manifest.spec.get("foreign"))))
                 if deep and path is not None and not found:
@@ -77,11 +80,10 @@ def verify(
             problems.extend(found)
             done += shard.bytes
             advance(done, total)
-    return Verdict(manifest, tuple(problems), done, len(rows), decoded)
+    return Verdict(manifest, tuple(problems), done, table.num_rows, decoded)
 
 
-def _read_rows(folder: Path, manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
-    """The samples' table, and what is wrong with it as a whole."""
+def _read_table(folder: Path, manifest: Manifest) -> pa.Table:
     path = folder / "samples.parquet"
     try:
         data = path.read_bytes()
@@ -90,27 +92,28 @@ def _read_rows(folder: Path, manifest: Manifest) -> tuple[list[dict[str, Any]], 
     if hashlib.sha256(data).hexdigest() != manifest.samples_sha256:
         raise BadInput(f"{path}: it is not the table that the manifest names (sha256 differs); build the corpus again")
     table = pq.read_table(path)
-    problems: list[str] = []
     missing = set(SAMPLE_COLUMNS.names) - set(table.column_names)
     if missing:
         raise BadInput(f"{path}: no column {min(missing)!r}; build the corpus again")
-    rows = table.to_pylist()
-    keys = [row["key"] for row in rows]
-    if len(set(keys)) < len(keys):
-        problems.append(f"samples.parquet: {len(keys) - len(set(keys))} keys are not unique")
-    if rows != sorted(rows, key=lambda row: (row["split"], row["shard"], row["position"])):
-        problems.append("samples.parquet: rows are not in the order of split, shard and position")
-    groups: dict[str, set[str]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], set()).add(row["split"])
-    torn = sorted(group for group, splits in groups.items() if len(splits) > 1)
+    return table
+
+
+def _check_table(table: pa.Table, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the samples' table as a whole."""
+    repeated = table.num_rows - len(table["key"].unique())
+    if repeated:
+        yield f"samples.parquet: {repeated} keys are not unique"
+    place = table.select(["split", "shard", "position"])
+    if not place.equals(place.sort_by([(name, "ascending") for name in place.column_names])):
+        yield "samples.parquet: rows are not in the order of split, shard and position"
+    splits = table.group_by("group").aggregate([("split", "count_distinct")])
+    torn = splits.filter(pc.field("split_count_distinct") > 1)["group"].to_pylist()
     if torn:
-        problems.append(f"samples.parquet: {len(torn)} groups are in several splits, the first {torn[0]!r}")
+        yield f"samples.parquet: {len(torn)} groups are in several splits, the first {min(torn)!r}"
     for split, totals in manifest.splits.items():
-        count = sum(row["split"] == split for row in rows)
+        count = table.filter(pc.field("split") == split).num_rows
         if count != totals["samples"]:
-            problems.append(f"samples.parquet: {count} samples of {split}, the manifest says {totals['samples']}")
-    return rows, problems
+            yield f"samples.parquet: {count} samples of {split}, the manifest says {totals['samples']}"
 
 
 def _check_shard(

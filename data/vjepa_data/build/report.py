@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vjepa_data.build.status import Tally, read_builders, total
 from vjepa_data.decode import Expect
 from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
-from vjepa_data.shards import Manifest, read_manifest, write_whole
+from vjepa_data.shards import Manifest, read_manifest
 from vjepa_data.video import Refused
+from vjepa_data.whole import write_whole
 from vjepa_data.work import Picture, Strip
 
 SHEET_CLIPS, SHEET_FRAMES, SHEET_PX = 64, 4, 72
@@ -54,14 +58,14 @@ def report_corpus(folder: Path) -> str:
 
 
 def _page(folder: Path, manifest: Manifest, tally: Tally, pool: Pool[Any, Any]) -> str:
-    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = pq.read_table(folder / "samples.parquet")  # as columns: there may be millions
     rejects = pq.read_table(folder / "rejects.parquet").to_pylist()
-    strips = _strips(folder, manifest, rows, pool)
+    strips = _strips(folder, manifest, samples, pool)
     parts = [
         f"<h1>{html.escape(manifest.name)}</h1>",
-        _table([[key, value] for key, value in _totals(manifest, rows, rejects, tally)]),
+        _table([[key, value] for key, value in _totals(manifest, samples, rejects, tally)]),
         "<h2>Clips</h2>",
-        f'<img src="data:image/png;base64,{_histograms(rows, [strip.decode_s for _, strip in strips])}" width="100%">',
+        f'<img src="data:image/png;base64,{_histograms(samples, strips)}" width="100%">',
         f"<h2>{len(strips)} clips, {SHEET_FRAMES} frames of each</h2>",
         '<div class="sheet">'
         + "".join(
@@ -82,28 +86,30 @@ def _page(folder: Path, manifest: Manifest, tally: Tally, pool: Pool[Any, Any]) 
 
 
 def _totals(
-    manifest: Manifest, rows: Sequence[dict[str, Any]], rejects: Sequence[dict[str, Any]], tally: Tally
+    manifest: Manifest, samples: pa.Table, rejects: Sequence[dict[str, Any]], tally: Tally
 ) -> list[tuple[str, str]]:
-    total = sum(row["video_size"] for row in rows)
+    total = int(samples["video_size"].to_numpy().sum())
     lines = [("Corpus", manifest.hash)]
     for split, counts in manifest.splits.items():
         hours = counts["seconds"] / 3600
         lines.append((split, f"{counts['samples']:.0f} clips in {counts['shards']:.0f} shards, {hours:.2f} hours"))
-    lines.append(("Video", f"{total / 1e9:.3f} GB, {total / max(1, len(rows)) / 1e3:.0f} KB a clip"))
+    lines.append(("Video", f"{total / 1e9:.3f} GB, {total / max(1, len(samples)) / 1e3:.0f} KB a clip"))
     lines.append(("Refused", f"{len(rejects)}, from {len({reject['source'] for reject in rejects})} sources"))
     if tally.clips:
         cost = f"{tally.encode_s:.1f} s to encode and {tally.check_s:.1f} s to check {tally.video_s:.0f} s of video"
-        lines.append(("CPU time", cost))
+        lines.append(
+            ("CPU time", f"{cost}: {tally.clips / max(1e-3, tally.encode_s + tally.check_s):.2f} clips a second")
+        )
     lines.append(("Tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())))
     return lines
 
 
 def _strips(
-    folder: Path, manifest: Manifest, rows: Sequence[dict[str, Any]], pool: Pool[Any, Any]
+    folder: Path, manifest: Manifest, samples: pa.Table, pool: Pool[Any, Any]
 ) -> list[tuple[dict[str, Any], Strip]]:
     """Clips at equal distances in the table, which is shuffled already."""
-    count = min(SHEET_CLIPS, len(rows))
-    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    count = min(SHEET_CLIPS, len(samples))
+    chosen = samples.take([i * len(samples) // count for i in range(count)]).to_pylist()
     tasks = [
         Picture(
             key=row["key"],
@@ -125,21 +131,26 @@ def glances(frames: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * frames // (2 * count) for i in range(count))
 
 
-def _histograms(rows: Sequence[dict[str, Any]], decode_s: Sequence[float]) -> str:
+def _histograms(samples: pa.Table, strips: Sequence[tuple[dict[str, Any], Strip]]) -> str:
     """Six histograms as a base64 PNG."""
     figure = Figure(figsize=(13, 5), dpi=90, layout="constrained")
+    names = ("duration_s", "fps", "width", "height", "video_size")
+    seconds, fps, width, height, size = (samples[name].to_numpy() for name in names)
     panels = [
-        ("length (s)", [row["duration_s"] for row in rows]),
-        ("frames per second", [row["fps"] for row in rows]),
-        ("width / height", [row["width"] / row["height"] for row in rows]),
-        ("size (KB)", [row["video_size"] / 1e3 for row in rows]),
-        ("bit rate (kbit/s)", [row["video_size"] * 8e-3 / max(row["duration_s"], 1e-3) for row in rows]),
-        (f"CPU ms to decode {SHEET_FRAMES} frames (contact sheet)", [1e3 * seconds for seconds in decode_s]),
+        ("length (s)", seconds),
+        ("frames per second", fps),
+        ("width / height", width / height),
+        ("size (KB)", size / 1e3),
+        ("bit rate (kbit/s)", size * 8e-3 / np.maximum(seconds, 1e-3)),
+        (f"CPU ms to decode {SHEET_FRAMES} frames (contact sheet)", [1e3 * strip.decode_s for _, strip in strips]),
     ]
     for axes, (name, values) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        axes.hist(values, bins=30, color="#3b6ea5")
+        counts, _, _ = axes.hist(values, bins=30, color="#3b6ea5")
         axes.set_xlabel(name)
-        axes.set_yscale("symlog", linthresh=10)
+        if max(counts) > 100:
+            axes.set_yscale("symlog", linthresh=10)
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return base64.b64encode(file.getvalue()).decode()

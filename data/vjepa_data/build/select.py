@@ -15,10 +15,11 @@ from typing import Any
 from vjepa_data.build.ingest import Source
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Reject, canonical_json, write_whole
+from vjepa_data.shards import Reject, canonical_json
 from vjepa_data.spec import Filter, Spec
 from vjepa_data.transcode import Box
 from vjepa_data.video import Probe, Reason, Refused
+from vjepa_data.whole import write_whole
 from vjepa_data.work import Look, Seen
 
 CHUNK = 512

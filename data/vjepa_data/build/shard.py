@@ -18,6 +18,7 @@ from typing import Any
 import av
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vjepa_data.build.ingest import Source, ingest
 from vjepa_data.build.pack import BuildPlan, ShardPlan, freeze, thaw
@@ -28,8 +29,9 @@ from vjepa_data.build.write import write_shards
 from vjepa_data.index import prepare
 from vjepa_data.pool import Pool
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Manifest, Reject, read_manifest, read_record, remove_leftovers, write_manifest
+from vjepa_data.shards import Manifest, Reject, read_manifest, read_record, write_manifest
 from vjepa_data.spec import Spec
+from vjepa_data.whole import remove_leftovers
 
 WRITTEN = frozenset(
     {"plan", "shards", "status", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", ".index"}
@@ -256,10 +258,10 @@ def stop_in_good_order() -> Iterator[None]:
 def show_progress(console: Console | None) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=False)),
     )
     with Progress(*columns, console=console, transient=False) as progress:
         yield progress

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vjepa_data.build.select import CHUNK
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import write_whole
+from vjepa_data.whole import write_whole
 
 EVERY_S = 5.0
 """How often a builder writes down what it did."""
@@ -128,7 +128,7 @@ class StatusFile:
         rate = tally.clips / max(1.0, now - self._started)
         whole = total([*(before.tally for before in self._before), tally])
         status = BuilderStatus(self._builder, self._sources, now, rate, is_done, whole)
-        write_whole(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n")
+        write_whole(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n", lasts=False)
 
 
 def read_builders(out: Path) -> tuple[BuilderStatus, ...]:

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from vjepa_data.build.select import Cutting
 from vjepa_data.build.status import Tally
 from vjepa_data.fetch import Place
 from vjepa_data.pool import Pool
-from vjepa_data.shards import Reject, Sample, ShardWriter, is_claimed, read_record, remove_leftovers
+from vjepa_data.shards import Reject, Sample, ShardWriter, read_record
 from vjepa_data.spec import Spec
 from vjepa_data.transcode import Box
 from vjepa_data.video import Refused
+from vjepa_data.whole import is_claimed, remove_leftovers
 from vjepa_data.work import Done, Store
 
 PATIENCE_S = 1.0
@@ -48,22 +51,36 @@ def write_shards(
     turn = int(start * len(plan.shards))
     missing = [*plan.shards[turn:], *plan.shards[:turn]]
     writers: dict[int, ShardWriter] = {}
+    commits: deque[Future[None]] = deque()
     tally = Tally()
+    # Forcing a shard to the disk takes seconds, in which children that are done must find new work.
+    with ThreadPoolExecutor(1) as committer:
+        try:
+            while missing := [s for s in missing if read_record(out, s.number, plan=plan.hash) is None]:
+                free = [shard for shard in missing if not is_claimed(out / shard.file)]
+                if not free:
+                    time.sleep(PATIENCE_S)
+                    remove_leftovers(out / "shards")
+                for task, answer in pool.map(_tasks(out, plan, free, writers, places, spec)):
+                    shard = plan.shards[task.shard]
+                    _store(writers[shard.number], shard.clips[task.position], answer, tally)
+                    advance(tally)
+                    if task.position == len(shard.clips) - 1:
+                        commits.append(committer.submit(_commit, writers.pop(shard.number), plan.hash))
+                    while commits and commits[0].done():
+                        commits.popleft().result()
+                while commits:
+                    commits.popleft().result()
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+
+
+def _commit(writer: ShardWriter, plan: str) -> None:
     try:
-        while missing := [s for s in missing if read_record(out, s.number, plan=plan.hash) is None]:
-            free = [shard for shard in missing if not is_claimed(out / shard.file)]
-            if not free:
-                time.sleep(PATIENCE_S)
-                remove_leftovers(out / "shards")
-            for task, answer in pool.map(_tasks(out, plan, free, writers, places, spec)):
-                shard = plan.shards[task.shard]
-                _store(writers[shard.number], shard.clips[task.position], answer, tally)
-                advance(tally)
-                if task.position == len(shard.clips) - 1:
-                    writers.pop(shard.number).commit(plan=plan.hash)
+        writer.commit(plan=plan)
     finally:
-        for writer in writers.values():
-            writer.abandon()
+        writer.abandon()
 
 
 def _tasks(
