@@ -27,7 +27,7 @@ def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Pa
 
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines() if line]
-    assert {words[1] for words in commands} == {"shard", "verify", "index"}
+    assert {words[1] for words in commands} == {"shard", "verify", "index", "merge"}
     for words in commands:
         assert words[0] == "vjepa"
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
@@ -41,6 +41,8 @@ def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Pa
     assert (tmp_path / "corpus" / "report.html").exists()
     assert sorted(row["split"] for row in rows("admitted")) == ["train", "val"]
     assert len(rows("mended")) == 2
+    assert "corpus: " in (tmp_path / "mixture.yaml").read_text()
+    assert not (tmp_path / "big").exists()
 
 
 def test_the_settings_of_the_page_are_settings(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from vjepa_data.settings import BadInput
 from vjepa_data.shards import read_manifest
 from vjepa_data.stream import open_plan
 
+SETTINGS = "name: mixed\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\noptim: {lr: 1.0e-3}\n"
+
 
 @pytest.fixture
 def corpora(corpus: Path, videos: list[bytes], make_corpus: Callable[..., Path], edit_manifest, tmp_path: Path):
@@ -29,7 +31,7 @@ def corpora(corpus: Path, videos: list[bytes], make_corpus: Callable[..., Path],
 
 
 def test_a_mixture_is_the_base_of_a_run(corpora: list[str], tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("base: mixture.yaml\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\n")
+    (tmp_path / "run.yaml").write_text(f"base: mixture.yaml\n{SETTINGS}")
     write_mixture(merge(corpora), tmp_path / "mixture.yaml")
     sources = load(tmp_path / "run.yaml").settings.data.sources
     assert [source.shards for source in sources] == corpora
@@ -40,9 +42,7 @@ def test_a_mixture_is_the_base_of_a_run(corpora: list[str], tmp_path: Path) -> N
 
 
 def test_a_mixture_with_a_base_is_a_run(corpora: list[str], tmp_path: Path) -> None:
-    (tmp_path / "all.yaml").write_text(
-        "steps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\ndata: {sources: [{shards: x}]}\n"
-    )
+    (tmp_path / "all.yaml").write_text(f"{SETTINGS}data: {{sources: [{{shards: x}}]}}\n")
     (tmp_path / "mixtures").mkdir()
     mixture = merge(corpora, weights=[3, 1])
     write_mixture(mixture, tmp_path / "mixtures" / "mixture.yaml", base=tmp_path / "all.yaml")
@@ -61,7 +61,7 @@ def test_clips_that_are_in_two_corpora_are_told(corpora: list[str]) -> None:
 def test_a_run_refuses_a_corpus_that_took_the_place_of_another(
     corpora: list[str], edit_manifest, tmp_path: Path
 ) -> None:
-    (tmp_path / "run.yaml").write_text("base: mixture.yaml\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\n")
+    (tmp_path / "run.yaml").write_text(f"base: mixture.yaml\n{SETTINGS}")
     write_mixture(merge(corpora), tmp_path / "mixture.yaml")
     edit_manifest(Path(corpora[1]), lambda manifest: manifest.update(tools={"av": "1"}))
     with pytest.raises(BadInput, match=r"b holds the corpus \w+, not \w+; bring that one back"):
