@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from vjepa.evals import embed as embed_module
-from vjepa.evals.clips import EvalClips
+from vjepa.evals import files as files_module
+from vjepa.evals.clips import EvalClips, square_views
 from vjepa.evals.embed import embed
 from vjepa.evals.files import file_clips, find_videos
 from vjepa.release.read import load_encoder
@@ -77,6 +78,40 @@ def test_a_corpus_gives_the_features_of_its_clips(trained: Path, scenes: Path, t
     clips = list(EvalClips(scenes, split="val", px=32, frames=4, fps=8.0))
     wanted = encoder(torch.stack([clip.frames for clip in clips])).mean((1, 2, 3)).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "f.npy"), wanted, atol=1e-5)
+
+
+HANGING = """
+import os, time
+
+def work(wanted):
+    while wanted.path.name == "a.mp4":
+        time.sleep(1)
+    os.abort()
+"""
+
+
+def test_files_that_hang_or_crash_their_decoder_are_rows(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "hanging.py").write_text(HANGING)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setattr(files_module, "__name__", "hanging")  # what children run
+    videos = [folder / "a.mp4", folder / "b.mp4"]
+    summary = embed(trained, videos, tmp_path / "f.parquet", timeout_s=2)
+    assert (summary.clips, summary.broken) == (0, 2)
+    hung, crashed = (row["error"] for row in rows_of(tmp_path / "f.parquet"))
+    assert hung.startswith("timed_out: after 2 s")
+    assert crashed.startswith("crashed")
+
+
+def test_views_are_squares_from_left_to_right() -> None:
+    frames = np.zeros((1, 8, 24, 3), np.uint8)
+    frames[:, :, 8:16], frames[:, :, 16:] = 100, 200
+    levels = [int(view.float().mean()) for view in square_views(frames, 8, 3)]
+    assert levels == [0, 100, 200]
+    assert [int(view.float().mean()) for view in square_views(frames.transpose(0, 2, 1, 3), 8, 3)] == levels
+    assert square_views(frames, 8, 1)[0].shape == (1, 8, 8, 3)
 
 
 def test_it_goes_on_where_it_was_stopped(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vjepa.evals.knn import knn
 from vjepa.model.encoder import Encoder, View, normalise
 from vjepa.model.predictor import Guess, Predictor
 from vjepa.release import compare
@@ -110,6 +111,22 @@ def test_the_folder_is_complete_and_says_what_it_is(hf_folder: Path) -> None:
     processor = json.loads((hf_folder / "video_preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 36}
     assert transformers.VJEPA2Config.from_pretrained(hf_folder).crop_size == 32
+
+
+def test_the_card_says_what_was_measured_of_these_weights(
+    make_trained: Callable[..., Path], scenes: Path, tmp_path: Path
+) -> None:
+    run = make_trained(tmp_path / "run")
+    knn(run, scenes, label="shape", out=run / "knn.json")
+    other = json.loads((run / "knn.json").read_text())
+    other["model"]["step"] = 20
+    (run / "older.json").write_text(json.dumps(other))
+    said = export(run, tmp_path / "out", format="native")
+    assert [result["model"]["step"] for result in said["results"]] == [40]
+    (line,) = [one for one in (tmp_path / "out" / "README.md").read_text().splitlines() if one.startswith("| shape |")]
+    assert f"{said['results'][0]['accuracy']:.3f}" in line
+    with pytest.raises(BadInput, match="holds no result"):
+        export(run, tmp_path / "more", format="native", results=[tmp_path / "out" / "model.json"])
 
 
 def test_an_export_that_would_lie_is_not_finished(

@@ -1,13 +1,17 @@
 """Neighbours in feature space: who votes, and who is shown."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from vjepa.evals.knn import knn, nearest_page, vote
+from vjepa.evals.publish import publish
+from vjepa.run.checkpoint import resolve
 from vjepa_data.settings import BadInput
 
 
@@ -27,6 +31,23 @@ def test_the_result_has_its_prior_and_its_interval(trained: Path, scenes: Path, 
     assert found["prior"] == 0.5
     assert 0 <= found["interval"][0] < found["accuracy"] < found["interval"][1] <= 1
     assert found["protocol"]["clips"] == 24
+
+
+def test_results_go_to_the_record_of_the_run(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    found = knn(run, scenes, label="shape", out=tmp_path / "knn.json", baselines=True)
+    assert [row["features"] for row in found["rows"]] == ["pretrained", "random init", "pixels", "prior"]
+    with pytest.raises(BadInput, match="no run with a record at W&B"):
+        publish(found, run)
+    settings = json.loads((resolve(run) / "state.json").read_text())["settings"]
+    settings["track"]["wandb"] = "offline"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "wandb").mkdir()
+    (run / "wandb" / "id").write_text("abcd1234\n")
+    publish(found, resolve(run))
+    (record,) = run.glob("wandb/offline-run-*-abcd1234/*.wandb")
+    assert b"eval/knn/shape/accuracy/random_init" in record.read_bytes()
 
 
 def test_a_video_of_the_corpus_is_nearest_to_itself(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from vjepa.evals.knn import knn
 from vjepa.evals.probe import probe
+from vjepa.release.export import export
 from vjepa.release.read import read_weights
 from vjepa.report import pictures
 from vjepa.report.pictures import Curve
@@ -89,6 +92,47 @@ def test_bad_input_is_named_and_nothing_is_overwritten(story: Path, tmp_path: Pa
     with pytest.raises(BadInput, match="line 2 is not JSON"):
         report(story)
     assert not list(story.glob(".report*"))
+
+
+def test_a_model_has_a_page(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    knn(trained, scenes, label="shape", out=tmp_path / "knn.json", baselines=True)
+    export(trained, tmp_path / "model", format="native")
+    path = report(tmp_path / "model", clips=[scenes], results=[tmp_path / "knn.json"])
+    page = path.read_text()
+    assert path == tmp_path / "model" / "report.html"
+    for words in ("40 steps in run <code>tiny</code>", "Nearest neighbours", "pixels", "c0ffee", "scene-00"):
+        assert words in page, words
+    assert page.count("<figure>") == 3
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    bare = report(tmp_path / "model", tmp_path / "bare.html").read_text()
+    assert "Give videos with --clips" in bare
+    with pytest.raises(BadInput, match="say with --out"):
+        report(resolve(trained))
+    with pytest.raises(BadInput, match="holds no result"):
+        report(tmp_path / "model", results=[tmp_path / "model" / "model.json"])
+
+
+def test_a_corpus_has_a_page(scenes: Path, tmp_path: Path) -> None:
+    page = report(scenes, tmp_path / "page.html").read_text()
+    assert "40 clips, 4 frames of each" in page
+    assert len(page) < 5e6
+    with pytest.raises(BadInput, match="is no model"):
+        report(scenes, tmp_path / "other.html", clips=[scenes])
+
+
+def test_attempts_are_on_the_line_of_time(story: Path) -> None:
+    began = 1_790_000_000
+    attempts = [
+        {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began + 60 * step)), "code": {}}
+        for step in (0, 20)
+    ]
+    (story / "environment.json").write_text(json.dumps({"attempts": attempts}))
+    lines = [{"step": step, "time": began + 60 * step + 30} for step in range(1, 41)]
+    (story / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(story).read_text()
+    assert "Steps made over time" in page
+    assert "minutes since the first attempt began" in page
+    assert "attempt 2" in page
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:

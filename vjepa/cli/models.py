@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from vjepa.cli.verb import Verbs, out, overwrite
 
@@ -15,6 +16,7 @@ def add_verbs(verbs: Verbs) -> None:
     _part(verb)
     verb.add_argument("--mask-kind", type=int, help="which kind of mask an hf export's predictor answers to")
     verb.add_argument("--probe", type=Path, help="a probe by `vjepa eval attentive`: export a classifier")
+    verb.add_argument("--results", type=Path, nargs="+", default=(), help="files by `vjepa eval`, for the model card")
     verb.add_argument("--licence", default="other", help="licence of the weights, for the model card")
     overwrite(verb)
 
@@ -86,6 +88,7 @@ def _labelled(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("shards", type=Path, metavar="SHARDS", help="a corpus whose samples carry labels")
     verb.add_argument("--split", default="val", help="to report on (default: %(default)s)")
     _part(verb)
+    verb.add_argument("--wandb", action="store_true", help="add the numbers to the record of the run at W&B")
     overwrite(verb)
 
 
@@ -113,6 +116,7 @@ def export(args: argparse.Namespace) -> None:
         part=args.part,
         mask_kind=args.mask_kind,
         probe=args.probe,
+        results=args.results,
         licence=args.licence,
         overwrite=args.overwrite,
     )
@@ -155,7 +159,6 @@ def embed(args: argparse.Namespace) -> None:
 
 def probe(args: argparse.Namespace) -> None:
     from vjepa.evals.probe import probe
-    from vjepa.evals.results import table
 
     result = probe(
         args.model,
@@ -171,12 +174,11 @@ def probe(args: argparse.Namespace) -> None:
         seed=args.seed,
         overwrite=args.overwrite,
     )
-    print(table(result))
+    _tell(args, result)
 
 
 def attentive(args: argparse.Namespace) -> None:
     from vjepa.evals.attentive import attentive
-    from vjepa.evals.results import table
 
     result = attentive(
         args.model,
@@ -192,12 +194,11 @@ def attentive(args: argparse.Namespace) -> None:
         seed=args.seed,
         overwrite=args.overwrite,
     )
-    print(table(result))
+    _tell(args, result)
 
 
 def knn(args: argparse.Namespace) -> None:
     from vjepa.evals.knn import knn, nearest_page
-    from vjepa.evals.results import table
 
     where = {"split": args.split, "part": args.part, "overwrite": args.overwrite}
     if args.query:
@@ -205,7 +206,17 @@ def knn(args: argparse.Namespace) -> None:
             print(f"{cosine:.3f}  {key}")
     else:
         result = knn(args.model, args.shards, label=args.label, out=args.out, baselines=args.baselines, **where)
-        print(table(result))
+        _tell(args, result)
+
+
+def _tell(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print a result, and send it where it was asked for."""
+    from vjepa.evals.publish import publish
+    from vjepa.evals.results import table
+
+    print(table(result))
+    if args.wandb:
+        publish(result, args.model)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -310,6 +310,8 @@ def _load(
     sides = {}
     for side, (split, classes) in cut.sides.items():
         rows = [row for row in read_json(cache / f"{split}.json")["rows"] if "error" not in row]
+        if not rows:
+            raise BadInput(f"{shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
         tokens = np.load(cache / f"{split}.npy", mmap_mode="r")
         keys = list(classes)
         place = {key: number for number, key in enumerate(keys)}

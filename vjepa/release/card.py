@@ -1,9 +1,11 @@
 """README.md of an export: what it is, how to use it, what to mind."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from vjepa.evals.results import Result, tasks_of, uncertainty
 from vjepa.release.weights import Weights
 
 
@@ -18,6 +20,7 @@ def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> st
         library=library,
         table=table,
         usage=usage.format(frames=weights.frames, px=weights.px),
+        measured=_measured(where.get("results", ())),
         notes=_notes(weights, where),
     )
 
@@ -48,6 +51,22 @@ def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, s
     if "check" in where:
         rows.append(("loaded back", f"features differ by {where['check']['features_max_abs_difference']}"))
     return rows
+
+
+def _measured(results: Sequence[Result]) -> str:
+    """Tables of what evaluations found, in Markdown."""
+    parts = []
+    for result in results:
+        columns, tasks = tasks_of(result["rows"])
+        lines = [f"| {result['kind']} | | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
+        for (task, metric), cells in tasks.items():
+            texts = [
+                f"{cells[name]['value']:.3f} {uncertainty(cells[name])}" if name in cells else "" for name in columns
+            ]
+            lines.append(f"| {task} | {metric} | {' | '.join(texts)} |")
+        said = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items())
+        parts.append("\n".join(lines) + f"\n\n{said}.")
+    return "\n\n".join(parts) or "Nothing yet."
 
 
 def _notes(weights: Weights, where: dict[str, Any]) -> str:
@@ -89,6 +108,10 @@ tags: [video, self-supervised, world-model, vjepa2, feature-extraction]
 ```python
 {usage}
 ```
+
+## Measured
+
+{measured}
 
 ## Mind
 

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vjepa import __version__
 from vjepa.evals.pooler import Classifier, hf_probe_tensors, load_classifier
+from vjepa.evals.results import Result, find_results, read_result
 from vjepa.model.predictor import Predictor
 from vjepa.output import check_free, new_folder
 from vjepa.release.card import model_card
@@ -47,6 +48,7 @@ def export(
     part: Part = "target",
     mask_kind: int | None = None,
     probe: Path | None = None,
+    results: Sequence[Path] = (),
     licence: str = "other",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def export(
             masks: the large blocks), or 0 where there is only one.
         probe: a probe that `vjepa eval attentive` trained on this model; an `hf` export is then a classifier, a
             `VJEPA2ForVideoClassification`, of which `AutoModel` still loads the encoder.
+        results: files that `vjepa eval` wrote about this model, for the card, besides those in the folder of a run.
         licence: of the weights, for the model card; yours to decide.
         overwrite: replace an earlier export.
 
@@ -81,8 +84,10 @@ def export(
         _require_expressible(weights)
         weights = _with_predictor(weights)
     order = mask_token_order(weights.mask_tokens, _mask_kind(weights, mask_kind)) if weights.mask_tokens else []
+    measured = [*_own_results(source, weights), *map(read_result, results)]
     provenance = {
         **weights.provenance,
+        "results": [*weights.provenance.get("results", ()), *measured],
         "format": 1,
         "layout": format,
         "rope": weights.model.rope,
@@ -110,6 +115,12 @@ def export(
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
     log.info("exported %s to %s (%s); loaded back: the same features, bit for bit", source, out, format)
     return provenance
+
+
+def _own_results(source: Path, weights: Weights) -> list[Result]:
+    """What was found of these very weights, and lies in the folder of their run."""
+    same = {key: weights.provenance.get(key) for key in ("run", "step", "part")}
+    return [one for one in find_results(source) if same.items() <= one["model"].items()]
 
 
 # ---- what Hugging Face's model can express

@@ -66,8 +66,9 @@ def load_native(folder: Path) -> VideoEncoder:
         clip = {"px": int(content["px"]), "frames": int(content["frames"]), "fps": float(content["fps"])}
         return VideoEncoder(_shape_of(content["model"]), tensors, **clip, provenance=read_provenance(folder))
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise BadInput(
-            f"{folder}: model.json and model.safetensors do not make a model ({error}); copy it again"
+            f"{folder}: model.json and model.safetensors do not make a model ({reason}); copy or export it again"
         ) from None
 
 

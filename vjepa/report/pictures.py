@@ -147,8 +147,10 @@ def plot(
     if across == "step":
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if len(curves) > 1:
-        axes.margins(y=0.25)  # room for the legend
-        axes.legend(frameon=False, fontsize=7, labelcolor=INK)
+        axes.legend(
+            frameon=False, fontsize=6.5, labelcolor=INK, ncols=len(curves), handlelength=1, columnspacing=0.8,
+            handletextpad=0.4, loc="lower right", bbox_to_anchor=(1.02, 0.97),
+        )  # fmt: skip
     return _svg(figure)
 
 

@@ -1,0 +1,70 @@
+"""Every command and every program of docs/downstream.md is run here, in the order of the page, on a small run."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from vjepa.cli import main
+from vjepa.run.checkpoint import load_weights, resolve
+
+PAGE = Path(__file__).parents[2] / "docs" / "downstream.md"
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def place(
+    trained: Path,
+    scenes: Path,
+    write_scene: Callable[[Path, int], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder with all that the page speaks of: a run, a corpus, videos, a released file."""
+    run = tmp_path / "runs" / "X"
+    shutil.copytree(trained, run)
+    settings = json.loads((resolve(run) / "state.json").read_text())["settings"]
+    settings["loader"]["decoder"] = "pyav"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "shards").symlink_to(scenes)
+    for name in ("videos/a.mp4", "videos/b.mp4", "more.mp4"):
+        write_scene(tmp_path / name, len(name))
+    (tmp_path / "videos" / "broken.mkv").write_bytes(b"no video")
+    content = {"encoder": load_weights(run, "encoder"), "target_encoder": load_weights(run, "target")}
+    torch.save(content, tmp_path / "vitl.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_works_as_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    verbs = []
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text, str(PAGE), "exec"), {})
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "vjepa"
+            assert main(words[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+            verbs.append(words[1] if words[1] != "eval" else words[2])
+    assert set(verbs) == {"export", "import", "embed", "probe", "attentive", "knn", "report"}
+    rows = pq.read_table(place / "features.parquet").to_pylist()
+    assert [Path(row["key"]).name for row in rows] == ["a.mp4", "b.mp4", "broken.mkv", "more.mp4"]
+    assert [row["error"] is None for row in rows] == [True, True, False, True]
+    page = (place / "model" / "report.html").read_text()
+    assert "max over heads" in page
+    assert "Nearest neighbours" in page
+    assert (place / "shards.html").read_text().count("<img") > 20
+    assert json.loads((place / "tuned" / "config.json").read_text())["architectures"] == [
+        "VJEPA2ForVideoClassification"
+    ]
