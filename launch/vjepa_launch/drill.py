@@ -119,7 +119,7 @@ def drills(cluster: Cluster) -> list[Drill]:
               inject={"rank": last, "step": 30, "do": "kill"}),
         Drill("suspend", f"rank {last} is suspended (SIGSTOP)", ("failed", "done"),
               inject={"rank": last, "step": 30, "do": "suspend"}),
-        Drill("hang", f"rank {last} waits for ever", ("failed", "done"), profile={"restart": Restart(stall_min=0.1)},
+        Drill("hang", f"rank {last} waits for ever", ("failed", "done"), profile={"restart": Restart(stall_min=0.25)},
               inject={"rank": last, "step": 30, "do": "sleep"}),
         Drill("crash-loop", "fails at the same step each time", ("failed",) * 4, finishes=False,
               inject={"rank": last, "step": 30, "do": "1", "restarts": 99}),

@@ -84,7 +84,7 @@ class Rehearsal:
     def is_alive(self) -> bool:
         return jobs.is_alive(self.executor, self.job)
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60.0, poll_s: float = 0.05) -> None:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 200.0, poll_s: float = 0.05) -> None:
         """Wait for something to become true.
 
         Raises:
@@ -96,7 +96,7 @@ class Rehearsal:
                 raise TimeoutError(f"waited {timeout_s:.0f} s in vain\n{self.log()}")
             time.sleep(poll_s)
 
-    def wait(self, timeout_s: float = 60.0) -> dict[str, Any]:
+    def wait(self, timeout_s: float = 200.0) -> dict[str, Any]:
         """Wait until the job is over.
 
         Returns:

@@ -84,10 +84,10 @@ def test_refused_input_is_not_tried_again(rehearsal: Make) -> None:
     assert len(run.events("start")) == 1
 
 
-def test_a_suspended_rank_is_found_and_the_run_comes_back(rehearsal: Make) -> None:
+def test_a_rank_that_makes_no_progress_is_found_and_the_run_comes_back(rehearsal: Make) -> None:
     run = rehearsal("--steps", "30", "--step-s", "0.03", "--every", "10")
-    run.inject(rank=1, step=15, restarts=1, do="suspend")
-    run.launch(machine(stall_min=0.05))
+    run.inject(rank=1, step=15, restarts=1, do="sleep")
+    run.launch(machine(stall_min=0.2))
     assert run.wait()["outcome"] == "done"
     first = run.events("end")[0]
     assert first["outcome"] == "failed"

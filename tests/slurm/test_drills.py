@@ -63,6 +63,11 @@ def test_nothing_is_lost_and_nothing_is_repeated_without_need(results: dict[str,
     assert result.replayed == 0 or "failed" in result.seen
 
 
+def test_a_cancelled_job_is_cancelled_for_slurm_too(results: dict[str, Future[Result]]) -> None:
+    shown = scheduler.show_job(Rehearsal.of(results["cancel"].result().folder).job)
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0")
+
+
 def test_ranks_save_though_all_processes_hear_term(loud_slurm: Any, tmp_path: Path) -> None:
     """srun too would hear it, and kill them while they save."""
     (cancel,) = drill.choose(PROFILE, ["cancel"])
