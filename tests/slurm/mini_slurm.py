@@ -226,7 +226,7 @@ def _run(*command: str, environment: dict[str, str] | None = None) -> None:
     subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL)
 
 
-def _wait_for(condition: Callable[[], bool], program: str, folder: Path, timeout_s: float = 40.0) -> None:
+def _wait_for(condition: Callable[[], bool], program: str, folder: Path, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -10,10 +10,9 @@ import yaml
 
 from vjepa.cli import main
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
-@pytest.mark.timeout(600)
 def test_every_node_is_looked_at_and_the_odd_one_is_named(
     slurm: Any, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from vjepa_launch.drill import Result
 from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.settings import Cluster, Restart
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=2, cpus_per_task=1, hours=1, notice_s=30)
 # The rest is rehearsed on one machine (tests/launch), where a restart takes no ten seconds; `vjepa drill` runs all.

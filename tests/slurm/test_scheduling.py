@@ -14,7 +14,7 @@ from vjepa_launch import place, status, submit
 from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.settings import BadInput, Cluster
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=2, cpus_per_task=1, hours=1, notice_s=30)
 INTRUDER = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap"]

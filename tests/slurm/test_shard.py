@@ -16,10 +16,9 @@ from vjepa_data.synthetic import write_corpus
 from vjepa_launch import status
 from vjepa_launch.rehearsal import Rehearsal
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
-@pytest.mark.timeout(600)
 def test_an_array_that_lost_a_task_is_finished_by_the_same_command(
     slurm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,13 +15,12 @@ from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.request import Request, train_command
 from vjepa_launch.settings import Cluster
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=1, cpus_per_task=2, hours=1, notice_s=60)
 STEPS = 300
 
 
-@pytest.mark.timeout(900)
 def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
     loud_slurm: Any, tiny_run: Callable[..., Run], tmp_path: Path
 ) -> None:
