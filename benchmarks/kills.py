@@ -40,15 +40,15 @@ def main() -> None:
         out = Path(folder)
         make = tiny.maker_of_runs(tiny.write_tiny_corpus(out / "corpus"))
         run = make(
-            steps=8 * args.kills,
+            steps=5 * args.kills,
             checkpoint={"every_steps": 2, "background": args.background},
             loader={"workers": args.workers},
             parallel={"timeout_s": 20, "accumulate": 2},
         )
         start_s = time.perf_counter()
-        test.kill_and_compare(
-            run, out, world=args.world, at_random=args.kills - len(test.POINTS), seed=args.seed
-        )  # it asserts that all losses, norms and last weights are equal
+        at_random = args.kills - len(test.POINTS)
+        # It asserts that all losses, norms and last weights are equal.
+        test.kill_and_compare(run, out, world=args.world, at_random=at_random, seed=args.seed, limit_s=1200)
         attempts = json.loads((out / "kills" / "run" / "environment.json").read_text())["attempts"]
         print(
             f"{args.kills} kills, {len(attempts) - 1} of them of a run under way; {run.steps} steps on {args.world} "

@@ -182,7 +182,10 @@ class Attempt:
 def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
     """Build the pieces, bring them to where the last attempt stopped, and close them at the end."""
     check_program(run, world)
-    newest = checkpoint.find_newest(checkpoint.home_of(folder, run.checkpoint), world)
+    home = checkpoint.home_of(folder, run.checkpoint)
+    newest = checkpoint.find_newest(home, world)
+    if newest is None:
+        world.first(lambda: checkpoint.check_moved(folder, home))
     facts = checkpoint.read_facts(newest) if newest else None
     step = facts.step if facts else 0
     with ExitStack() as at_end:

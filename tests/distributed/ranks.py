@@ -285,7 +285,7 @@ def main() -> None:
             time.sleep(job["kill_after_s"])
             os.kill(pids[-1], signal.SIGKILL)  # the others must notice by themselves
         for pid in pids:
-            wait(pid, until_s=start_s + LIMIT_S)
+            wait(pid, until_s=start_s + job.get("limit_s", LIMIT_S))
         print(f"{job['scenario']} x{job['world']}: {time.perf_counter() - start_s:.1f} s", flush=True)
 
 

@@ -135,9 +135,13 @@ def test_a_run_goes_on_from_a_store_and_is_verified_there(
     assert train(tiny_run(checkpoint={"folder": HOME, "background": True}), tmp_path / "store") == 0
     ours, theirs = (checkpoint.load_weights(tmp_path / name) for name in ("store", "disk"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not (tmp_path / "store" / "checkpoints").exists()
+    (note,) = (tmp_path / "store" / "checkpoints").iterdir()
+    assert (note.name, note.read_text()) == ("step_00000006", f"{HOME}/step_00000006\n")
     assert main(["verify", str(tmp_path / "store")]) == 0
     assert "2 checkpoints: 0 problems" in capsys.readouterr().out
+    elsewhere = tiny_run(checkpoint={"folder": "s3://bucket/runs/y"})
+    with pytest.raises(BadInput, match=r"runs/y holds no checkpoint of this run, but .*step_00000006 says"):
+        train(elsewhere, tmp_path / "store")
     name = "bucket/runs/x/step_00000003/__0_0.distcp"
     store.objects[name] = store.objects[name][:-1] + b"?"
     assert main(["verify", str(tmp_path / "store")]) == 1

@@ -185,6 +185,7 @@ class Saver:
     def __init__(self, run_folder: Path, settings: Checkpoint, world: World) -> None:
         self.settings, self.world = settings, world
         self.home = home_of(run_folder, settings)
+        self._notes = run_folder / "checkpoints"
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.newest = -1
@@ -280,6 +281,7 @@ class Saver:
         if place.is_remote(path):
             place.patiently(lambda: (path / "state.json").write_text(state), path)
             place.patiently(lambda: (path.parent / "latest").write_text(path.name + "\n"), path)
+            self._note(path)
         else:
             unseen = [name for name in files if not (part / name).is_file()]
             if unseen:
@@ -293,6 +295,14 @@ class Saver:
         self._intact.add(path)
         log.info("step %d: saved %s", step_of(path), path)
         self._prune()
+
+    def _note(self, path: Path) -> None:
+        """Leave the name of a checkpoint that lies elsewhere, for launchers that look how far a run folder is."""
+        self._notes.mkdir(exist_ok=True)
+        for old in self._notes.glob("step_*"):
+            if old.is_file():
+                old.unlink()
+        (self._notes / path.name).write_text(f"{path}\n")
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         """What an action gave on each rank. Its failure on one is one on all: nobody waits for who gave up.
@@ -369,6 +379,20 @@ def find_newest(home: Path, world: World) -> Path | None:
             f"bring one back, or give another folder with --out to start anew"
         )
     return None
+
+
+def check_moved(run_folder: Path, home: Path) -> None:
+    """Make sure that a run without checkpoints has none elsewhere: starting anew would be a silent loss.
+
+    Raises:
+        BadInput: its folder has some, or notes of some, and `home` has none.
+    """
+    left = sorted((run_folder / "checkpoints").glob("step_*"))
+    if left:
+        raise BadInput(
+            f"{home} holds no checkpoint of this run, but {left[-1]} says that there are some; copy them there, set "
+            f"checkpoint.folder back, or give another run folder with --out"
+        )
 
 
 def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:

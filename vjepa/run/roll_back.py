@@ -29,6 +29,9 @@ def roll_back(run: Run, folder: Path, world: World, *, healthy: int, last: int) 
         for path in found:
             if step_of(path) > healthy:
                 place.set_aside(path, name="unhealthy")
+        for note in (folder / "checkpoints").glob("step_*"):
+            if note.is_file() and step_of(note) > healthy:
+                note.unlink()
         step = max((step_of(path) for path in found if step_of(path) <= healthy), default=0)
         if run.health.after_roll_back == "pass_over":
             passed_over.add(folder, at=step, count=last - step)
