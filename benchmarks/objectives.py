@@ -112,7 +112,7 @@ def table(done: dict[str, list[dict[str, Any]]]) -> str:
     untrained: dict[tuple[str, ...], str] = {}  # most objectives start with the same encoders
     for name, runs in some.items():
         scores = tuple(spread(runs[0]["rows"][task, "random init"]["seeds"]) for task in TASKS)
-        untrained[scores] = f"{untrained[scores]}, {name}" if scores in untrained else name
+        untrained[scores] = f"{untrained[scores]}; {name}" if scores in untrained else name
     lines += [[f"untrained ({names})", "0", "", *scores] for scores, names in untrained.items()]
     for name in ("pixels", "prior"):
         first = next(iter(some.values()))[0]["rows"]
