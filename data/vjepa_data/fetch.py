@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 import fsspec
 
+from vjepa_data.remote import store_errors
 from vjepa_data.video import Reason, Refused
 
 SCHEMES = frozenset({"http", "https", "s3", "gs"})
@@ -104,7 +105,7 @@ def _download(url: str, copy: BinaryIO) -> None:
             raise Refused(Reason.UNREACHABLE, "no such object") from None
         except PermissionError:
             raise Refused(Reason.UNREACHABLE, "access denied") from None
-        except (OSError, HTTPException, TimeoutError) as error:
+        except (OSError, HTTPException, TimeoutError, *store_errors()) as error:
             trouble = str(getattr(error, "reason", None) or error) or type(error).__name__
             if attempt + 1 < ATTEMPTS:
                 time.sleep(random.uniform(0.5, 1.0) * 2**attempt / 2)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.compute
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
@@ -97,9 +98,13 @@ def _read(place: str, split: str) -> Part:
     manifest = read_manifest(folder)
     if split not in manifest.splits:
         raise BadInput(f"{place} has no split {split!r}, only {', '.join(sorted(manifest.splits))}; give --split")
-    table = pq.read_table(folder / "samples.parquet", columns=["split", "xxh64"])
+    path = folder / "samples.parquet"
+    try:
+        table = pq.read_table(path, columns=["split", "xxh64"])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); build the corpus again") from None
     hashes = {
-        one: np.unique(table.filter(pyarrow.compute.field("split") == one)["xxh64"].to_numpy().astype("S16"))
+        one: np.unique(table.filter(pc.field("split") == one)["xxh64"].to_numpy().astype("S16"))
         for one in manifest.splits
     }
     licence, origin = (str(manifest.spec.get(name, "")) for name in ("licence", "origin"))

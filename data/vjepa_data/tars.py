@@ -11,7 +11,7 @@ from typing import BinaryIO
 import fsspec
 from braceexpand import braceexpand
 
-from vjepa_data.remote import Gone, is_remote, read_range
+from vjepa_data.remote import Gone, is_remote, read_range, store_errors
 from vjepa_data.settings import BadInput
 
 BLOCK = 16 << 20
@@ -41,9 +41,16 @@ def find_tars(place: str) -> Tars:
         if not files:
             raise BadInput(f"{folder}: no tars below it; give a folder of WebDataset shards")
         return Tars(place, tuple(files))
-    urls = list(braceexpand(place)) if place.endswith(".tar") else _listed(place)
+    urls = _named(place) if place.endswith(".tar") else _listed(place)
     root = os.path.commonpath([url.rpartition("/")[0] for url in urls]).replace(":/", "://", 1)
     return Tars(root, tuple(sorted(url.removeprefix(f"{root}/") for url in urls)))
+
+
+def _named(url: str) -> list[str]:
+    try:
+        return list(braceexpand(url))
+    except ValueError as error:
+        raise BadInput(f"{url}: {error}; write for example train-{{0000..0099}}.tar") from None
 
 
 def _listed(url: str) -> list[str]:
@@ -53,8 +60,8 @@ def _listed(url: str) -> list[str]:
     try:
         system, root = fsspec.url_to_fs(url)
         found = [f"{scheme}://{path}" for path in system.find(root) if path.endswith(".tar")]
-    except (OSError, ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ImportError, ValueError, *store_errors()) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{url}: cannot be listed ({reason}); check the address and the keys") from None
     if not found:
         raise BadInput(f"{url}: no tars below it; give a prefix of WebDataset shards")

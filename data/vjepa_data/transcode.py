@@ -255,7 +255,7 @@ def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: Box) -> str:
     size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     across, down = (Fraction(now, side) for now, side in zip(size, shown, strict=True))
     width, left, height, top = (
-        2 * round(number * scale / 2)
+        2 * int(number * scale / 2)
         for number, scale in ((box.width, across), (box.left, across), (box.height, down), (box.top, down))
     )
     return f"{width}:{height}:{left}:{top}"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vjepa_data.fetch import SCHEMES, Place
 from vjepa_data.labels import MAX_BYTES, plain, read_labels
+from vjepa_data.remote import store_errors
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Columns, Spec
 from vjepa_data.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
@@ -134,10 +135,9 @@ def _address(url: str, spec: Spec) -> Iterator[Source]:
     try:
         system, root = fsspec.url_to_fs(url)
         paths = sorted(system.find(root))
-    except (OSError, ImportError, ValueError) as error:
-        raise BadInput(
-            f"{url}: cannot be listed ({str(error).splitlines()[0]}); check the address and the keys"
-        ) from None
+    except (OSError, ImportError, ValueError, *store_errors()) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{url}: cannot be listed ({reason}); check the address and the keys") from None
     for path in paths:
         if PurePosixPath(path).suffix.lower() in _suffixes(spec):
             address = f"{scheme}://{path}"
