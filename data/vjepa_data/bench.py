@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from vjepa_data import crops
 from vjepa_data.decode import Expect
+from vjepa_data.faults import Unreadable
+from vjepa_data.index import Sample
 from vjepa_data.loader import ClipLoader, open_plan
 from vjepa_data.servant import Servant
-from vjepa_data.settings import Data, Loader
-from vjepa_data.stream import choose, index_of
+from vjepa_data.settings import BadInput, Data, Loader
+from vjepa_data.stream import Choice, choose, index_of
 
 T = TypeVar("T")
 HEADROOM = 1.3  # a loader that is only just fast enough makes the GPU wait at every hiccup
@@ -71,17 +74,27 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
         spent[stage] += time.process_time() - began
         return result
 
-    def one(step: int, slot: int) -> None:
+    def ask(sample: Sample, choice: Choice, expect: Expect) -> np.ndarray:
+        box = choice.box
+        part = (box.top, box.left, box.height, box.width)
+        servant.begin(sample.video, choice.look.frames, expect, suffix=sample.suffix, part=part)
+        return servant.finish()
+
+    def one(step: int, slot: int) -> bool:
         nonlocal size
         draw = charge("plan", lambda: plan.draw(step, slot))
         index, i = index_of(plan, draw), draw.sample
         choice = charge("plan", lambda: choose(plan, data.crop, draw, step=step, slot=slot))
-        sample = charge("read", lambda: index.read(i))
         expect = Expect(int(index.frames[i]), int(index.width[i]), int(index.height[i]))
-        frames = charge("ask", lambda: servant.decode(sample.video, choice.look.frames, expect, suffix=sample.suffix))
+        try:
+            sample = charge("read", lambda: index.read(i))
+            frames = charge("ask", lambda: ask(sample, choice, expect))
+        except Unreadable:  # the loader would replace it
+            return False
         row = out.setdefault(len(frames), torch.empty(len(frames), data.crop.px, data.crop.px, 3, dtype=torch.uint8))
-        charge("crop", lambda: row.copy_(crops.cut_out(frames, choice.box, data.crop.px)))
+        charge("crop", lambda: row.copy_(crops.cut_out(frames, choice.box.inside(choice.box), data.crop.px)))
         size += len(sample.video) + len(sample.json)
+        return True
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,8 +102,12 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
         one(0, slot)
     spent, size = dict.fromkeys(spent, 0.0), 0
     before = cpu_seconds({servant.pid})
-    for number in range(clips):
-        one(*divmod(number, batch_size))
+    good = number = 0
+    while good < clips:
+        good += one(*divmod(number, batch_size))
+        number += 1
+        if number == 2 * clips + 100:
+            raise BadInput(f"{number - good} of {number} samples cannot be used; check the data with `vjepa verify`")
     decode = (cpu_seconds({servant.pid}) - before) * 1000 / clips
     servant.close()
     torch.set_num_threads(threads)

@@ -1,7 +1,8 @@
 """Where in the picture to look: random resized crop and flip of uint8 frames, as functions of (seed, step, slot)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +22,17 @@ class Box:
     height: int
     width: int
     flip: bool
+
+    def inside(self, other: "Box") -> "Box":
+        """The same rectangle, in a picture of which only another was cut out."""
+        return replace(self, top=self.top - other.top, left=self.left - other.left)
+
+
+def around(boxes: Sequence[Box]) -> Box:
+    """Give the smallest rectangle that holds all of some."""
+    top, left = min(b.top for b in boxes), min(b.left for b in boxes)
+    bottom, right = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
+    return Box(top, left, bottom - top, right - left, False)
 
 
 def choose(crop: Crop, *, height: int, width: int, seed: int, step: int, slot: int, attempt: int = 0) -> Box:

@@ -62,9 +62,22 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         # fault_tol=1: an error at the first frame that cannot be had, where 0 and -1 repeat another in its place.
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
         _check_length("decord", len(reader), expect)
-        return reader.get_batch(frames).asnumpy()
+        return np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
     except (decord.DECORDError, RuntimeError, IndexError) as e:
         raise Unreadable("error", f"decord: {e}") from e
+
+
+class _Frames:
+    """decord's array as numpy takes it without a copy, which `asnumpy` would make; it stays alive with the result."""
+
+    def __init__(self, array) -> None:
+        self.array = array
+
+    def __dlpack__(self, **_: object):
+        return self.array.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the CPU
 
 
 def _torchcodec(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:

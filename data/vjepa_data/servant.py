@@ -7,7 +7,7 @@ loader worker keeps one servant:
       encoded bytes -> shared memory A
       "decode frames 0 8 15 ... with decord"  --->    decodes
       crops the clip before, in memory B              frames -> shared memory A
-      uint8 frames in memory A                <---    "done"
+      uint8 frames in memory A                <---    "done"     (of each frame only the part that is wanted)
 
 If no answer comes in time it is killed and another is started; if it dies, so too. Both are tried once more, so that an
 overloaded machine or a stray signal changes nothing of the stream; what fails twice is `Unreadable`. The servant dies
@@ -16,6 +16,7 @@ with its worker. What it prints goes to a file of bounded size. Measured cost of
 
 import contextlib
 import logging
+import math
 import mmap
 import os
 import re
@@ -68,7 +69,15 @@ class Servant:
         self.begin(video, frames, expect, suffix=suffix)
         return self.finish()
 
-    def begin(self, video: bytes, frames: Sequence[int], expect: Expect, *, suffix: str = "mp4") -> None:
+    def begin(
+        self,
+        video: bytes,
+        frames: Sequence[int],
+        expect: Expect,
+        *,
+        suffix: str = "mp4",
+        part: tuple[int, int, int, int] | None = None,
+    ) -> None:
         """Hand over a video; the frames of the `finish` before stay valid until the `finish` after.
 
         Args:
@@ -76,6 +85,7 @@ class Servant:
             frames: numbers of the frames, not falling.
             expect: what the index says of the video.
             suffix: "mp4" or, for a picture, "jpg".
+            part: top, left, height and width of the part of the picture that is wanted; by default all of it.
         """
         assert self._request is None, "the servant is busy; call finish() first"
         self._turn = 1 - self._turn
@@ -84,6 +94,7 @@ class Servant:
             "video": video,
             "frames": [int(f) for f in frames],
             "expect": expect,
+            "part": part or (0, 0, expect.height, expect.width),
             "backend": self.decoder if is_video else "image",
             "fallback": self.fallback if is_video else None,
             "tries": 0,
@@ -94,7 +105,7 @@ class Servant:
         """Wait for the frames.
 
         Returns:
-            uint8 [T H W 3] in shared memory, valid until the next but one `begin`.
+            uint8 [T h w 3], the part asked for, in shared memory; valid until the next but one `begin`.
 
         Raises:
             Unreadable: the video cannot be decoded; the servant is ready for another.
@@ -126,8 +137,7 @@ class Servant:
         if reply["fallback"]:
             self.counts["fallback"] += 1
             log.debug("fell back to %s: %s", request["fallback"], _one_line(reply["fallback"]))
-        e = request["expect"]
-        return self._memory[self._turn].array((len(request["frames"]), e.height, e.width, 3))
+        return self._memory[self._turn].array((len(request["frames"]), *request["part"][2:], 3))
 
     def close(self) -> None:
         """End the process."""
@@ -174,11 +184,11 @@ class Servant:
         assert request is not None
         video, e = request["video"], request["expect"]
         memory = self._memory[self._turn]
-        size = memory.hold(max(len(video), len(request["frames"]) * e.height * e.width * 3))
+        size = memory.hold(max(len(video), len(request["frames"]) * math.prod(request["part"][2:]) * 3))
         memory.map[: len(video)] = video
         self._deadline = time.monotonic() + self.timeout_s
         self._used_s = _state_and_cpu_s(self._process.pid)[1]
-        text = {k: request[k] for k in ("frames", "backend", "fallback")}
+        text = {k: request[k] for k in ("frames", "part", "backend", "fallback")}
         text |= {"expect": [e.frames, e.width, e.height], "memory": self._turn, "size": size, "video": len(video)}
         with contextlib.suppress(
             BrokenPipeError, ConnectionResetError

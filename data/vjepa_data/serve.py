@@ -68,6 +68,8 @@ def _answer(request: dict, memory: mmap.mmap) -> dict:
             return {"reason": "memory", "detail": f"{backend} wants more than {ADDRESS_SPACE_BYTES >> 30} GiB"}
         except ImportError as e:
             return {"fatal": str(e)}
+        top, left, height, width = request["part"]
+        frames = frames[:, top : top + height, left : left + width]
         np.frombuffer(memory, dtype=np.uint8, count=frames.size).reshape(frames.shape)[:] = frames
         return {"fallback": given_up.detail if given_up else None}
     assert given_up is not None

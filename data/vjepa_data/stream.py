@@ -200,9 +200,11 @@ class Decode:
         frames = sorted(set().union(*(clip["choice"].look.frames for clip in clips)))
         expect = Expect(*(int(column[draw.sample]) for column in (index.frames, index.width, index.height)))
         suffix = index.suffix(draw.sample)
-        servant.begin(first[suffix], frames, expect, suffix=suffix)
+        part = crops.around([clip["choice"].box for clip in clips])
+        corner_and_size = (part.top, part.left, part.height, part.width)
+        servant.begin(first[suffix], frames, expect, suffix=suffix, part=corner_and_size)
         for clip in clips:
-            clip["rows"] = np.searchsorted(frames, clip["choice"].look.frames)
+            clip["rows"], clip["part"] = np.searchsorted(frames, clip["choice"].look.frames), part
         return None
 
     def _finish(self, servant: Servant, clips: list[dict], error: Unreadable | None) -> list[dict]:
@@ -247,8 +249,8 @@ class Decode:
         """Cut the clip out of the servant's frames, which will not stay; one that replaced another has been."""
         if "frames" not in sample:
             return sample
-        frames, rows, box = sample.pop("frames"), sample.pop("rows"), sample["choice"].box
-        part = crops.cut(frames, box, rows=rows)
+        box = sample["choice"].box
+        part = crops.cut(sample.pop("frames"), box.inside(sample.pop("part")), rows=sample.pop("rows"))
         if self.loader.crop_on == "device":
             return {**sample, "clip": part.clone(memory_format=torch.contiguous_format)}
         return {**sample, "clip": crops.scale(part, box, self.crop.px)}

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import pytest
+
 from vjepa_data.bench import describe, measure_rate, measure_stages
-from vjepa_data.settings import Clip, Crop, Data, Loader, Source
+from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 
 def test_the_cost_of_a_clip_is_charged_to_its_stages(corpus: Path):
@@ -17,3 +19,15 @@ def test_the_cost_of_a_clip_is_charged_to_its_stages(corpus: Path):
     assert "1 workers: " in text
     assert "at 40 clips/s a step waits" in text
     assert "set loader.workers=1 for 40 clips/s" in text
+
+
+def test_bad_samples_are_passed_over_and_nothing_but_bad_ones_is_said(videos, make_corpus, tmp_path: Path):
+    facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
+    for name, bad in [("some", [3]), ("all", range(8))]:
+        samples = [{"key": f"k{i}", "video": b"noise" if i in bad else videos[0], **facts} for i in range(8)]
+        data = Data(sources=(Source(shards=str(make_corpus(tmp_path / name, [samples]))),), clip=Clip(frames=4, fps=4))
+        if name == "some":
+            assert measure_stages(data, Loader(), seed=0, batch_size=8, clips=20).decode > 0
+        else:
+            with pytest.raises(BadInput, match=r"140 of 140 samples cannot be used; check"):
+                measure_stages(data, Loader(), seed=0, batch_size=8, clips=20)

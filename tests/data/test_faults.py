@@ -219,8 +219,10 @@ def test_closing_ends_all_processes(corpus: Path):
     with ClipLoader(settings(corpus), Loader(workers=2), seed=1, batch_size=BATCH) as loader:
         next(loader)
         during = processes_below(os.getpid()) - before
+        threads = {pid: len(os.listdir(f"/proc/{pid}/task")) for pid in during}
         servants_and_workers = {p for p in during if b"resource_tracker" not in Path(f"/proc/{p}/cmdline").read_bytes()}
     assert len(during) >= 4
+    assert set(threads.values()) <= {1, 2, 3}, threads
     left = {
         p for p in servants_and_workers if alive(p) and b"forkserver" not in Path(f"/proc/{p}/cmdline").read_bytes()
     }
