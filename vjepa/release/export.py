@@ -113,7 +113,7 @@ def export(
             provenance["check"] = check_native(folder, weights)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
-    log.info("exported %s to %s (%s); loaded back: the same features, bit for bit", source, out, format)
+    log.info("exported %s to %s (%s), loaded back and compared", source, out, format)
     return provenance
 
 
