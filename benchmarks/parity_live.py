@@ -1,4 +1,4 @@
-"""Hold our network, masks and training step against a clone of facebookresearch/vjepa2, number by number.
+"""Hold our network, masks, training step and run files against a clone of facebookresearch/vjepa2, number by number.
 
     git clone https://github.com/facebookresearch/vjepa2 /somewhere
     VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py            compare, a minute on one core
@@ -20,14 +20,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vjepa.config import Model, ReferenceMask, Run
+from vjepa.config import BalancedMask, Model, ReferenceMask, Run, load
 from vjepa.masks import Mask, reference_masks
 from vjepa.model.encoder import Encoder, View
 from vjepa.model.grid import Grid
@@ -68,6 +70,7 @@ def main() -> None:
             "reference_masks": reference_mask_sets(),
             "reference_network": reference_network(),
             "reference_steps": reference_steps(),
+            "reference_settings": reference_settings(Path(os.environ["VJEPA2_REFERENCE"])),
         }
     for name, (compare, tolerance) in COMPARISONS.items():
         difference = compare(theirs[name])
@@ -381,11 +384,122 @@ def compare_steps(theirs: Numbers) -> float:
     return worst
 
 
+# --- run files ----------------------------------------------------------------------------------------------------
+
+RUN_FILES = {
+    "vitl16_256px_16f": "vitl16/pretrain-256px-16f",
+    "vitl16_256px_64f": "vitl16/cooldown-256px-64f",
+    "vith16_256px_16f": "vith16/pretrain-256px-16f",
+    "vith16_256px_64f": "vith16/cooldown-256px-64f",
+    "vitg16_256px_16f": "vitg16/pretrain-256px-16f",
+    "vitg16_256px_64f": "vitg16/cooldown-256px-64f",
+    "vitg16_384px_64f": "vitg16/cooldown-384px-64f",
+}
+
+# Its lengths are what was left over from trials; 800 epochs of 300, and 40 of 300, are those of the paper.
+LEFT_OVER = {"vitl16_256px_16f": 800, "vith16_256px_16f": 800, "vitg16_256px_64f": 40}
+
+
+def reference_settings(folder: Path) -> Numbers:
+    """Every number of the published files that decides the result and that a run file of ours has a place for."""
+    registry = importlib.import_module("src.models.vision_transformer")
+    numbers: Numbers = {}
+    for name, path in RUN_FILES.items():
+        file = yaml.safe_load((folder / "configs" / "train" / f"{path}.yaml").read_text())
+        data, model, optim, crop = (file[group] for group in ("data", "model", "optimization", "data_aug"))
+        with mock.patch.object(registry, "VisionTransformer", dict):  # what it would be built with
+            size = registry.__dict__[model["model_name"]]()
+        warmup = optim["warmup"] * optim["ipe"]
+        epochs, ipe = (LEFT_OVER[name], 300) if name in LEFT_OVER else (optim["epochs"], optim["ipe"])
+        values = {
+            "seed": file["meta"]["seed"],
+            "steps": epochs * ipe,
+            "batch": data["batch_size"] * file["nodes"] * file["tasks_per_node"],
+            "frames": data["dataset_fpcs"],
+            "fps": data["fps"],
+            "px": data["crop_size"],
+            "patch": [data["tubelet_size"], data["patch_size"], data["patch_size"]],
+            "weights": data["datasets_weights"],
+            "crop": [*crop["random_resize_scale"], *crop["random_resize_aspect_ratio"]],
+            "encoder": [
+                *(size[part] for part in ("embed_dim", "depth", "num_heads")),
+                int(size["embed_dim"] * size["mlp_ratio"]),
+            ],
+            "predictor": [model["pred_embed_dim"], model["pred_depth"], model["pred_num_heads"]],
+            "masks": [
+                [m["num_blocks"], *m["spatial_scale"], *m["temporal_scale"], *m["aspect_ratio"]] for m in file["mask"]
+            ],
+            "clips_cut_together": data["batch_size"],
+            "lr": [optim["lr"], optim["final_lr"]],
+            "warmup": [warmup, optim["start_lr"] if warmup else 0.0],
+            "weight_decay": [optim["weight_decay"], optim["final_weight_decay"]],
+            "ema": optim["ema"],
+            "loss_exponent": file["loss"]["loss_exp"],
+        }
+        numbers.update({f"{name}-{key}": np.array(value, dtype=np.float64) for key, value in values.items()})
+    return numbers
+
+
+def our_settings() -> Numbers:
+    """The same from ours, where masks are the published ones that the file names at its end."""
+    numbers: Numbers = {}
+    for name in RUN_FILES:
+        run = load(name).settings
+        published = yaml.safe_load(_commented_masks(name))["masks"]
+        masks = [ReferenceMask.model_validate(mask) for mask in published]
+        for ours, theirs in zip(run.masks, masks, strict=True):
+            assert isinstance(ours, BalancedMask)
+            assert (ours.blocks, ours.block_share, ours.aspect) == (
+                theirs.blocks,
+                theirs.spatial_scale[0],
+                theirs.aspect,
+            )
+        size, narrow, optim, crop = run.model.encoder, run.model.predictor, run.optim, run.data.crop
+        values = {
+            "seed": run.seed,
+            "steps": run.steps,
+            "batch": run.batch_size,
+            "frames": [run.data.clip.frames] * len(run.data.sources),
+            "fps": run.data.clip.fps,
+            "px": crop.px,
+            "patch": [run.model.tubelet_frames, run.model.patch_px, run.model.patch_px],
+            "weights": [source.weight for source in run.data.sources],
+            "crop": [*crop.scale, *crop.aspect],
+            "encoder": [size.width, size.depth, size.heads, int(size.width * size.mlp_ratio)],
+            "predictor": [narrow.width, narrow.depth, narrow.heads],
+            "masks": [[m.blocks, *m.spatial_scale, *m.temporal_scale, *m.aspect] for m in masks],
+            "clips_cut_together": masks[0].batch,
+            "lr": [optim.lr, optim.lr if optim.decay == "constant" else optim.final_lr],
+            "warmup": [optim.warmup_steps, optim.start_lr],
+            "weight_decay": [optim.weight_decay] * 2 if optim.final_weight_decay is None else [-1.0, -1.0],
+            "ema": [optim.ema] * 2 if optim.final_ema is None else [-1.0, -1.0],
+            "loss_exponent": run.objective.loss_exponent,  # pyright: ignore[reportAttributeAccessIssue]
+        }
+        numbers.update({f"{name}-{key}": np.array(value, dtype=np.float64) for key, value in values.items()})
+    return numbers
+
+
+def _commented_masks(name: str) -> str:
+    lines = (Path(__file__).parent.parent / "configs" / f"{name}.yaml").read_text().split("# The published masks")[1]
+    return "\n".join(line.removeprefix("# ") for line in lines.splitlines()[1:])
+
+
+def compare_settings(theirs: Numbers) -> float:
+    """How many settings differ."""
+    ours = our_settings()
+    assert theirs.keys() == ours.keys()
+    wrong = [name for name, value in theirs.items() if not np.array_equal(ours[name], value)]
+    for name in wrong:
+        print(f"{name}: published {theirs[name].tolist()}, ours {ours[name].tolist()}")
+    return float(len(wrong))
+
+
 COMPARISONS = {
     "reference_masks": (compare_masks, 0.0),
     # Not zero: hidden pixels are left out before the patches are embedded, and tokens are not sorted by place.
     "reference_network": (compare_network, 1e-5),
     "reference_steps": (compare_steps, 1e-4),
+    "reference_settings": (compare_settings, 0.0),
 }
 
 

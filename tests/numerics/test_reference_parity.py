@@ -1,10 +1,12 @@
-"""Masks, features and three training steps equal what facebookresearch/vjepa2 computed, as recorded in `fixtures/`.
+"""Masks, features, training steps and run files are those of facebookresearch/vjepa2, as recorded in `fixtures/`.
 
 Recorded and compared by `benchmarks/parity_live.py`, which also compares with a clone, live.
 """
 
+import functools
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from vjepa.config import load as load_run
 from vjepa.model.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,3 +68,87 @@ def test_projections_notice_one_wrong_number() -> None:
     wrong[17, 3] += 0.1
     difference = np.abs(parity.project({"x": values}) - parity.project({"x": wrong}))
     assert difference[0, 1:].max() > 0.05
+
+
+def test_the_recording_of_settings_would_notice_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(name: str):
+        loaded = load_run(name)
+        optim = loaded.settings.optim.model_copy(update={"lr": 5.26e-4})
+        return replace(loaded, settings=loaded.settings.model_copy(update={"optim": optim}))
+
+    monkeypatch.setattr(parity, "load", changed)
+    compare, _ = parity.COMPARISONS["reference_settings"]
+    assert compare(recorded("reference_settings")) == len(parity.RUN_FILES)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        # V-JEPA 2.1 (arXiv:2603.14482) and its configuration files of March 2026; ViT-L there is distilled.
+        (
+            "vjepa2_1_vitg16_256px_16f",
+            {
+                "steps": 135_000,
+                "model.encoder.depth": 40,
+                "model.predictor.depth": 24,
+                "model.levels": (9, 19, 29, 39),
+                "model.rope_cells": 16,
+                "objective.context_weight": 0.5,
+                "objective.context_ramp": (15_000, 30_000),
+                "optim.start_lr": 1e-4,
+                "optim.lr": 6e-4,
+                "optim.warmup_steps": 12_000,
+                "optim.ema": 0.99925,
+                "optim.weight_decay": 0.04,
+            },
+        ),
+        ("vjepa2_1_vitl16_256px_16f", {"model.levels": (5, 11, 17, 23), "model.predictor.depth": 24}),
+        # LeVJEPA (arXiv:2608.27395) and its configuration of September 2026.
+        (
+            "levjepa_vitb16_224px_16f",
+            {
+                "batch_size": 3072,
+                "data.clip.frames": 16,
+                "data.clip.fps": 7.5,
+                "data.crop.px": 224,
+                "data.crop.scale": (0.8, 1.0),
+                "model.tubelet_frames": 1,
+                "model.class_token": True,
+                "model.causal": True,
+                "objective.local_views": 10,
+                "objective.local_px": 96,
+                "objective.local_scale": (0.02, 0.4),
+                "objective.jitter": 0.8,
+                "objective.gray": 0.2,
+                "objective.projector": (2048, 256),
+                "objective.weight": 0.02,
+                "objective.slices": 1024,
+                "objective.knots": 17,
+                "optim.start_lr": 1e-4,
+                "optim.lr": 4e-4,
+                "optim.warmup_steps": 1200,
+                "optim.betas": (0.9, 0.95),
+                "optim.weight_decay": 0.04,
+            },
+        ),
+        ("levjepa_vitl16_224px_16f", {"model.encoder.width": 1024, "model.class_token": True, "model.causal": True}),
+        # I-JEPA (arXiv:2301.08243), ViT-H/14: 300 passes over 1,281,167 pictures, 40 of warm-up.
+        (
+            "ijepa_vith14_224px",
+            {
+                "steps": 187_500,  # 300 * 625; the published loop drops the rest of a pass
+                "batch_size": 2048,
+                "model.patch_px": 14,
+                "optim.lr": 1e-3,
+                "optim.ema": 0.996,
+                "optim.final_ema": 1.0,
+                "optim.weight_decay": 0.04,
+                "optim.final_weight_decay": 0.4,
+            },
+        ),
+    ],
+)
+def test_other_run_files_have_the_numbers_of_their_papers(name: str, published: dict[str, object]) -> None:
+    run = load_run(name).settings
+    for path, value in published.items():
+        assert functools.reduce(getattr, path.split("."), run) == value, path
