@@ -66,7 +66,9 @@ def kill_and_compare(run: Run, out: Path, *, world: int, at_random: int, seed: i
     fields = ("step", "loss/prediction", "loss/explained", "optim/grad_norm", "optim/lr")
     pairs = [(json.loads(one), json.loads(other)) for one, other in zip(straight, killed, strict=True)]
     different = [(one, other) for one, other in pairs if any(one[field] != other[field] for field in fields)]
-    assert not different, f"{len(different)} of {len(pairs)} steps differ, the first: {different[0]}"
+    # A sample that was replaced in one of the two would explain it.
+    rejected = [file.read_text() for file in out.glob("*/run/rejected.jsonl")]
+    assert not different, f"{len(different)} of {len(pairs)} steps differ, the first: {different[0]}; {rejected}"
     theirs, ours = (checkpoint.load_weights(out / name / "run", "target") for name in ("peace", "kills"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     attempts = json.loads((out / "kills" / "run" / "environment.json").read_text())["attempts"]
