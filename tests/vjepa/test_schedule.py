@@ -1,6 +1,6 @@
 import pytest
 
-from vjepa.config import Optim, Run
+from vjepa.config import Optim, Run, load
 from vjepa.schedule import rates_at
 from vjepa_data.settings import Crop, Data, Source
 
@@ -58,3 +58,29 @@ def test_a_run_of_one_step_has_rates(warmup_steps: int) -> None:
 def test_a_warm_up_as_long_as_the_run_never_divides_by_zero() -> None:
     run = run_of(4, warmup_steps=4)
     assert [rates_at(step, run).lr for step in range(4)] == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("size", ["vitl16", "vith16", "vitg16"])
+def test_v_jepa_2_warms_up_stays_and_cools_down(size: str) -> None:
+    pretraining, cooldown = (load(f"{size}_256px_{frames}f").settings for frames in (16, 64))
+    assert [rates_at(step, pretraining).lr for step in (0, 6_000, 12_000, 239_999)] == pytest.approx(
+        [1e-4, 3.125e-4, 5.25e-4, 5.25e-4]
+    )
+    assert [rates_at(step, cooldown).lr for step in (0, 11_999)] == pytest.approx([5.25e-4, 1e-6])
+    for run in (pretraining, cooldown):
+        last = rates_at(run.steps - 1, run)
+        assert (last.weight_decay, last.ema) == (0.04, 0.99925)
+
+
+def test_v_jepa_goes_up_in_a_line_and_down_in_a_cosine() -> None:
+    """V-JEPA (arXiv:2404.08471): 90,000 steps, and averages that end by standing still."""
+    run = run_of(
+        90_000, start_lr=2e-4, lr=6.25e-4, final_lr=1e-6, warmup_steps=12_000, decay="cosine",
+        weight_decay=0.04, final_weight_decay=0.4, ema=0.998, final_ema=1.0,
+    )  # fmt: skip
+    middle = 12_000 + (89_999 - 12_000) // 2
+    assert [rates_at(step, run).lr for step in (0, 12_000, middle, 89_999)] == pytest.approx(
+        [2e-4, 6.25e-4, (6.25e-4 + 1e-6) / 2, 1e-6], rel=1e-4
+    )
+    assert rates_at(89_999, run).weight_decay == pytest.approx(0.4)
+    assert rates_at(89_999, run).ema == pytest.approx(1.0)
