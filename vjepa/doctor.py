@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -35,7 +36,13 @@ CLIPS = 20
 def looks(run: Run | None) -> list[Look]:
     """What there is to look at on one machine, with the corpora of a run if there is one."""
     exchange = partial(exchange_between_devices, max(2, torch.cuda.device_count()))
-    return [exchange, *([partial(look_at_corpora, run)] if run else [])]
+    if run is None:
+        return [exchange]
+    return [
+        exchange,
+        partial(look_at_corpora, "shards", read_shards, run),
+        partial(look_at_corpora, "clips", decode_clips, run),
+    ]
 
 
 def exchange_between_devices(processes: int) -> list[Finding]:
@@ -94,12 +101,12 @@ def measure_all_reduce(mib: int, device: torch.device) -> float:
     return 2 * (size - 1) / size * numbers.nbytes * REPEATS / spent / 1e9
 
 
-def look_at_corpora(run: Run) -> list[Finding]:
-    """Whether the corpora of a run can be read here, and how fast."""
+def look_at_corpora(what: str, look: Callable[[Run], list[Finding]], run: Run) -> list[Finding]:
+    """Whether the corpora of a run can be used here, and how fast."""
     try:
-        return [*read_shards(run), *decode_clips(run)]
+        return look(run)
     except BadInput as error:
-        return [Finding("shards", "bad", str(error))]
+        return [Finding(what, "bad", str(error))]
 
 
 def read_shards(run: Run) -> list[Finding]:
