@@ -160,9 +160,7 @@ def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None
     saved(tmp_path, world, range(1, 2))
     file = checkpoint.folder_of(tmp_path / "checkpoints", 1) / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0, "versions": {"vjepa": "0.0.9"}}))
-    with pytest.raises(
-        BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9:"
-    ):
+    with pytest.raises(BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9:"):
         read_facts(checkpoint.folder_of(tmp_path / "checkpoints", 1))
 
 
