@@ -151,10 +151,11 @@ def describe(stages: Stages, rate: Rate, demand: float | None) -> str:
         value = getattr(stages, name)
         lines.append(f"    {name:7} {value:8.2f}   {value / stages.total:6.1%}")
     lines.append(f"    {'total':7} {stages.total:8.2f}")
+    megabytes = rate.clips_per_s * stages.megabytes
     lines.append(
-        f"{rate.workers} workers: {rate.clips_per_s:.1f} clips/s, {rate.clips_per_s * stages.megabytes:.1f} MB/s, "
+        f"loader.workers={rate.workers}: {rate.clips_per_s:.1f} clips/s, {megabytes:.1f} MB/s, "
+        f"{rate.cpu_ms:.1f} CPU-ms per clip; first batch after {rate.first_batch_s:.1f} s"
     )
-    lines[-1] += f"{rate.cpu_ms:.1f} CPU-ms per clip; first batch after {rate.first_batch_s:.1f} s"
     if demand:
         waits = sorted(rate.waits_ms)
         p99 = waits[min(len(waits) - 1, int(len(waits) * 0.99))]
@@ -163,7 +164,8 @@ def describe(stages: Stages, rate: Rate, demand: float | None) -> str:
         )
         need = math.ceil(demand * HEADROOM * rate.cpu_ms / 1000)
         lines.append(
-            f"set loader.workers={need} for {demand:g} clips/s with {HEADROOM:g}x headroom, and give it {need} cores"
+            f"set loader.workers={need}, and give them as many cores, for {demand:g} clips/s with {HEADROOM:g}x "
+            "headroom"
         )
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import webdataset as wds
@@ -218,5 +219,5 @@ def _prepare_worker(trainer: int, stalls: str | None, worker: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
 
 
-def _as_it_is(batch: list) -> list:
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -16,9 +16,9 @@ def test_the_cost_of_a_clip_is_charged_to_its_stages(corpus: Path):
     assert 0 < rate.clips_per_s < 50
     assert rate.cpu_ms > 0
     text = describe(stages, rate, demand=40)
-    assert "1 workers: " in text
+    assert "loader.workers=1: " in text
     assert "at 40 clips/s a step waits" in text
-    assert "set loader.workers=1 for 40 clips/s" in text
+    assert "set loader.workers=1, and give them as many cores, for 40 clips/s with 1.3x" in text
 
 
 def test_bad_samples_are_passed_over_and_nothing_but_bad_ones_is_said(videos, make_corpus, tmp_path: Path):
