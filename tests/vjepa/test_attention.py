@@ -111,17 +111,14 @@ def test_an_explicit_choice_that_cannot_work_is_an_error_that_says_why(backend: 
 def test_a_backend_that_cannot_be_loaded_or_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pretended CUDA device the probe really runs: here varlen has no kernel and xformers cannot be imported."""
 
-    class Pretended:
-        type = "cuda"
-
     def broken() -> None:
         raise ImportError("built for another torch\nand more")
 
     monkeypatch.setattr(module, "_load_xformers", broken)
     monkeypatch.setattr(torch.Tensor, "to", _stay_on_cpu(torch.Tensor.to))
-    pretended: torch.device = Pretended()  # pyright: ignore[reportAssignmentType]
-    assert refusal("xformers", pretended, torch.bfloat16, head_widths=(32,)) == "ImportError: built for another torch"
-    reason = refusal("varlen", pretended, torch.bfloat16, head_widths=(32,))
+    cuda = torch.device("cuda")
+    assert refusal("xformers", cuda, torch.bfloat16, head_widths=(32,)) == "ImportError: built for another torch"
+    reason = refusal("varlen", cuda, torch.bfloat16, head_widths=(32,))
     assert reason is not None
     assert "Error" in reason
 

@@ -400,7 +400,22 @@ def test_small_crops_cover_the_share_of_the_picture_that_was_asked_for() -> None
     assert shares.mean().item() == pytest.approx(0.25, rel=0.1)
 
 
+def test_a_class_token_is_the_summary_of_a_view_where_there_is_one() -> None:
+    """Its gradient tells: without one the mean of tokens is asked."""
+    run = toy_run(**{**OBJECTIVES["levjepa"], "batch_size": 4}, model={"class_token": True, "causal": True})
+    models, puzzle = build(run), puzzle_of(run, 0)
+    loss = jepa_loss(models, [puzzle], run)
+    loss.value.backward()
+    assert isinstance(models.encoder, Encoder)
+    assert models.encoder.cls_token.grad is not None
+    assert models.encoder.cls_token.grad.any()
+    (whole,) = models.encoder([View(puzzle.frames, puzzle.masks[0].visible)], class_token=True)
+    assert whole.shape[1] == puzzle.masks[0].visible.shape[1] + 1
+
+
 def test_what_would_change_the_result_is_refused() -> None:
+    with pytest.raises(ValueError, match="asks nothing of a class token"):
+        toy_run(model={"class_token": True})
     with pytest.raises(ValueError, match="compares all clips of a step"):
         toy_run(**OBJECTIVES["levjepa"], parallel={"accumulate": 2})
     with pytest.raises(ValueError, match="wants one kind of mask"):

@@ -48,7 +48,7 @@ class Segments:
     starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
     """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
 
-    seen: tuple[Bool[Tensor, "sequences 1 length length"], ...] | None = field(default=None, repr=False)
+    seen: tuple[Bool[Tensor, "_sequences 1 _length _length"], ...] | None = field(default=None, repr=False)
     """For each run which tokens [.. query key] may be seen; None: all of the sequence. Only for `sdpa`."""
 
     @classmethod

@@ -1,6 +1,7 @@
 """What all objectives are made of: the networks, the clips with their masks, the loss, and the moving average.
 
-Letters: B clips, T frames, Y X pixels, N tokens of a clip, D width, M kinds of mask.
+Letters: B clips, T frames, Y X pixels, N tokens of a clip, D width, M kinds of mask. In a list each
+entry has its own: _B and _N.
 """
 
 from collections.abc import Sequence
@@ -67,9 +68,10 @@ class Loss:
     value: Float[Tensor, ""]
     """With its gradient."""
 
-    numbers: Float[Tensor, " 2+M"]
-    """Without: the same; what guessing a clip's mean feature everywhere would have cost (per clip, so that it is the
-    same on any number of ranks; falls with the loss when features collapse); the loss of each kind of mask."""
+    numbers: Float[Tensor, " numbers"]
+    """Without it, 2 + M of them: the same; what guessing a clip's mean feature everywhere would have cost (per clip, so
+    that it is the same on any number of ranks; falls with the loss when features collapse); the loss of each kind of
+    mask."""
 
     features: Float[Tensor, "tokens D"]
     """What would lose its variety in a collapse: some of the targets, evenly spread, at most 4,096; or embeddings."""
@@ -102,7 +104,7 @@ def draw_masks(run: Run, batch: Batch, device: torch.device) -> list[Puzzle]:
     return puzzles
 
 
-def some_tokens(features: Sequence[Float[Tensor, "B N D"]]) -> Float[Tensor, "tokens D"]:
+def some_tokens(features: Sequence[Float[Tensor, "_B _N D"]]) -> Float[Tensor, "tokens D"]:
     """At most `WATCHED` of the tokens, evenly spread over clips and places."""
     tokens = torch.cat([h.flatten(0, 1) for h in features])
     return tokens[:: -(-len(tokens) // WATCHED)].clone()  # a view would keep all of them
@@ -138,4 +140,5 @@ def _slices(model: nn.Module) -> list[Tensor]:
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the device while it is busy; from ordinary memory the host would wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    is_to_go = device.type == "cuda" and not tensor.is_cuda  # the loader's frames are there already
+    return tensor.pin_memory().to(device, non_blocking=True) if is_to_go else tensor
