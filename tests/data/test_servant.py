@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from vjepa_data.decode import Expect, decode
 from vjepa_data.faults import Unreadable
+from vjepa_data.process import on_one_core
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput
 
@@ -237,3 +239,20 @@ def test_signals_of_a_terminal_or_scheduler_do_not_end_it(servant: Servant, vide
         os.kill(pid, number)
     servant.decode(videos[0], [0], EXPECT)
     assert servant.pid == pid
+
+
+def test_threads_of_a_decoder_share_a_core_for_the_time_of_a_clip():
+    before, seen = os.sched_getaffinity(0), []
+    with on_one_core():
+        thread = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+        thread.start()
+        thread.join()
+        assert seen == [os.sched_getaffinity(0)]
+        assert len(seen[0]) == 1
+    assert os.sched_getaffinity(0) == before
+
+
+def test_only_the_part_that_is_wanted_is_handed_over(servant: Servant, videos: list[bytes]):
+    whole = servant.decode(videos[0], [3, 9], EXPECT).copy()
+    servant.begin(videos[0], [3, 9], EXPECT, part=(5, 7, 40, 30))
+    assert np.array_equal(servant.finish(), whole[:, 5:45, 7:37])
