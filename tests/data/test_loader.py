@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from vjepa_data.batch import Batch, Clips
+from vjepa_data.decode import Expect, decode
 from vjepa_data.loader import ClipLoader, open_plan
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
+from vjepa_data.stream import choose, index_of
 
 BATCH = 12
 
@@ -174,3 +176,16 @@ def test_several_clips_of_a_video_differ_and_it_is_opened_once(corpus: Path, mon
             assert clips.keys[0] == clips.keys[1] != clips.keys[2] == clips.keys[3]
             assert not torch.equal(clips.frames[0], clips.frames[1])
     assert len(opened) == 6 + 1  # and one ahead
+
+
+def test_clips_that_need_no_scaling_outlive_the_next_that_are_decoded(corpus: Path):
+    crop = Crop(px=64, scale=(2 / 3, 2 / 3), aspect=(1, 1), flip=0)
+    with ClipLoader(settings(corpus, crop=crop), Loader(workers=0), seed=0, batch_size=8) as loader:
+        (clips,) = next(loader).groups
+        for slot, frames in zip(clips.slots, clips.frames, strict=True):
+            draw = loader.plan.draw(0, slot)
+            chosen, index = choose(loader.plan, crop, draw, step=0, slot=slot), index_of(loader.plan, draw)
+            assert (chosen.box.height, chosen.box.width) == (64, 64)
+            video, left = index.read(draw.sample).video, chosen.box.left
+            want = decode(video, chosen.look.frames, backend="pyav", expect=Expect(48, 96, 64))
+            assert torch.equal(frames, torch.from_numpy(want[:, :, left : left + 64]))
