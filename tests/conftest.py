@@ -9,9 +9,24 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 
-from vjepa.config import Run
-from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest
+# Before they are loaded: in these modules every call is held to its signature, shapes included. An int is a float.
+CHECKED = (
+    "vjepa.model",
+    "vjepa.masks",
+    "vjepa.objective",
+    "vjepa.schedule",
+    "vjepa.optimizer",
+    "vjepa.estimate",
+    "vjepa.parallel",
+    "vjepa.watch.monitors",
+    "vjepa.report.mask_sheet",
+)
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from vjepa.config import Run  # noqa: E402
+from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest  # noqa: E402
 
 # Before torch is loaded: tiny tensors gain nothing from threads, and on a busy machine lose a factor of four.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
