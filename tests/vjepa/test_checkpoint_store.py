@@ -11,6 +11,7 @@ import torch
 from vjepa.cli import main
 from vjepa.config import Checkpoint, Run
 from vjepa.parallel import World, join
+from vjepa.release.read import read_weights
 from vjepa.run import checkpoint, place
 from vjepa.run.checkpoint import Facts, Saver
 from vjepa.train import train
@@ -139,6 +140,8 @@ def test_a_run_goes_on_from_a_store_and_is_verified_there(
     assert (note.name, note.read_text()) == ("step_00000006", f"{HOME}/step_00000006\n")
     assert main(["verify", str(tmp_path / "store")]) == 0
     assert "2 checkpoints: 0 problems" in capsys.readouterr().out
+    exported = (read_weights(tmp_path / name) for name in ("store", "disk"))
+    assert all(torch.equal(*tensors) for tensors in zip(*(w.encoder().parameters() for w in exported), strict=True))
     elsewhere = tiny_run(checkpoint={"folder": "s3://bucket/runs/y"})
     with pytest.raises(BadInput, match=r"runs/y holds no checkpoint of this run, but .*step_00000006 says"):
         train(elsewhere, tmp_path / "store")

@@ -1,6 +1,6 @@
 """A trained model, wherever it lies. Four layouts, told apart by what is in the folder:
 
-runs/X                      a run: its newest complete checkpoint
+runs/X                      a run: its newest complete checkpoint, wherever its settings say that it lies
 runs/X/checkpoints/step_*   one checkpoint, of any world size
 a native export             model.json, model.safetensors
 a Hugging Face folder       config.json of model_type vjepa2, model.safetensors
@@ -43,7 +43,7 @@ def read_weights(path: Path, part: Part = "target") -> Weights:
     """
     if not path.exists():
         raise BadInput(f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export`")
-    if (path / "state.json").is_file() or (path / "checkpoints").is_dir():
+    if any((path / name).exists() for name in ("state.json", "checkpoints", "config.yaml")):
         weights = read_checkpoint(path, part)
     elif (path / "model.json").is_file():
         weights = _read_native(path)

@@ -7,13 +7,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from vjepa import config
 from vjepa.release.tensors import Tensors
 from vjepa.release.weights import Weights
-from vjepa.run import checkpoint
+from vjepa.run import checkpoint, place
 from vjepa_data.settings import BadInput
 
 
@@ -60,7 +59,7 @@ class Sharded(Tensors):
         """
         if wrong := checkpoint.damage(path):
             raise BadInput(f"{path} is damaged: {wrong}; choose another checkpoint of the run")
-        self.reader = FileSystemReader(path)
+        self.reader = place.reader_of(path)
         self.metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self.stored = {
