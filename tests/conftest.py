@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import hypothesis
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
@@ -22,11 +23,31 @@ CHECKED = (
     "vjepa.parallel",
     "vjepa.watch.monitors",
     "vjepa.report.mask_sheet",
+    "vjepa_data.ahead",
+    "vjepa_data.batch",
+    "vjepa_data.bench",
+    "vjepa_data.clips",
+    "vjepa_data.crops",
+    "vjepa_data.decode",
+    "vjepa_data.draws",
+    "vjepa_data.faults",
+    "vjepa_data.index",
+    "vjepa_data.loader",
+    "vjepa_data.plan",
+    "vjepa_data.remote",
+    "vjepa_data.serve",
+    "vjepa_data.servant",
+    "vjepa_data.show",
+    "vjepa_data.stream",
 )
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from vjepa.config import Run  # noqa: E402
 from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest  # noqa: E402
+
+# A machine that is busy must not fail what it is slow at.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 # Before torch is loaded: tiny tensors gain nothing from threads, and on a busy machine lose a factor of four.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -29,7 +29,7 @@ from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "numpy", "decord", "webdataset", "xformers", "wandb")
+LIBRARIES = ("numpy", "decord", "webdataset", "xformers", "wandb")
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def record_attempt(folder: Path, *, step: int, world: World, changes: Mapping[st
 
 def versions() -> dict[str, str]:
     """Our version, and those of the libraries that numbers depend on."""
-    found = {"vjepa": vjepa.__version__}
+    found = {"vjepa": vjepa.__version__, "torch": str(torch.__version__)}  # with the build, as 2.11.0+cu130
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)
