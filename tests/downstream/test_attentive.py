@@ -111,13 +111,15 @@ def test_views_vote_and_baselines_stand_beside(trained: Path, scenes: Path, tmp_
         views=3,
         baselines=True,
     )
-    tokens = sorted(tmp_path.glob(".p.tokens/*-1x3"))[0]
-    assert np.load(tokens / "val.npy", mmap_mode="r").shape == (24 * 3, 2, 4, 4, 48)
+    tokens = tmp_path.glob(".p.tokens/*-1x3/val.npy")
+    shapes = sorted(np.load(one, mmap_mode="r").shape for one in tokens)
+    assert shapes == [(24 * 3, 2, 4, 4, width) for width in (48, 48, 2 * 8 * 8 * 3)]
     assert [row["features"] for row in found["rows"]] == [
-        "pretrained", "random init", "pretrained, max over heads", "prior",
+        "pretrained", "random init", "pixels", "pretrained, max over heads", "prior",
     ]  # fmt: skip
-    assert found["baselines"]["random init"]["videos"] == found["videos"] == 8
-    assert found["rows"][2]["value"] >= found["rows"][0]["value"]
+    assert found["baselines"].keys() == {"random init", "pixels"}
+    assert {one["videos"] for one in found["baselines"].values()} == {found["videos"]} == {8}
+    assert found["rows"][3]["value"] >= found["rows"][0]["value"]
 
 
 def test_the_classifier_is_hugging_faces(result: tuple[dict, Path], trained: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--label", required=True, help="to read out")
     verb.add_argument("--clips-per-video", type=int, default=2, help="(default: %(default)s)")
     _views(verb)
-    _baselines(verb, "an untrained encoder")
+    _baselines(verb)
     verb.add_argument("--seed", type=int, default=0)
     out(verb, "JSON file for the result; the chosen probe goes beside it")
 
@@ -72,7 +72,7 @@ def add_verbs(verbs: Verbs) -> None:
     ask = verb.add_mutually_exclusive_group(required=True)
     ask.add_argument("--label", help="how often neighbours are right about it")
     ask.add_argument("--query", type=Path, metavar="VIDEO", help="show the clips that are most like it")
-    _baselines(verb, "an untrained encoder and pixels")
+    _baselines(verb)
     out(verb, "JSON file for the result, or HTML file for the page")
 
     verb = verbs.add("report", report, "one page about a run, a model or a corpus")
@@ -96,8 +96,8 @@ def _views(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--views", type=int, default=1, help="squares of each clip; 1 is the whole frame (default: 1)")
 
 
-def _baselines(verb: argparse.ArgumentParser, what: str) -> None:
-    verb.add_argument("--baselines", action="store_true", help=f"{what} beside it")
+def _baselines(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--baselines", action="store_true", help="an untrained encoder and pixels beside it")
 
 
 def _part(verb: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@
 
 Tokens are computed once and kept beside the result, so every probe of the grid (learning rate x weight decay) sees the
 same ones and a second call begins where the first stopped. Under torchrun the ranks share the videos, then the grid.
-`--baselines` trains the same grid on the tokens of the encoder before it was trained.
+`--baselines` trains the same grid on the tokens of the encoder before it was trained, and on the pixels of each token.
 
 Letters: B clips, N tokens of a clip, D width.
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vjepa.evals.clips import EvalClips
 from vjepa.evals.embed import TOGETHER, CorpusVideos, Job, fingerprint, write_features
+from vjepa.evals.features import PixelEncoder
 from vjepa.evals.pooler import AttentiveProbe, save_classifier
 from vjepa.evals.readout import wilson
 from vjepa.evals.results import about_model, score_row
@@ -151,7 +152,7 @@ def attentive(
             half to fit, a sixth to choose, a third to report.
         clips_per_video: clips (segments) of each video, evenly spaced, their votes averaged.
         views: of each clip, whose votes are averaged too: 1 is the whole frame, more are squares of it.
-        baselines: probe the encoder as it was before training, too.
+        baselines: probe the encoder as it was before training, and pixels, too.
         recipe: how the probes are trained.
         part: whose features.
         seed: of the cut, of the first weights, of the order.
@@ -168,7 +169,7 @@ def attentive(
     heads = recipe.heads or encoder.model.encoder.heads
     encoders = {"pretrained": encoder}
     if baselines:
-        encoders["random init"] = random_encoder(encoder, seed)
+        encoders |= {"random init": random_encoder(encoder, seed), "pixels": PixelEncoder(encoder)}
     cut = _cut(shards, split, train_split, label, seed)
     grid = list(itertools.product(recipe.rates, recipe.decays))
     found: dict[str, dict[str, Any]] = {}
@@ -180,7 +181,8 @@ def attentive(
             mine = {}
             for number in range(world.rank, len(grid), world.size):
                 rate, decay = grid[number]
-                probe = fit_probe(sides["fit"], len(cut.classes), heads, recipe, rate=rate, decay=decay, seed=seed)
+                fits = math.gcd(heads, one.width)
+                probe = fit_probe(sides["fit"], len(cut.classes), fits, recipe, rate=rate, decay=decay, seed=seed)
                 scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
                 log.info("%s, rate %g decay %g: %s", name, rate, decay, scores)
                 mine[number] = (scores, probe.state_dict())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy import ndarray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vjepa.config import Model
@@ -55,6 +55,28 @@ class PixelReader:
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
         small = adaptive_avg_pool2d(values.flatten(0, 1).permute(0, 3, 1, 2), (h, w))
         return tokens, small.reshape(clips, -1)
+
+
+class PixelEncoder(VideoEncoder):
+    """Raw pixels in the place of an encoder: the same clips in the same grid, a token is its own pixels."""
+
+    def __init__(self, like: VideoEncoder) -> None:
+        """Args:
+        like: the encoder whose clips it is shown.
+        """
+        nn.Module.__init__(self)
+        self.model, self.px, self.frames, self.fps = like.model, like.px, like.frames, like.fps
+        self.provenance = {"part": "pixels"}
+        sides = torch.tensor([like.model.tubelet_frames, like.model.patch_px], dtype=torch.float32)
+        self.sides = nn.Parameter(sides, requires_grad=False)
+        self.read = PixelReader(like.model)
+
+    @property
+    def width(self) -> int:
+        return self.model.tubelet_frames * self.model.patch_px**2 * 3
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.read(frames)[0]
 
 
 @dataclass(frozen=True)
