@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -281,16 +281,8 @@ def test_other_urls_are_refused(place: str):
 
 
 @pytest.fixture
-def s3(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
-    pytest.importorskip("s3fs")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-    remote._store.cache_clear()
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
+def s3(store: Store, s3_at: Callable[[str], None]) -> str:
+    s3_at(store.url)
     return "s3://toy"
 
 

@@ -7,7 +7,7 @@ import re
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -363,8 +363,9 @@ class Bucket(BaseHTTPRequestHandler):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
-def test_a_bucket_is_listed_and_read_through_errors_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
+def test_a_bucket_is_listed_and_read_through_errors_that_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_at: Callable[[str], None]
+) -> None:
     video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         header = tarfile.TarInfo("a.mp4")
@@ -375,9 +376,7 @@ def test_a_bucket_is_listed_and_read_through_errors_that_pass(tmp_path: Path, mo
     monkeypatch.setattr(Bucket, "objects", objects)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        monkeypatch.setenv(name, "test")
+    s3_at(f"http://127.0.0.1:{server.server_address[1]}")
     [source] = ingest(["s3://bucket/raw/"], spec=Spec())
     assert source.name == "s3://bucket/raw/v.mp4"
     with local(source.place) as path:

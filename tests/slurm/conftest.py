@@ -59,7 +59,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def loud_slurm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Signals reach every process that a task started."""
     if slurm.proctrack == "linuxproc":

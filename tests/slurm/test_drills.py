@@ -68,13 +68,6 @@ def test_a_cancelled_job_is_cancelled_for_slurm_too(results: dict[str, Future[Re
     assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_ranks_save_though_all_processes_hear_term(loud_slurm: Any, tmp_path: Path) -> None:
-    """srun too would hear it, and kill them while they save."""
-    (cancel,) = drill.choose(PROFILE, ["cancel"])
-    result = drill.rehearse(cancel, tmp_path / "cancel", PROFILE)
-    assert result.passed, drill.table([result])
-
-
 def test_a_node_on_which_a_run_failed_twice_is_left_out(results: dict[str, Future[Rehearsal]]) -> None:
     """Of two nodes, one has seen two of three failures, wherever SLURM put them."""
     run = results["bad-node"].result()

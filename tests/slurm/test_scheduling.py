@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import place, status, submit
+from vjepa_launch import drill, place, status, submit
 from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.settings import BadInput, Cluster
 
@@ -60,6 +60,13 @@ def test_preemption_loses_and_repeats_no_step(
     assert run.outcomes() == ["stopped", "done"]
     assert run.wrong_steps(100) == []
     assert run.replayed() == 0
+
+
+def test_ranks_save_though_all_processes_hear_term(loud_slurm: Any, tmp_path: Path) -> None:
+    """srun too would hear it, and kill them while they save."""
+    (cancel,) = drill.choose(PROFILE, ["cancel"])
+    result = drill.rehearse(cancel, tmp_path / "cancel", PROFILE)
+    assert result.passed, drill.table([result])
 
 
 def test_a_node_without_power_brings_the_run_back_elsewhere(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
