@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import subprocess
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from odd_files import ffmpeg, turned
 
 from vjepa_data.decode import Expect, decode
 from vjepa_data.spec import Encode, Filter
@@ -19,10 +19,6 @@ from vjepa_data.video import Reason, Refused, Stored, probe, read_canonical
 FORM = Encode(short_side_px=64)
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="odd files are made by the ffmpeg command")
-
-
-def ffmpeg(*words: str | Path) -> None:
-    subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-y", *map(str, words)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +172,6 @@ def test_what_is_not_canonical_says_in_what(good: Path, tmp_path: Path, words: l
     ffmpeg("-i", good, *form, *words, path)
     with pytest.raises(Refused, match=what):
         read_canonical(path.read_bytes(), gop=12)
-
-
-def turned(data: bytes) -> bytes:
-    """The same MP4, to be shown turned by a quarter: another matrix in its track's header."""
-    upright, quarter = (
-        b"".join(n.to_bytes(4, signed=True) for n in matrix)
-        for matrix in ((1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
-    )
-    at = data.index(upright, data.index(b"tkhd"))
-    return data[:at] + quarter + data[at + 36 :]
 
 
 def test_a_turned_video_is_stored_upright(good: Path, tmp_path: Path) -> None:

@@ -4,13 +4,11 @@ Recorded and compared by `benchmarks/parity_live.py`, which also compares with a
 """
 
 import functools
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
+import parity_live as parity
 import pytest
 import torch
 
@@ -18,19 +16,6 @@ from vjepa.config import load as load_run
 from vjepa.model.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity_live", ROOT / "benchmarks" / "parity_live.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = load()
 
 
 def recorded(name: str) -> dict[str, np.ndarray]:

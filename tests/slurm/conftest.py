@@ -1,24 +1,13 @@
 """A real SLURM for these tests, or a reason why not."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
+import mini_slurm
 import pytest
 
 NODES, CPUS = 2, 64
-
-
-def load_mini_slurm() -> ModuleType:
-    """The module beside this file; tests are no package."""
-    spec = importlib.util.spec_from_file_location("mini_slurm", Path(__file__).with_name("mini_slurm.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Slurm:
@@ -26,7 +15,7 @@ class Slurm:
 
     def __init__(self, folder: Path, proctrack: str) -> None:
         self.folder, self.proctrack = folder, proctrack
-        self.mini = load_mini_slurm()
+        self.mini = mini_slurm
 
     def up(self, *, preempt_signal: bool = True) -> None:
         self.mini.up(self.folder, nodes=NODES, cpus=CPUS, preempt_signal=preempt_signal, proctrack=self.proctrack)
@@ -51,10 +40,9 @@ def running(cluster: Slurm) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Signals reach the tasks alone, as on nearly all clusters, if this machine can do so; else their children too."""
-    mini = load_mini_slurm()
-    if mini.missing():
-        pytest.skip(f"no SLURM here: {mini.missing()}")
-    proctrack = "linuxproc" if mini.missing("cgroup") else "cgroup"
+    if mini_slurm.missing():
+        pytest.skip(f"no SLURM here: {mini_slurm.missing()}")
+    proctrack = "linuxproc" if mini_slurm.missing("cgroup") else "cgroup"
     with running(Slurm(tmp_path_factory.mktemp("slurm"), proctrack)) as cluster:
         yield cluster
 

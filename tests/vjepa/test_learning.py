@@ -4,29 +4,13 @@ Minutes each, so by hand: `pytest -m long tests/vjepa/test_learning.py`. The rec
 `benchmarks/objectives.py`, at the FLOPs of the table in docs/objectives.md.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import objectives
 import pytest
 
 from vjepa.demo import CORPUS
 
-ROOT = Path(__file__).parents[2]
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("objectives", ROOT / "benchmarks" / "objectives.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-objectives = load()
 COST, SEED = 0.4, 0
 
 

@@ -70,6 +70,11 @@ class Recipe:
     heads: int | None = None
     """By default those of the encoder, which is what Hugging Face's classifier has."""
 
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """Every learning rate with every weight decay."""
+        return list(itertools.product(self.rates, self.decays))
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -124,6 +129,25 @@ def accuracy(probe: AttentiveProbe, clips: Clips, *, batch: int = 64) -> float:
     return float((total.argmax(1) == label).mean())
 
 
+def fit_grid(
+    sides: Mapping[str, Clips], classes: int, heads: int, recipe: Recipe, world: World, *, seed: int
+) -> tuple[list[dict[str, float]], list[dict[str, Tensor]]]:
+    """Train a probe for each point of the grid, shared out among the ranks.
+
+    Returns:
+        On every rank, for each point: accuracy on all sides but `fit`, and the weights.
+    """
+    mine = {}
+    for number in range(world.rank, len(recipe.grid), world.size):
+        rate, decay = recipe.grid[number]
+        probe = fit_probe(sides["fit"], classes, heads, recipe, rate=rate, decay=decay, seed=seed)
+        scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
+        log.info("rate %g decay %g: %s", rate, decay, scores)
+        mine[number] = (scores, probe.state_dict())
+    every = {number: got for share in world.gather(mine) for number, got in share.items()}
+    return [every[number][0] for number in sorted(every)], [every[number][1] for number in sorted(every)]
+
+
 def attentive(
     model: Path,
     shards: Path,
@@ -171,24 +195,17 @@ def attentive(
     if baselines:
         encoders |= {"random init": random_encoder(encoder, seed), "pixels": PixelEncoder(encoder)}
     cut = _cut(shards, split, train_split, label, seed)
-    grid = list(itertools.product(recipe.rates, recipe.decays))
     found: dict[str, dict[str, Any]] = {}
     chosen: dict[str, dict[str, Tensor]] = {}
     with join(TOGETHER) as world:
         for name, one in encoders.items():
             one.to(world.device)
             sides = _load(out, str(model), one, shards, cut, world, clips_per_video=clips_per_video, views=views)
-            mine = {}
-            for number in range(world.rank, len(grid), world.size):
-                rate, decay = grid[number]
-                fits = math.gcd(heads, one.width)
-                probe = fit_probe(sides["fit"], len(cut.classes), fits, recipe, rate=rate, decay=decay, seed=seed)
-                scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
-                log.info("%s, rate %g decay %g: %s", name, rate, decay, scores)
-                mine[number] = (scores, probe.state_dict())
-            every = {number: got for share in world.gather(mine) for number, got in share.items()}
-            found[name] = _result([every[number][0] for number in range(len(grid))], grid, cut.classes, sides)
-            chosen[name] = every[found[name]["chosen"]["number"]][1]
+            log.info("%s: %d probes", name, len(recipe.grid))
+            fits = math.gcd(heads, one.width)  # pixels have a width of their own
+            scores, probes = fit_grid(sides, len(cut.classes), fits, recipe, world, seed=seed)
+            found[name] = _result(scores, recipe.grid, cut.classes, sides)
+            chosen[name] = probes[found[name]["chosen"]["number"]]
         result = {
             "format": 1,
             "kind": "attentive",
