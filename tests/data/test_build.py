@@ -379,6 +379,9 @@ def test_each_task_of_an_array_has_one_status_file_for_all_its_attempts(videos: 
         "task-00002-of-00003.json": 9,
     }
     assert "  task 2 of 3: 9 clips" in status(out).text()
+    (out / "status" / "task-00009-of-00009.json").write_text('{"builder": "of another version"}')
+    with pytest.raises(BadInput, match=r"task-00009-of-00009\.json: not what this version writes"):
+        status(out)
 
 
 def test_looks_that_were_written_down_are_not_taken_again(videos: Path, corpus: Path, tmp_path: Path) -> None:

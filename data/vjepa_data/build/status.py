@@ -136,8 +136,11 @@ def read_builders(out: Path) -> tuple[BuilderStatus, ...]:
 
 
 def _read(path: Path) -> BuilderStatus:
-    values = json.loads(path.read_bytes())
-    return BuilderStatus(**{**values, "tally": Tally(**values["tally"])})
+    try:
+        values = json.loads(path.read_bytes())
+        return BuilderStatus(**{**values, "tally": Tally(**values["tally"])})
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{path}: not what this version writes there; delete it, it only tells of the past") from None
 
 
 def total(tallies: Sequence[Tally]) -> Tally:
