@@ -34,13 +34,13 @@ from rich.console import Console
 
 from vjepa_data.build import shard
 from vjepa_data.build.status import status
+from vjepa_data.build.verify import verify
+from vjepa_data.corpus.shards import read_manifest
 from vjepa_data.decode import Expect, decode
+from vjepa_data.media.transcode import transcode
+from vjepa_data.media.video import SUFFIXES, read_canonical
 from vjepa_data.settings_files import load_settings
-from vjepa_data.shards import read_manifest
 from vjepa_data.spec import Encode, Filter, Spec
-from vjepa_data.transcode import transcode
-from vjepa_data.verify import verify
-from vjepa_data.video import SUFFIXES, read_canonical
 
 QUIET = Console(file=io.StringIO())
 

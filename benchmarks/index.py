@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vjepa_data.shards import FORMAT, SAMPLE_COLUMNS, Manifest, ShardEntry
+from vjepa_data.corpus.shards import FORMAT, SAMPLE_COLUMNS, Manifest, ShardEntry
 
 
 def measure(count: int, work: Path) -> None:
     write_rows(work / "corpus", count)
     code = (
-        "import sys, time; from vjepa_data.index import Index; import numpy as np; begin = time.monotonic();"
+        "import sys, time; from vjepa_data.corpus.index import Index; import numpy as np; begin = time.monotonic();"
         "index = Index(sys.argv[1]); took = time.monotonic() - begin; names = ('shard', 'frames', 'fps', 'width',"
         " 'height', 'video_offset', 'video_size', 'json_offset', 'json_size', 'xxh64');"
         "sums = [int(getattr(index, name).sum(dtype=np.float64)) for name in names];"

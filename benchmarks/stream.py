@@ -22,9 +22,9 @@ import av
 import numpy as np
 
 from vjepa_data.bench import descendants
+from vjepa_data.corpus.shards import Sample, ShardWriter, read_record, write_manifest
 from vjepa_data.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Rejects, Source
-from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest
 
 FRAMES, FPS, WIDTH, HEIGHT, BATCH = 24, 8, 64, 48, 16
 

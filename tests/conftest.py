@@ -31,10 +31,10 @@ CHECKED = (
     "vjepa_data.decode",
     "vjepa_data.draws",
     "vjepa_data.faults",
-    "vjepa_data.index",
+    "vjepa_data.corpus.index",
     "vjepa_data.loader",
     "vjepa_data.plan",
-    "vjepa_data.remote",
+    "vjepa_data.corpus.remote",
     "vjepa_data.serve",
     "vjepa_data.servant",
     "vjepa_data.show",
@@ -43,7 +43,7 @@ CHECKED = (
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from vjepa.config import Run  # noqa: E402
-from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest  # noqa: E402
+from vjepa_data.corpus.shards import Sample, ShardWriter, read_record, write_manifest  # noqa: E402
 
 # A machine that is busy must not fail what it is slow at.
 hypothesis.settings.register_profile("project", deadline=None)

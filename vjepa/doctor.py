@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from vjepa.config import Run
 from vjepa_data.bench import measure_stages
-from vjepa_data.index import Index
+from vjepa_data.corpus.index import Index
 from vjepa_data.settings import BadInput
 from vjepa_launch.doctor import SLOWER_THAN_THE_BEST, Finding, Look, Measure
 

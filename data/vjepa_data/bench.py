@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from vjepa_data import crops
+from vjepa_data.corpus.index import Sample
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
-from vjepa_data.index import Sample
 from vjepa_data.loader import ClipLoader, open_plan
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput, Data, Loader

@@ -18,7 +18,7 @@ from vjepa_data.draws import generator
 from vjepa_data.settings import BadInput
 
 if TYPE_CHECKING:
-    from vjepa_data.index import Index
+    from vjepa_data.corpus.index import Index
 
 # A file at 29.97 frames a second may serve 30: one repeated frame in a thousand is no lie.
 RATE_TOLERANCE = 1.001

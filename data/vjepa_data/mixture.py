@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from vjepa_data.index import mirror, user_cache
-from vjepa_data.remote import is_remote
+from vjepa_data.corpus.index import mirror, user_cache
+from vjepa_data.corpus.remote import is_remote
+from vjepa_data.corpus.shards import read_manifest
 from vjepa_data.settings import BadInput, Source
-from vjepa_data.shards import read_manifest
 
 
 @dataclass(frozen=True)

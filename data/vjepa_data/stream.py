@@ -22,11 +22,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vjepa_data import clips, crops
 from vjepa_data.batch import Batch, Clips, Reject, Uncropped
-from vjepa_data.cache import Cache
 from vjepa_data.clips import Offer, Pace, read_keys
+from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.index import Index
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
-from vjepa_data.index import Index
 from vjepa_data.plan import Draw, Plan
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source

@@ -16,8 +16,8 @@ import pytest
 import webdataset as wds
 import xxhash
 
-from vjepa_data import remote
-from vjepa_data.shards import canonical_json
+from vjepa_data.corpus import remote
+from vjepa_data.corpus.shards import canonical_json
 
 BITS = 12
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from vjepa_data.admit import admit
-from vjepa_data.cache import Cache
-from vjepa_data.index import Index
+from vjepa_data.build.admit import admit
+from vjepa_data.build.verify import verify
+from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.index import Index
 from vjepa_data.settings import BadInput
-from vjepa_data.verify import verify
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:

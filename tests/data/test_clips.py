@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vjepa_data import stream
 from vjepa_data.clips import Offer, Pace, can_serve, choose, offsets
-from vjepa_data.index import Index
+from vjepa_data.corpus.index import Index
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Source
 
 

@@ -60,7 +60,7 @@ def test_the_settings_of_the_page_are_settings(tmp_path: Path) -> None:
 
 
 def test_every_reason_is_on_the_page() -> None:
-    from vjepa_data.video import Reason
+    from vjepa_data.media.video import Reason
 
     words = set(re.findall(r"`([a-z_]+)`", PAGE.read_text()))
     assert {reason.value for reason in Reason} <= words

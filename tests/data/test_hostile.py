@@ -19,12 +19,12 @@ import pytest
 from rich.console import Console
 
 from vjepa_data.build import shard
-from vjepa_data.labels import read_labels
+from vjepa_data.build.labels import read_labels
+from vjepa_data.build.verify import verify
+from vjepa_data.corpus.shards import Manifest
 from vjepa_data.settings import BadInput
 from vjepa_data.settings_files import load_settings
-from vjepa_data.shards import Manifest
 from vjepa_data.spec import Spec
-from vjepa_data.verify import verify
 
 SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "shard_samples=4", "name=toy"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from vjepa_data.corpus.index import Index
 from vjepa_data.faults import Unreadable
-from vjepa_data.index import Index
 from vjepa_data.settings import BadInput
 
 
@@ -52,7 +52,7 @@ def test_columns_are_arrays_that_are_not_copied(corpus: Path):
 
 def test_a_large_index_is_mapped_from_a_file_that_is_written_once(copy: Path, monkeypatch: pytest.MonkeyPatch):
     want = Index(copy)
-    monkeypatch.setattr("vjepa_data.index.MAPPED_FROM", 10)
+    monkeypatch.setattr("vjepa_data.corpus.index.MAPPED_FROM", 10)
     first = Index(copy)
     (file,) = (copy / ".index").iterdir()
     written = file.stat().st_mtime_ns
@@ -66,7 +66,7 @@ def test_a_large_index_is_mapped_from_a_file_that_is_written_once(copy: Path, mo
 def test_a_large_index_of_a_read_only_corpus_goes_to_the_user_cache(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("vjepa_data.index.MAPPED_FROM", 10)
+    monkeypatch.setattr("vjepa_data.corpus.index.MAPPED_FROM", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (copy / ".index").write_text("in the way")  # works for root too, unlike permissions
     assert len(Index(copy)) == 26

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from vjepa.config import load
+from vjepa_data.corpus.shards import read_manifest
 from vjepa_data.mixture import merge, write_mixture
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import read_manifest
 from vjepa_data.stream import open_plan
 
 SETTINGS = "name: mixed\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\noptim: {lr: 1.0e-3}\n"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data.pool import Pool
-from vjepa_data.video import Reason, Refused
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.video import Reason, Refused
 
 WORK = """
 import os, signal, time
-from vjepa_data.video import Reason, Refused
+from vjepa_data.media.video import Reason, Refused
 def work(task):
     kind, _, value = task.partition(":")
     if kind == "hang":

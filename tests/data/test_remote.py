@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data import remote
-from vjepa_data.cache import Cache
+from vjepa_data.corpus import remote
+from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.index import Index
+from vjepa_data.corpus.remote import Gone, Unreachable, is_remote, read_range
 from vjepa_data.faults import Unreadable
-from vjepa_data.index import Index
 from vjepa_data.loader import ClipLoader
-from vjepa_data.remote import Gone, Unreachable, is_remote, read_range
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 
@@ -236,7 +236,7 @@ def test_a_full_disk_means_reading_sample_by_sample(store: Store, corpus: Path, 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vjepa_data.cache.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("vjepa_data.corpus.cache.tempfile.NamedTemporaryFile", full)
     shard = index.shards[0]
     assert not cache.fetch(f"{store.url}/toy/{shard.file}", shard.bytes, shard.sha256)
     assert "is full" in caplog.text

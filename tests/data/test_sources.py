@@ -20,21 +20,21 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vjepa_data import fetch
-from vjepa_data.admit import admit
 from vjepa_data.build import shard
+from vjepa_data.build.admit import admit
 from vjepa_data.build.ingest import ingest
-from vjepa_data.cache import Cache
+from vjepa_data.build.verify import verify
+from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.index import Index
+from vjepa_data.corpus.shards import Manifest, read_manifest
 from vjepa_data.decode import Expect, decode
-from vjepa_data.fetch import Place, local
-from vjepa_data.index import Index
-from vjepa_data.look import difference_hash, perceptual_hashes, scene_starts
+from vjepa_data.media import fetch
+from vjepa_data.media.fetch import Place, local
+from vjepa_data.media.look import difference_hash, perceptual_hashes, scene_starts
+from vjepa_data.media.video import Reason, Refused, probe
 from vjepa_data.settings import BadInput
 from vjepa_data.settings_files import load_settings
-from vjepa_data.shards import Manifest, read_manifest
 from vjepa_data.spec import Spec
-from vjepa_data.verify import verify
-from vjepa_data.video import Reason, Refused, probe
 
 SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "name=toy"]
 

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from vjepa_data.build.verify import verify
+from vjepa_data.corpus.shards import Sample as Stored
+from vjepa_data.corpus.shards import ShardWriter, read_manifest, write_manifest
+from vjepa_data.media.transcode import transcode
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Sample as Stored
-from vjepa_data.shards import ShardWriter, read_manifest, write_manifest
 from vjepa_data.spec import Encode, Filter
-from vjepa_data.transcode import transcode
-from vjepa_data.verify import verify
 
 
 @pytest.fixture(scope="module")

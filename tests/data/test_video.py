@@ -12,9 +12,9 @@ import pytest
 from odd_files import ffmpeg, turned
 
 from vjepa_data.decode import Expect, decode
+from vjepa_data.media.transcode import Clip, check, shown_at, stored_rate, stored_size, transcode
+from vjepa_data.media.video import Reason, Refused, Stored, probe, read_canonical
 from vjepa_data.spec import Encode, Filter
-from vjepa_data.transcode import Clip, check, shown_at, stored_rate, stored_size, transcode
-from vjepa_data.video import Reason, Refused, Stored, probe, read_canonical
 
 FORM = Encode(short_side_px=64)
 

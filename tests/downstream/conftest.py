@@ -16,9 +16,9 @@ from vjepa import config
 from vjepa.model.encoder import Encoder
 from vjepa.model.predictor import Predictor
 from vjepa.run.checkpoint import digest
+from vjepa_data.corpus.shards import Sample, ShardWriter, read_record, write_manifest
 from vjepa_data.draws import generator
 from vjepa_data.settings import Data, Source
-from vjepa_data.shards import Sample, ShardWriter, read_record, write_manifest
 
 PX, FRAMES, FPS = 32, 4, 8.0
 

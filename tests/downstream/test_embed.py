@@ -16,8 +16,8 @@ from vjepa.evals.clips import EvalClips, square_views
 from vjepa.evals.embed import embed
 from vjepa.evals.files import file_clips, find_videos
 from vjepa.release.read import load_encoder
+from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
-from vjepa_data.video import Refused
 
 
 @pytest.fixture

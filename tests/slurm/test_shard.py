@@ -9,8 +9,8 @@ import yaml
 
 from vjepa.cli import main
 from vjepa_data.build.shard import shard
+from vjepa_data.corpus.shards import read_manifest
 from vjepa_data.settings_files import load_settings
-from vjepa_data.shards import read_manifest
 from vjepa_data.spec import Spec
 from vjepa_data.synthetic import write_corpus
 from vjepa_launch import status

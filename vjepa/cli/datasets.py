@@ -91,7 +91,7 @@ def shard(args: argparse.Namespace) -> None:
 
 
 def index(args: argparse.Namespace) -> None:
-    from vjepa_data.admit import admit
+    from vjepa_data.build.admit import admit
     from vjepa_data.settings import BadInput
 
     splits = {}
@@ -136,7 +136,7 @@ def verify(args: argparse.Namespace) -> int:
         problems = [f"{path}: {wrong}" for path, wrong in found if wrong]
         what = f"{len(found)} checkpoints"
     else:
-        from vjepa_data.verify import verify as verify_corpus
+        from vjepa_data.build.verify import verify as verify_corpus
 
         with bar("reading shards") as advance:
             verdict = verify_corpus(args.place, deep=args.deep, workers=args.workers, advance=advance)

@@ -41,10 +41,10 @@ from vjepa.release.native import VideoEncoder
 from vjepa.release.read import Part, load_encoder
 from vjepa.release.tensors import read_json
 from vjepa.release.weights import random_encoder
+from vjepa_data.corpus.index import Index
+from vjepa_data.corpus.shards import read_manifest
 from vjepa_data.draws import generator
-from vjepa_data.index import Index
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import read_manifest
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vjepa_data.clips import can_serve, offsets
+from vjepa_data.corpus.index import Index, Sample
 from vjepa_data.crops import Box, cut_out
 from vjepa_data.decode import Expect
 from vjepa_data.draws import generator
 from vjepa_data.faults import Unreadable
-from vjepa_data.index import Index, Sample
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput
 

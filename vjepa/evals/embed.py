@@ -40,8 +40,8 @@ from vjepa.release.native import VideoEncoder
 from vjepa.release.read import Part, load_encoder
 from vjepa.release.tensors import read_json
 from vjepa_data.faults import Unreadable
+from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
-from vjepa_data.video import Refused
 
 log = logging.getLogger(__name__)
 

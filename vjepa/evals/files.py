@@ -3,8 +3,8 @@
 Slower than a corpus (a file is decoded from its last key frame on), and for features, not for training. The same clips
 every time: evenly spaced, the whole frame scaled to a square, or several squares of it.
 
-A stranger's file is opened in a child process that may be killed (`vjepa_data.pool`): one that hangs or crashes its
-decoder is a `Refused` of its own and nothing else.
+A stranger's file is opened in a child process that may be killed (`vjepa_data.media.pool`): one that hangs or crashes
+its decoder is a `Refused` of its own and nothing else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vjepa.evals.clips import square_views
-from vjepa_data.pool import Pool
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.transcode import decode, shown_at
+from vjepa_data.media.video import SUFFIXES, Reason, Refused, open_video, probe, video_stream
 from vjepa_data.settings import BadInput
-from vjepa_data.transcode import decode, shown_at
-from vjepa_data.video import SUFFIXES, Reason, Refused, open_video, probe, video_stream
 
 TIMEOUT_S = 120.0
 

@@ -31,8 +31,8 @@ from vjepa.release.native import VideoEncoder
 from vjepa.release.read import Part, load_encoder
 from vjepa.release.weights import random_encoder
 from vjepa.report import page, pictures
+from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
-from vjepa_data.video import Refused
 
 log = logging.getLogger(__name__)
 

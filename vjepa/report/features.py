@@ -14,8 +14,8 @@ from vjepa.release.tensors import read_json
 from vjepa.release.weights import random_encoder
 from vjepa.report import page, pictures
 from vjepa.report.page import Section
+from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
-from vjepa_data.video import Refused
 
 CLIPS = 3
 Named = tuple[str, EvalClip | FileClip]

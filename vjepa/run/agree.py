@@ -13,7 +13,7 @@ from vjepa.config import Run
 from vjepa.masks import sample_masks
 from vjepa.model.grid import Grid
 from vjepa.parallel import World
-from vjepa_data.index import Index
+from vjepa_data.corpus.index import Index
 from vjepa_data.loader import ClipLoader
 from vjepa_data.plan import Plan
 from vjepa_data.settings import BadInput

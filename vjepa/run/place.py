@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from vjepa_data.remote import Unreachable, store_errors
+from vjepa_data.corpus.remote import Unreachable, store_errors
 from vjepa_data.settings import BadInput
 
 T = TypeVar("T")

@@ -14,12 +14,12 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from vjepa_data.fetch import SCHEMES, Place
-from vjepa_data.labels import MAX_BYTES, plain, read_labels
-from vjepa_data.remote import store_errors
+from vjepa_data.build.labels import MAX_BYTES, plain, read_labels
+from vjepa_data.corpus.remote import store_errors
+from vjepa_data.media.fetch import SCHEMES, Place
+from vjepa_data.media.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Columns, Spec
-from vjepa_data.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 

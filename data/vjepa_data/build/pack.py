@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from vjepa_data.build.ingest import Source
 from vjepa_data.build.select import Cutting
+from vjepa_data.corpus.shards import REJECT_COLUMNS, Reject, canonical_json, table_bytes
+from vjepa_data.corpus.whole import write_whole
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import REJECT_COLUMNS, Reject, canonical_json, table_bytes
 from vjepa_data.spec import Spec
-from vjepa_data.whole import write_whole
 
 BYTES_PER_PIXEL = 0.018
 """Of a canonical clip at crf 23: median over 12 public clips (0.008 to 0.031). Only the size of shards hangs on it."""

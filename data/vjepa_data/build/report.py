@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vjepa_data.build.status import Tally, read_builders, total
+from vjepa_data.corpus.shards import Manifest, read_manifest
+from vjepa_data.corpus.whole import write_whole
 from vjepa_data.decode import Expect
-from vjepa_data.fetch import Place
-from vjepa_data.pool import Pool
-from vjepa_data.shards import Manifest, read_manifest
-from vjepa_data.video import Refused
-from vjepa_data.whole import write_whole
-from vjepa_data.work import Picture, Strip
+from vjepa_data.media.fetch import Place
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.video import Refused
+from vjepa_data.media.work import Picture, Strip
 
 SHEET_CLIPS, SHEET_FRAMES, SHEET_PX = 64, 4, 72
 
@@ -53,7 +53,7 @@ def report_corpus(folder: Path) -> str:
     Raises:
         BadInput: there is no corpus, or its files are damaged.
     """
-    with Pool("vjepa_data.work", workers=1, timeout_s=60.0) as pool:
+    with Pool("vjepa_data.media.work", workers=1, timeout_s=60.0) as pool:
         return _page(folder, read_manifest(folder), total([one.tally for one in read_builders(folder)]), pool)
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_data.build.ingest import Source
-from vjepa_data.pool import Pool
+from vjepa_data.corpus.shards import Reject, canonical_json
+from vjepa_data.corpus.whole import write_whole
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.transcode import Box
+from vjepa_data.media.video import Probe, Reason, Refused
+from vjepa_data.media.work import Look, Seen
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Reject, canonical_json
 from vjepa_data.spec import Filter, Spec
-from vjepa_data.transcode import Box
-from vjepa_data.video import Probe, Reason, Refused
-from vjepa_data.whole import write_whole
-from vjepa_data.work import Look, Seen
 
 CHUNK = 512
 """Sources whose looks are written down together: what a killed builder may have to look at again."""

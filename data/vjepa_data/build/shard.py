@@ -26,12 +26,12 @@ from vjepa_data.build.report import write_report
 from vjepa_data.build.select import choose, look_at
 from vjepa_data.build.status import StatusFile, Tally, read_builders, total
 from vjepa_data.build.write import write_shards
-from vjepa_data.index import prepare
-from vjepa_data.pool import Pool
+from vjepa_data.corpus.index import prepare
+from vjepa_data.corpus.shards import Manifest, Reject, read_manifest, read_record, write_manifest
+from vjepa_data.corpus.whole import remove_leftovers
+from vjepa_data.media.pool import Pool
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Manifest, Reject, read_manifest, read_record, write_manifest
 from vjepa_data.spec import Spec
-from vjepa_data.whole import remove_leftovers
 
 WRITTEN = frozenset(
     {"plan", "shards", "status", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", ".index"}
@@ -75,7 +75,7 @@ def shard(
         SystemExit: 75, after TERM or USR2: whole shards stay, call again to go on.
     """
     found = ingest(sources, spec=spec)
-    pool = Pool[Any, Any]("vjepa_data.work", workers=workers, timeout_s=spec.timeout_s)
+    pool = Pool[Any, Any]("vjepa_data.media.work", workers=workers, timeout_s=spec.timeout_s)
     with stop_in_good_order(), _disk_trouble(out), show_progress(console) as progress, pool:
         is_new = _open(out)
         try:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vjepa_data.build.select import CHUNK
+from vjepa_data.corpus.whole import write_whole
 from vjepa_data.settings import BadInput
-from vjepa_data.whole import write_whole
 
 EVERY_S = 5.0
 """How often a builder writes down what it did."""

@@ -14,9 +14,9 @@ from vjepa_data.build.pack import pack
 from vjepa_data.build.select import choose, look_at
 from vjepa_data.build.shard import show_progress
 from vjepa_data.build.write import store_task
-from vjepa_data.pool import Pool
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.video import Refused
 from vjepa_data.spec import Spec
-from vjepa_data.video import Refused
 
 TRIALS = 12
 """Clips that are encoded to learn what one costs."""
@@ -76,7 +76,7 @@ def survey(sources: Sequence[str], *, spec: Spec, workers: int, console: Console
     found = ingest(sources, spec=spec)
     with (
         show_progress(console) as progress,
-        Pool[Any, Any]("vjepa_data.work", workers=workers, timeout_s=spec.timeout_s) as pool,
+        Pool[Any, Any]("vjepa_data.media.work", workers=workers, timeout_s=spec.timeout_s) as pool,
     ):
         bar = progress.add_task("looking at sources", total=len(found), note="")
         looks = look_at(found, None, spec=spec, pool=pool, start=0.0, advance=lambda n: progress.advance(bar, n))

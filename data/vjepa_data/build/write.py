@@ -13,14 +13,14 @@ import xxhash
 from vjepa_data.build.pack import BuildPlan, ShardPlan
 from vjepa_data.build.select import Cutting
 from vjepa_data.build.status import Tally
-from vjepa_data.fetch import Place
-from vjepa_data.pool import Pool
-from vjepa_data.shards import Reject, Sample, ShardWriter, read_record
+from vjepa_data.corpus.shards import Reject, Sample, ShardWriter, read_record
+from vjepa_data.corpus.whole import is_claimed, remove_leftovers
+from vjepa_data.media.fetch import Place
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.transcode import Box
+from vjepa_data.media.video import Refused
+from vjepa_data.media.work import Done, Store
 from vjepa_data.spec import Spec
-from vjepa_data.transcode import Box
-from vjepa_data.video import Refused
-from vjepa_data.whole import is_claimed, remove_leftovers
-from vjepa_data.work import Done, Store
 
 PATIENCE_S = 1.0
 """How often to look whether other builders have finished what only they still write."""

@@ -18,8 +18,8 @@ from urllib.parse import quote, urlsplit
 
 import fsspec
 
-from vjepa_data.remote import store_errors
-from vjepa_data.video import Reason, Refused
+from vjepa_data.corpus.remote import store_errors
+from vjepa_data.media.video import Reason, Refused
 
 SCHEMES = frozenset({"http", "https", "s3", "gs"})
 """Addresses that may be opened. All others are refused: `file:`, `ftp:`, fsspec's chains and whatever comes next."""

@@ -1,6 +1,6 @@
 """Child processes that may be killed: the only safe place to open a file that a stranger made.
 
-    parent                    child (python -m vjepa_data.pool MODULE)
+    parent                    child (python -m vjepa_data.media.pool MODULE)
     Pool.map  -- task -->     MODULE.work(task)
               <-- answer --   or a Refused, or nothing before the time-out: SIGKILL, and a new child
 
@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from vjepa_data.video import Reason, Refused
+from vjepa_data.media.video import Reason, Refused
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -183,7 +183,7 @@ def _start(module: str) -> _Child:
     ours, theirs = Pipe()
     errors = os.memfd_create("errors")
     process = subprocess.Popen(
-        [sys.executable, "-m", "vjepa_data.pool", module, str(theirs.fileno()), str(os.getpid())],
+        [sys.executable, "-m", "vjepa_data.media.pool", module, str(theirs.fileno()), str(os.getpid())],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

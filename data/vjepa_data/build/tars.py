@@ -11,7 +11,7 @@ from typing import BinaryIO
 import fsspec
 from braceexpand import braceexpand
 
-from vjepa_data.remote import Gone, is_remote, read_range, store_errors
+from vjepa_data.corpus.remote import Gone, is_remote, read_range, store_errors
 from vjepa_data.settings import BadInput
 
 BLOCK = 16 << 20

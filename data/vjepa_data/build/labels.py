@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from vjepa_data.shards import canonical_json
+from vjepa_data.corpus.shards import canonical_json
 
 MAX_BYTES = 1 << 20
 """Longest JSON that is read for the labels of one sample."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from vjepa_data.decode import Expect, Undecodable, decode
-from vjepa_data.fetch import Place, local
-from vjepa_data.image import probe_image, store_image
-from vjepa_data.look import perceptual_hashes, picture_box, scene_starts
+from vjepa_data.media.fetch import Place, local
+from vjepa_data.media.image import probe_image, store_image
+from vjepa_data.media.look import perceptual_hashes, picture_box, scene_starts
+from vjepa_data.media.transcode import Box, Clip, check, decode_all, open_decord, transcode
+from vjepa_data.media.video import Probe, Reason, Refused, Stored, probe, read_canonical
 from vjepa_data.spec import Encode, Filter
-from vjepa_data.transcode import Box, Clip, check, decode_all, open_decord, transcode
-from vjepa_data.video import Probe, Reason, Refused, Stored, probe, read_canonical
 
 
 @dataclass(frozen=True)

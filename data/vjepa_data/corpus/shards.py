@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from vjepa_data.corpus.whole import sync_folder, temporary_name, write_whole
 from vjepa_data.settings import BadInput
-from vjepa_data.whole import sync_folder, temporary_name, write_whole
 
 FORMAT = 1
 

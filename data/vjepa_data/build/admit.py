@@ -16,17 +16,17 @@ from typing import Any
 
 import xxhash
 
-from vjepa_data.fetch import Place
-from vjepa_data.index import prepare
-from vjepa_data.labels import MAX_BYTES, read_labels
-from vjepa_data.pool import Pool
-from vjepa_data.remote import is_remote
+from vjepa_data.build.labels import MAX_BYTES, read_labels
+from vjepa_data.build.tars import find_tars, local_tar
+from vjepa_data.corpus.index import prepare
+from vjepa_data.corpus.remote import is_remote
+from vjepa_data.corpus.shards import Manifest, Reject, canonical_json, write_manifest
+from vjepa_data.media.fetch import Place
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.video import Refused
+from vjepa_data.media.work import Examine, Examined
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Manifest, Reject, canonical_json, write_manifest
 from vjepa_data.spec import Encode
-from vjepa_data.tars import find_tars, local_tar
-from vjepa_data.video import Refused
-from vjepa_data.work import Examine, Examined
 
 SUFFIXES = ("mp4", "jpg", "jpeg", "png", "webp")
 
@@ -94,7 +94,7 @@ def admit(
     target.mkdir(parents=True, exist_ok=True)
     records, flaws, rejects = [], Counter[str](), Counter[str]()
     seen: Counter[str] = Counter()
-    with Pool[Examine, Examined]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
+    with Pool[Examine, Examined]("vjepa_data.media.work", workers=workers, timeout_s=timeout_s) as pool:
         for done, file in enumerate(tars.files, start=1):
             base = file.rpartition("/")[2]
             split = next((s for pattern, s in (splits or {}).items() if fnmatch.fnmatch(base, pattern)), "train")

@@ -23,12 +23,12 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import xxhash
 
-from vjepa_data.cache import Cache
+from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.remote import Gone, is_remote, read_range
+from vjepa_data.corpus.shards import Manifest, ShardEntry, read_manifest
+from vjepa_data.corpus.whole import remove_leftovers, temporary_name, write_whole
 from vjepa_data.faults import Unreadable
-from vjepa_data.remote import Gone, is_remote, read_range
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import Manifest, ShardEntry, read_manifest
-from vjepa_data.whole import remove_leftovers, temporary_name, write_whole
 
 MAPPED_FROM = 200_000  # samples; below, reading the parquet takes less than 0.1 s and 40 MB (measured once)
 OPEN_SHARDS = 128  # file descriptors that one process keeps

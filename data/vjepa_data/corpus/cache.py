@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from vjepa_data.remote import Gone, Unreachable, read_range
+from vjepa_data.corpus.remote import Gone, Unreachable, read_range
 
 log = logging.getLogger(__name__)
 

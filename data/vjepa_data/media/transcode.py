@@ -23,8 +23,8 @@ import numpy as np
 from av.error import BlockingIOError, EOFError, FFmpegError
 from av.video.frame import PictureType
 
+from vjepa_data.media.video import Reason, Refused, Stored, open_video, probe, read_canonical, shown_size, video_stream
 from vjepa_data.spec import Encode, Filter
-from vjepa_data.video import Reason, Refused, Stored, open_video, probe, read_canonical, shown_size, video_stream
 
 TURN = {
     0: (),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vjepa_data.media.transcode import Clip, stored_size
+from vjepa_data.media.video import MAX_PIXELS, Probe, Reason, Refused, Stored
 from vjepa_data.spec import Encode
-from vjepa_data.transcode import Clip, stored_size
-from vjepa_data.video import MAX_PIXELS, Probe, Reason, Refused, Stored
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 

@@ -9,8 +9,8 @@ import av.filter
 import numpy as np
 from av.error import BlockingIOError, EOFError, FFmpegError
 
-from vjepa_data.transcode import Box, decode
-from vjepa_data.video import Probe, Reason, Refused, open_video, video_stream
+from vjepa_data.media.transcode import Box, decode
+from vjepa_data.media.video import Probe, Reason, Refused, open_video, video_stream
 
 GLANCES = (0.2, 0.5, 0.8)
 """Where in a video its perceptual hashes are taken, as shares of its length."""

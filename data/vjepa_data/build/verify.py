@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from vjepa_data.build.tars import local_tar
+from vjepa_data.corpus.index import mirror, user_cache
+from vjepa_data.corpus.remote import is_remote
+from vjepa_data.corpus.shards import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
 from vjepa_data.decode import Expect
-from vjepa_data.fetch import Place
-from vjepa_data.index import mirror, user_cache
-from vjepa_data.pool import Pool
-from vjepa_data.remote import is_remote
+from vjepa_data.media.fetch import Place
+from vjepa_data.media.pool import Pool
+from vjepa_data.media.video import Refused
+from vjepa_data.media.work import Check
 from vjepa_data.settings import BadInput
-from vjepa_data.shards import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
-from vjepa_data.tars import local_tar
-from vjepa_data.video import Refused
-from vjepa_data.work import Check
 
 KEY = re.compile(r"[a-z0-9_-]{1,64}")
 
@@ -69,7 +69,7 @@ def verify(
     total = sum(shard.bytes for shard in manifest.shards)
     done = decoded = 0
     root = manifest.root(str(place))
-    with Pool[Check, None]("vjepa_data.work", workers=workers, timeout_s=timeout_s) as pool:
+    with Pool[Check, None]("vjepa_data.media.work", workers=workers, timeout_s=timeout_s) as pool:
         for number, shard in enumerate(manifest.shards):
             own = table.filter(pc.field("shard") == number).to_pylist()
             with local_tar(root, shard.file, scratch=folder) as path:
