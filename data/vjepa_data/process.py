@@ -1,4 +1,4 @@
-"""How a child process of ours behaves: it dies with its parent, leaves signals to it, and keeps its memory."""
+"""How a child of ours behaves: it dies with its parent, leaves signals to it, keeps its memory. And when it hangs."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,9 @@ import fcntl
 import os
 import select
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -65,3 +67,43 @@ def on_one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+class Patience:
+    """How much of its time a child has had: while it slept and while it computed, not while it was kept from both.
+
+    One that gets no core is not slow, nor is one that is suspended together with us (SIGSTOP to a job, `scontrol
+    suspend`, a virtual machine that pauses). By the clock on the wall both would be given up, and what a run sees would
+    depend on how busy its machine is.
+    """
+
+    def __init__(self, pid: int, limit_s: float) -> None:
+        """Args:
+        pid: of the child, whose time begins now.
+        limit_s: seconds that it gets.
+        """
+        self.limit_s, self.tick_s = limit_s, min(1.0, limit_s / 4)
+        self._pid, self._had_s = pid, 0.0
+        self._looked_s, self._used_s = time.monotonic(), None
+
+    def is_over(self) -> bool:
+        """Look at the child: every `tick_s` seconds, since a longer pause is taken for one that we made as well."""
+        now_s, (is_running, used_s) = time.monotonic(), _is_running_and_cpu_s(self._pid)
+        worked_s = used_s - (used_s if self._used_s is None else self._used_s)
+        self._had_s += worked_s if is_running else min(now_s - self._looked_s, self.tick_s)
+        self._looked_s, self._used_s = now_s, used_s
+        return self._had_s >= self.limit_s
+
+
+def _is_running_and_cpu_s(pid: int) -> tuple[bool, float]:
+    """Say whether any thread of a child runs, wants a core or waits for a disk, and the CPU time that all have used."""
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            states.add(_facts(task)[0])
+    facts = _facts(Path(f"/proc/{pid}"))
+    return not states.isdisjoint("RD"), (int(facts[11]) + int(facts[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _facts(process: Path) -> list[str]:
+    return (process / "stat").read_text().rsplit(")", 1)[1].split()

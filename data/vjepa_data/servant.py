@@ -9,9 +9,10 @@ loader worker keeps one servant:
       crops the clip before, in memory B              frames -> shared memory A
       uint8 frames in memory A                <---    "done"     (of each frame only the part that is wanted)
 
-If no answer comes in time it is killed and another is started; if it dies, so too. Both are tried once more, so that an
-overloaded machine or a stray signal changes nothing of the stream; what fails twice is `Unreadable`. The servant dies
-with its worker. What it prints goes to a file of bounded size. Measured cost of the detour: see data/README.md.
+If no answer comes in time it is killed and another is started; if it dies, so too. Both are tried once more, so that a
+stray signal changes nothing of the stream; what fails twice is `Unreadable`. Its time is what it slept or computed
+(`process.Patience`): neither an overloaded machine nor a job that is suspended uses it up. The servant dies with its
+worker. What it prints goes to a file of bounded size. Measured cost of the detour: see data/README.md.
 """
 
 import contextlib
@@ -25,7 +26,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +35,7 @@ import numpy as np
 
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
+from vjepa_data.process import Patience
 from vjepa_data.serve import ADDRESS_SPACE_BYTES, read, write
 from vjepa_data.settings import BadInput
 
@@ -51,7 +52,7 @@ class Servant:
     def __init__(self, decoder: str = "decord", *, timeout_s: float = 20.0, fallback: str | None = "pyav") -> None:
         """Args:
         decoder: backend of `vjepa_data.decode`.
-        timeout_s: seconds after which a servant that does not answer is killed.
+        timeout_s: seconds, asleep or at work, after which a servant that does not answer is killed.
         fallback: backend that tries what the first gave up on.
         """
         self.decoder, self.timeout_s = decoder, timeout_s
@@ -186,8 +187,6 @@ class Servant:
         memory = self._memory[self._turn]
         size = memory.hold(max(len(video), len(request["frames"]) * math.prod(request["part"][2:]) * 3))
         memory.map[: len(video)] = video
-        self._deadline = time.monotonic() + self.timeout_s
-        self._used_s = _state_and_cpu_s(self._process.pid)[1]
         text = {k: request[k] for k in ("frames", "part", "backend", "fallback")}
         text |= {"expect": [e.frames, e.width, e.height], "memory": self._turn, "size": size, "video": len(video)}
         with contextlib.suppress(
@@ -199,8 +198,7 @@ class Servant:
         """Wait for an answer; give it, or None and what went wrong."""
         if not self._is_ready:
             self._wait_until_ready()
-        left_ms = max(0, int((self._deadline - time.monotonic()) * 1000))
-        if not self._answers_within(left_ms) and not self._waits_for_a_core():
+        if not self._answers_within(self.timeout_s):
             return None, "timeout"
         try:
             return read(self._socket), ""
@@ -208,13 +206,13 @@ class Servant:
             return None, "crash"
 
     def _wait_until_ready(self) -> None:
-        """Wait for the process to start, which takes long where Python lies on a slow disk; then the clock runs.
+        """Wait for the process to start, which takes long where Python lies on a slow disk.
 
         Raises:
             BadInput: it does not start.
         """
         try:
-            if not self._answers_within(START_TIMEOUT_S * 1000):
+            if not self._answers_within(START_TIMEOUT_S):
                 raise EOFError
             read(self._socket)
         except (EOFError, ConnectionResetError):
@@ -223,27 +221,14 @@ class Servant:
             said = _one_line(self._printed.read()[-160:].decode(errors="replace"))
             raise BadInput(f"the process that decodes does not start ({said}); try `vjepa doctor`") from None
         self._is_ready = True
-        self._deadline = time.monotonic() + self.timeout_s
 
-    def _answers_within(self, milliseconds: int) -> bool:
-        poll = select.poll()
+    def _answers_within(self, limit_s: float) -> bool:
+        poll, patience = select.poll(), Patience(self._process.pid, limit_s)
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(milliseconds))
-
-    def _waits_for_a_core(self) -> bool:
-        """Wait on as long as the servant would run if it were let: a starved process does not hang.
-
-        Returns:
-            Whether it answered. It is given up when it sleeps, when it has used its time-out in CPU time, or after ten
-            times as long.
-        """
-        for _ in range(9 * max(1, round(self.timeout_s))):
-            state, used_s = _state_and_cpu_s(self._process.pid)
-            if state != "R" or used_s - self._used_s >= self.timeout_s:
+        while not poll.poll(1000 * patience.tick_s):
+            if patience.is_over():
                 return False
-            if self._answers_within(1000):
-                return True
-        return False
+        return True
 
     def _explain(self, failure: str) -> str:
         if failure == "timeout":
@@ -269,16 +254,6 @@ class _Memory:
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.frombuffer(self.map, dtype=np.uint8, count=int(np.prod(shape))).reshape(shape)
-
-
-def _state_and_cpu_s(pid: int) -> tuple[str, float]:
-    """Say whether a process runs ("R"), sleeps ("S"), ..., and how many seconds of CPU time it has used."""
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            facts = f.read().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X", 0.0
-    return facts[0], (int(facts[11]) + int(facts[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _one_line(text: str) -> str:

@@ -140,7 +140,7 @@ def test_a_servant_that_is_starved_of_cores_does_not_hang(bad_servant: Servant, 
         bad_servant.decode(b"warm up", [0], EXPECT)
     bad_servant.timeout_s = 1
     # As if it ran, and the clock of its CPU stood still, as it nearly does where many share a core.
-    monkeypatch.setattr("vjepa_data.servant._state_and_cpu_s", lambda pid: ("R", 0.0))
+    monkeypatch.setattr("vjepa_data.process._is_running_and_cpu_s", lambda pid: (True, 0.0))
     with pytest.raises(Unreadable, match=r"error: .*cannot +open"):
         bad_servant.decode(b"NAP", [0], EXPECT)
     assert bad_servant.counts["timeout"] == 0

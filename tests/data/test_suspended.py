@@ -1,0 +1,94 @@
+"""A job that was suspended (SIGSTOP to all of it, `scontrol suspend`, a paused machine) reads what it would have."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vjepa_data import process
+from vjepa_data.loader import ClipLoader
+from vjepa_data.process import Patience
+from vjepa_data.settings import Clip, Crop, Data, Loader, Source
+
+# Stands in for decord: it works in a thread of its own, as decord does, and leaves the clip to PyAV.
+SLOW_DECORD = """
+import threading, time
+class DECORDError(Exception): pass
+def cpu(n): return n
+def work():
+    end = time.thread_time() + 0.08
+    while time.thread_time() < end: pass
+class VideoReader:
+    def __init__(self, file, **_):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        raise DECORDError("PyAV shall do it")
+"""
+
+STEPS = 3
+JOB = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_suspended import read_stream
+for line in read_stream(sys.argv[2]):
+    print(line, flush=True)
+"""
+
+
+def read_stream(corpus: str) -> Iterator[str]:
+    """Keys and hashes of a few batches, whose clips may take little time each."""
+    data = Data(sources=(Source(shards=corpus),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
+    with ClipLoader(data, Loader(workers=1, decode_timeout_s=0.3), seed=0, batch_size=2) as loader:
+        for _ in range(STEPS):
+            batch = next(loader)
+            (clips,) = batch.groups
+            yield f"{clips.keys} {hashlib.sha256(clips.frames.numpy().tobytes()).hexdigest()} {batch.rejected}"
+
+
+def test_no_clip_is_given_up_for_the_time_that_a_job_was_suspended(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "decord.py").write_text(SLOW_DECORD)
+    said = tmp_path / "said.txt"
+    with said.open("w") as out:
+        job = subprocess.Popen(
+            [sys.executable, "-c", JOB, Path(__file__).parent, corpus],
+            stdout=out,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+            process_group=0,
+        )
+    awake, suspensions = random.Random(0), 0
+    while job.poll() is None and len(lines := said.read_text().splitlines()) < STEPS:
+        time.sleep(awake.uniform(0.05, 0.2))
+        if lines:
+            os.killpg(job.pid, signal.SIGSTOP)
+            time.sleep(0.4)  # longer than a clip may take
+            os.killpg(job.pid, signal.SIGCONT)
+            suspensions += 1
+    assert job.wait() == 0
+    assert suspensions > 3
+    assert said.read_text().splitlines() == list(read_stream(str(corpus)))
+
+
+@pytest.mark.parametrize(
+    ("running", "worked_s", "looks"),
+    [
+        (True, 0.0, None),  # starved of cores: it would run and is not let
+        (True, 0.5, 5),  # at work all the time: the first look only begins
+        (False, 0.0, 4),  # asleep
+    ],
+)
+def test_patience_ends_after_so_much_work_or_sleep(
+    monkeypatch: pytest.MonkeyPatch, running: bool, worked_s: float, looks: int | None
+) -> None:
+    clock, used = iter(range(1000)), iter(worked_s * look for look in range(1000))
+    monkeypatch.setattr(process.time, "monotonic", lambda: 0.5 * next(clock))
+    monkeypatch.setattr(process, "_is_running_and_cpu_s", lambda pid: (running, next(used)))
+    patience = Patience(0, 2.0)
+    assert next((look for look in range(1, 100) if patience.is_over()), None) == looks
