@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vjepa.config import Run
+from vjepa.model.encoder import Encoder
 from vjepa.train import train
+from vjepa.watch.pictures import look
 from vjepa.watch.stragglers import Stragglers
+from vjepa_data.batch import Batch, Clips
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -50,6 +54,29 @@ def test_looking_leaves_a_trace_pictures_and_scores_and_changes_no_step(
     assert scores[-1][1] > looked[-1]["probe/prior"]
     assert looked[-1]["time/look_s"] > 0
     assert looked[-1]["time/prepare_s"] > 0
+
+
+class OnGPU(torch.Tensor):
+    """Frames that pretend to be on a GPU: numpy cannot read them there."""
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+    to = cpu
+
+
+def test_a_picture_is_drawn_of_frames_that_are_on_the_device(tiny_run: MakeRun) -> None:
+    run = tiny_run()
+    frames = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    drawn = []
+    for given in (frames, frames.as_subclass(OnGPU)):
+        clips = Clips(given, slots=(0, 1), keys=("a", "b"), sources=(0, 0), start_s=(0.0, 0.0))
+        batch = Batch(step=0, groups=(clips,), rejected=())
+        drawn.append(look(Encoder(run.model), batch, run, torch.device("cpu")))
+    assert (drawn[0] == drawn[1]).all()
 
 
 def test_a_probe_of_what_is_not_there_says_so(tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path) -> None:

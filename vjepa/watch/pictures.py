@@ -40,7 +40,7 @@ def look(encoder: nn.Module, batch: Batch, run: Run, device: torch.device) -> UI
     grid = Grid.of(steps, height, width, run.model)
     features = encoder([View(normalise(frames.to(device)))])[0]
     colours = feature_colours(features.float().cpu().unflatten(1, (grid.t, grid.h, grid.w)))[0]
-    pixels = frames[0].numpy()
+    pixels = frames[0].cpu().numpy()
     rows = [pixels]
     for mask in sample_masks(run.masks, grid, seed=run.seed, step=batch.step, slots=clips.slots[:1]):
         seen, hidden = (np.isin(np.arange(grid.tokens), ids[0]) for ids in (mask.visible, mask.hidden))
