@@ -89,6 +89,27 @@ def test_every_step_has_a_line_and_a_resumed_run_drops_those_it_will_make_again(
     assert lines(tmp_path)[2]["loss/prediction"] == pytest.approx(1 / 3)
 
 
+class OnGPU(torch.Tensor):
+    """A number that pretends to be on a GPU: it cannot be stacked with one that is not."""
+
+    device = torch.device("cuda", 0)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.stack and len({one.device for one in args[0]}) > 1:
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_numbers_of_two_devices_are_one_record(tiny_run: MakeRun, world: World, tmp_path: Path) -> None:
+    track = Track(tiny_run(), tmp_path, world, step=0, wandb_id=None)
+    track.add(1, {"loss/prediction": torch.tensor(0.5).as_subclass(OnGPU), "optim/grad_norm": torch.tensor(2.0)})
+    track.write({})
+    track.close(0)
+    (line,) = lines(tmp_path)
+    assert (line["loss/prediction"], line["optim/grad_norm"]) == (0.5, 2.0)
+
+
 def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_network(
     tiny_run: MakeRun, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,11 +299,15 @@ def _has_key() -> bool:
 
 
 def _to_host(buffer: list[Mapping[str, Tensor | float | int]]) -> list[Record]:
-    """Bring all numbers over in one copy."""
+    """Bring all numbers over, in one copy from each device: with offloaded weights some are on the host already."""
     tensors = [value for measures in buffer for value in measures.values() if isinstance(value, Tensor)]
-    numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else [])
+    numbers: dict[int, float] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = [tensor for tensor in tensors if tensor.device == device]
+        found = torch.stack([tensor.detach().double() for tensor in here]).tolist()
+        numbers |= zip(map(id, here), found, strict=True)
     return [
-        {name: next(numbers) if isinstance(value, Tensor) else value for name, value in measures.items()}
+        {name: numbers[id(value)] if isinstance(value, Tensor) else value for name, value in measures.items()}
         for measures in buffer
     ]
 
