@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def test_a_collapse_is_told_once_and_stops_by_setting() -> None:
     strict, _ = a_nurse(collapse_share=0.25, on_collapse="stop")
     with pytest.raises(Collapsed, match="monitor/rankme"):
         strict.check(falling)
+
+
+def test_a_monitor_that_is_not_finite_is_no_collapse() -> None:
+    nurse, alerts = a_nurse(on_collapse="stop")
+    nurse.check([record(step, **{"monitor/std": value}) for step, value in ((100, 1.0), (200, math.nan), (300, 0.9))])
+    assert not alerts
 
 
 def test_a_collapse_is_seen_across_a_restart_and_leads_back_to_before_it(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_collapse_shows(make: Callable[[], Tensor], rankme: float, std: float, c
     assert all(torch.isfinite(value) for value in seen.values())
 
 
+def test_features_that_are_not_finite_are_no_error() -> None:
+    x = features()
+    x[3, 2] = torch.inf
+    assert all(torch.isnan(value) for value in monitor(x, alone).values())
+
+
 def test_over_ranks_they_are_those_of_all_features_together() -> None:
     """Two uneven ranks: what the first sends is added to what the second sends."""
     x = features()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,7 +86,7 @@ class Nurse:
         return None
 
     def _watch_collapse(self, record: Mapping[str, Any]) -> None:
-        seen = [name for name in WATCHED if name in record]
+        seen = [name for name in WATCHED if math.isfinite(record.get(name, math.nan))]
         for name in seen:
             value, highest = record[name], max(record[name], self._highest.get(name, 0.0))
             self._highest[name] = highest

@@ -1,7 +1,8 @@
 """Whether features still say something: numbers that fall, or rise, when a model collapses. Its loss does not tell.
 
-All are tensors on the device; nothing is read by the host. Over ranks they are those of all features together, by one
-sum over ranks of `1 + D + D * D` numbers, so they belong to every hundredth step or so, not to every step.
+All are tensors on the device. Over ranks they are those of all features together, by one sum over ranks of
+`1 + D + D * D` numbers, and then a decomposition that the host waits for. So they belong to every hundredth step or so,
+not to every step.
 
 Letters: n features, D channels.
 """
@@ -30,6 +31,7 @@ def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Ten
         `std`: standard deviation of a channel, mean over channels; 0 when all features are the same.
         `covariance`: share of the covariance's energy off its diagonal, from 0 (channels tell different things) to
             1 - 1/D (they all tell the same). What VICReg (arXiv:2105.04906) presses down.
+        All are NaN if a feature is not finite.
     """
     x = features.detach().double()
     width = x.shape[1]
@@ -38,7 +40,9 @@ def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Ten
     second = second.view(width, width)
 
     # In double precision, since singular values are roots: in single, what is 0 would come out as 3e-4 of the largest.
-    energies = torch.linalg.eigvalsh(second).clamp_min(0)
+    # A decomposition of what is not finite would be an error, where the step is only skipped.
+    is_finite = second.isfinite().all()
+    energies = torch.linalg.eigvalsh(torch.where(is_finite, second, 0.0)).clamp_min(0)
     sizes = energies.sqrt()
     shares = sizes / sizes.sum().clamp_min(torch.finfo(torch.float64).tiny)
     entropy = -torch.special.xlogy(shares, shares).sum()
@@ -48,7 +52,7 @@ def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Ten
     variance = covariance.diagonal().clamp_min(0)
     energy = covariance.square().sum()
     return {
-        "rankme": entropy.exp().float(),
+        "rankme": torch.where(is_finite, entropy.exp(), torch.nan).float(),
         "std": variance.sqrt().mean().float(),
         "covariance": (1 - variance.square().sum() / energy.clamp_min(torch.finfo(torch.float64).tiny)).float(),
     }
