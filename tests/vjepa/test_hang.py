@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._C import _distributed_c10d as c10d
 
 from vjepa.config import Health, Run
 from vjepa.parallel import World, join
-from vjepa.watch.hang import name_the_late, watchdog
+from vjepa.watch.hang import joined_collectives, name_the_late, watchdog
 
 MakeRun = Callable[..., Run]
 
@@ -40,7 +42,7 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_the_last_collectives_once(
         text = file.read_text()
         assert text.count("while making step 8") == 1
         assert "hangs_here" in text
-        assert "pg_status" in json.loads(file.with_suffix(".json").read_text())
+        assert {"time", "entries"} <= json.loads(file.with_suffix(".json").read_text()).keys()
         dog.beat("making step 9", step=8)
     waiting.set()
     thread.join()
@@ -50,6 +52,35 @@ def test_the_first_step_may_take_ten_times_as_long(world: World, tmp_path: Path)
     with watchdog(Health(stall_s=0.2), tmp_path, world):
         time.sleep(0.6)
     assert not (tmp_path / "stacks").exists()
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_run_alive_that_hangs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stacks").write_text("in the way of a folder")
+    ended = threading.Event()
+    monkeypatch.setattr("os._exit", lambda code: ended.set())
+    with watchdog(Health(stall_s=0.1, hang_s=0.2), tmp_path, world) as dog:
+        dog.beat("making step 8", step=7)
+        assert ended.wait(10)
+
+
+def test_what_nccl_joined_is_kept_beside_what_gloo_joined_and_counted_by_itself(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def entry(number: int) -> dict[str, Any]:
+        group = {"process_group": ["0", "default_pg"], "profiling_name": "nccl:all_reduce", "input_sizes": [[7]]}
+        return {**group, "collective_seq_id": number, "is_p2p": False}
+
+    for rank, joined in enumerate((5, 4)):
+        text = json.dumps({"entries": [entry(number) for number in range(1, joined + 1)]})
+        # Only a build of torch with NCCL has this recorder.
+        monkeypatch.setattr(c10d, "_dump_nccl_trace_json", text.encode, raising=False)
+        world.sum(torch.ones(1))  # gloo's, in the same group, under the same number
+        entries = joined_collectives()
+        assert {one["profiling_name"].partition(":")[0] for one in entries} == {"nccl", "gloo"}
+        (tmp_path / f"rank_{rank:05d}.json").write_text(json.dumps({"time": time.time(), "entries": entries[:joined]}))
+    assert "rank 1 has not joined nccl:all_reduce (number 5 of group 0 default_pg nccl" in name_the_late(tmp_path, 2)
 
 
 def recorder(folder: Path, rank: int, *numbers: int, at: float = 0.0) -> None:
@@ -73,7 +104,9 @@ def test_who_has_joined_fewer_collectives_than_others_is_named(tmp_path: Path) -
     for rank, joined in enumerate([(5, 9), (5, 8), (5, 9)]):
         recorder(tmp_path, rank, *joined)
     found = name_the_late(tmp_path, 3)
-    assert "rank 1 has not joined nccl:_all_gather_base (number 9 of group 1 shard, [[7]]), in which rank 0" in found
+    assert (
+        "rank 1 has not joined nccl:_all_gather_base (number 9 of group 1 shard nccl, [[7]]), in which rank 0" in found
+    )
     recorder(tmp_path, 1, 5, 9)
     assert "all ranks have joined the same" in name_the_late(tmp_path, 3)
     assert name_the_late(tmp_path, 4).startswith("rank 3 left no word")

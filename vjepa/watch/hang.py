@@ -1,9 +1,10 @@
 """Steps that never end: what every thread was doing, which collective ranks wait in, and who has not come.
 
     stacks/rank_00003.txt    stacks of all threads of a rank, at every stall
-           rank_00003.json   torch's flight recorder: the last collectives that it joined
+           rank_00003.json   torch's flight recorders: the last collectives that it joined
 
-The recorder works for NCCL and for gloo; a rank that is stopped or gone leaves no file, and is named for that.
+There are two recorders, one that NCCL writes to and one for gloo, and a GPU's rank uses both. A rank that is stopped or
+gone leaves no file, and is named for that.
 """
 
 import faulthandler
@@ -49,14 +50,21 @@ class Watchdog:
         while not self._over.wait(min(1.0, settings.stall_s / 4)):
             quiet_s = time.monotonic() - self._last_s
             stall_s = settings.stall_s if self._steps else 10 * settings.stall_s
-            if quiet_s > stall_s and not self._dumped:
-                self._dump(quiet_s)
-            if quiet_s > stall_s + min(GRACE_S, settings.stall_s) and not self._told:
-                self._told = True
-                log.warning("rank %d: %s", self._rank, name_the_late(self._folder, self._size))
+            try:
+                self._report(quiet_s, stall_s)
+            except (OSError, ValueError) as error:  # a full disk must not keep alive what hangs
+                log.error("rank %d: stacks cannot be written or compared: %s", self._rank, error)
             if quiet_s > max(settings.hang_s, stall_s):
                 log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
                 os._exit(1)
+
+    def _report(self, quiet_s: float, stall_s: float) -> None:
+        """Write down what we do, and a little later who keeps all others waiting; each once in a stall."""
+        if quiet_s > stall_s and not self._dumped:
+            self._dump(quiet_s)
+        if quiet_s > stall_s + min(GRACE_S, self._settings.stall_s) and not self._told:
+            self._told = True
+            log.warning("rank %d: %s", self._rank, name_the_late(self._folder, self._size))
 
     def _dump(self, quiet_s: float) -> None:
         self._dumped = True
@@ -68,9 +76,8 @@ class Watchdog:
             faulthandler.dump_traceback(stream, all_threads=True)
         text = f"rank {self._rank}: no step for {quiet_s:.0f} s while {self._doing}; stacks are in {file}"
         log.warning(text)
-        record = {"time": time.time(), **json.loads(c10d._dump_fr_trace_json())}  # pyright: ignore[reportAttributeAccessIssue]
         beside = self._folder / f".rank_{self._rank:05d}.part"
-        beside.write_text(json.dumps(record))
+        beside.write_text(json.dumps({"time": time.time(), "entries": joined_collectives()}))
         os.replace(beside, file.with_suffix(".json"))
 
     def stop(self) -> None:
@@ -89,6 +96,13 @@ def watchdog(settings: Health, folder: Path, world: World) -> Iterator[Watchdog]
     finally:
         dog.stop()
         thread.join()
+
+
+def joined_collectives() -> list[dict[str, Any]]:
+    """What torch's flight recorders remember of this process, oldest first for each of them."""
+    dumps = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the first is not there in a build without NCCL
+    texts = [getattr(c10d, name)() for name in dumps if hasattr(c10d, name)]
+    return [entry for text in texts for entry in json.loads(text).get("entries", [])]
 
 
 def name_the_late(folder: Path, world: int, *, since: float | None = None) -> str:
@@ -130,7 +144,8 @@ def _last_of_each_group(entries: list[dict[str, Any]]) -> dict[str, dict[str, An
     last: dict[str, dict[str, Any]] = {}
     for entry in entries:
         if not entry.get("is_p2p"):
-            last[" ".join(map(str, entry["process_group"]))] = entry
+            backend = entry["profiling_name"].partition(":")[0]  # one group may have two, each with its own count
+            last[" ".join(map(str, (*entry["process_group"], backend)))] = entry
     return last
 
 
