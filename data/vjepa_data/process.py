@@ -87,10 +87,13 @@ class Patience:
         self._looked_s, self._used_s = time.monotonic(), None
 
     def is_over(self) -> bool:
-        """Look at the child: every `tick_s` seconds, since a longer pause is taken for one that we made as well."""
-        now_s, (is_running, used_s) = time.monotonic(), _is_running_and_cpu_s(self._pid)
+        """Look at the child, every `tick_s` seconds: of a longer pause it is assumed that we were suspended as well."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < self.tick_s:
+            return False
+        is_running, used_s = _is_running_and_cpu_s(self._pid)
         worked_s = used_s - (used_s if self._used_s is None else self._used_s)
-        self._had_s += worked_s if is_running else min(now_s - self._looked_s, self.tick_s)
+        self._had_s += worked_s if is_running else self.tick_s
         self._looked_s, self._used_s = now_s, used_s
         return self._had_s >= self.limit_s
 

@@ -16,7 +16,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from vjepa_data.media.video import Reason, Refused
+from vjepa_data.process import Patience
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -47,7 +47,7 @@ class _Child:
     """File descriptor of what the child wrote to its standard error."""
     done: int = 0
     job: "_Job | None" = None
-    deadline: float = 0.0
+    patience: Patience | None = None
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Pool(Generic[Task, Answer]):
     Args:
         module: name of the module; its `work` must be a function of its task, and raise `Refused` for bad input.
         workers: number of children.
-        timeout_s: seconds after which a task's child is killed.
+        timeout_s: seconds, asleep or at work, after which a task's child is killed.
     """
 
     def __init__(self, module: str, *, workers: int, timeout_s: float) -> None:
@@ -122,7 +122,7 @@ class Pool(Generic[Task, Answer]):
                 self._children.append(idle)
             idle.job = waiting.popleft()
             idle.job.attempts += 1
-            idle.deadline = time.monotonic() + self._timeout_s
+            idle.patience = Patience(idle.process.pid, self._timeout_s)
             try:
                 idle.pipe.send(idle.job.task)
             except BrokenPipeError:
@@ -131,10 +131,10 @@ class Pool(Generic[Task, Answer]):
     def _collect(self, waiting: deque[_Job]) -> None:
         """Wait for any child to answer, die or run out of time."""
         busy = [child for child in self._children if child.job is not None]
-        patience = max(0.0, min(child.deadline for child in busy) - time.monotonic())
-        ready = set(wait([child.pipe for child in busy], patience))
+        ready = set(wait([child.pipe for child in busy], min(1.0, self._timeout_s / 4)))
         for child in busy:
             assert child.job is not None
+            assert child.patience is not None
             if child.pipe in ready:
                 try:
                     child.job.answer = child.pipe.recv()
@@ -145,7 +145,7 @@ class Pool(Generic[Task, Answer]):
                 child.done += 1
                 if child.done >= TASKS_PER_CHILD:
                     self._retire(child)
-            elif time.monotonic() >= child.deadline:
+            elif child.patience.is_over():
                 self._lost(child, Reason.TIMED_OUT, waiting)
 
     def _retire(self, child: _Child) -> None:
