@@ -1,5 +1,6 @@
 """Steps that do not come: what is written down, and who is named."""
 
+import itertools
 import json
 import threading
 import time
@@ -51,6 +52,18 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_the_last_collectives_once(
 def test_the_first_step_may_take_ten_times_as_long(world: World, tmp_path: Path) -> None:
     with watchdog(Health(stall_s=0.2), tmp_path, world):
         time.sleep(0.6)
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_a_job_that_was_suspended_for_an_hour_is_not_ended_for_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, clock = threading.Event(), itertools.count()
+    monkeypatch.setattr("os._exit", lambda code: ended.set())
+    monkeypatch.setattr("time.monotonic", lambda: 4000.0 * next(clock))
+    with watchdog(Health(stall_s=0.5, hang_s=3600), tmp_path, world) as dog:
+        dog.beat("making step 8", step=7)
+        assert not ended.wait(0.4)
     assert not (tmp_path / "stacks").exists()
 
 

@@ -35,20 +35,22 @@ class Watchdog:
     def __init__(self, settings: Health, folder: Path, world: World) -> None:
         self._settings, self._rank, self._size = settings, world.rank, world.size
         self._folder = folder / "stacks"
-        self._last_s, self._doing, self._steps = time.monotonic(), "starting", 0
+        self._quiet_s, self._doing, self._steps = 0.0, "starting", 0
         self._dumped = self._told = False
         self._over = threading.Event()
 
     def beat(self, doing: str, *, step: int | None = None) -> None:
         """Say that there is progress, and what comes next."""
-        self._last_s, self._doing, self._dumped, self._told = time.monotonic(), doing, False, False
+        self._quiet_s, self._doing, self._dumped, self._told = 0.0, doing, False, False
         self._steps += step is not None
 
     def watch(self) -> None:
-        """The thread's work, until it is over."""
+        """The thread's work, until it is over. Time in which the whole job is suspended counts for nothing."""
         settings = self._settings
-        while not self._over.wait(min(1.0, settings.stall_s / 4)):
-            quiet_s = time.monotonic() - self._last_s
+        tick_s = min(1.0, settings.stall_s / 4)
+        while not self._over.wait(tick_s):
+            self._quiet_s += tick_s
+            quiet_s = self._quiet_s
             stall_s = settings.stall_s if self._steps else 10 * settings.stall_s
             try:
                 self._report(quiet_s, stall_s)
