@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa.cli import main, parser
+from vjepa.cli import main, parsers
 
 RUN = """
 name: tiny
@@ -38,7 +38,7 @@ def verbs(whole: argparse.ArgumentParser) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("words", verbs(parser()), ids=" ".join)
+@pytest.mark.parametrize("words", verbs(parsers()[0]), ids=" ".join)
 def test_every_verb_explains_itself(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
@@ -54,12 +54,12 @@ def test_every_verb_explains_itself(words: list[str], capsys: pytest.CaptureFixt
         ("show CONFIG batch_size=5 data.lanes=2", "batch_size (5) must be divisible by data.lanes (2)"),
         ("train CONFIG data.sources.0.shards=nowhere", "nowhere/manifest.json: No such file or directory"),
         ("export nowhere --out x", "nowhere"),
+        ("show CONFIG --masks masks.xyz", "masks.xyz: a picture's name ends in .png, .svg or .pdf"),
         ("shard nowhere --out x", "nowhere: no such file or folder"),
         ("shard EMPTY --out x", "EMPTY"),
         ("shard NOTES --out x", "NOTES"),
         ("verify EMPTY", "manifest.json"),
         ("runs show EMPTY", "is not a run folder"),
-        ("verify EMPTY lr=3", "takes no settings"),
         ("launch CONFIG --on moonbase", "moonbase: cannot be read"),
         ("demo --out NOTES", "is not empty and no demo made it"),
     ],
@@ -80,6 +80,56 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len([one for one in said.splitlines() if one.startswith("vjepa ")]) == 1
     left = {path for path in tmp_path.rglob("*") if not path.is_dir() and path.suffix not in (".lock", ".txt", "")}
     assert left <= set(before), "something half-written was left behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("trian demo", "trian is no verb. Did you mean train?"),
+        ("train demo --otu x", "--otu is no option of this verb. Did you mean --out?"),
+        ("show demo optim.lr", "'optim.lr' is one word too many; settings are written name=value"),
+        ("verify EMPTY lr=3", "this verb takes no settings"),
+        ("shard EMPTY --out x --workers 0", "--workers: '0' is not a whole number of at least 1"),
+        ("estimate demo --nodes 0", "--nodes: '0' is not a whole number of at least 1"),
+        ("show demo --step -1", "--step: '-1' is not a whole number from 0"),
+        ("embed model videos --out f.npy --timeout-s nan", "--timeout-s: 'nan' is not a number above 0"),
+    ],
+)
+def test_a_word_that_means_nothing_is_answered_with_what_was_meant(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_verb_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "vjepa VERB --help" in capsys.readouterr().err
+
+
+def test_a_file_or_a_value_that_looks_like_a_setting_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("label=cat").mkdir()
+    assert main(["shard", "label=cat", "--out", "lr=3"]) == 2
+    assert "no videos in label=cat" in capsys.readouterr().err
+    assert main(["index", "label=cat", "--split", "a=val"]) == 2
+    assert "label=cat: no tars below it" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(run_file: Path) -> None:
+    line = f"{sys.executable} -m vjepa show {run_file} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_disk_that_objects_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 300
+    assert main(["show", str(run_file), "--masks", f"{long}.png"]) == 2
+    assert "File name too long; give another place" in capsys.readouterr().err.strip()
 
 
 def test_show_says_where_each_value_came_from(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,51 +6,71 @@ who use what came out. Each verb imports what it needs only when it is called, s
 and wishing to go on.
 """
 
-import argparse
+import errno
 import logging
-import re
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 import vjepa
 from vjepa.cli import datasets, models, runs
-from vjepa.cli.verb import Verbs
+from vjepa.cli.verb import Parser, Verbs, nearest
 from vjepa_data.settings import BadInput as BadData
 from vjepa_launch.settings import BadInput as BadLaunch
 
-SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MENDABLE = {
+    **dict.fromkeys(FULL, "make room, then run it again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give another place, or the right to write there"),
+    **dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG), "give another place"),
+}
+"""What a disk may object to, and what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args([word for word in words if not SETTING.fullmatch(word)])
-    args.overrides = [word for word in words if SETTING.fullmatch(word)]
+    whole, verbs = parsers()
+    if not words:
+        whole.print_help(sys.stderr)
+        return 2
+    if not words[0].startswith("-") and words[0] not in verbs.names:
+        whole.error(f"{words[0]} is no verb{nearest(words[0], verbs.names) or '; see `vjepa --help`'}")
+    args = whole.parse_args(words)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
     try:
-        if args.overrides and not args.takes_settings:
-            raise BadData(f"{args.overrides[0]!r}: this verb takes no settings")
-        return args.function(args) or 0
+        code = args.function(args) or 0
+        sys.stdout.flush()
+        return code
     except (BadData, BadLaunch) as error:
-        print(f"vjepa {args.verb}: {error}", file=sys.stderr)
+        print(f"{args.prog}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what we print has seen enough: `vjepa show demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{args.prog}: {where}{error.strerror}; {MENDABLE[error.errno]}", file=sys.stderr)
+        return 1 if error.errno in FULL else 2
     except KeyboardInterrupt:
-        print(f"vjepa {args.verb}: interrupted", file=sys.stderr)
+        print(f"{args.prog}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
-def parser() -> argparse.ArgumentParser:
-    """All verbs with their options."""
-    whole = argparse.ArgumentParser(
+def parsers() -> tuple[Parser, Verbs]:
+    """The parser of the whole line, and the verbs in it with their options."""
+    whole = Parser(
         prog="vjepa",
         description="Raw video in, a pretrained video world model out.",
-        epilog="Settings are given as key=value after the verb: `vjepa train demo optim.lr=1e-3`.",
+        epilog="`vjepa VERB --help` says more. Settings are given as name=value: `vjepa train demo optim.lr=1e-3`.",
     )
     whole.add_argument("--version", action="version", version=f"vjepa-pretrain {vjepa.__version__}")
     verbs = Verbs(whole.add_subparsers(dest="verb", required=True, metavar="VERB"))
     for room in (runs, datasets, models):
         room.add_verbs(verbs)
-    return whole
+    return whole, verbs

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vjepa.cli.verb import count
+
 if TYPE_CHECKING:
     from vjepa_data.spec import Spec
     from vjepa_launch.array import Array
@@ -16,7 +18,7 @@ def on_cluster(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--on", required=True, metavar="CLUSTER", help="a profile: a YAML file, or a name in launch/clusters"
     )
-    verb.add_argument("--nodes", type=int, help="machines, in place of the profile's number")
+    verb.add_argument("--nodes", type=count, metavar="N", help="machines, in place of the profile's number")
 
 
 def profile(on: str, nodes: int | None = None) -> "Cluster":

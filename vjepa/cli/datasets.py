@@ -6,53 +6,83 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vjepa.cli.cluster import shard_on_cluster
-from vjepa.cli.verb import Verbs, out, workers
+from vjepa.cli.verb import Verbs, count, number, out, workers
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Declare them."""
-    verb = verbs.add("shard", shard, "raw videos to shards; may be killed and started again", settings=True)
+    verb = verbs.add(
+        "shard",
+        shard,
+        "raw videos to shards; may be killed and started again",
+        settings=True,
+        example="shard my/videos --out corpus name=kitchen split.val_share=0.05",
+    )
     verb.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, video files, tables of videos, tars, URLs")
     out(verb, "folder for the corpus")
-    verb.add_argument("--spec", type=Path, help="YAML file with the settings of the build")
+    verb.add_argument("--spec", type=Path, metavar="FILE", help="YAML file with the settings of the build")
     verb.add_argument(
         "--dry-run", action="store_true", help="look at everything, say what it would cost, write nothing"
     )
     verb.add_argument("--status", action="store_true", help="how far the builders on --out are, wherever they run")
     verb.add_argument("--task", type=task, metavar="K/N", help="this is task K of an array of N, counted from 0")
     verb.add_argument("--on", metavar="CLUSTER", help="as an array of jobs: a profile, or a name in launch/clusters")
-    verb.add_argument("--tasks", type=int, metavar="N", help="jobs of --on, a node each (default: its nodes)")
+    verb.add_argument("--tasks", type=count, metavar="N", help="jobs of --on, a node each (default: its nodes)")
     workers(verb)
 
-    verb = verbs.add("index", index, "admit foreign WebDataset shards: write the index that a run needs")
-    verb.add_argument("place", help="folder of tars; or s3://bucket/prefix/, or https://host/a-{0000..0099}.tar")
+    verb = verbs.add(
+        "index",
+        index,
+        "admit foreign WebDataset shards: write the index that a run needs",
+        example="index shards-of-others --out admitted --split '*val*=val'",
+    )
+    verb.add_argument(
+        "place", metavar="PLACE", help="folder of tars; or s3://bucket/prefix/, or https://host/a-{0000..0099}.tar"
+    )
     out(verb, "folder for the index, with links to local tars (default: the folder itself)", required=False)
-    verb.add_argument("--name", help="of the corpus (default: the place's)")
+    verb.add_argument("--name", metavar="NAME", help="of the corpus (default: the place's)")
     verb.add_argument(
         "--split", action="append", default=[], metavar="PATTERN=NAME", help="tars whose names fit belong to this split"
     )
     verb.add_argument("--deep", action="store_true", help="decode every clip from first to last frame")
     workers(verb)
 
-    verb = verbs.add("verify", verify, "a corpus against its manifest, or a run's checkpoints against their digests")
+    verb = verbs.add(
+        "verify",
+        verify,
+        "a corpus against its manifest, or a run's checkpoints against their digests",
+        example="verify corpus --deep",
+    )
     verb.add_argument("place", metavar="PLACE", help="folder or address of a corpus, or folder of a run")
     verb.add_argument("--deep", action="store_true", help="decode every clip of a corpus as well")
     workers(verb)
 
-    verb = verbs.add("merge", merge, "several corpora as the sources of one run, each with its licence and share")
+    verb = verbs.add(
+        "merge",
+        merge,
+        "several corpora as the sources of one run, each with its licence and share",
+        example="merge corpus admitted --out mixture.yaml --weights 0.7 0.3",
+    )
     verb.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or addresses of corpora")
     out(verb, "YAML file: a run's, or its `base:`")
-    verb.add_argument("--split", default="train", help="which split of each (default: %(default)s)")
+    verb.add_argument("--split", metavar="NAME", default="train", help="which split of each (default: %(default)s)")
     verb.add_argument(
         "--by", choices=("clips", "hours", "equal"), default="clips", help="shares in proportion (default: %(default)s)"
     )
-    verb.add_argument("--weights", nargs="+", type=float, help="shares by hand, one for each corpus")
-    verb.add_argument("--base", type=Path, help="run file with all other settings")
+    verb.add_argument("--weights", nargs="+", type=float, metavar="SHARE", help="by hand, one for each corpus")
+    verb.add_argument("--base", type=Path, metavar="FILE", help="run file with all other settings")
 
-    verb = verbs.add("synthesize", synthesize, "write generated physics scenes as labelled mp4 files")
+    verb = verbs.add(
+        "synthesize",
+        synthesize,
+        "write generated physics scenes as labelled mp4 files",
+        example="synthesize --out videos --videos 100",
+    )
     out(verb, "folder for the videos and their labels")
-    verb.add_argument("--videos", type=int, default=800, help="how many (default: %(default)s)")
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--videos", type=count, default=800, metavar="N", help="how many (default: %(default)s)")
+    verb.add_argument(
+        "--seed", type=number, default=0, metavar="N", help="other videos for another (default: %(default)s)"
+    )
 
 
 def task(text: str) -> tuple[int, int]:
@@ -113,8 +143,8 @@ def index(args: argparse.Namespace) -> None:
     samples = sum(one["samples"] for one in found.manifest.splits.values())
     print(f"{args.out or args.place}: {samples} samples admitted; corpus {found.manifest.hash[:12]}")
     for text, counts in (("not of the canonical form", found.flaws), ("left out", found.rejects)):
-        for reason, count in counts.items():
-            print(f"  {count} {text}: {reason}")
+        for reason, times in counts.items():
+            print(f"  {times} {text}: {reason}")
 
 
 @contextlib.contextmanager

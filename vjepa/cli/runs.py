@@ -7,33 +7,73 @@ import time
 from pathlib import Path
 
 from vjepa.cli.cluster import launch_array, on_cluster, profile, say
-from vjepa.cli.verb import Verbs, config, out
+from vjepa.cli.verb import Verbs, amount, config, count, number, out
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Declare them."""
-    verb = verbs.add("demo", demo, "the whole path on this machine, in minutes", settings=True)
-    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: %(default)s)")
-    verb.add_argument("--videos", type=Path, help="folder of your own videos, in place of generated physics scenes")
+    verb = verbs.add(
+        "demo",
+        demo,
+        "the whole path on this machine, in minutes",
+        settings=True,
+        example="demo --videos my/videos --out runs/mine steps=400",
+    )
+    verb.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="PATH", help="folder to work in (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--videos", type=Path, metavar="DIR", help="folder of your own videos, in place of generated physics scenes"
+    )
 
-    verb = verbs.add("show", show, "resolved settings, and where each came from", settings=True)
+    verb = verbs.add(
+        "show", show, "resolved settings, and where each came from", settings=True, example="show demo optim.lr=1e-3"
+    )
     config(verb)
     verb.add_argument("--masks", type=Path, metavar="PNG", help="draw what the masks of a step show and hide")
-    verb.add_argument("--stream", type=int, metavar="SLOTS", help="which sample, time and crop fill the first slots")
-    verb.add_argument("--step", type=int, default=0, help="step of the masks or the stream (default: %(default)s)")
+    verb.add_argument("--stream", type=count, metavar="SLOTS", help="which sample, time and crop fill the first slots")
+    verb.add_argument(
+        "--step", type=number, default=0, metavar="N", help="step of the masks or the stream (default: %(default)s)"
+    )
 
-    verb = verbs.add("estimate", estimate, "memory, FLOPs, messages and hours, before you queue", settings=True)
+    verb = verbs.add(
+        "estimate",
+        estimate,
+        "memory, FLOPs, messages and hours, before you queue",
+        settings=True,
+        example="estimate vitl16_256px_16f --nodes 16 parallel.recompute=full",
+    )
     config(verb)
-    verb.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
-    verb.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
-    verb.add_argument("--gpu", default="h100", help="a100, h100, h200, b200 or l40s (default: %(default)s)")
-    verb.add_argument("--mfu", type=float, default=0.4, help="share of the peak that you reach (default: %(default)s)")
+    verb.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (default: %(default)s)")
+    verb.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="of each (default: %(default)s)")
+    verb.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="a100, h100, h200, b200 or l40s (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that you reach (default: %(default)s)",
+    )
 
-    verb = verbs.add("train", train, "train in this process, or in any number of them under torchrun", settings=True)
+    verb = verbs.add(
+        "train",
+        train,
+        "train in this process, or in any number of them under torchrun",
+        settings=True,
+        example="train demo --out runs/demo steps=100",
+    )
     config(verb)
     out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
 
-    verb = verbs.add("launch", launch, "train on a cluster through submitit, or here in the background", settings=True)
+    verb = verbs.add(
+        "launch",
+        launch,
+        "train on a cluster through submitit, or here in the background",
+        settings=True,
+        example="launch vitl16_256px_16f --on h100 --nodes 16 --dry-run",
+    )
     verb.add_argument("config", metavar="CONFIG|SWEEP", help="a run file, the name of one, or a file of a sweep")
     on_cluster(verb)
     out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
@@ -42,41 +82,69 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--replace-settings", action="store_true", help="take these settings, though the run has its own")
 
     group = verbs.group("runs", "the runs on this machine or cluster")
-    verb = group.add("list", runs_list, "a line for each")
-    verb.add_argument("--root", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)")
-    verb = group.add("show", runs_show, "all about one")
-    verb.add_argument("run", type=Path, metavar="RUN")
-    verb = group.add("logs", runs_logs, "what a rank wrote")
-    verb.add_argument("run", type=Path, metavar="RUN")
-    verb.add_argument("--rank", type=int, default=0)
-    verb.add_argument("-n", "--lines", type=int, default=100, help="from the end (default: %(default)s)")
+    verb = group.add("list", runs_list, "a line for each", example="runs list --root runs")
+    verb.add_argument(
+        "--root", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders (default: %(default)s)"
+    )
+    verb = group.add("show", runs_show, "all about one", example="runs show runs/demo")
+    verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
+    verb = group.add("logs", runs_logs, "what a rank wrote", example="runs logs runs/demo --rank 7 -f")
+    verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
+    verb.add_argument("--rank", type=number, default=0, metavar="N", help="of which (default: %(default)s)")
+    verb.add_argument("-n", "--lines", type=count, default=100, metavar="N", help="from the end (default: %(default)s)")
     verb.add_argument("-f", "--follow", action="store_true", help="and what it goes on to write")
-    verb = group.add("cancel", runs_cancel, "end one for good")
-    verb.add_argument("run", type=Path, metavar="RUN")
+    verb = group.add("cancel", runs_cancel, "end one for good", example="runs cancel runs/demo --after-checkpoint")
+    verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
     verb.add_argument("--after-checkpoint", action="store_true", help="save first, however long it takes")
-    verb = group.add("requeue", runs_requeue, "save and come back; one that is over is launched again")
-    verb.add_argument("run", type=Path, metavar="RUN")
+    verb = group.add(
+        "requeue",
+        runs_requeue,
+        "save and come back; one that is over is launched again",
+        example="runs requeue runs/demo",
+    )
+    verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
 
-    verb = verbs.add("doctor", doctor, "would a run work on this machine, or on all nodes of a cluster", settings=True)
+    verb = verbs.add(
+        "doctor",
+        doctor,
+        "would a run work on this machine, or on all nodes of a cluster",
+        settings=True,
+        example="doctor demo --on slurm",
+    )
     verb.add_argument("config", metavar="CONFIG", nargs="?", help="a run, to read and decode its shards")
-    verb.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (default: %(default)s)")
+    verb.add_argument(
+        "--folder", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: %(default)s)"
+    )
     verb.add_argument("--on", metavar="CLUSTER", help="every node of a profile, compared: a file, or a name")
-    verb.add_argument("--nodes", type=int, help="machines, in place of the profile's number")
+    verb.add_argument("--nodes", type=count, metavar="N", help="machines, in place of the profile's number")
     verb.add_argument("--visit", type=Path, help=argparse.SUPPRESS)  # one rank of a job that --on started
 
     group = verbs.group("bench", "how fast things are on this machine")
-    verb = group.add("loader", bench_loader, "clips per second, and what each stage costs", settings=True)
+    verb = group.add(
+        "loader",
+        bench_loader,
+        "clips per second, and what each stage costs",
+        settings=True,
+        example="bench loader demo --demand 93",
+    )
     config(verb)
     verb.add_argument(
-        "--demand", type=float, metavar="CLIPS_PER_S", help="what a GPU would take: how long would it wait"
+        "--demand", type=amount, metavar="CLIPS_PER_S", help="what a GPU would take: how long would it wait"
     )
-    verb.add_argument("--seconds", type=float, default=20.0, help="to measure for (default: %(default)s)")
+    verb.add_argument("--seconds", type=amount, default=20.0, metavar="S", help="to measure for (default: %(default)s)")
 
-    verb = verbs.add("drill", drill, "rehearse what happens to a run when things go wrong")
+    verb = verbs.add(
+        "drill",
+        drill,
+        "rehearse what happens to a run when things go wrong",
+        example="drill --on local --only kill-first",
+    )
     on_cluster(verb)
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help="this drill; may be repeated")
-    verb.add_argument("--out", type=Path, default=Path("runs/drill"), help="folder (default: %(default)s)")
-    verb.add_argument("--at-once", type=int, default=1, help="drills at a time (default: %(default)s)")
+    verb.add_argument(
+        "--out", type=Path, default=Path("runs/drill"), metavar="PATH", help="folder (default: %(default)s)"
+    )
+    verb.add_argument("--at-once", type=count, default=1, metavar="N", help="drills at a time (default: %(default)s)")
 
 
 def demo(args: argparse.Namespace) -> int:

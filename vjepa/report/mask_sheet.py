@@ -11,6 +11,8 @@ from numpy import ndarray
 from vjepa.config import Run
 from vjepa.masks import sample_masks
 from vjepa.model.grid import Grid
+from vjepa.output import new_file
+from vjepa_data.settings import BadInput
 
 VISIBLE, HIDDEN, NEITHER = "#2563eb", "#ea7317", "#c9cfd8"
 CLIPS, TUBELETS, SLOTS = 3, 8, 240
@@ -25,8 +27,11 @@ def draw_mask_sheet(run: Run, path: Path, *, step: int = 0) -> None:
         step: which step.
 
     Raises:
-        BadInput: a kind of mask does not fit the grid.
+        BadInput: a kind of mask does not fit the grid, or the ending is another.
     """
+    form = path.suffix[1:]
+    if form not in ("png", "svg", "pdf"):
+        raise BadInput(f"{path}: a picture's name ends in .png, .svg or .pdf")
     import matplotlib as mpl
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -68,7 +73,8 @@ def draw_mask_sheet(run: Run, path: Path, *, step: int = 0) -> None:
         box.set_title(f"hidden: {chance.min():.0%} to {chance.max():.0%}", fontsize=8)
         box.set_axis_off()
         _draw_shares(right.subplots(), states)
-    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+    with new_file(path, overwrite=True) as beside:
+        figure.savefig(beside, format=form, metadata={"Software": None} if form == "png" else None)
 
 
 def mask_states(run: Run, grid: Grid, kind: int, *, step: int) -> ndarray:
