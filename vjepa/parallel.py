@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -217,12 +217,20 @@ def _recompute(block: nn.Module, mode: str) -> None:
     if mode == "off":
         return
     # The forward is wrapped, not the module, so that names of parameters stay as they are.
-    block.forward = partial(
-        checkpoint,
-        block.forward,
-        use_reentrant=False,
-        preserve_rng_state=False,  # nothing in a block is random
-        **({"context_fn": _keep_products} if mode == "selective" else {}),
+    block.forward = MethodType(_forward_kept if mode == "selective" else _forward_again, block)
+
+
+# Functions of the block, as its own forward is: torch.compile traces them, and all blocks share what it makes of one.
+# Nothing in a block is random, so no state of a generator is kept.
+
+
+def _forward_again(block: nn.Module, *inputs: Any) -> Any:
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _forward_kept(block: nn.Module, *inputs: Any) -> Any:
+    return checkpoint(
+        type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products
     )
 
 
@@ -232,22 +240,27 @@ def _keep_products() -> tuple[Any, Any]:
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the results of matrix products and attention, where nearly all the work is; redo the cheap rest."""
-    keep = operation in _products()
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if str(operation) in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _products() -> frozenset[Any]:
-    aten = torch.ops.aten
-    return frozenset(
-        {
-            aten.mm.default,
-            aten.addmm.default,
-            aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-        }
-    )
+# By name, since some are registered only when their module is imported.
+PRODUCTS = frozenset(
+    {
+        "aten.mm.default",
+        "aten.addmm.default",
+        # sdpa
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        # varlen
+        "torch_attn._varlen_attn.default",
+        # xformers, by the kernel that it picks
+        "xformers_flash.flash_fwd.default",
+        "xformers_flash3.flash_fwd.default",
+        "aten._efficient_attention_forward.default",
+    }
+)
 
 
 def _make_exact(settings: Parallel) -> None:
