@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from vjepa.config import Checkpoint, Run
 from vjepa.parallel import World, join
+from vjepa.release.sharded import Sharded
 from vjepa.run import checkpoint
-from vjepa.run.checkpoint import Facts, Saver, damage, find_newest, latest, list_checkpoints, load_into, read_facts
+from vjepa.run.checkpoint import (
+    Facts,
+    Saver,
+    damage,
+    digest,
+    find_newest,
+    latest,
+    list_checkpoints,
+    load_into,
+    read_facts,
+)
 from vjepa.run.resume import check_changes
 from vjepa_data.settings import BadInput
 
@@ -162,6 +176,61 @@ def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0, "versions": {"vjepa": "0.0.9"}}))
     with pytest.raises(BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9:"):
         read_facts(checkpoint.folder_of(tmp_path / "checkpoints", 1))
+
+
+class Trap:
+    """What a stranger could put into a checkpoint: a folder is made when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("trap", [Trap, lambda _: BytesStorageMetadata()])
+def test_a_checkpoint_of_strangers_runs_nothing(world: World, tmp_path: Path, trap: Callable[[Path], Any]) -> None:
+    saved(tmp_path, world, range(1, 2))
+    path = checkpoint.folder_of(tmp_path / "checkpoints", 1)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.planner_data = trap(tmp_path / "fallen into")
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    state = json.loads((path / "state.json").read_text())  # digests are no signature: a stranger writes them too
+    state["files"][".metadata"] = {"bytes": (path / ".metadata").stat().st_size, "xxh3": digest(path / ".metadata")}
+    (path / "state.json").write_text(json.dumps(state))
+    for read in (
+        lambda: load_into({"target.weight": torch.zeros(300)}, path, world),
+        lambda: checkpoint.load_weights(path),
+        lambda: Sharded(path, {"encoder": "target"}),
+    ):
+        with pytest.raises(BadInput, match="is not read: that might run foreign code"):
+            read()
+    assert not (tmp_path / "fallen into").exists()
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_line(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 2))
+    path = checkpoint.folder_of(tmp_path / "checkpoints", 1)
+    for tensors, reason in (
+        ({"target.weight": torch.zeros(7)}, r"Size mismatch .* for target\.weight"),
+        ({"target.bias": torch.zeros(7)}, r"Missing key in checkpoint state_dict: target\.bias"),
+    ):
+        with pytest.raises(BadInput, match=f"holds another model than the settings describe .*{reason}"):
+            load_into(tensors, path, world)
+
+
+def test_slices_that_cannot_be_written_are_an_error_of_the_disk(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    for background in (False, True):
+        saver = Saver(tmp_path, Checkpoint(background=background), world)
+        with pytest.raises(OSError, match=r"could not be written: rank 0: .*No space left"):
+            save_and_wait(saver, facts(1))
+    assert list_checkpoints(tmp_path / "checkpoints") == []
 
 
 def changes(then: Run, now: Run, *, step: int = 10, manifests: tuple[str, str] = ("a", "a")) -> dict[str, list[object]]:

@@ -13,6 +13,7 @@ from vjepa import config
 from vjepa.release.tensors import Tensors
 from vjepa.release.weights import Weights
 from vjepa.run import checkpoint, place
+from vjepa.run.metadata import check_metadata
 from vjepa_data.settings import BadInput
 
 
@@ -59,6 +60,7 @@ class Sharded(Tensors):
         """
         if wrong := checkpoint.damage(path):
             raise BadInput(f"{path} is damaged: {wrong}; choose another checkpoint of the run")
+        check_metadata(path)
         self.reader = place.reader_of(path)
         self.metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)

@@ -20,7 +20,8 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import xxhash
 import yaml
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -39,6 +41,7 @@ from vjepa.objective import Models
 from vjepa.optimizer import named_parameters
 from vjepa.parallel import World
 from vjepa.run import place
+from vjepa.run.metadata import check_metadata
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -222,7 +225,8 @@ class Saver:
         else:
             self.world.first(lambda: _fresh(part))
         if not self.settings.background:
-            save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
+            with _failing_plainly():
+                save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
             self._commit(part, path, facts)
             self.on_saved(path)
             return
@@ -230,7 +234,8 @@ class Saver:
 
         def finish() -> None:
             try:
-                done.result()  # pyright: ignore[reportAttributeAccessIssue]
+                with _failing_plainly():
+                    done.result()  # pyright: ignore[reportAttributeAccessIssue]
                 self._commit(part, path, facts)
             except BaseException as error:  # noqa: BLE001  it is raised again where training waits
                 self._failure = error
@@ -396,8 +401,22 @@ def check_moved(run_folder: Path, home: Path) -> None:
 
 
 def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
-    """Fill tensors in place from a checkpoint that any number of ranks wrote."""
-    load(dict(tensors), storage_reader=place.reader_of(path), process_group=world.storage)
+    """Fill tensors in place from a checkpoint that any number of ranks wrote.
+
+    Raises:
+        BadInput: on every rank, when it holds other tensors.
+        OSError: on every rank, when it cannot be read on one.
+    """
+    check_metadata(path)
+    try:
+        load(dict(tensors), storage_reader=place.reader_of(path), process_group=world.storage)
+    except CheckpointException as error:
+        rank, cause = _first_failure(error)
+        if isinstance(cause, OSError):
+            raise OSError(f"{path} cannot be read: rank {rank}: {cause}") from error
+        raise BadInput(
+            f"{path} holds another model than the settings describe ({cause}); give one of this size"
+        ) from None
 
 
 def load_weights(path: Path, part: Part = "target") -> dict[str, Tensor]:
@@ -418,6 +437,7 @@ def load_weights(path: Path, part: Part = "target") -> dict[str, Tensor]:
     if wrong:
         raise BadInput(f"{path} is damaged: {wrong}; choose another checkpoint")
     read_facts(path)
+    check_metadata(path)
     reader = place.reader_of(path)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {
@@ -453,6 +473,21 @@ def latest(home: Path) -> Path | None:
             return path
         log.warning("%s is skipped: %s", path, wrong)
     return None
+
+
+@contextmanager
+def _failing_plainly() -> Iterator[None]:
+    """DCP's own exception is no `Exception`, and holds the stacks of all ranks; the first reason says enough."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, cause = _first_failure(error)
+        raise OSError(f"the checkpoint could not be written: rank {rank}: {cause}") from error
+
+
+def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
+    rank, (cause, _) = min(error.failures.items())
+    return rank, cause
 
 
 def _fresh(part: Path) -> None:
