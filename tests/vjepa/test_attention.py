@@ -1,12 +1,17 @@
 """The seam: packed attention is attention within each sequence, whoever computes it."""
 
+import inspect
 import logging
+import re
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import varlen
 
 from vjepa.model import attention as module
 from vjepa.model.attention import Backend, Segments, attention, choose, refusal
@@ -70,6 +75,61 @@ def test_starts_are_those_of_each_sequence() -> None:
     assert starts.tolist() == [0, 3, 6, 10]
 
 
+def test_varlen_is_asked_for_attention_within_each_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU. Here a stand-in with torch's signature does what its documentation says."""
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def by_starts(*given: object, **named: object) -> Tensor:
+        asked = signature.bind(*given, **named).arguments
+        starts = asked["cu_seq_q"]
+        assert starts is asked["cu_seq_k"]
+        assert asked["max_q"] == asked["max_k"] == max(starts.diff().tolist())
+        runs = [(1, length) for length in starts.diff().tolist()]
+        return by_hand(asked["query"], asked["key"], asked["value"], runs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_starts)
+    assert module._disagreement("varlen", CPU, torch.float32, 80) < 1e-5
+
+
+def test_varlen_takes_what_it_is_given_forward_and_backward() -> None:
+    """Its operator itself, registered derivative included, on tensors that have a shape and a type but no values."""
+    with FakeTensorMode():
+        segments = Segments.of([(2, 24), (1, 17)], backend="varlen", device=CPU)
+        qkv = torch.randn(segments.tokens, 3, 2, 88, dtype=torch.bfloat16, requires_grad=True)
+        q, k, v = qkv.unbind(1)
+        out = attention(q, k, v, segments)
+        assert (out.shape, out.dtype) == ((65, 2, 88), torch.bfloat16)
+        out.sum().backward()
+        assert qkv.grad is not None
+        assert qkv.grad.shape == qkv.shape
+
+
+def test_xformers_is_asked_for_attention_within_each_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU. Here its own checks and its own mask are used, with the formula of its documentation."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+
+    def by_mask(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any) -> Tensor:
+        fmha.common.Inputs(query, key, value, attn_bias).validate_inputs()
+        tokens = query.shape[1]
+        bias = attn_bias.materialize((1, query.shape[2], tokens, tokens), dtype=query.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
+        return ((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v).transpose(1, 2).contiguous()
+
+    monkeypatch.setattr(fmha, "memory_efficient_attention", by_mask)
+    assert module._disagreement("xformers", CPU, torch.float32, 80) < 1e-5
+
+
+@pytest.mark.parametrize("width", [32, 48, 64, 80, 88])
+def test_xformers_objects_to_nothing_but_the_device(width: int) -> None:
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    segments = Segments.of([(2, 24), (1, 17)], backend="xformers", device=CPU)
+    qkv = torch.randn(segments.tokens, 3, 2, width, dtype=torch.bfloat16)
+    asked = fmha.common.Inputs(*(x[None] for x in qkv.unbind(1)), segments.blocks)
+    for operator in (fmha.flash.FwOp, fmha.flash.BwOp, fmha.cutlass.FwOp, fmha.cutlass.BwOp):
+        for reason in operator.not_supported_reasons(asked):
+            assert re.match("device=cpu|bf16 is only supported on A100|operator wasn't built", reason), reason
+
+
 def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vjepa.model.attention"):
         assert choose("auto", CPU, torch.float32) == "sdpa"
@@ -108,16 +168,19 @@ def test_an_explicit_choice_that_cannot_work_is_an_error_that_says_why(backend: 
         choose(backend, CPU, torch.bfloat16)
 
 
-def test_a_backend_that_cannot_be_loaded_or_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ImportError, AssertionError])
+def test_a_backend_that_cannot_be_loaded_or_launched_is_refused(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a pretended CUDA device the probe really runs: here varlen has no kernel and xformers cannot be imported."""
 
     def broken() -> None:
-        raise ImportError("built for another torch\nand more")
+        raise kind("built for another torch\nand more")
 
     monkeypatch.setattr(module, "_load_xformers", broken)
     monkeypatch.setattr(torch.Tensor, "to", _stay_on_cpu(torch.Tensor.to))
     cuda = torch.device("cuda")
-    assert refusal("xformers", cuda, torch.bfloat16, head_widths=(32,)) == "ImportError: built for another torch"
+    assert refusal("xformers", cuda, torch.bfloat16, head_widths=(32,)) == f"{kind.__name__}: built for another torch"
     reason = refusal("varlen", cuda, torch.bfloat16, head_widths=(32,))
     assert reason is not None
     assert "Error" in reason

@@ -21,7 +21,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ class Segments:
 
     starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
     """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
+
+    blocks: Any = field(default=None, repr=False)
+    """The same as a `BlockDiagonalMask`, on the device. Only for `xformers`."""
 
     seen: tuple[Bool[Tensor, "_sequences 1 _length _length"], ...] | None = field(default=None, repr=False)
     """For each run which tokens [.. query key] may be seen; None: all of the sequence. Only for `sdpa`."""
@@ -74,17 +77,19 @@ class Segments:
                 joined[-1] = (joined[-1][0] + count, length)
             else:
                 joined.append((count, length))
-        starts = None
+        starts = blocks = None
+        lengths = [length for count, length in joined for _ in range(count)]
         if backend == "varlen" and len(joined) > 1:
-            lengths = [length for count, length in joined for _ in range(count)]
             starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        if backend == "xformers" and len(joined) > 1:
+            blocks = _load_xformers().attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
         seen = None
         if times is not None:
             assert backend == "sdpa", "`choose` lets no other backend through"
             of_run = times.split([count * length for count, length in joined])
             shaped = (each.unflatten(0, run) for each, run in zip(of_run, joined, strict=True))
             seen = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
-        return Segments(tuple(joined), backend, starts, seen)
+        return Segments(tuple(joined), backend, starts, blocks, seen)
 
     @property
     def tokens(self) -> int:
@@ -139,10 +144,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 @torch.compiler.disable(reason="xformers picks its kernel in Python")
 def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    fmha = _load_xformers()
-    lengths = [length for count, length in segments.runs for _ in range(count)]
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
-    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+    return _load_xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=segments.blocks)[0]
 
 
 def _load_xformers() -> ModuleType:
@@ -221,15 +223,19 @@ def refusal(
             error = _disagreement(backend, device, dtype, width)
         except _REFUSALS as caught:
             return f"{type(caught).__name__}: {(str(caught).strip() or 'no message').splitlines()[0]}"
-        if not error <= _TOLERANCE.get(dtype, 2e-2):
+        if not error <= _TOLERANCE.get(dtype, 5e-2):
             return f"it differs from sdpa by {error:.2g} with heads of {width} channels"
     return None
 
 
 # What a package built for another torch, driver or card raises when it is imported, dispatched or launched.
-_REFUSALS = (ImportError, AttributeError, NotImplementedError, RuntimeError, OSError, ValueError, TypeError)
+_REFUSALS = (
+    ImportError, AttributeError, AssertionError, NotImplementedError, RuntimeError, OSError, ValueError, TypeError,
+)  # fmt: skip
 
-# Largest difference of outputs and gradients of order 1; where nothing is said, 2e-2: what rounding to bf16 gives.
+# Largest difference of outputs and gradients of order 1; where nothing is said, 5e-2: rounding to bf16 gives up to
+# 1.5e-2 (sdpa on a CPU, heads of 32 to 128 channels, 200 seeds each), one token of another sequence in sight 0.4 at
+# least.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
@@ -238,11 +244,12 @@ def _disagreement(backend: Backend, device: torch.device, dtype: torch.dtype, wi
     generator = torch.Generator().manual_seed(0)
     runs = [(2, 24), (1, 17)]
     packed = Segments.of(runs, device=device, backend=backend)
-    drawn = torch.randn(4, packed.tokens, 2, width, generator=generator).to(device, dtype)
+    drawn = torch.randn(packed.tokens, 3, 2, width, generator=generator).to(device, dtype)  # strides as in a block
+    change = torch.randn(packed.tokens, 2, width, generator=generator).to(device, dtype)
     results = []
     for segments, cast in ((packed, dtype), (replace(packed, backend="sdpa"), torch.float32)):
-        q, k, v = (x.detach().to(cast).requires_grad_() for x in drawn[:3])
+        q, k, v = (x.detach().to(cast).requires_grad_() for x in drawn.unbind(1))
         out = attention(q, k, v, segments)
-        gradients = torch.autograd.grad(out, (q, k, v), drawn[3].to(cast))
+        gradients = torch.autograd.grad(out, (q, k, v), change.to(cast))
         results.append(torch.stack([out, *gradients]).float())
     return (results[0] - results[1]).abs().max().item()
