@@ -1,5 +1,6 @@
 """What the loader hands to the trainer: a batch of uint8 clips, and what was rejected on the way."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,11 +122,20 @@ class Batch:
             batches.append(Batch(self.step, groups))
         return batches
 
+    @property
+    def pixels(self) -> tuple[Tensor, ...]:
+        """What is large: the pixels of each group."""
+        return (*(g.frames for g in self.groups), *(g.pixels for g in self.uncropped))
+
+    def with_pixels(self, pixels: Iterable[Tensor]) -> "Batch":
+        """Give the same batch with its pixels lying elsewhere."""
+        of_group = iter(pixels)
+        groups = tuple(replace(g, frames=next(of_group)) for g in self.groups)
+        return replace(self, groups=groups, uncropped=tuple(replace(g, pixels=next(of_group)) for g in self.uncropped))
+
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which a GPU fetches while it computes; DataLoader calls this."""
-        groups = tuple(replace(g, frames=g.frames.pin_memory()) for g in self.groups)
-        uncropped = tuple(replace(g, pixels=g.pixels.pin_memory()) for g in self.uncropped)
-        return replace(self, groups=groups, uncropped=uncropped)
+        return self.with_pixels(p.pin_memory() for p in self.pixels)
 
     def on(self, device: torch.device) -> "Batch":
         """Take all clips to a device, and scale there those that are not yet; copies from pinned memory do not wait."""

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -16,13 +17,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
 from vjepa_data.batch import Batch, Clips
+from vjepa_data.blocks import Blocks
+from vjepa_data.clips import Offer
 from vjepa_data.process import die_with_owner, die_with_parent, ignore_stop_signals, keep_memory
 from vjepa_data.settings import BadInput, Data, Loader
 from vjepa_data.stream import BOARD_BYTES, Decode, Gather, Samples, open_plan
@@ -142,7 +145,7 @@ class ClipLoader:
             max_in_a_row=self.data.rejects.max_in_a_row,
             board=self._board,
         )
-        gather = Gather(self.slots, self.data.crop.px, crop_on=self.settings.crop_on)
+        gather = Gather(self.slots, self.data.crop.px, crop_on=self.settings.crop_on, blocks=self._blocks())
         pipeline = wds.DataPipeline(samples, decode, gather)  # pyright: ignore[reportAttributeAccessIssue]
         workers = self.settings.workers
         more: dict = {}
@@ -174,12 +177,25 @@ class ClipLoader:
             worker.kill()  # they ignore what a terminal or a scheduler sends; nothing they hold must be kept
         del batches
 
+    def _blocks(self) -> Blocks | None:
+        """Make the memory that workers write to: for each as many batches as it prefetches, and one in the trainer."""
+        settings = self.settings
+        if not settings.workers:
+            return None
+        return Blocks(workers=settings.workers, each=settings.prefetch_steps + 1, size=self._batch_bytes())
+
+    def _batch_bytes(self) -> int:
+        """Size of a batch; with `crop_on: device` that of whole pictures, of which its boxes are parts."""
+        offers = cast(list[Offer], self.plan.populations)
+        picture = self.data.crop.px**2
+        if self.settings.crop_on == "device":
+            picture = math.ceil(max(o.index.width.mean() * o.index.height.mean() for o in offers))
+        return len(self.slots) * max(o.frames for o in offers) * picture * 3
+
     def _check_shared_memory(self) -> None:
         if not self.settings.workers or not os.path.isdir("/dev/shm"):
             return
-        frames = max(s.frames or self.data.clip.frames for s in self.data.sources)
-        per_batch = len(self.slots) * frames * self.data.crop.px**2 * 3
-        need = per_batch * (self.settings.workers * self.settings.prefetch_steps + 1)
+        need = self._batch_bytes() * self.settings.workers * (self.settings.prefetch_steps + 1)
         free = shutil.disk_usage("/dev/shm").free
         if need > free:
             raise BadInput(

@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vjepa_data import clips, crops
 from vjepa_data.batch import Batch, Clips, Reject, Uncropped
+from vjepa_data.blocks import Blocks, InBlock
 from vjepa_data.clips import Offer, Pace, read_keys
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.index import Index
@@ -269,10 +270,10 @@ def _video(sample: dict) -> tuple[int, int, int, int]:
 class Gather:
     """Third stage: the clips of a step become a batch, written straight into memory that the trainer shares."""
 
-    def __init__(self, slots: tuple[int, ...], px: int, *, crop_on: str = "cpu") -> None:
-        self.slots, self.px, self.crop_on = slots, px, crop_on
+    def __init__(self, slots: tuple[int, ...], px: int, *, crop_on: str = "cpu", blocks: Blocks | None = None) -> None:
+        self.slots, self.px, self.crop_on, self.blocks = slots, px, crop_on, blocks
 
-    def __call__(self, samples: Iterable[dict]) -> Iterator[Batch]:
+    def __call__(self, samples: Iterable[dict]) -> Iterator[Batch | InBlock]:
         of_step: list[dict] = []
         try:
             for sample in samples:
@@ -283,38 +284,39 @@ class Gather:
         except BadInput as e:  # an exception that crosses to the trainer would drag a traceback along
             yield Batch(-1, (), stop=e)
 
-    def _batch(self, samples: list[dict]) -> Batch:
+    def _batch(self, samples: list[dict]) -> Batch | InBlock:
         lengths = sorted({len(s["clip"]) for s in samples})
-        groups = [self._group([s for s in samples if len(s["clip"]) == frames], frames) for frames in lengths]
-        return Batch(
+        of_length = [[s for s in samples if len(s["clip"]) == frames] for frames in lengths]
+        shapes = [self._shape([s["clip"] for s in part]) for part in of_length]
+        if self.blocks is None:
+            pixels, block = [torch.empty(shape, dtype=torch.uint8) for shape in shapes], None
+        else:
+            pixels, block = self.blocks.take(shapes)
+        groups = [self._group(part, out) for part, out in zip(of_length, pixels, strict=True)]
+        batch = Batch(
             samples[0]["__step__"],
             tuple(g for g in groups if isinstance(g, Clips)),
             tuple(g for g in groups if isinstance(g, Uncropped)),
             tuple(r for s in samples for r in s["rejected"]),
         )
+        return batch if block is None else InBlock(batch, block)
 
-    def _group(self, samples: list[dict], frames: int) -> Clips | Uncropped:
+    def _shape(self, clips: list[Tensor]) -> tuple[int, ...]:
+        return (len(clips), *clips[0].shape) if self.crop_on == "cpu" else (sum(c.numel() for c in clips),)
+
+    def _group(self, samples: list[dict], out: Tensor) -> Clips | Uncropped:
+        frames = len(samples[0]["clip"])
         is_cropped = self.crop_on == "cpu"
-        out = _shared_uint8(len(samples) if is_cropped else 0, frames, self.px, self.px, 3)
         clips = Clips(
-            out,
+            out if is_cropped else torch.empty(0, frames, self.px, self.px, 3, dtype=torch.uint8),
             slots=tuple(s["__slot__"] for s in samples),
             keys=tuple(s["__key__"] for s in samples),
             sources=tuple(s["__draw__"].source for s in samples),
             start_s=tuple(s["choice"].look.start_s for s in samples),
         )
         if not is_cropped:
-            pixels = _shared_uint8(sum(s["clip"].numel() for s in samples))
-            torch.cat([s["clip"].flatten() for s in samples], out=pixels)
-            return Uncropped(pixels, tuple(s["choice"].box for s in samples), frames, self.px, clips)
+            torch.cat([s["clip"].flatten() for s in samples], out=out)
+            return Uncropped(out, tuple(s["choice"].box for s in samples), frames, self.px, clips)
         for row, sample in zip(out, samples, strict=True):
             row.copy_(sample["clip"])
         return clips
-
-
-def _shared_uint8(*shape: int) -> Tensor:
-    """Make an empty tensor, in shared memory if this is a loader worker: the trainer then gets it without a copy."""
-    if get_worker_info() is None or 0 in shape:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
