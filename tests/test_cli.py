@@ -1,6 +1,7 @@
 """The command line: its exit codes, and one clear line for what a user can fix."""
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -121,8 +122,11 @@ def test_a_file_or_a_value_that_looks_like_a_setting_is_none(
 
 
 def test_a_reader_that_has_seen_enough_is_no_failure(run_file: Path) -> None:
-    line = f"{sys.executable} -m vjepa show {run_file} | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "vjepa", "show", str(run_file)]
+    with open(writer, "wb") as pipe:
+        done = subprocess.run(words, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -130,6 +134,15 @@ def test_a_disk_that_objects_is_one_line(run_file: Path, capsys: pytest.CaptureF
     long = "x" * 300
     assert main(["show", str(run_file), "--masks", f"{long}.png"]) == 2
     assert "File name too long; give another place" in capsys.readouterr().err.strip()
+
+
+def test_a_list_of_runs_that_goes_to_a_file_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a-name-as-long-as-names-of-sweeps-are-003-optim.lr-0.0006-optim.weight_decay-0.05-seed-1"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.yaml").write_text("name: x\nsteps: 4\n")
+    assert main(["runs", "list", "--root", str(tmp_path)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    assert line.rstrip().endswith("not launched")
 
 
 def test_show_says_where_each_value_came_from(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

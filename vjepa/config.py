@@ -64,6 +64,8 @@ class Encoder(Transformer):
     def _from_registry(cls, given: object) -> object:
         if isinstance(given, str):
             given = {"name": given}
+        if isinstance(given, dict) and given.get("name", "custom") not in (*ENCODERS, "custom"):
+            raise ValueError(f"expected {', '.join(ENCODERS)} or custom, got {given['name']!r}")
         if isinstance(given, dict) and given.get("name") in ENCODERS:
             sizes = dict(zip(("width", "depth", "heads", "mlp_ratio"), ENCODERS[given["name"]], strict=True))
             given = {**sizes, **given}

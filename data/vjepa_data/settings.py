@@ -10,7 +10,7 @@ from vjepa_data.faults import BadInput as BadInput
 class Settings(BaseModel):
     """A frozen group of settings that refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -5,6 +5,7 @@ record and, for every value, where it came from.
 """
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -19,6 +20,26 @@ from pydantic import BaseModel, ValidationError
 from vjepa_data.settings import BadInput
 
 S = TypeVar("S", bound=BaseModel)
+
+EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("model_type", "dict_type", "model_attributes_type"), "a group of settings"),
+    "string_type": "a text",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "a text that fits {pattern}",
+    "union_tag_invalid": "one of {expected_tags}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "invalid_key": "a name",
+}
+"""What stands in place of pydantic's words, by its type of error."""
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
@@ -79,15 +100,23 @@ def flatten(settings: BaseModel) -> Iterator[tuple[str, Any]]:
     yield from walk("", settings)
 
 
+def one_line(value: Any) -> str:
+    """A single value as YAML, such as may stand after `name=`."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key given twice, of which plain YAML silently keeps the last."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+    for place, key in enumerate(keys):
+        if key in keys[:place]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key!r} is given twice", node.value[place][0].start_mark
+            )
     return loader.construct_mapping(node, deep=True)
 
 
@@ -97,6 +126,10 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BadInput(f"{where}: not YAML: {error.problem}{place}") from None
     except yaml.YAMLError as error:
         raise BadInput(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
@@ -114,6 +147,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     if not isinstance(values, dict):
         raise BadInput(f"{path}: expected `name: value` lines, got {type(values).__name__}")
     base = values.pop("base", None)
+    if not isinstance(base, str | None):
+        raise BadInput(f"{path}: base: expected the path of a YAML file, got {base!r}")
     merged, origins = _read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
     _merge(merged, values, origins, str(path), "")
     return merged, origins
@@ -180,16 +215,23 @@ def _explain(
 ) -> str:
     """One line for one error: the file, the setting, what is wrong and what to do."""
     name = _name_of(values, detail["loc"])
+    if detail["type"].startswith("union_tag"):
+        name += f".{detail['ctx']['discriminator'][1:-1]}"
     origin = _origin(name, origins)
     where = where if origin == DEFAULT else origin
     if detail["type"] == "extra_forbidden":
         near = _nearest(name, list(names(kind)))
         return f"{where}: {name} is not a setting.{f' Did you mean {near}?' if near else ''}"
-    if detail["type"] == "missing":
+    if detail["type"] in ("missing", "union_tag_not_found"):
         return f"{where}: {name} is missing; add it to the file or give {name}=VALUE"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    got = "" if isinstance(detail["input"], (dict, BaseModel)) else f", got {detail['input']!r}"
-    return f"{where}: {f'{name}: ' if name else ''}{message}{got}"
+    message, got = str(detail["msg"]).removeprefix("Value error, "), repr(detail["input"])
+    if detail["type"] == "union_tag_invalid":
+        got = repr(detail["ctx"]["tag"])
+    if detail["type"] in EXPECTED:
+        message = f"expected {EXPECTED[detail['type']].format(**detail.get('ctx', {}))}"
+    elif isinstance(detail["input"], (dict, BaseModel)) or got in message:
+        got = ""
+    return f"{where}: {f'{name}: ' if name else ''}{message}{f', got {got}' if got else ''}"
 
 
 def _name_of(values: Any, location: Sequence[str | int]) -> str:

@@ -76,7 +76,9 @@ def _read(run: Path, owner: Mapping[str, Any] | None, states: Mapping[str, sched
     rows = _last_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
     state, detail = _state(run, owner, events, states)
-    steps, step = _steps(run), row.get("step")
+    steps, step, checkpoint = _steps(run), row.get("step"), record.newest_checkpoint(run)
+    if state == "idle" and steps and checkpoint == steps:
+        state = "done"
     eta_s = None
     recent = [one for one in rows if not starts or one["time"] >= starts[-1]["time"]]
     if state == "running" and steps and len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
@@ -92,7 +94,7 @@ def _read(run: Path, owner: Mapping[str, Any] | None, states: Mapping[str, sched
         steps=steps,
         loss=row.get("loss/prediction"),
         age_s=time.time() - row["time"] if row else None,
-        checkpoint=record.newest_checkpoint(run),
+        checkpoint=checkpoint,
         attempts=len(starts),
         eta_s=eta_s,
     )
@@ -248,6 +250,8 @@ def log_path(run: Path, rank: int) -> Path:
 def read_log(run: Path, *, rank: int = 0, lines: int = 100, follow: bool = False) -> Iterator[str]:
     """The end of what a rank wrote, and, if asked, what it goes on to write until the run is over."""
     path = log_path(_existing(run), rank)
+    if rank and path.name == "log.txt":
+        raise BadInput(f"{run} was not launched, so its one log is of rank 0; leave out --rank {rank}")
     if not path.exists() and not follow:
         known = sorted(path.parent.glob(path.name.replace(f"_{rank}_log", "_*_log")))
         ranks = f"there are {len(known)} ranks with output" if known else "the job has not started"

@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from vjepa_data.settings import BadInput, Settings
-from vjepa_data.settings_files import COMMAND_LINE, DEFAULT, dump_settings, load_settings
+from vjepa_data.settings_files import COMMAND_LINE, DEFAULT, dump_settings, flatten, load_settings, one_line
 
 
 class Engine(Settings):
@@ -64,6 +64,16 @@ def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
     assert load_settings(Car, write(tmp_path / "c.yaml", dump_settings(car))).settings == car
 
 
+def test_a_value_that_is_shown_may_be_given_again() -> None:
+    car = load_settings(Car, None, ["name='3'", "brakes=[{mode: disc, radius_mm: 1}, {mode: drum}]"]).settings
+    shown = [f"{name}={one_line(value)}" for name, value in flatten(car)]
+    assert {"name='3'", "doors=4", "brakes.1.width_mm=40"} < set(shown)
+    assert load_settings(Car, None, ["brakes=[{}, {}]", *shown]).settings == car
+    assert [one_line(value) for value in (None, True, (0.5, 1.0), 6e-4, (), "a: b")] == [
+        "null", "true", "[0.5, 1.0]", "0.0006", "[]", "'a: b'",
+    ]  # fmt: skip
+
+
 def test_a_number_in_a_name_steps_into_a_list(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "name: x\nbrakes: [{mode: drum}, {mode: drum}]\n")
     assert load_settings(Car, path, ["brakes.1.width_mm=50"]).settings.brakes == (Drum(), Drum(width_mm=50))
@@ -84,10 +94,18 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
         ("name: x\npower_kw: 3\n", "power_kw is not a setting. Did you mean engine.power_kw?"),
         ("name: x\nxyzzy: 3\n", "xyzzy is not a setting."),
         ("doors: 3\n", "name is missing; add it to the file or give name=VALUE"),
-        ("name: x\nengine: {power_kw: -1}\n", "engine.power_kw: Input should be greater than 0, got -1"),
-        ("name: x\nbrakes: []\n", "brakes: Tuple should have at least 1 item"),
-        ("name: x\nbrakes: [{mode: disk}]\n", "brakes.0: Input tag 'disk' found"),
-        ("name: x\nname: y\n", "'name' is given twice"),
+        ("name: x\nengine: {power_kw: -1}\n", "engine.power_kw: expected more than 0, got -1"),
+        ("name: x\nengine: {power_kw: .inf}\n", "engine.power_kw: expected a number, got inf"),
+        ("name: x\ndoors: many\n", "doors: expected a whole number, got 'many'"),
+        ("name: x\ndoors: 2.5\n", "doors: expected a whole number, got 2.5"),
+        ("name: x\nengine: 3\n", "engine: expected a group of settings, got 3"),
+        ("name: x\nengine: {name: tiny}\n", "engine.name: expected 'small', 'large' or 'custom', got 'tiny'"),
+        ("name: x\nbrakes: 3\n", "brakes: expected a list, got 3"),
+        ("name: x\nbrakes: []\n", "brakes: expected at least 1 of them, got []"),
+        ("name: x\nbrakes: [{mode: disk}]\n", "brakes.0.mode: expected one of 'disc', 'drum', got 'disk'"),
+        ("name: x\nbrakes: [{}]\n", "brakes.0.mode is missing"),
+        ("name: x\nname: y\n", "'name' is given twice in line 2, column 1"),
+        ("base: 3\nname: x\n", "base: expected the path of a YAML file, got 3"),
         ("- 1\n", "expected `name: value` lines, got list"),
         ("name: [\n", "not YAML"),
     ],
@@ -102,6 +120,8 @@ def test_a_mistake_is_answered_by_one_line_that_names_the_file(tmp_path: Path, t
 def test_an_override_that_is_wrong_names_the_command_line() -> None:
     assert refused(Car, None, "name=x", "door=3") == f"{COMMAND_LINE}: door is not a setting. Did you mean doors?"
     assert "write name=value" in refused(Car, None, "name")
+    answer = refused(Car, None, "name=x", "brakes=[{mode: drum}]", "brakes.0.mode=disk")
+    assert answer == f"{COMMAND_LINE}: brakes.0.mode: expected one of 'disc', 'drum', got 'disk'"
 
 
 def test_a_missing_file_and_a_circle_of_bases_are_refused(tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ time.sleep(60)
     assert one(tmp_path).state == "idle"
 
 
+def test_a_run_that_was_made_by_hand_is_done_after_its_last_step(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=20)
+    (tmp_path / "launch" / "job.json").unlink()
+    assert one(tmp_path).state == "idle"
+    (tmp_path / "config.yaml").write_text("name: tiny\nsteps: 20\n")
+    assert one(tmp_path).state == "done"
+    (tmp_path / "log.txt").write_text("step 20\n")
+    assert list(status.read_log(tmp_path)) == ["step 20\n"]
+    with pytest.raises(BadInput, match="its one log is of rank 0; leave out --rank 3"):
+        list(status.read_log(tmp_path, rank=3))
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not a run folder"):
         status.describe(tmp_path)

@@ -155,7 +155,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> None:
     from vjepa.config import load
-    from vjepa_data.settings_files import flatten
+    from vjepa_data.settings_files import flatten, one_line
 
     loaded = load(args.config, args.overrides)
     run = loaded.settings
@@ -169,7 +169,7 @@ def show(args: argparse.Namespace) -> None:
 
         print(stream(run.data, seed=run.seed, batch_size=run.batch_size, step=args.step, slots=args.stream))
     if not args.masks and not args.stream:
-        rows = [(name, str(value), loaded.origins[name]) for name, value in flatten(run)]
+        rows = [(name, one_line(value), loaded.origins[name]) for name, value in flatten(run)]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         for name, value, origin in rows:
             print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")
@@ -253,7 +253,9 @@ def runs_list(args: argparse.Namespace) -> None:
     from vjepa_launch import status
 
     statuses, warning = status.read_all(status.find_runs(args.root))
-    Console().print(status.table(statuses) if statuses else f"no runs under {args.root}")
+    console = Console()  # a reason may wrap where a terminal has room for it; nothing is cut off for want of room
+    console.width = max(console.width, 120) if console.is_terminal else 1000
+    console.print(status.table(statuses) if statuses else f"no runs under {args.root}")
     if warning:
         print(warning)
 
