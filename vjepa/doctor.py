@@ -141,7 +141,7 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=WAIT_S))
+    dist.init_process_group(backend, timeout=timedelta(seconds=WAIT_S), device_id=device if on_gpu else None)
     rate = measure_all_reduce(GPU_MIB if on_gpu else CPU_MIB, device)
     if os.environ["LOCAL_RANK"] == "0":
         print(json.dumps({"gb_per_s": rate, "ranks": dist.get_world_size(), "backend": backend}))

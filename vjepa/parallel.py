@@ -66,18 +66,19 @@ class World:
         """Call a function on rank 0 only, and give its result to all.
 
         Raises:
-            BadInput: on every rank, when the function raised it on rank 0.
+            BadInput, OSError: on every rank, when the function raised it on rank 0.
         """
-        box: list[Any] = [None]
+        box: list[Any] = [None, None]
         if self.is_first:
             try:
-                box = [function()]
-            except BadInput as error:
-                box = [error]
+                box[0] = function()
+            except (BadInput, OSError) as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.control)
-        if isinstance(box[0], BadInput):
-            raise box[0]
-        return box[0]
+        result, error = box
+        if error is not None:
+            raise error
+        return result
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, on the device and without waiting for it."""
@@ -268,6 +269,8 @@ def _make_exact(settings: Parallel) -> None:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
+        # A kernel more for every buffer of FSDP2.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(settings.deterministic)
 
 
@@ -297,7 +300,14 @@ def _place() -> tuple[int, int, int]:
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    seen = torch.cuda.device_count()
     # Some launchers show each process its own device only; then it is number 0.
-    device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+    number = 0 if seen == 1 else local_rank
+    if number >= seen:
+        raise BadInput(
+            f"this process is number {local_rank} of this machine, counted from 0, and sees {seen} GPUs; start one "
+            f"process for each GPU, or see to CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

@@ -202,9 +202,9 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         origin = newest or world.first(lambda: checkpoint.resolve(path_of(run.start)) if run.start else None)
         if origin:
             checkpoint.load_into(checkpoint.tensors_of(models, optimizer), origin, world)
+        world.first(lambda: write_settings(folder, run))
+        world.first(lambda: record_attempt(folder, step=step, world=world, changes=changes))
         if world.is_first:
-            write_settings(folder, run)
-            record_attempt(folder, step=step, world=world, changes=changes)
             log.info("step %d of %d, %s", step, run.steps, f"from {origin}" if origin else "from new weights")
             for name, (old, new) in changes.items():
                 log.info("changed since step %d: %s was %s, is %s", step, name, old, new)

@@ -213,6 +213,16 @@ def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
         return sums(tensors) == before
 
 
+def full_disk_on_the_first(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """What rank 0 does for all fails."""
+
+    def write() -> None:
+        raise OSError(28, "No space left on device")
+
+    with join(run.parallel) as world:
+        world.first(write)
+
+
 LIMIT_S = 60.0
 
 SCENARIOS = {
@@ -228,6 +238,7 @@ SCENARIOS = {
         sleeps_on_one,
         inspected,
         background_save,
+        full_disk_on_the_first,
     )
 }
 
@@ -239,7 +250,7 @@ def be_rank(rank: int, job: dict[str, Any], port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **job.get("environment", {})}
     try:
         answer = {"result": SCENARIOS[job["scenario"]](Run.model_validate(job["settings"]), out, job)}
-    except (BadInput, Unhealthy, RuntimeError) as error:
+    except (BadInput, Unhealthy, RuntimeError, OSError) as error:
         answer = {"error": str(error), "kind": type(error).__name__, "trace": traceback.format_exc()}
     (out / f"rank_{rank}.json").write_text(json.dumps(answer))
 

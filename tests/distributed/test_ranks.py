@@ -65,6 +65,7 @@ def jobs_of(make: MakeRun, out: Path) -> dict[str, dict[str, Any]]:
     add("inspected", "inspected", 2)
     add("background", "background_save", 2)
     add("background alone", "background_save", 1)
+    add("full disk", "full_disk_on_the_first", 2)
     add("three lanes", "trained", 3)
     add("replicas", "trained", 2, parallel={"replicate": 3})
     add("two of three", "trained", 3, batch_size=3, parallel={"timeout_s": 2}, more={"ranks": [0, 1]})
@@ -195,6 +196,11 @@ def test_a_rank_that_sleeps_is_named_with_what_others_wait_in_and_all_end(runs: 
     assert "in which rank 0 waits" in log
     assert "rank 0: no step for" in log
     assert "doze" in (runs / "asleep" / "run" / "stacks" / "rank_00001.txt").read_text()
+
+
+def test_what_fails_on_the_rank_that_acts_for_all_fails_alike_on_all(runs: Path) -> None:
+    found = answers(runs, "full disk")
+    assert [answer["error"] for answer in found] == ["[Errno 28] No space left on device"] * 2
 
 
 def test_offloading_changes_nothing_but_where_the_update_is_made(runs: Path) -> None:

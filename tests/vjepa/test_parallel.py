@@ -1,0 +1,70 @@
+"""How models are spread, as far as one process and no GPU can tell; several ranks are in tests/distributed."""
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import varlen  # registers its operation
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vjepa.config import Run
+from vjepa.masks import sample_masks
+from vjepa.model.grid import Grid
+from vjepa.objective import Puzzle, build, jepa_loss
+from vjepa.parallel import PRODUCTS, join, shard
+from vjepa_data.settings import BadInput
+
+MakeRun = Callable[..., Run]
+ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def attentions(run: Run) -> int:
+    """How often attention is computed in a forward and a backward pass."""
+    with join(run.parallel) as world:
+        models = build(run)
+        shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+    grid = Grid.of(4, 32, 32, run.model)
+    masks = sample_masks(run.masks, grid, seed=0, step=0, slots=(0, 1))
+    puzzle = Puzzle(torch.randn(2, 3, 4, 32, 32), grid, masks, 0, (0, 1))
+    with Counting() as counting:
+        jepa_loss(models, [puzzle], run).value.backward()
+    return counting.counts[ATTENTION]
+
+
+def test_selective_recomputation_keeps_what_attention_gave_and_full_computes_it_again(tiny_run: MakeRun) -> None:
+    off, selective, full = (attentions(tiny_run(parallel={"recompute": how})) for how in ("off", "selective", "full"))
+    assert off == selective
+    assert off < full < 2 * off  # the target has no backward pass
+
+
+def test_the_products_that_are_kept_are_known_to_this_torch() -> None:
+    assert varlen.varlen_attn
+    names = [name for name in PRODUCTS if not name.startswith("xformers")]
+    assert {name: str(operator.attrgetter(name)(torch.ops)) for name in names} == {name: name for name in names}
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(BadInput, match="number 2 of this machine, counted from 0, and sees 2 GPUs"),
+        join(tiny_run().parallel),
+    ):
+        pass
