@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 DECAYS = (0.01, 0.1, 0.4, 0.8)
 
+CPU = torch.device("cpu")
+
 # The best of the grid on the very videos that are reported on: what V-JEPA 2's tables print.
 MAX_OVER_HEADS = "pretrained, max over heads"
 
@@ -95,10 +97,18 @@ class Clips:
 
 
 def fit_probe(
-    clips: Clips, classes: int, heads: int, recipe: Recipe, *, rate: float, decay: float, seed: int
+    clips: Clips,
+    classes: int,
+    heads: int,
+    recipe: Recipe,
+    *,
+    rate: float,
+    decay: float,
+    seed: int,
+    device: torch.device = CPU,
 ) -> AttentiveProbe:
     """Train one probe: AdamW, cosine to 0, cross-entropy, the same order of clips for every probe of a seed."""
-    probe = AttentiveProbe(clips.tokens.shape[-1], heads, classes, blocks=recipe.blocks, seed=seed)
+    probe = AttentiveProbe(clips.tokens.shape[-1], heads, classes, blocks=recipe.blocks, seed=seed).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=decay)
     order = generator(seed, "attentive order")
     steps = recipe.epochs * math.ceil(len(clips) / recipe.batch)
@@ -108,8 +118,8 @@ def fit_probe(
         for rows in np.split(shuffled, range(recipe.batch, len(shuffled), recipe.batch)):
             rows = np.sort(rows)  # a mapped file is read in its order
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            logits = probe(clips.read(rows))
-            F.cross_entropy(logits, torch.from_numpy(clips.label[rows])).backward()
+            logits = probe(clips.read(rows).to(device))
+            F.cross_entropy(logits, torch.from_numpy(clips.label[rows]).to(device)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -120,7 +130,8 @@ def fit_probe(
 def accuracy(probe: AttentiveProbe, clips: Clips, *, batch: int = 64) -> float:
     """Share of videos whose class is right; the probabilities of a video's clips are averaged."""
     groups = np.split(np.arange(len(clips)), range(batch, len(clips), batch))
-    chance = torch.cat([probe(clips.read(rows)).softmax(1) for rows in groups]).numpy()
+    device = next(probe.parameters()).device
+    chance = torch.cat([probe(clips.read(rows).to(device)).softmax(1).cpu() for rows in groups]).numpy()
     videos, place = np.unique(clips.video, return_inverse=True)
     total = np.zeros((len(videos), chance.shape[1]))
     np.add.at(total, place, chance)
@@ -129,23 +140,42 @@ def accuracy(probe: AttentiveProbe, clips: Clips, *, batch: int = 64) -> float:
     return float((total.argmax(1) == label).mean())
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """The probes of a grid, of which one is kept."""
+
+    scores: list[Mapping[str, float]]
+    """For each point of the grid the accuracy on all sides but `fit`."""
+    best: int
+    """The point that is chosen."""
+    probe: Mapping[str, Tensor] | None
+    """Weights of its probe, on the CPU of the rank that trained it; None on the others."""
+
+
 def fit_grid(
     sides: Mapping[str, Clips], classes: int, heads: int, recipe: Recipe, world: World, *, seed: int
-) -> tuple[list[dict[str, float]], list[dict[str, Tensor]]]:
+) -> Fitted:
     """Train a probe for each point of the grid, shared out among the ranks.
 
-    Returns:
-        On every rank, for each point: accuracy on all sides but `fit`, and the weights.
+    A rank keeps the best of its probes only, and sends none: a ViT-g's has 100 million parameters.
     """
-    mine = {}
+    mine: dict[int, Mapping[str, float]] = {}
+    kept: dict[str, Tensor] = {}
     for number in range(world.rank, len(recipe.grid), world.size):
         rate, decay = recipe.grid[number]
-        probe = fit_probe(sides["fit"], classes, heads, recipe, rate=rate, decay=decay, seed=seed)
-        scores = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
-        log.info("rate %g decay %g: %s", rate, decay, scores)
-        mine[number] = (scores, probe.state_dict())
-    every = {number: got for share in world.gather(mine) for number, got in share.items()}
-    return [every[number][0] for number in sorted(every)], [every[number][1] for number in sorted(every)]
+        probe = fit_probe(sides["fit"], classes, heads, recipe, rate=rate, decay=decay, seed=seed, device=world.device)
+        mine[number] = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
+        log.info("rate %g decay %g: %s", rate, decay, mine[number])
+        if _best(mine) == number:
+            kept = {name: tensor.cpu() for name, tensor in probe.state_dict().items()}
+    every = {number: scores for share in world.gather(mine) for number, scores in share.items()}
+    best = _best(every)
+    return Fitted([every[number] for number in sorted(every)], best, kept if best in mine else None)
+
+
+def _best(scores: Mapping[int, Mapping[str, float]]) -> int:
+    """The first of those that are best on the videos to choose on."""
+    return max(scores, key=lambda number: (scores[number]["choose"], -number))
 
 
 def attentive(
@@ -196,16 +226,15 @@ def attentive(
         encoders |= {"random init": random_encoder(encoder, seed), "pixels": PixelEncoder(encoder)}
     cut = _cut(shards, split, train_split, label, seed)
     found: dict[str, dict[str, Any]] = {}
-    chosen: dict[str, dict[str, Tensor]] = {}
+    chosen: dict[str, Mapping[str, Tensor] | None] = {}
     with join(TOGETHER) as world:
         for name, one in encoders.items():
             one.to(world.device)
             sides = _load(out, str(model), one, shards, cut, world, clips_per_video=clips_per_video, views=views)
             log.info("%s: %d probes", name, len(recipe.grid))
             fits = math.gcd(heads, one.width)  # pixels have a width of their own
-            scores, probes = fit_grid(sides, len(cut.classes), fits, recipe, world, seed=seed)
-            found[name] = _result(scores, recipe.grid, cut.classes, sides)
-            chosen[name] = probes[found[name]["chosen"]["number"]]
+            fitted = fit_grid(sides, len(cut.classes), fits, recipe, world, seed=seed)
+            found[name], chosen[name] = _result(fitted, recipe.grid, cut.classes, sides), fitted.probe
         result = {
             "format": 1,
             "kind": "attentive",
@@ -228,9 +257,11 @@ def attentive(
             },
             "rows": _rows(label, found),
         }
-        if world.is_first:
+        if chosen["pretrained"] is not None:
             with new_file(out.with_suffix(".safetensors"), overwrite=overwrite) as beside:
                 save_classifier(beside, chosen["pretrained"], cut.classes, heads)
+        world.gather(None)  # the probe is there before a result speaks of it
+        if world.is_first:
             with new_file(out, overwrite=overwrite) as beside:
                 beside.write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -342,12 +373,12 @@ def _load(
 
 
 def _result(
-    scores: Sequence[Mapping[str, float]],
+    fitted: Fitted,
     grid: Sequence[tuple[float, float]],
     classes: Sequence[str],
     sides: Mapping[str, Clips],
 ) -> dict[str, Any]:
-    best = max(range(len(grid)), key=lambda number: (scores[number]["choose"], -number))
+    scores, best = fitted.scores, fitted.best
     report = sides["report"]
     _, first = np.unique(report.video, return_index=True)
     commonest = np.bincount(sides["fit"].label, minlength=len(classes)).argmax()

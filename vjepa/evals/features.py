@@ -30,14 +30,18 @@ class Reader(Protocol):
 
 
 class EncoderReader:
-    """Tokens of a frozen encoder; a clip is their mean over space at each time, one after another (d = t D)."""
+    """Tokens of a frozen encoder; a clip is their mean over space at each time, one after another (d = t D).
+
+    The encoder is moved to a GPU if there is one; what it gives is on the CPU.
+    """
 
     def __init__(self, encoder: VideoEncoder) -> None:
-        self.encoder = encoder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.encoder = encoder.to(self.device)
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.encoder(frames)
+        tokens = self.encoder(frames.to(self.device)).cpu()
         return tokens, tokens.mean((2, 3)).flatten(1)
 
 

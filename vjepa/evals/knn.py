@@ -250,7 +250,7 @@ class _Mean(EncoderReader):
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.encoder(frames)
+        tokens = self.encoder(frames.to(self.device)).cpu()
         return tokens, reduce_tokens(tokens, "clip")
 
 
