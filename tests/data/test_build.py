@@ -23,7 +23,7 @@ import webdataset as wds
 from rich.console import Console
 
 from vjepa_data.build import shard
-from vjepa_data.build.status import status
+from vjepa_data.build.status import lasting, status
 from vjepa_data.build.survey import survey
 from vjepa_data.build.verify import verify
 from vjepa_data.corpus.shards import Manifest, read_manifest
@@ -348,6 +348,32 @@ def test_a_survey_says_what_a_build_would_do_and_writes_nothing(videos: Path, co
     assert found.bytes_out == pytest.approx(sum(row["video_size"] for row in rows))
     assert 0 < found.core_hours < 0.1
     assert sorted(videos.rglob("*")) == before
+
+
+def test_a_corpus_below_its_sources_is_none_of_them(videos: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(videos, tmp_path / "videos")
+    built = build(raw, raw / "corpus", "split.val_share=0.3")
+    assert build(raw, raw / "corpus", "split.val_share=0.3").hash == built.hash
+    found = survey([str(raw)], spec=spec(), workers=1, out=raw / "corpus", console=Console(file=io.StringIO()))
+    assert found.sources == 12
+
+
+def test_a_link_that_leads_nowhere_is_refused_rather_than_passed_over(videos: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "gone.mp4").symlink_to("/nonexistent/gone.mp4")
+    (raw / "here.mp4").symlink_to(videos / "a" / "clip 0.mp4")
+    os.mkfifo(raw / "pipe.mp4")
+    build(raw, tmp_path / "o")
+    [row] = pq.read_table(tmp_path / "o" / "rejects.parquet").to_pylist()
+    assert (row["source"], row["reason"]) == ("raw/gone.mp4", "missing")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.42, "3.4 s"), (119, "119.0 s"), (125, "2.1 min"), (9e3, "2.5 h"), (4e6, "1,111.1 h")]
+)
+def test_a_time_is_told_in_a_unit_that_suits_it(seconds: float, text: str) -> None:
+    assert lasting(seconds) == text
 
 
 def test_a_status_is_read_from_the_files_of_a_build(videos: Path, corpus: Path, tmp_path: Path) -> None:

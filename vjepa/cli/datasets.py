@@ -95,7 +95,7 @@ def task(text: str) -> tuple[int, int]:
 
 def shard(args: argparse.Namespace) -> None:
     from vjepa_data.build.shard import shard
-    from vjepa_data.build.status import status
+    from vjepa_data.build.status import counted, lasting, status
     from vjepa_data.build.survey import survey
     from vjepa_data.settings import BadInput
     from vjepa_data.settings_files import load_settings
@@ -111,11 +111,12 @@ def shard(args: argparse.Namespace) -> None:
         shard_on_cluster(args, spec)
         return
     if args.dry_run:
-        print("\n".join(survey(args.sources, spec=spec, workers=args.workers).lines()))
+        print("\n".join(survey(args.sources, spec=spec, workers=args.workers, out=args.out).lines()))
         return
     manifest = shard(args.sources, args.out, spec=spec, workers=args.workers, task=args.task)
     splits = [
-        f"{one['samples']} clips ({one['seconds'] / 60:.1f} min) in {name}" for name, one in manifest.splits.items()
+        f"{counted(int(one['samples']), 'clip')} ({lasting(one['seconds'])}) in {name}"
+        for name, one in manifest.splits.items()
     ]
     print(f"{args.out}: {', '.join(splits)}; corpus {manifest.hash[:12]}; report in {args.out / 'report.html'}")
 
@@ -150,11 +151,19 @@ def index(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """Show how far something is: what it gives is called with what is done, and all there is."""
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress() as progress:
-        line = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(line, completed=done, total=total)
+    progress = Progress(console=Console(stderr=True))
+    with contextlib.ExitStack() as stack:
+
+        def advance(done: int, total: int) -> None:
+            if not progress.tasks:
+                stack.enter_context(progress)
+                progress.add_task(text)
+            progress.update(progress.task_ids[0], completed=done, total=total)
+
+        yield advance
 
 
 def verify(args: argparse.Namespace) -> int:

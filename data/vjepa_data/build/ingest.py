@@ -45,7 +45,7 @@ class Source:
         return Refused(Reason(self.refused[0]), self.refused[1]) if self.refused else None
 
 
-def ingest(sources: Sequence[str], *, spec: Spec) -> list[Source]:
+def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> list[Source]:
     """List every source in order of name.
 
     Args:
@@ -53,13 +53,14 @@ def ingest(sources: Sequence[str], *, spec: Spec) -> list[Source]:
             a row, lists (.txt) with one a line, WebDataset tars, and addresses (http, https, s3, gs) of single
             files, or of a prefix if it ends in `/`.
         spec: says whether videos or images are wanted, and the names of a table's columns.
+        out: a folder that is none of the sources though it lies below one: where the corpus will be.
 
     Raises:
         BadInput: one does not exist, cannot be read as what it is, or no video is found.
     """
     if not sources:
         raise BadInput("no sources; give folders, video files or tables of videos")
-    found = [source for text in sources for source in _one(text, spec)]
+    found = [source for text in sources for source in _one(text, spec, out)]
     if not found:
         wanted = spec.media
         raise BadInput(f"no {wanted} in {', '.join(sources)}{_what_else(sources)}; give a folder that holds some")
@@ -75,12 +76,12 @@ def _suffixes(spec: Spec) -> frozenset[str]:
     return SUFFIXES if spec.media == "videos" else IMAGE_SUFFIXES
 
 
-def _one(text: str, spec: Spec) -> Iterable[Source]:
+def _one(text: str, spec: Spec, out: Path | None) -> Iterable[Source]:
     if "://" in text:
         return _address(text, spec)
     path = Path(text).resolve()
     if path.is_dir():
-        return _folder(path, spec)
+        return _folder(path, spec, out.resolve() if out else None)
     if not path.is_file():
         raise BadInput(f"{text}: no such file or folder; give folders, video files or tables of videos")
     suffix = path.suffix.lower()
@@ -93,12 +94,17 @@ def _one(text: str, spec: Spec) -> Iterable[Source]:
     return [_file(path, path.name)]
 
 
-def _folder(folder: Path, spec: Spec) -> Iterator[Source]:
-    """Every file below a folder that is called like a video, or a tar; hidden files and folders are left alone."""
+def _folder(folder: Path, spec: Spec, out: Path | None) -> Iterator[Source]:
+    """Every file below a folder that is called like a video, or a tar; hidden files and folders are left alone.
+
+    A link that leads nowhere is a source too, which will be refused, so that nobody misses it in silence.
+    """
     wanted = _suffixes(spec)
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
-        if any(part.startswith(".") for part in below.parts) or not path.is_file():
+        if any(part.startswith(".") for part in below.parts) or (out is not None and path.is_relative_to(out)):
+            continue
+        if not path.is_file() and (path.exists() or not path.is_symlink()):
             continue
         if path.suffix.lower() in wanted:
             yield _file(path, f"{folder.name}/{below.as_posix()}")

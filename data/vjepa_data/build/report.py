@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vjepa_data.build.status import Tally, read_builders, total
+from vjepa_data.build.status import Tally, counted, lasting, read_builders, size, total
 from vjepa_data.corpus.shards import Manifest, read_manifest
 from vjepa_data.corpus.whole import write_whole
 from vjepa_data.decode import Expect
@@ -22,6 +22,7 @@ from vjepa_data.media.fetch import Place
 from vjepa_data.media.pool import Pool
 from vjepa_data.media.video import Refused
 from vjepa_data.media.work import Picture, Strip
+from vjepa_data.settings_files import one_line
 
 SHEET_CLIPS, SHEET_FRAMES, SHEET_PX = 64, 4, 72
 
@@ -91,10 +92,11 @@ def _totals(
     total = int(samples["video_size"].to_numpy().sum())
     lines = [("Corpus", manifest.hash)]
     for split, counts in manifest.splits.items():
-        hours = counts["seconds"] / 3600
-        lines.append((split, f"{counts['samples']:.0f} clips in {counts['shards']:.0f} shards, {hours:.2f} hours"))
-    lines.append(("Video", f"{total / 1e9:.3f} GB, {total / max(1, len(samples)) / 1e3:.0f} KB a clip"))
-    lines.append(("Refused", f"{len(rejects)}, from {len({reject['source'] for reject in rejects})} sources"))
+        clips, shards = counted(int(counts["samples"]), "clip"), counted(int(counts["shards"]), "shard")
+        lines.append((split, f"{clips} in {shards}, {lasting(counts['seconds'])}"))
+    lines.append(("Video", f"{size(total)}, {size(total / max(1, len(samples)))} a clip"))
+    refused = counted(len({reject["source"] for reject in rejects}), "source")
+    lines.append(("Refused", f"{len(rejects)}, from {refused}"))
     if tally.clips:
         cost = f"{tally.encode_s:.1f} s to encode and {tally.check_s:.1f} s to check {tally.video_s:.0f} s of video"
         lines.append(
@@ -135,13 +137,13 @@ def _histograms(samples: pa.Table, strips: Sequence[tuple[dict[str, Any], Strip]
     """Six histograms as a base64 PNG."""
     figure = Figure(figsize=(13, 5), dpi=90, layout="constrained")
     names = ("duration_s", "fps", "width", "height", "video_size")
-    seconds, fps, width, height, size = (samples[name].to_numpy() for name in names)
+    seconds, fps, width, height, length = (samples[name].to_numpy() for name in names)
     panels = [
         ("length (s)", seconds),
         ("frames per second", fps),
         ("width / height", width / height),
-        ("size (KB)", size / 1e3),
-        ("bit rate (kbit/s)", size * 8e-3 / np.maximum(seconds, 1e-3)),
+        ("size (kB)", length / 1e3),
+        ("bit rate (kbit/s)", length * 8e-3 / np.maximum(seconds, 1e-3)),
         (f"CPU ms to decode {SHEET_FRAMES} frames (contact sheet)", [1e3 * strip.decode_s for _, strip in strips]),
     ]
     for axes, (name, values) in zip(figure.subplots(2, 3).flat, panels, strict=True):
@@ -171,7 +173,9 @@ def _reject_table(rejects: Sequence[dict[str, Any]]) -> str:
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for name, value in values.items():
-        lines.extend(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", str(value))])
+        lines.extend(
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", one_line(value))]
+        )
     return lines
 
 

@@ -74,7 +74,7 @@ def shard(
         BadInput: nothing can be built from this, or not there. Nothing half-written is left behind.
         SystemExit: 75, after TERM or USR2: whole shards stay, call again to go on.
     """
-    found = ingest(sources, spec=spec)
+    found = ingest(sources, spec=spec, out=out)
     pool = Pool[Any, Any]("vjepa_data.media.work", workers=workers, timeout_s=spec.timeout_s)
     with stop_in_good_order(), _disk_trouble(out), show_progress(console) as progress, pool:
         is_new = _open(out)
@@ -263,5 +263,5 @@ def show_progress(console: Console | None) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=False)),
     )
-    with Progress(*columns, console=console, transient=False) as progress:
+    with Progress(*columns, console=console or Console(stderr=True)) as progress:
         yield progress

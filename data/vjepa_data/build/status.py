@@ -92,12 +92,12 @@ class Status:
             left = f", {self.left_s / 60:.0f} min left" if self.left_s is not None and self.stage == "writing" else ""
             lines = [
                 f"{self.stage}: {self.shards_done} of {self.shards} shards, {self.clips_done} of {self.clips} clips, "
-                f"{self.bytes_done / 1e6:.1f} MB; {self.clips_per_s:.1f} clips/s{left}"
+                f"{size(self.bytes_done)}" + (f"; {self.clips_per_s:.1f} clips/s{left}" if self.clips_per_s else "")
             ]
         lines += [f"  refused {count}: {reason}" for reason, count in sorted(self.rejects.items())]
         for one in self.builders:
             state = "done" if one.is_done else f"last heard of {time.time() - one.updated:.0f} s ago"
-            lines.append(f"  {one.builder}: {one.tally.clips} clips, {one.tally.bytes / 1e6:.1f} MB, {state}")
+            lines.append(f"  {one.builder}: {counted(one.tally.clips, 'clip')}, {size(one.tally.bytes)}, {state}")
         return "\n".join(lines)
 
 
@@ -154,6 +154,28 @@ def total(tallies: Sequence[Tally]) -> Tally:
         check_s=sum(tally.check_s for tally in tallies),
         rejects=dict(rejects),
     )
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def lasting(seconds: float) -> str:
+    """A time for a reader."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def counted(count: int, thing: str) -> str:
+    """So many of a thing."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def status(out: Path) -> Status:

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from vjepa_data.build.ingest import ingest
 from vjepa_data.build.pack import pack
 from vjepa_data.build.select import choose, look_at
 from vjepa_data.build.shard import show_progress
+from vjepa_data.build.status import counted, lasting, size
 from vjepa_data.build.write import store_task
 from vjepa_data.media.pool import Pool
 from vjepa_data.media.video import Refused
@@ -48,32 +50,25 @@ class Survey:
         refused = ", ".join(f"{count} {reason}" for reason, count in self.rejects.items()) or "none"
         return [
             f"{self.sources} sources, {sum(self.rejects.values())} refused: {refused}",
-            f"{self.clips} clips, {self.hours:.2f} hours, {size(self.bytes_in)} to read",
+            f"{self.clips} clips, {lasting(3600 * self.hours)}, {size(self.bytes_in)} to read",
             ", ".join(f"{count} clips in {split}" for split, count in self.splits.items())
-            + f"; {self.shards} shards, about {size(self.bytes_out)} to write",
+            + f"; {counted(self.shards, 'shard')}, about {size(self.bytes_out)} to write",
             f"about {self.core_hours:.3g} core-hours on cores like these, judged by {self.trials} clips",
         ]
 
 
-def size(count: float) -> str:
-    """Bytes for a reader."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def survey(sources: Sequence[str], *, spec: Spec, workers: int, console: Console | None = None) -> Survey:
+def survey(
+    sources: Sequence[str], *, spec: Spec, workers: int, out: Path | None = None, console: Console | None = None
+) -> Survey:
     """Say what a build would do, without writing anything.
 
     Args:
-        sources, spec, workers, console: as for `shard`.
+        sources, spec, workers, out, console: as for `shard`.
 
     Raises:
         BadInput: as for `shard`, except that it is no error if nothing would be left.
     """
-    found = ingest(sources, spec=spec)
+    found = ingest(sources, spec=spec, out=out)
     with (
         show_progress(console) as progress,
         Pool[Any, Any]("vjepa_data.media.work", workers=workers, timeout_s=spec.timeout_s) as pool,
