@@ -1,10 +1,12 @@
-"""Every shipped run file reads, says what it follows, and states its command."""
+"""Every shipped run file reads, says what it follows, and states its command and what that costs."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from vjepa.config import load, shipped_configs
+from vjepa.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -22,3 +24,18 @@ def test_a_config_reads_and_tells_its_command(path: Path) -> None:
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("Run:", "Cost:", "Expect:"):
         assert word in head, f"{path.name}: the comment at the top lacks a line `# {word} ...`"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "demo"], ids=lambda path: path.stem)
+def test_a_config_states_the_cost_that_is_estimated_and_its_command_fits(path: Path) -> None:
+    """As `vjepa estimate` counts, to the digits given, on as many nodes of 8 H100 as the command names."""
+    text = " ".join(path.read_text().split("\n# "))
+    cost = re.search(r"Cost: +([\d.]+) TFLOP a .*?([\d,]+) H100 hours", text)
+    nodes = re.search(r"Run: .*--on launch/clusters/h100.yaml --nodes (\d+)", text)
+    assert cost, "# Cost: 1.2 TFLOP a clip (counted) and 3 H100 hours ..."
+    assert nodes, "# Run: vjepa launch ... --on launch/clusters/h100.yaml --nodes 2"
+    found = estimate(load(path).settings, gpus=8 * int(nodes[1]))
+    teraflops, decimals = found.flops_per_clip / 1e12, len(cost[1].partition(".")[2])
+    assert cost[1] == f"{teraflops:.{decimals}f}"
+    assert cost[2] == f"{found.hours * found.gpus:,.0f}"
+    assert found.fits, f"{found.memory_gib:.0f} GiB a GPU"
