@@ -118,26 +118,44 @@ def write_poisoned(folder: Path, *, samples: int) -> set[str]:
         "noise": np.random.default_rng(0).bytes(9000),
         "empty": b"",
         "another length": encode(0, frames=FRAMES - 5),
+        "hangs decord": hang(),
     }
     kinds = list(bad)
     place = random.Random(0).sample(range(samples), samples // 100)
     poison = {f"soak-{number:05d}": kinds[i % len(kinds)] for i, number in enumerate(place)}
-    keys = [f"soak-{number:05d}" for number in range(samples)]
-    write_shards(
-        folder, [(k, bad[poison[k]] if k in poison else videos[i % 8]) for i, k in enumerate(keys)], per_shard=250
-    )
+    samples_of = [(f"soak-{number:05d}", videos[number % 8], {}) for number in range(samples)]
+    for number in place:
+        key = samples_of[number][0]
+        samples_of[number] = (key, bad[poison[key]], HANGS if poison[key] == "hangs decord" else {})
+    write_shards(folder, samples_of, per_shard=250)
     return set(poison)
 
 
-def write_shards(folder: Path, samples: list[tuple[str, bytes]], *, per_shard: int) -> list[dict]:
-    """Write samples as the builder would; give the commit records of the shards."""
+# The index says that it has so many frames a second that a clip reaches from its first to its last.
+HANGS = {"frames": 240, "fps": 316.0, "duration_s": 240 / 316}
+
+
+def hang() -> bytes:
+    """Make a file on whose last frames decord hangs or crashes: cut without decoding, most of a group is hidden."""
+    quiet = ["ffmpeg", "-nostdin", "-v", "error", "-y"]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut = f"{folder}/whole.mp4", f"{folder}/cut.mp4"
+        source = f"testsrc2=s={WIDTH}x{HEIGHT}:r={FPS}:d=30"
+        how = ["-c:v", "libx264", "-g", "250", "-pix_fmt", "yuv420p"]
+        subprocess.run([*quiet, "-f", "lavfi", "-i", source, *how, whole], check=True)
+        subprocess.run([*quiet, "-ss", "20", "-i", whole, "-c", "copy", cut], check=True)
+        return Path(cut).read_bytes()
+
+
+def write_shards(folder: Path, samples: list[tuple[str, bytes, dict]], *, per_shard: int) -> list[dict]:
+    """Write samples (key, video, what differs of it) as the builder would; give the commit records of the shards."""
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    stored = {"frames": FRAMES, "fps": float(FPS), "width": WIDTH, "height": HEIGHT, "duration_s": FRAMES / FPS}
+    usual = {"frames": FRAMES, "fps": float(FPS), "width": WIDTH, "height": HEIGHT, "duration_s": FRAMES / FPS}
     records = []
     for number in range(-(-len(samples) // per_shard)):
         writer = ShardWriter(folder, number=number, file=f"shards/x-train-{number:06d}.tar", split="train")
-        for key, video in samples[number * per_shard : (number + 1) * per_shard]:
-            writer.write(Sample(key, video, "mp4", {"stored": stored, "group": key, "labels": {}}))
+        for key, video, stored in samples[number * per_shard : (number + 1) * per_shard]:
+            writer.write(Sample(key, video, "mp4", {"stored": usual | stored, "group": key, "labels": {}}))
         writer.commit(plan="benchmark")
         records.append(read_record(folder, number, plan="benchmark"))
     write_manifest(folder, records, [], name="x", spec={}, tools={})
@@ -166,7 +184,7 @@ def first(args: argparse.Namespace) -> None:
     """Time the first batch in fresh processes: the corpus is 1,000 samples in a shard, linked under many names."""
     folder = args.work / "first"
     if not (folder / "manifest.json").exists():
-        (record,) = write_shards(folder, [(f"k{n:04d}", encode(n % 8)) for n in range(1000)], per_shard=1000)
+        (record,) = write_shards(folder, [(f"k{n:04d}", encode(n % 8), {}) for n in range(1000)], per_shard=1000)
         records = []
         for number in range(args.samples // 1000):
             rows = [{**row, "key": f"k{number:06d}-{row['key']}"} for row in record["samples"]]
