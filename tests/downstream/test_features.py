@@ -10,7 +10,7 @@ import torch
 from vjepa.config import Model
 from vjepa.evals.clips import EvalClip, EvalClips, centre_view
 from vjepa.evals.features import PixelReader, read_features
-from vjepa.evals.tracks import token_labels
+from vjepa.evals.tracks import mean_velocity, token_labels
 from vjepa.model.grid import Grid
 from vjepa.release.read import load_encoder
 from vjepa.release.weights import random_encoder
@@ -98,6 +98,16 @@ def test_velocity_and_direction_are_those_of_the_tracks() -> None:
     np.testing.assert_allclose(labels.velocity[~early], [[0, 0.08]] * (~early).sum(), atol=1e-9)
     assert set(labels.direction[early].tolist()) == {0}
     assert set(labels.direction[~early].tolist()) == {2}
+
+
+def test_a_clips_velocity_is_that_of_its_objects_within_it() -> None:
+    # 0.03 to the right in three frames at 8 a second, beside one that falls 0.06.
+    one = {**still("disc", 0, 0, 0.2), "x": [0.30, 0.33, 0.34, 0.33], "y": [0.4] * 4}
+    other = {**still("ring", 0.7, 0, 0.2), "y": [0.40, 0.42, 0.44, 0.46]}
+    np.testing.assert_allclose(mean_velocity(make_clip([one, other])), [0.04, 0.08], atol=1e-9)
+    hidden = {**other, "visible": [True, False, True, True]}
+    for unknown in (make_clip([one, hidden]), make_clip([]), make_clip([one], frames=1)):
+        assert np.isnan(mean_velocity(unknown)).all()
 
 
 def test_an_object_hidden_in_a_tubelet_labels_nothing_there() -> None:

@@ -29,7 +29,8 @@ def value(result: dict, task: str, features: str) -> float:
 
 def test_every_task_has_the_encoder_and_all_it_must_beat(result: dict) -> None:
     tasks = {row["task"] for row in result["rows"]}
-    assert tasks == {"shape", "speed", "token shape", "token centre", "token velocity", "token direction"}
+    tokens = {"token shape", "token centre", "token velocity", "token direction"}
+    assert tasks == {"shape", "speed", "clip velocity", *tokens}
     for task in tasks:
         rows = [row for row in result["rows"] if row["task"] == task]
         assert [row["features"] for row in rows] == ["pretrained", "random init", "pixels", "prior"]
@@ -74,6 +75,27 @@ def test_an_encoder_that_knows_is_found_out(trained: Path, scenes: Path, monkeyp
     assert value(found, "token centre", "pretrained") > 0.8
 
 
+def test_motion_is_read_from_a_clip_where_places_are_kept_in_time(trained: Path, scenes: Path, monkeypatch) -> None:
+    class Follows:
+        def __init__(self, frames: int) -> None:
+            self.frames = frames
+
+        def __call__(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            bright = (frames[:, : self.frames].float().mean(-1) > 75).float()  # [B T H W]
+            places = (torch.arange(32) + 0.5) / 32
+            along = torch.stack([(bright * places).sum((2, 3)), (bright * places[:, None]).sum((2, 3))], -1)
+            along = (along / bright.sum((2, 3))[..., None]).flatten(1)  # [B 2T]
+            return torch.zeros(len(frames), 2, 4, 4, 1), along
+
+    found = {}
+    for frames in (1, 4):
+        monkeypatch.setattr(probe_module, "EncoderReader", lambda encoder, frames=frames: Follows(frames))
+        found[frames] = value(
+            probe(trained, scenes, labels=["clip velocity"], random_seeds=0), "clip velocity", "pretrained"
+        )
+    assert found[4] > 0.8 > 0.5 > found[1]
+
+
 def test_the_result_is_the_same_twice(result: dict, trained: Path, scenes: Path) -> None:
     assert probe(trained, scenes, random_seeds=2)["rows"] == result["rows"]
 
@@ -87,14 +109,14 @@ def test_another_split_can_be_fitted_on(trained: Path, scenes: Path) -> None:
 def test_the_table_has_a_line_for_each_task(result: dict) -> None:
     lines = table(result).splitlines()
     assert lines[0].split() == ["probe", "pretrained", "random", "init", "pixels", "prior"]
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert "(2 seeds)" in lines[1]
 
 
 def test_bad_input_is_named_in_one_line(trained: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "probe.json").write_text("{}")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"labels": ["colour"]}, "no label 'colour'; it has shape, speed, token shape"),
+        ({"labels": ["colour"]}, "no label 'colour'; it has shape, speed, clip velocity, token shape"),
         ({"split": "test"}, "no split 'test'"),
         ({"max_videos": 5}, "has 5 videos; a probe needs 6"),
         ({"out": tmp_path / "probe.json"}, "exists already"),

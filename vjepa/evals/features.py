@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from vjepa.config import Model
 from vjepa.evals.clips import EvalClip
-from vjepa.evals.tracks import TokenLabels, token_labels
+from vjepa.evals.tracks import TokenLabels, mean_velocity, token_labels
 from vjepa.model.grid import Grid
 from vjepa.release.native import VideoEncoder
 
@@ -101,6 +101,8 @@ class Seen:
     """[clips] number of the video of each clip."""
     scalars: tuple[Mapping[str, Any], ...]
     """Labels of each clip that are single words or numbers."""
+    velocity: Float[ndarray, "clips 2"]
+    """Of the objects of each clip, on average; nan where that is not known."""
     labels: TokenLabels
     """Of all tokens that lie on an object; `labels.clip` counts clips."""
     features: dict[str, Features]
@@ -117,7 +119,7 @@ def read_features(readers: Mapping[str, Reader], clips: Iterable[EvalClip], mode
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in readers}
     tokens: dict[str, list[Tensor]] = {name: [] for name in readers}
-    keys, videos, scalars, labels = [], [], [], []
+    keys, videos, scalars, velocities, labels = [], [], [], [], []
     for group in batches(clips, batch):
         frames = torch.stack([clip.frames for clip in group])
         _, steps, height, width, _ = frames.shape
@@ -130,9 +132,10 @@ def read_features(readers: Mapping[str, Reader], clips: Iterable[EvalClip], mode
         keys += [clip.key for clip in group]
         videos += [clip.video for clip in group]
         scalars += [_scalars(clip.labels) for clip in group]
+        velocities += [mean_velocity(clip) for clip in group]
         labels += found
     features = {name: Features(torch.cat(pooled[name]), torch.cat(tokens[name])) for name in readers}
-    return Seen(tuple(keys), np.array(videos), tuple(scalars), TokenLabels.join(labels), features)
+    return Seen(tuple(keys), np.array(videos), tuple(scalars), np.stack(velocities), TokenLabels.join(labels), features)
 
 
 def batches(clips: Iterable[EvalClip], size: int) -> Iterable[Sequence[EvalClip]]:

@@ -35,6 +35,9 @@ TOKEN_TASKS: tuple[tuple[str, Kind, str], ...] = (
     ("token direction", "class", "direction"),
 )
 
+# And to a clip's features, pooled over space but not over time.
+CLIP_VELOCITY = "clip velocity"
+
 MAX_CLASSES = 1000
 
 
@@ -142,7 +145,8 @@ Tables = dict[str, tuple[Table, Table]]
 def _tasks(train: Side, test: Side, wanted: Sequence[str] | None, where: str) -> list[tuple[str, Kind, Tables]]:
     names = list(dict.fromkeys(name for labels in train[0].scalars for name in labels))
     has_tracks = len(train[0].labels.clip) > 0
-    known = names + [task for task, _, _ in TOKEN_TASKS if has_tracks]
+    has_motion = all(np.isfinite(seen.velocity[rows]).any() for seen, rows in (train, test))
+    known = names + [CLIP_VELOCITY] * has_motion + [task for task, _, _ in TOKEN_TASKS if has_tracks]
     if not known:
         raise BadInput(f"{where}: its samples carry no labels; there is nothing to probe")
     if unknown := [name for name in wanted or () if name not in known]:
@@ -151,6 +155,8 @@ def _tasks(train: Side, test: Side, wanted: Sequence[str] | None, where: str) ->
     for name in names:
         if (not wanted or name in wanted) and (kind := _kind(train, name)):
             tasks.append((name, kind, _clip_tables(train, test, name, where)))
+    if has_motion and (not wanted or CLIP_VELOCITY in wanted):
+        tasks.append((CLIP_VELOCITY, "number", _velocity_tables(train, test)))
     for name, kind, field in TOKEN_TASKS:
         if has_tracks and (not wanted or name in wanted):
             tasks.append((name, kind, _token_tables(train, test, field)))
@@ -180,11 +186,21 @@ def _clip_tables(train: Side, test: Side, name: str, where: str) -> Tables:
         if not len(rows):
             raise BadInput(f"{where}: label {name!r} is on no clip to report on")
         sides.append((seen, rows, np.array([seen.scalars[row][name] for row in rows])))
+    return _pooled_tables(sides)
+
+
+def _velocity_tables(train: Side, test: Side) -> Tables:
+    known = [(seen, rows[np.isfinite(seen.velocity[rows]).all(1)]) for seen, rows in (train, test)]
+    return _pooled_tables([(seen, rows, seen.velocity[rows]) for seen, rows in known])
+
+
+def _pooled_tables(sides: Sequence[tuple[Seen, np.ndarray, np.ndarray]]) -> Tables:
+    """Of a side to fit and one to report: the clips, which of them, and their targets."""
     return {
         reader: tuple(
             Table(seen.features[reader].pooled[rows], target, seen.videos[rows]) for seen, rows, target in sides
         )
-        for reader in train[0].features
+        for reader in sides[0][0].features
     }  # type: ignore[return-value]
 
 

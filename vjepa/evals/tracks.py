@@ -47,6 +47,21 @@ class TokenLabels:
         return cls(ids, ids, np.zeros(0, "U1"), pairs, pairs, ids)
 
 
+def mean_velocity(clip: EvalClip) -> Float[ndarray, " 2"]:
+    """How the objects of a clip move, on average, from its first frame to its last: shares of the frame per second.
+
+    Of this very clip, since clips start anywhere and objects bounce: what a video's label says of its beginning is no
+    answer for a clip from its middle. Not a number without objects or with a single frame, or where an object is
+    hidden in some frame.
+    """
+    tracks, numbers = clip.labels.get("tracks"), np.array(clip.numbers)
+    if not tracks or not all(np.array(track["visible"])[numbers].all() for track in tracks):
+        return np.full(2, np.nan)
+    first, last = (np.array([[track["x"][n], track["y"][n]] for track in tracks]) for n in numbers[[0, -1]])  # [o 2]
+    elapsed = (numbers[-1] - numbers[0]) / clip.fps
+    return (last - first).mean(0) / elapsed if elapsed > 0 else np.full(2, np.nan)
+
+
 def token_labels(clip: EvalClip, grid: Grid, model: Model, *, clip_number: int) -> TokenLabels:
     """Label the tokens of one clip; those on no object, or on one that is hidden in some frame, have no label.
 
