@@ -17,6 +17,7 @@ from vjepa_data.corpus.index import Sample
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
 from vjepa_data.loader import ClipLoader, open_plan
+from vjepa_data.process import keep_memory
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput, Data, Loader
 from vjepa_data.stream import Choice, choose, index_of
@@ -96,6 +97,7 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
         size += len(sample.video) + len(sample.json)
         return True
 
+    keep_memory()  # as workers do
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for slot in range(min(5, batch_size)):
