@@ -78,11 +78,13 @@ class Segments:
             else:
                 joined.append((count, length))
         starts = blocks = None
-        lengths = [length for count, length in joined for _ in range(count)]
-        if backend == "varlen" and len(joined) > 1:
-            starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-        if backend == "xformers" and len(joined) > 1:
-            blocks = _load_xformers().attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
+        if backend != "sdpa" and len(joined) > 1:  # a list as long as the batch would end `torch.export` before 2.13
+            lengths = [length for count, length in joined for _ in range(count)]
+            if backend == "varlen":
+                ends = itertools.accumulate(lengths)
+                starts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
+            else:
+                blocks = _load_xformers().attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
         seen = None
         if times is not None:
             assert backend == "sdpa", "`choose` lets no other backend through"

@@ -37,7 +37,7 @@ class Profiler:
         first, last = self._settings.at, self._settings.at + self._settings.steps - 1
         if step == first - 1:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_device
-            self._trace = profile(activities=activities, record_shapes=True, profile_memory=True)
+            self._trace = profile(activities=activities, record_shapes=True, profile_memory=True, acc_events=True)
             self._trace.start()
         if step == last:
             self.close()
