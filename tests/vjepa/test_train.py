@@ -170,10 +170,10 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
 
     jepa_loss, bad_calls, calls = module.jepa_loss, {4}, 0
 
-    def poisoned(models: Any, puzzles: Any, run: Run) -> Any:
+    def poisoned(*given: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss = jepa_loss(models, puzzles, run)
+        loss = jepa_loss(*given, **named)
         return dataclasses.replace(loss, value=loss.value * float("nan")) if calls in bad_calls else loss
 
     monkeypatch.setattr(module, "jepa_loss", poisoned)
@@ -196,11 +196,12 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
 ) -> None:
     from vjepa import train as module
 
-    jepa_loss, used = module.jepa_loss, list[int]()
+    jepa_loss, used, made = module.jepa_loss, list[int](), list[int]()
 
-    def of_bad_data(models: Any, puzzles: Any, run: Run) -> Any:
+    def of_bad_data(models: Any, puzzles: Any, run: Run, *, step: int) -> Any:
         used.append(puzzles[0].step)
-        loss = jepa_loss(models, puzzles, run)
+        made.append(step)
+        loss = jepa_loss(models, puzzles, run, step=step)
         return dataclasses.replace(loss, value=loss.value * float("nan")) if puzzles[0].step in (4, 5) else loss
 
     monkeypatch.setattr(module, "jepa_loss", of_bad_data)
@@ -209,6 +210,7 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
     assert train(run, tmp_path / "straight") == 0
     # Steps 5 and 6 are bad; the last healthy checkpoint is that of step 4, whose next two batches are never used again.
     assert used == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert made == [0, 1, 2, 3, 4, 5, 4, 5, 6]  # rates and ramps count updates, not batches
     assert json.loads((tmp_path / "straight" / "passed_over.json").read_text()) == [[4, 2]]
     home = tmp_path / "straight" / "checkpoints"
     assert [path.name for path in home.glob("unhealthy_*")] == ["unhealthy_step_00000005"]

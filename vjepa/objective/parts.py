@@ -50,7 +50,7 @@ class Puzzle:
     masks: Sequence[Mask]
 
     step: int
-    """The optimizer step that they belong to."""
+    """Number of their batch, from which all that is random about them follows."""
 
     slots: tuple[int, ...]
     """Their places in the global batch."""

@@ -25,16 +25,17 @@ from vjepa.model.predictor import Guess
 from vjepa.objective.parts import Loss, Models, Puzzle, some_tokens
 
 
-def dense_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
+def dense_loss(models: Models, puzzles: Sequence[Puzzle], run: Run, *, step: int) -> Loss:
     """How wrong the predictor is about the features of hidden and of visible tokens.
 
     Args:
         models: the three networks.
         puzzles: this rank's clips, or some of them.
         run: for the number of clips in the whole step, the kinds of mask and the objective.
+        step: updates made before this one, for the weight of visible tokens.
     """
     assert isinstance(run.objective, VJEPA21)
-    levels = max(1, len(run.model.levels))
+    levels, weight = max(1, len(run.model.levels)), context_weight(step, run.objective)
     with torch.no_grad():
         seen_whole = models.target([View(puzzle.frames) for puzzle in puzzles], levels=True)
         targets = [_norm_each_level(h.float(), levels) for h in seen_whole]  # [B N L*D]
@@ -53,7 +54,6 @@ def dense_loss(models: Models, puzzles: Sequence[Puzzle], run: Run) -> Loss:
     baseline = torch.zeros((), device=targets[0].device)
     for z, y, (n, mask) in zip(of_hidden, of_visible, pairs, strict=True):
         h = mask.select(targets[n])
-        weight = context_weight(puzzles[n].step, run.objective)
         near = torch.ones(mask.visible.shape, device=h.device)  # [B V]
         if run.objective.by_distance:
             near = distance_weights(mask.visible, mask.hidden, puzzles[n].grid)
