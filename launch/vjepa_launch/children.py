@@ -86,6 +86,8 @@ class _Child:
     """Looks in a row at which it was suspended."""
     told: bool = False
     hang: str = ""
+    """What was noticed, once it hangs."""
+    hung_at: float = 0.0
 
 
 def start(
@@ -172,6 +174,8 @@ def _end_hanging(running: Sequence[_Child], *, now: float, since: float, stall_s
     for child in running:
         child.suspended = child.suspended + 1 if _state(child.process.pid) == "T" else 0
         if child.hang:
+            if now - child.hung_at > ECHO_S:  # it does not even give its stacks
+                _send([child], signal.SIGKILL)
             continue
         if child.suspended * POLL_S > SUSPENDED_S:
             child.hang = f"suspended (SIGSTOP) for {SUSPENDED_S:.0f} s"
@@ -179,6 +183,7 @@ def _end_hanging(running: Sequence[_Child], *, now: float, since: float, stall_s
             child.hang = f"no progress for {stall_s / 60:.1f} min"
         else:
             continue
+        child.hung_at = now
         log.error("rank %d: %s; its stacks follow, and it is ended", child.rank, child.hang)
         # PYTHONFAULTHANDLER turns the abort into the stacks of all threads; a suspended process dies as it wakes.
         _send([child], signal.SIGABRT)

@@ -12,7 +12,6 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from vjepa_launch import record
 from vjepa_launch.job import Job
-from vjepa_launch.place import path_environment
 from vjepa_launch.settings import BadInput, Cluster
 
 
@@ -91,7 +90,9 @@ def parameters(home: Path, request: Request) -> dict[str, Any]:
         srun.append(f"--container-image={cluster.container_image}")
     if cluster.container_mounts:
         srun.append(f"--container-mounts={','.join(cluster.container_mounts)}")
-    paths = path_environment(home / "code", {"PYTHONPATH": "$PYTHONPATH"})
+    code = shlex.quote(str(home / "code"))
+    # As `path_environment`. Nothing after the last colon would be the working folder.
+    paths = [f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"', "export PYTHONSAFEPATH=1"]
     after = [sys.executable, "-m", "vjepa_launch.after", str(record.launch_folder(home))]
     asked = {
         "job_name": request.name,
@@ -109,7 +110,7 @@ def parameters(home: Path, request: Request) -> dict[str, Any]:
         "exclude": ",".join(cluster.exclude) or None,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [*cluster.setup, *(f'export {key}="{value}"' for key, value in paths.items()), *SHIELD],
+        "setup": [*cluster.setup, *paths, *SHIELD],
         # The last word on a job: requeue it, or say why not. It is not cut short by a requeue, which sends TERM.
         "teardown": ["code=$?", "trap '' TERM", f'{shlex.join(after)} "$code"', "exit $?"],
         "additional_parameters": {"requeue": True, **cluster.sbatch},

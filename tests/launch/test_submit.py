@@ -46,7 +46,7 @@ def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
         "--kill-on-bad-exit=1",
         "NCCL_IB_HCA=mlx5",
         "PYTHONSAFEPATH=1",
-        f'export PYTHONPATH="{tmp_path}/run/code:$PYTHONPATH"',
+        f'export PYTHONPATH={tmp_path}/run/code"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"vjepa_launch.after {tmp_path}/run/launch",
         f"python -m vjepa train {tmp_path}/run/config.yaml --out {tmp_path}/run",
         "# Command of each of 128 ranks",
@@ -55,6 +55,15 @@ def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
     ):
         assert line in text, line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("/mine", ":/mine")])
+def test_the_frozen_code_comes_first_whatever_the_folder_is_called(tmp_path: Path, before: str, after: str) -> None:
+    run = tmp_path / "a $HOME `b`"
+    (line,) = [line for line in describe(run, read("slurm")).splitlines() if line.startswith("export PYTHONPATH=")]
+    script = f'{line}; printf %s "$PYTHONPATH"'
+    done = subprocess.run(["sh", "-c", script], env={"PYTHONPATH": before}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{run}/code{after}"
 
 
 def test_a_container_wraps_the_ranks_but_not_the_last_word(tmp_path: Path) -> None:
