@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import fsspec
 
@@ -85,7 +85,7 @@ def _extract(place: Place, copy: BinaryIO) -> None:
 
 def _download(url: str, copy: BinaryIO) -> None:
     """Copy what is behind an address; on trouble that may pass, try again with growing, random pauses."""
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0].lower()
     if scheme not in SCHEMES:
         raise Refused(Reason.UNREACHABLE, f"{scheme}: addresses are not opened, only {', '.join(sorted(SCHEMES))}")
     trouble = ""
@@ -105,6 +105,8 @@ def _download(url: str, copy: BinaryIO) -> None:
             raise Refused(Reason.UNREACHABLE, "no such object") from None
         except PermissionError:
             raise Refused(Reason.UNREACHABLE, "access denied") from None
+        except (ValueError, ImportError) as error:  # what is no address, or needs a package that is not installed
+            raise Refused(Reason.UNREACHABLE, str(error)) from None
         except (OSError, HTTPException, TimeoutError, *store_errors()) as error:
             trouble = str(getattr(error, "reason", None) or error) or type(error).__name__
             if attempt + 1 < ATTEMPTS:
@@ -120,11 +122,11 @@ def _http(url: str, copy: BinaryIO) -> None:
     request = urllib.request.Request(quote(url, safe=":/?&=%#+,;@!$'()*~[]"), headers={"User-Agent": "vjepa-data"})
     try:
         with urllib.request.urlopen(request, timeout=STALL_S) as answer:
-            length = answer.headers.get("Content-Length")
-            if length is not None and int(length) > MAX_BYTES:
+            length = answer.length  # None where none is declared, or what is no number
+            if length is not None and length > MAX_BYTES:
                 raise Refused(Reason.TOO_LARGE, f"{length} bytes declared, at most {MAX_BYTES} are copied to memory")
             got = _pour(answer, copy)
-            if length is not None and got != int(length):
+            if length is not None and got != length:
                 raise OSError(f"{got} of {length} bytes arrived")
     except urllib.error.HTTPError as error:
         error.close()

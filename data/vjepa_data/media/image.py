@@ -1,15 +1,19 @@
 """Images as samples of one frame: stored as JPEG, upright, RGB, of the size that is asked for."""
 
 import io
+import struct
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vjepa_data.media.transcode import Clip, stored_size
 from vjepa_data.media.video import MAX_PIXELS, Probe, Reason, Refused, Stored
 from vjepa_data.spec import Encode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+# What Pillow's readers were seen to raise on damaged files, or catch from one another; it promises nothing.
+DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error)
 
 
 def probe_image(path: Path) -> Probe:
@@ -19,7 +23,7 @@ def probe_image(path: Path) -> Probe:
         Refused: it is missing, empty, too large or no image.
     """
     with _open(path) as image:
-        width, height = ImageOps.exif_transpose(image).size
+        width, height = _shown_size(image)
         kind = (image.format or "").lower()
         size = path.stat().st_size
         return Probe(size, kind, kind, image.mode, width, height, (1, 1), 0.0, 1, 0.0, False)
@@ -29,19 +33,27 @@ def store_image(path: Path, *, encode: Encode) -> Clip:
     """Encode an image as it is stored.
 
     Raises:
-        Refused: it is damaged.
+        Refused: it is damaged, or longer than a JPEG can be.
     """
+    file = io.BytesIO()
     with _open(path) as image:
         try:
             picture = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+            width, height = stored_size(*picture.size, encode=encode)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+            picture.save(file, "JPEG", quality=encode.jpeg_quality, subsampling=0)
+        except DAMAGE as error:
             raise Refused(Reason.NOT_IMAGE, str(error)) from None
-    width, height = stored_size(*picture.size, encode=encode)
-    file = io.BytesIO()
-    picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(
-        file, "JPEG", quality=encode.jpeg_quality, subsampling=0
-    )
     return Clip(file.getvalue(), Stored(1, (1, 1), width, height))
+
+
+def _shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once it is upright; nothing is decoded for it."""
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except DAMAGE as error:
+        raise Refused(Reason.NOT_IMAGE, str(error)) from None
+    return (image.height, image.width) if is_turned else (image.width, image.height)
 
 
 def _open(path: Path) -> Image.Image:
@@ -56,6 +68,8 @@ def _open(path: Path) -> Image.Image:
         raise Refused(Reason.TOO_LARGE, "decompression bomb") from None
     except OSError as error:
         raise Refused(Reason.MISSING, error.strerror or "cannot be read") from None
+    except DAMAGE as error:
+        raise Refused(Reason.NOT_IMAGE, str(error)) from None
     if image is None:
         raise Refused(Reason.EMPTY, "0 bytes")
     if image.width * image.height > MAX_PIXELS:

@@ -9,7 +9,6 @@ the order in which they are finished, so that nothing downstream depends on the 
 """
 
 import contextlib
-import ctypes
 import importlib
 import os
 import resource
@@ -24,7 +23,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from vjepa_data.media.video import Reason, Refused
-from vjepa_data.process import Patience
+from vjepa_data.process import Patience, die_with_parent
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -34,6 +33,9 @@ TASKS_PER_CHILD = 2000
 
 KILLS = 5
 """So often a task may lose its child to a signal from outside before that counts against the task itself."""
+
+LEAVE_S = 10.0
+"""For a child to be gone once it has closed its pipe."""
 
 MEMORY_GIB = 8
 """Address space of a child; a file that asks for more fails in its child alone."""
@@ -157,7 +159,7 @@ class Pool(Generic[Task, Answer]):
         job = child.job
         assert job is not None
         if reason is Reason.CRASHED:
-            code = child.process.wait()
+            code = _exit_code(child)
             if code == 1:
                 message = _errors(child)
                 self._retire(child)
@@ -200,6 +202,15 @@ def _start(module: str) -> _Child:
     return _Child(process, ours, errors)
 
 
+def _exit_code(child: _Child) -> int:
+    """How a child ended whose pipe is closed: soon, unless threads of a decoder keep it from going."""
+    try:
+        return child.process.wait(LEAVE_S)
+    except subprocess.TimeoutExpired:
+        child.process.kill()
+        return child.process.wait()
+
+
 def _end(child: _Child) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.process.pid, signal.SIGKILL)
@@ -216,9 +227,7 @@ def _errors(child: _Child) -> str:
 def main() -> None:
     """Be a child: work until the pipe closes or the parent dies."""
     module, pipe_fd, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even kill -9 of the parent leaves us behind
-    if os.getppid() != parent:
-        return
+    die_with_parent(parent)  # not even kill -9 of it leaves us behind
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     work = importlib.import_module(module).work
     pipe = Connection(pipe_fd)

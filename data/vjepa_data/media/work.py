@@ -217,9 +217,16 @@ def _examine(task: Examine, path: Path) -> Examined:
 
 
 def count_frames(data: bytes, facts: Probe) -> Stored:
-    """The form of a clip that is not canonical, as the training decoder finds it."""
-    reader, _ = open_decord(data)
-    height, width = reader.next().shape[:2]
+    """The form of a clip that is not canonical, as the training decoder finds it.
+
+    Raises:
+        Refused: decord cannot open it, or decode its first frame.
+    """
+    reader, decord = open_decord(data)
+    try:
+        height, width = reader.next().shape[:2]
+    except decord.DECORDError as error:
+        raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None
     return Stored(len(reader), facts.rate, width, height)
 
 

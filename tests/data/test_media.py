@@ -1,0 +1,114 @@
+"""One stranger's file, opened in this process: whatever it is, it is refused by name and nothing else happens."""
+
+import io
+import subprocess
+import sys
+import zlib
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vjepa_data.media import pool as pool_module
+from vjepa_data.media import work
+from vjepa_data.media.fetch import Place, local
+from vjepa_data.media.image import probe_image, store_image
+from vjepa_data.media.pool import _Child, _exit_code
+from vjepa_data.media.video import Probe, Reason, Refused
+from vjepa_data.spec import Encode
+
+TURNED = 6  # EXIF: to be shown turned by a quarter
+
+
+def turned_jpeg() -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = TURNED
+    picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+def test_a_turned_image_has_the_size_that_is_shown_and_stored(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(turned_jpeg())
+    seen, kept = probe_image(file), store_image(file, encode=Encode(short_side_px=32))
+    assert (seen.width, seen.height) == (40, 60)
+    assert (kept.stored.width, kept.stored.height) == (32, 48)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own complaints
+def test_a_turned_image_that_is_damaged_is_refused_and_ends_no_build(tmp_path: Path) -> None:
+    file, whole = tmp_path / "a.jpg", turned_jpeg()
+    draw = np.random.default_rng(0)
+    refused = 0
+    for cut in draw.integers(1, len(whole), 100).tolist():
+        torn = bytearray(whole[:cut])
+        torn[draw.integers(cut)] ^= 0xFF
+        file.write_bytes(torn)
+        for read in (probe_image, lambda path: store_image(path, encode=Encode())):
+            try:
+                read(file)
+            except Refused:
+                refused += 1
+    assert refused > 100
+
+
+def test_an_image_whose_header_is_cut_off_is_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    header = bytearray(file.getvalue())
+    header[8:12] = (5).to_bytes(4)  # the first chunk, shorter than it must be
+    header[21:25] = zlib.crc32(header[12:21]).to_bytes(4)
+    (tmp_path / "a.png").write_bytes(header)
+    with pytest.raises(Refused) as caught:
+        probe_image(tmp_path / "a.png")
+    assert caught.value.reason == Reason.NOT_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://[::1/x.mp4", "Invalid IPv6 URL"),
+        (f"http://{'a' * 64}.com/x.mp4", "label"),
+        ("file:///etc/passwd", "file: addresses are not opened"),
+    ],
+)
+def test_what_is_no_address_is_refused(url: str, why: str) -> None:
+    with pytest.raises(Refused) as caught, local(Place(url)):
+        pass
+    assert why in caught.value.detail
+
+
+def test_an_address_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.open", missing)
+    with pytest.raises(Refused) as caught, local(Place("s3://bucket/x.mp4")):
+        pass
+    assert "Install s3fs" in caught.value.detail
+
+
+def test_a_clip_whose_first_frame_decord_cannot_decode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DECORDError(Exception):
+        pass
+
+    def fail() -> None:
+        raise DECORDError("a stack of C++\nError sending packet.")
+
+    decord = SimpleNamespace(DECORDError=DECORDError)
+    monkeypatch.setattr(work, "open_decord", lambda data: (SimpleNamespace(next=fail), decord))
+    facts = Probe(1, "mp4", "h264", "yuv420p", 8, 8, (4, 1), 1.0, 4, 0.0, False)
+    with pytest.raises(Refused) as caught:
+        work.count_frames(b"", facts)
+    assert caught.value.detail == "decord: Error sending packet."
+
+
+def test_a_child_that_has_closed_its_pipe_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "LEAVE_S", 0.1)
+    ours, _ = Pipe()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        assert _exit_code(_Child(process, ours, errors=-1)) == -9
