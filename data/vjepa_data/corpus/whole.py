@@ -47,13 +47,16 @@ def is_claimed(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of processes of this machine that are no more."""
     for path in folder.glob(".*.tmp"):
-        host, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
-        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+        owner, _, pid = path.name.removesuffix(".tmp").rpartition(".")
+        # The name of a machine may hold dots of its own.
+        if owner.endswith(f".{socket.gethostname()}") and pid.isdigit() and not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
     """Force the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
