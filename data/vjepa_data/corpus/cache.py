@@ -157,6 +157,8 @@ def _fetch_wanted(cache: Cache, wanted: "queue.Queue[tuple[str, int, str] | None
             cache.fetch(url, size, sha256)
         except Unreachable as e:  # whoever needs a sample of it finds that out too, and says so
             log.warning("%s", e)
+        except OSError as e:  # of the disk; this thread has other shards to fetch
+            log.warning("%s: no copy in %s: %s", url, cache.folder, e)
         asked.discard(sha256)
 
 

@@ -128,7 +128,7 @@ class Index:
         return self._table.num_rows
 
     def __reduce__(self) -> tuple:
-        return Index, (self.place, self.split, self.cache)
+        return functools.partial(Index, corpus=self.hash), (self.place, self.split, self.cache)
 
     def key(self, sample: int) -> str:
         """Give the key of a sample."""
