@@ -9,7 +9,7 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -97,7 +97,7 @@ def _download(url: str, copy: BinaryIO) -> None:
                 _http(url, copy)
             else:
                 with fsspec.open(url, "rb") as file:
-                    _pour(file, copy)  # pyright: ignore[reportArgumentType]
+                    _pour(file.read, copy)  # pyright: ignore[reportAttributeAccessIssue]
             return
         except _Gone as error:
             raise Refused(Reason.UNREACHABLE, str(error)) from None
@@ -125,7 +125,7 @@ def _http(url: str, copy: BinaryIO) -> None:
             length = answer.length  # None where none is declared, or what is no number
             if length is not None and length > MAX_BYTES:
                 raise Refused(Reason.TOO_LARGE, f"{length} bytes declared, at most {MAX_BYTES} are copied to memory")
-            got = _pour(answer, copy)
+            got = _pour(answer.read, copy)
             if length is not None and got != length:
                 raise OSError(f"{got} of {length} bytes arrived")
     except urllib.error.HTTPError as error:
@@ -135,10 +135,10 @@ def _http(url: str, copy: BinaryIO) -> None:
         raise _Gone(f"HTTP {error.code}") from None
 
 
-def _pour(source: BinaryIO, copy: BinaryIO) -> int:
+def _pour(read: Callable[[int], bytes], copy: BinaryIO) -> int:
     """Copy block by block and give the number of bytes."""
     total = 0
-    while block := source.read(BLOCK):
+    while block := read(BLOCK):
         total += len(block)
         if total > MAX_BYTES:
             raise Refused(Reason.TOO_LARGE, f"more than {MAX_BYTES} bytes")
