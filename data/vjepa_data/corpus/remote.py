@@ -136,6 +136,16 @@ def _store_range(url: str, start: int, size: int) -> bytes:
         raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes a second") from e
     except store_errors() as e:
         raise _Busy(f"{type(e).__name__}: {e}") from e
+    except OSError as e:
+        if _is_past_the_end(e):
+            return b""
+        raise
+
+
+def _is_past_the_end(error: OSError) -> bool:
+    """Whether a store says that the file ends before the range that was asked for: s3fs by its cause, gcsfs itself."""
+    answer = getattr(error.__cause__, "response", {})
+    return answer.get("Error", {}).get("Code") in ("InvalidRange", "416") or getattr(error, "code", None) == 416
 
 
 @functools.cache
