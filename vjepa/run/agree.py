@@ -111,7 +111,7 @@ def first_batch(run: Run, plan: Plan, *, number: int) -> str:
     draws = [str(plan.draw(number, slot)) for slot in range(run.batch_size)]
     mine = ClipLoader(run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=0, world=plan.lanes, step=number)
     with mine as clips:
-        batch = next(clips)
+        batch = next(clips).on(torch.device("cpu"))  # scaled there, whoever scales later
     hasher = hashlib.blake2b("\n".join(draws).encode(), digest_size=8)
     for group in batch.groups:
         hasher.update(group.frames.numpy().tobytes())
