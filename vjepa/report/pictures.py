@@ -28,7 +28,7 @@ def evenly(count: int) -> Int[ndarray, " n"]:
     return np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int)
 
 
-def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None = None) -> UInt8[ndarray, "H W 3"]:
+def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None = None) -> UInt8[ndarray, "h w 3"]:
     """Frames side by side, left to right in time, white between them.
 
     Args:
@@ -43,7 +43,7 @@ def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None
     return np.concatenate(parts, axis=1)
 
 
-def stack(rows: Sequence[UInt8[ndarray, "H W 3"]], *, gap: int = 2) -> UInt8[ndarray, "H W 3"]:
+def stack(rows: Sequence[UInt8[ndarray, "_H W 3"]], *, gap: int = 2) -> UInt8[ndarray, "H W 3"]:
     """Pictures of one width above each other."""
     white = np.full((gap, rows[0].shape[1], 3), 255, np.uint8)
     return np.concatenate([part for row in rows for part in (white, row)][1:], axis=0)
