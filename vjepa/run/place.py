@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from vjepa_data.corpus.remote import Unreachable, store_errors
+from vjepa_data.corpus.remote import LONGEST_ATTEMPT_S, Unreachable, store_errors
 from vjepa_data.settings import BadInput
 
 T = TypeVar("T")
@@ -67,14 +67,15 @@ def patiently(action: Callable[[], T], path: Path) -> T:
     """
     if not is_remote(path):
         return action()
-    began, pause_s = time.monotonic(), 0.2
+    waited_s, pause_s = 0.0, 0.2
     while True:
+        began_s = time.monotonic()
         try:
             return action()
         except FINAL:
             raise
         except (OSError, *store_errors()) as error:
-            waited_s = time.monotonic() - began
+            waited_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
             if waited_s > PATIENCE_S:
                 raise Unreachable(
                     f"{path} cannot be reached for {waited_s:.0f} s ({error}); see to the network or the store, "
@@ -82,6 +83,7 @@ def patiently(action: Callable[[], T], path: Path) -> T:
                 ) from error
             log.warning("%s: %s: %s; trying again", path, type(error).__name__, error)
         time.sleep(random.uniform(0.5, 1.0) * pause_s)  # lest all ranks come back in the same moment
+        waited_s += pause_s
         pause_s = min(15.0, 2 * pause_s)
 
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
 PATIENCE_S = 300.0  # how long a store may be out of reach before the run stops
+LONGEST_ATTEMPT_S = 60.0  # of one that took longer it is assumed that the job was suspended meanwhile
 SILENCE_S = 30.0  # without a byte, a connection is given up
 SLOWEST_BYTES_S = 100_000  # a slower answer is given up too
 PIECE_BYTES = 1 << 20
@@ -56,19 +57,22 @@ def read_range(url: str, start: int, size: int) -> bytes:
         Gone: it does not exist or may not be read.
         Unreachable: no good answer in five minutes of trying.
     """
-    began, attempt = time.monotonic(), 0
+    waited_s, attempt = 0.0, 0
     while True:
+        began_s = time.monotonic()
         try:
             return _http_range(url, start, size) if url.startswith("http") else _store_range(url, start, size)
         except (OSError, http.client.HTTPException, _Busy) as e:
-            waited_s = time.monotonic() - began
+            waited_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
             if waited_s > PATIENCE_S:
                 raise Unreachable(
                     f"{url} cannot be reached for {waited_s:.0f} s ({e}); see to the network or the store, then resume"
                 ) from e
             log.log(logging.WARNING if attempt % 10 == 3 else logging.DEBUG, "%s: %s, trying again", url, e)
         # Jitter, lest all workers of a cluster come back in the same moment.
-        time.sleep(random.uniform(0.5, 1.0) * min(15.0, 0.1 * 2**attempt))
+        pause_s = random.uniform(0.5, 1.0) * min(15.0, 0.1 * 2**attempt)
+        time.sleep(pause_s)
+        waited_s += pause_s
         attempt = min(attempt + 1, 20)
 
 
