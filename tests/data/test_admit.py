@@ -69,6 +69,13 @@ def test_tars_that_may_not_be_touched_are_linked_to(foreign: Path, tmp_path: Pat
     assert verify(tmp_path / "o").problems == ()
 
 
+def test_two_tars_whose_links_would_have_one_name_are_refused(foreign: Path, tmp_path: Path) -> None:
+    write_tar(foreign / "sub-00001-val.tar", {"00000.mp4": b""})
+    with pytest.raises(BadInput, match=r"would both be linked as shards/sub-00001-val\.tar; rename one"):
+        admit(foreign, out=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
 def test_damaged_or_missing_tars_are_bad_input(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no tars below it"):
         admit(tmp_path / "nothing")

@@ -91,6 +91,8 @@ def admit(
         raise BadInput(f"{target} has a manifest already; remove it, or give another --out")
     tars = find_tars(place)
     is_linked = out is not None and not is_remote(place)
+    if is_linked:
+        _refuse_equal_links(tars.files)
     target.mkdir(parents=True, exist_ok=True)
     records, flaws, rejects = [], Counter[str](), Counter[str]()
     seen: Counter[str] = Counter()
@@ -98,7 +100,7 @@ def admit(
         for done, file in enumerate(tars.files, start=1):
             base = file.rpartition("/")[2]
             split = next((s for pattern, s in (splits or {}).items() if fnmatch.fnmatch(base, pattern)), "train")
-            called = f"shards/{file.replace('/', '-')}" if is_linked else file
+            called = _link_name(file) if is_linked else file
             with local_tar(tars.root, file, scratch=target) as path:
                 if path is None:
                     raise BadInput(f"{tars.root}/{file}: cannot be read; check the address and the keys")
@@ -125,6 +127,19 @@ def admit(
     manifest = write_manifest(target, records, [], name=called, spec=spec, tools={})
     prepare(target, manifest)
     return Admission(manifest, dict(flaws), dict(rejects))
+
+
+def _link_name(file: str) -> str:
+    """Where the link to a tar lies in the corpus's folder."""
+    return f"shards/{file.replace('/', '-')}"
+
+
+def _refuse_equal_links(files: Sequence[str]) -> None:
+    names: dict[str, str] = {}
+    for file in files:
+        other = names.setdefault(_link_name(file), file)
+        if other != file:
+            raise BadInput(f"{other} and {file} would both be linked as {_link_name(file)}; rename one of them")
 
 
 def _link(out: Path, tars: Sequence[tuple[str | None, Path]]) -> None:
