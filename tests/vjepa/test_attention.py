@@ -3,15 +3,18 @@
 import inspect
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import varlen
+from torch.nn.utils.rnn import pad_sequence
 
 from vjepa.model import attention as module
 from vjepa.model.attention import Backend, Segments, attention, choose, refusal
@@ -46,19 +49,33 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Ten
     return torch.cat(outputs)
 
 
+def padded(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """Sequences filled up to the longest, whose filling is no key."""
+    lengths = [length for count, length in runs for _ in range(count)]
+    filled = (pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2) for x in (q, k, v))
+    is_token = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    out = F.scaled_dot_product_attention(*filled, attn_mask=is_token[:, None, None])
+    return out.transpose(1, 2)[is_token]
+
+
+@pytest.mark.parametrize("expected", [by_hand, padded])
 @pytest.mark.parametrize(("backend", "device", "dtype"), available())
 @settings(max_examples=30, deadline=None)
 @given(runs=RUNS)
 def test_packed_attention_is_attention_within_each_sequence(
-    backend: Backend, device: torch.device, dtype: torch.dtype, runs: list[tuple[int, int]]
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: Callable[[Tensor, Tensor, Tensor, list[tuple[int, int]]], Tensor],
+    runs: list[tuple[int, int]],
 ) -> None:
     segments = Segments.of(runs, backend=backend, device=device)
     drawn = torch.randn(4, segments.tokens, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     results = []
-    for compute, cast in ((attention, dtype), (by_hand, torch.float32)):
+    for compute, cast in ((attention, dtype), (expected, torch.float32)):
         q, k, v = (x.to(dtype).to(cast).requires_grad_() for x in drawn[:3])
-        out = attention(q, k, v, segments) if compute is attention else by_hand(q, k, v, runs)
+        out = attention(q, k, v, segments) if compute is attention else expected(q, k, v, runs)
         results.append([out, *torch.autograd.grad(out, (q, k, v), drawn[3].to(cast))])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=tolerance)
