@@ -1,7 +1,8 @@
-"""Every objective learns on the generated physics corpus, through the real verbs: synthesize, shard, train, probe.
+"""Every objective learns on the generated physics corpus: from videos through the builder's shards to a probe.
 
-Minutes each, so by hand: `pytest -m long tests/vjepa/test_learning.py`. The recipes are those of
-`benchmarks/objectives.py`, at the FLOPs of the table in docs/objectives.md.
+The short tests train seconds, on small pictures. The long ones are the real verbs at the FLOPs of the table in
+docs/objectives.md, minutes each, so by hand: `pytest -m long tests/vjepa/test_learning.py`. The recipes are those of
+`benchmarks/objectives.py`.
 """
 
 from pathlib import Path
@@ -9,9 +10,68 @@ from pathlib import Path
 import objectives
 import pytest
 
+from vjepa.config import load
 from vjepa.demo import CORPUS
+from vjepa.evals.probe import probe
+from vjepa.train import train
+from vjepa_data.build.shard import shard
+from vjepa_data.settings_files import load_settings
+from vjepa_data.spec import Spec
+from vjepa_data.synthetic import Rules, write_corpus
 
 COST, SEED = 0.4, 0
+
+PX = 32
+
+# Sizes vary more than in the demo, so that the area that is covered does not tell how many objects cover it.
+RULES = Rules(size=(0.12, 0.34), gravity_share=0, pillar_share=0)
+BUILD = ("name=physics", f"encode.short_side_px={PX}", "split.val_share=0.4")
+
+SHORT = (
+    f"data.crop.px={PX}",
+    "model.encoder.width=64",
+    "model.predictor.width=32",
+    "batch_size=16",
+    "loader.workers=0",
+    "loader.decoder=pyav",  # half of decord's time for pictures as small as these
+    "track.every_steps=100",
+)
+FOLLOW = ("optim.lr=2e-3", "optim.ema=0.99", "optim.final_ema=0.999")
+VIEWS = ("optim.lr=3e-3", "objective.local_px=16")
+# FLOPs as a share of the demo's (205 to 300 steps), and settings. The other two terms of `levjepa` are left to the
+# long test: they share all but a few lines with this one.
+SHORT_RECIPES: dict[str, tuple[float, tuple[str, ...]]] = {
+    "vjepa2": (0.034, FOLLOW),
+    "vjepa2_1": (0.031, FOLLOW),
+    "levjepa, sigreg": (0.017, VIEWS),
+    "stills": (0.011, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small physics")
+    write_corpus(folder / "videos", videos=300, seed=0, px=PX, seconds=1, rules=RULES)
+    spec = load_settings(Spec, None, BUILD).settings
+    shard([str(folder / "videos")], folder / "shards", spec=spec, workers=1)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("name", SHORT_RECIPES)
+def test_in_seconds_it_learns_more_than_an_untrained_encoder_tells(
+    name: str, small_shards: Path, tmp_path: Path
+) -> None:
+    """One object or two: accuracy on videos held out, above the best of three untrained encoders.
+
+    Measured over seeds 0, 1, 2, least margin: vjepa2 0.117, vjepa2_1 0.048, levjepa 0.125, stills 0.056; of the other
+    terms of levjepa, with these settings, vicreg 0.078 and barlow 0.104. No untrained encoder of three is above 0.659.
+    """
+    cost, settings = SHORT_RECIPES[name]
+    run = load("demo", objectives.recipe(name, small_shards, SEED, cost, [*SHORT, *settings])).settings
+    assert train(run, tmp_path / "run") == 0
+    found = probe(tmp_path / "run", small_shards, train_split="train", labels=["objects"], clips_per_video=2)
+    rows = {row["features"]: row for row in found["rows"]}
+    assert rows["pretrained"]["value"] > max(rows["random init"]["seeds"]) + 0.03
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +84,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", objectives.RECIPES)
+@pytest.mark.parametrize("name", [name for name in objectives.RECIPES if name != "vjepa2, causal"])
 def test_it_learns_what_an_untrained_encoder_does_not_tell(name: str, shards: Path, tmp_path: Path) -> None:
     """One object or two: accuracy on held-out videos, above the best of three untrained encoders.
 
     Measured over seeds 0, 1, 2, least margin: vjepa2 0.131, vjepa2_1 0.136, levjepa with sigreg 0.146, with vicreg
     0.150, with barlow 0.136, stills 0.117. Where the centre is, R2: vjepa2 0.175, vjepa2_1 0.170, stills 0.325 above;
-    levjepa is below the untrained encoder there, and is not asked.
+    levjepa is below the untrained encoder there, and is not asked. What masks that hide the future teach takes the
+    whole of the demo's FLOPs (docs/objectives.md). All six passed at commit 36c60a8, in 21 minutes of a busy machine.
     """
     settings = objectives.recipe(name, shards, SEED, COST, [])
     rows = objectives.one_run(tmp_path / "run", settings, shards)["rows"]
