@@ -386,7 +386,7 @@ class Track(Settings):
     """What is recorded, and where. `metrics.jsonl` in the run folder is always written and is the truth."""
 
     every_steps: int = Field(default=10, ge=1)
-    """Steps between records."""
+    """Steps between records; before a checkpoint there is always one."""
 
     monitor_every_steps: int = Field(default=100, ge=1)
     """Steps between the monitors of collapse (RankMe, feature spread), which cost a decomposition."""

@@ -148,7 +148,7 @@ class Attempt:
         with self.clock.aside("look"):
             self.track.amend(self.observer.look(step, batch))
         if self.track.is_due(step):
-            self.nurse.check(self.track.write(self.meter.read(self.clock)))
+            self.write()
         if step % run.parallel.collect_every_steps == 0:
             gc.collect()
 
@@ -159,8 +159,17 @@ class Attempt:
         found["drift"] = drift(local_parts(models.target), local_parts(models.encoder), self.world.sum)
         return {f"monitor/{name}": value for name, value in found.items()}
 
+    def write(self) -> None:
+        """Write down what was kept of the last steps, and see whether all is well."""
+        self.nurse.check(self.track.write(self.meter.read(self.clock)))
+
     def save(self) -> None:
-        """Write a checkpoint of this step, unless the newest one is."""
+        """Write a checkpoint of this step, unless the newest one is.
+
+        The record comes first: whoever goes on from here makes none of these steps again.
+        """
+        if self.track.is_behind:
+            self.write()
         self.dog.beat(f"saving step {self.step}")
         with self.clock.host("save"):
             self.saver.save(
@@ -214,8 +223,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         nurse.recall(world.first(lambda: telling(folder / "metrics.jsonl")))
         clock = Clock(models, optimizer, world.device)
         at_end.callback(clock.close)
-        saver = checkpoint.Saver(folder, run.checkpoint, world)
-        saver.newest, saver.on_saved = step if newest else -1, track.refer_to
+        saver = checkpoint.Saver(folder, run.checkpoint, world, newest=newest, on_saved=track.refer_to)
         at_end.callback(saver.wait)
         at_end.enter_context(quiet_garbage())
         yield Attempt(

@@ -149,6 +149,16 @@ def test_milestones_are_saved_and_kept_and_nothing_goes_while_fewer_than_two_are
     assert [checkpoint.step_of(path) for path in list_checkpoints(home)] == [1, 4, 5]
 
 
+def test_the_checkpoint_that_an_attempt_goes_on_from_is_not_read_again_to_be_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, world, range(1, 3))
+    saver = Saver(tmp_path, Checkpoint(), world, newest=find_newest(tmp_path / "checkpoints", world))
+    monkeypatch.setattr(checkpoint, "damage", lambda path: pytest.fail(f"{path} was read again"))
+    save_and_wait(saver, facts(3))
+    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
+
+
 def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_stays(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

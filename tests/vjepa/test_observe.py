@@ -13,6 +13,7 @@ from PIL import Image
 
 from vjepa.config import Run
 from vjepa.model.encoder import Encoder
+from vjepa.run.stop import Stop
 from vjepa.train import train
 from vjepa.watch.pictures import look
 from vjepa.watch.stragglers import Stragglers
@@ -77,6 +78,19 @@ def test_a_picture_is_drawn_of_frames_that_are_on_the_device(tiny_run: MakeRun) 
         batch = Batch(step=0, groups=(clips,), rejected=())
         drawn.append(look(Encoder(run.model), batch, run, torch.device("cpu")))
     assert (drawn[0] == drawn[1]).all()
+
+
+def test_a_run_that_stops_between_two_records_lacks_no_line(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(steps=4, track={"every_steps": 4}, checkpoint={"every_steps": 100})
+    calls = iter(range(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "agreed", lambda self: next(calls) == 3)
+        assert train(run, tmp_path) == 75
+    assert [one["step"] for one in records(tmp_path)] == [1, 2, 3]
+    assert train(run, tmp_path) == 0
+    assert [one["step"] for one in records(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_probe_of_what_is_not_there_says_so(tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path) -> None:

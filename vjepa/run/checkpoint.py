@@ -185,18 +185,34 @@ def digest(file: Path) -> str:
 class Saver:
     """Writes checkpoints of one run, at once or while training goes on, and prunes old ones."""
 
-    def __init__(self, run_folder: Path, settings: Checkpoint, world: World) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        settings: Checkpoint,
+        world: World,
+        *,
+        newest: Path | None = None,
+        on_saved: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """Make ready to save, and remove what a save that was cut short left.
+
+        Args:
+            run_folder: of the run.
+            settings: where, how often, what to keep.
+            world: the ranks; all must call it.
+            newest: the intact checkpoint that this attempt goes on from.
+            on_saved: told of every checkpoint when it is complete, by the thread that trains.
+        """
         self.settings, self.world = settings, world
         self.home = home_of(run_folder, settings)
         self._notes = run_folder / "checkpoints"
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self.newest = -1
+        self._newest = step_of(newest) if newest else -1
         """Step of the newest complete checkpoint that this attempt wrote or went on from."""
-        self._intact: set[Path] = set()
+        self._intact = {newest} if newest else set[Path]()
         """Those that were found intact in this attempt."""
-        self.on_saved: Callable[[Path], None] = lambda path: None
-        """Told of every checkpoint when it is complete, by the thread that trains."""
+        self._on_saved = on_saved
         world.first(lambda: place.sweep(self.home))
 
     def is_due(self, step: int) -> bool:
@@ -214,10 +230,10 @@ class Saver:
             facts: the rest.
         """
         self.wait()
-        if facts.step == self.newest:
+        if facts.step == self._newest:
             return  # stopped at once after a save or a start
         path = folder_of(self.home, facts.step)
-        self.newest = facts.step
+        self._newest = facts.step
         part = place.stage_of(path, self.world.rank)
         if place.is_remote(path):
             _fresh(part)
@@ -228,7 +244,7 @@ class Saver:
             with _failing_plainly():
                 save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
             self._commit(part, path, facts)
-            self.on_saved(path)
+            self._on_saved(path)
             return
         done = async_save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
 
@@ -258,7 +274,7 @@ class Saver:
             self._writing.join()
             self._writing = None
             if self._failure is None:
-                self.on_saved(folder_of(self.home, self.newest))
+                self._on_saved(folder_of(self.home, self._newest))
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure

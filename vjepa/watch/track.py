@@ -1,8 +1,8 @@
 """What is recorded of a run: a file that is the truth, a terminal, and Weights & Biases when it can be had.
 
 `metrics.jsonl` has a line for every step, with what is a function of the step (losses, rates, gradient norm: equal in a
-run that was killed and resumed); every `track.every_steps` the line also says how fast it went. Numbers stay on the
-device until then, so recording never makes it wait. Values that are not finite are written as null.
+run that was killed and resumed); every `track.every_steps`, and at a checkpoint, the line also says how fast it went.
+Numbers stay on the device until then, so recording never makes it wait. Values that are not finite are written as null.
 """
 
 import json
@@ -73,6 +73,11 @@ class Track:
     def is_due(self, step: int) -> bool:
         """Whether lines should be written after so many updates."""
         return step % self.run.track.every_steps == 0 or step == self.run.steps
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there are steps whose lines are not written."""
+        return bool(self._buffer)
 
     def write(self, extra: Mapping[str, float]) -> list[Record]:
         """Write the lines of all steps since the last time; waits for the device.
