@@ -57,8 +57,8 @@ def poisoned_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank's loss is not a number in its third step."""
     honest, calls = training.jepa_loss, Counter[str]()
 
-    def poison(*args: Any) -> Any:
-        loss = honest(*args)
+    def poison(*args: Any, **named: Any) -> Any:
+        loss = honest(*args, **named)
         calls["loss"] += 1
         if calls["loss"] == 3 and os.environ["RANK"] == "1":
             object.__setattr__(loss, "value", loss.value * float("nan"))
@@ -118,11 +118,11 @@ def sleeps_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank falls asleep in its third step."""
     honest, calls = training.jepa_loss, Counter[str]()
 
-    def doze(*args: Any) -> Any:
+    def doze(*args: Any, **named: Any) -> Any:
         calls["loss"] += 1
         if calls["loss"] == 3 and os.environ["RANK"] == "1":
             time.sleep(LIMIT_S)
-        return honest(*args)
+        return honest(*args, **named)
 
     training.jepa_loss = doze
     return training.train(run, out / "run")

@@ -46,6 +46,7 @@ def jobs_of(make: MakeRun, out: Path) -> dict[str, dict[str, Any]]:
 
     add("one", "trained", 1, **long)
     add("two", "trained", 2, **long)
+    add("two in halves", "trained", 2, parallel={"accumulate": 2, "recompute": "selective"})
     add("two again", "trained", 2, **{**long, "checkpoint": {"every_steps": 10, "background": True}})
     add("four", "trained", 4, **long)
     add("hybrid", "trained", 4, **long, parallel={"replicate": 2})
@@ -121,6 +122,13 @@ def test_any_world_trains_the_same_run(runs: Path, name: str) -> None:
     assert one[-1] != one[0]
     ours, theirs = weights(runs / name / "run", STEPS), weights(runs / "one" / "run", STEPS)
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-4
+
+
+def test_micro_batches_of_sharded_models_add_up_before_they_are_sent(runs: Path) -> None:
+    assert results(runs, "two in halves") == [0, 0]
+    for field in ("loss/prediction", "optim/grad_norm"):
+        halves, whole = ([one[field] for one in records(runs / name / "run")] for name in ("two in halves", "two"))
+        assert halves == pytest.approx(whole[:6], abs=2e-6), field
 
 
 def test_the_same_world_trains_the_same_bits_also_when_it_saves_in_the_background(runs: Path) -> None:

@@ -229,7 +229,7 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
 def test_a_full_device_says_what_to_change(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vjepa import train as module
 
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module, "jepa_loss", full)
