@@ -11,6 +11,18 @@ import vjepa
 from vjepa.release.export import export
 from vjepa.release.read import load_encoder
 
+# What other libraries would hand over: channels first, floats, one clip without its batch.
+STRANGE = """
+import sys, torch, vjepa
+encoder = vjepa.load_encoder(sys.argv[1])
+clip = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
+for frames in (clip.movedim(-1, 2), clip.float(), clip[0]):
+    try:
+        encoder(frames)
+    except ValueError as error:
+        print(error)
+"""
+
 # Hides every package that is neither ours, nor safetensors, nor torch or what torch itself asks for.
 ALONE = """
 import importlib.metadata, re, sys
@@ -84,3 +96,12 @@ def test_the_package_loads_any_model(trained: Path) -> None:
     frames = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
     for part in ("target", "encoder"):
         assert torch.equal(vjepa.load_encoder(trained, part)(frames), load_encoder(trained, part)(frames))
+
+
+def test_frames_of_another_form_are_refused_with_the_form_that_is_wanted(trained: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", STRANGE, str(trained)], check=True, capture_output=True, text=True)
+    assert [line.partition(";")[0] for line in done.stdout.splitlines()] == [
+        "frames are uint8 [B T H W 3], got uint8 [1, 4, 3, 32, 32]",
+        "frames are uint8 [B T H W 3], got float32 [1, 4, 32, 32, 3]",
+        "frames are uint8 [B T H W 3], got uint8 [4, 32, 32, 3]",
+    ]

@@ -45,6 +45,7 @@ def place(trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("embed run empty --out x.npy", "no file in there"),
         ("embed run shards --split test --out x.npy", "no split 'test'"),
         ("embed run shards --out x.csv", "written as"),
+        ("embed run shards --out x.npy --device gpu0", "--device gpu0 cannot be used here"),
         ("embed run shards --split val --out taken.json", "exists already|written as"),
         ("eval probe gone shards", NOT_HERE),
         ("eval probe run gone", "gone"),

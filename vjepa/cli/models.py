@@ -231,12 +231,31 @@ def embed(args: argparse.Namespace) -> None:
         clips_per_video=args.clips_per_video,
         views=args.views,
         part=args.part,
-        device=args.device,
+        device=_checked(args.device),
         batch=args.batch,
         workers=args.workers,
         timeout_s=args.timeout_s,
         overwrite=args.overwrite,
     )
+
+
+def _checked(device: str | None) -> str | None:
+    """A device that is there.
+
+    Raises:
+        BadInput: torch knows none of that name, or cannot use it here.
+    """
+    import torch
+
+    from vjepa_data.settings import BadInput
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"--device {device} cannot be used here ({reason}); give cpu, or cuda:0 on a GPU") from None
+    return device
 
 
 def probe(args: argparse.Namespace) -> None:

@@ -165,7 +165,8 @@ def fit_grid(
         rate, decay = recipe.grid[number]
         probe = fit_probe(sides["fit"], classes, heads, recipe, rate=rate, decay=decay, seed=seed, device=world.device)
         mine[number] = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
-        log.info("rate %g decay %g: %s", rate, decay, mine[number])
+        scores = ", ".join(f"{score:.3f} on videos to {side}" for side, score in mine[number].items())
+        log.info("rate %g decay %g: %s", rate, decay, scores)
         if _best(mine) == number:
             kept = {name: tensor.cpu() for name, tensor in probe.state_dict().items()}
     every = {number: scores for share in world.gather(mine) for number, scores in share.items()}

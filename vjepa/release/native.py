@@ -48,7 +48,16 @@ class VideoEncoder(nn.Module):
         return self.model.encoder.width
 
     def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
-        """Encode clips of one shape: RGB, H and W multiples of the patch, T of the tubelet."""
+        """Encode clips of one shape: RGB, H and W multiples of the patch, T of the tubelet.
+
+        Raises:
+            BadInput: other frames. Floats are refused, since whether they end at 1 or at 255 is not to be seen.
+        """
+        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+            raise BadInput(
+                f"frames are uint8 [B T H W 3], got {str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}; "
+                "channels that come before the height are moved by frames.movedim(-3, -1)"
+            )
         _, steps, height, width, _ = frames.shape
         grid = Grid.of(steps, height, width, self.model)
         (tokens,) = self.encoder([View(normalise(frames))])
