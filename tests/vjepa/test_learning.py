@@ -63,8 +63,8 @@ def test_in_seconds_it_learns_more_than_an_untrained_encoder_tells(
 ) -> None:
     """One object or two: accuracy on videos held out, above the best of three untrained encoders.
 
-    Measured over seeds 0, 1, 2, least margin: vjepa2 0.117, vjepa2_1 0.078 (0 and 2), levjepa 0.125, stills 0.056; of the
-    other terms of levjepa, with these settings, vicreg 0.078, barlow 0.104. No untrained encoder of three is above 0.659.
+    Measured over seeds 0, 1, 2, least margin: vjepa2 0.117, vjepa2_1 0.078 (0 and 2), levjepa 0.125, stills 0.056; of
+    the other terms of levjepa, with these settings, vicreg 0.078, barlow 0.104. No untrained encoder is above 0.659.
     """
     cost, settings = SHORT_RECIPES[name]
     run = load("demo", objectives.recipe(name, small_shards, SEED, cost, [*SHORT, *settings])).settings
