@@ -16,7 +16,6 @@ import pytest
 import webdataset as wds
 import xxhash
 
-from vjepa_data.corpus import remote
 from vjepa_data.corpus.shards import canonical_json
 
 BITS = 12
@@ -163,19 +162,3 @@ def edit_manifest() -> Callable[..., None]:
         write_manifest(folder, manifest)
 
     return edit
-
-
-@pytest.fixture
-def s3_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let `s3://` mean a server; what this process remembers of another one is forgotten."""
-    s3fs = pytest.importorskip("s3fs")
-
-    def use(url: str) -> None:
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        remote._store.cache_clear()
-        s3fs.S3FileSystem.clear_instance_cache()
-
-    return use

@@ -1,16 +1,13 @@
 """Tars that others wrote are indexed as they are, and read by the training stream's index."""
 
-import functools
-import http.server
 import io
 import json
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from object_store import ObjectStore, Trouble
 
 from vjepa_data.build.admit import admit
 from vjepa_data.build.verify import verify
@@ -92,36 +89,19 @@ def test_a_corpus_with_a_manifest_is_left_alone(foreign: Path) -> None:
         admit(foreign)
 
 
-class Busy(http.server.SimpleHTTPRequestHandler):
-    """A web server of files that knows no ranges, and is busy at every other request."""
-
-    count = 0
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        Busy.count += 1
-        if Busy.count % 2:
-            self.send_error(503)
-        else:
-            super().do_GET()
-
-
 @pytest.fixture
-def address(foreign: Path) -> Iterator[str]:
-    handler = functools.partial(Busy, directory=str(foreign.parent))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/webvid"
-    server.shutdown()
-    server.server_close()
+def address(foreign: Path, store: ObjectStore) -> str:
+    """Of the tars on a web server that knows no ranges, and is busy at every other request."""
+    store.take(foreign)
+    store.trouble = lambda asked: Trouble(status=503) if len(store.requests) % 2 else Trouble(knows_ranges=False)
+    return f"{store.url}/{foreign.name}"
 
 
 def test_tars_behind_addresses_are_indexed_and_read_from_there(
-    foreign: Path, address: str, videos: list[bytes], tmp_path: Path
+    foreign: Path, store: ObjectStore, address: str, videos: list[bytes], tmp_path: Path
 ) -> None:
     (foreign / "sub" / "00001-val.tar").rename(foreign / "00001.tar")
+    store.take(foreign)
     found = admit(f"{address}/{{00000..00001}}.tar", out=tmp_path / "o", name="far")
     here = admit(foreign, name="far", out=tmp_path / "here")
     assert [(s.file, s.sha256, s.bytes) for s in found.manifest.shards] == [
@@ -135,7 +115,7 @@ def test_tars_behind_addresses_are_indexed_and_read_from_there(
     index = Index(tmp_path / "o", "train", Cache(tmp_path / "cache", 1))
     assert [index.read(number).video for number in range(3)] == [videos[0], videos[1], videos[3]]
     assert verify(tmp_path / "o", deep=True).problems == ()
-    (foreign / "00001.tar").unlink()
+    del store.objects[f"{foreign.name}/00001.tar"]
     assert verify(tmp_path / "o").problems == ("00001.tar: it is not there",)
 
 

@@ -1,16 +1,13 @@
 """Shards behind servers on this machine that throttle, drop, corrupt and refuse."""
 
 import hashlib
-import http.server
 import multiprocessing
 import os
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from object_store import ObjectStore, Trouble
 
 from vjepa_data.corpus import remote
 from vjepa_data.corpus.cache import Cache
@@ -20,88 +17,19 @@ from vjepa_data.faults import Unreadable
 from vjepa_data.loader import ClipLoader
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
-
-class Store(http.server.ThreadingHTTPServer):
-    """A server of files: http, and as much of the S3 protocol as reading needs. `trouble` says what goes wrong."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.folder = folder
-        self.requests: Counter[str] = Counter()
-        self.bytes_sent = 0
-        self.trouble: str | None = None
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle_error(self, request, client_address) -> None:
-        """Say nothing of clients that hang up."""
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Store  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0].lstrip("/")
-        self.server.requests[path] += 1
-        file = self.server.folder / path
-        trouble = self.server.trouble
-        if trouble == "503 twice" and self.server.requests[path] % 3:
-            return self.fail(503, "SlowDown")
-        if not file.is_file():
-            return self.fail(404, "NoSuchKey")
-        if trouble == "403":
-            return self.fail(403, "AccessDenied")
-        data = file.read_bytes()
-        start, end, status = 0, len(data), 200
-        if (asked := self.headers.get("Range")) and trouble != "no ranges":
-            first, last = asked.removeprefix("bytes=").split("-")
-            start, end, status = int(first), min(int(last) + 1, len(data)), 206
-            if start >= len(data):
-                return self.fail(416, "InvalidRange")
-        part = bytearray(data[start:end])
-        if trouble == "corrupt" and len(part) > 2000:
-            part[1500] ^= 255
-        self.send_response(status)
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("ETag", '"x"')
-        self.send_header("Last-Modified", "Tue, 03 Nov 2026 10:00:00 GMT")
-        self.end_headers()
-        if trouble == "drops" and self.server.requests[path] % 2:
-            self.wfile.write(part[: len(part) // 2])
-            self.close_connection = True
-            return None
-        if trouble == "slow":
-            part = part[:5000]
-        for at in range(0, len(part), 1000 if trouble == "slow" else len(part)):
-            time.sleep(0.1 if trouble == "slow" else 0)
-            self.wfile.write(part[at : at + 1000] if trouble == "slow" else part)
-        self.server.bytes_sent += len(part)
-        self.close_connection = trouble == "slow"
-        return None
-
-    def fail(self, status: int, code: str) -> None:
-        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+TROUBLES = {
+    "none": None,
+    "503 twice": lambda asked: Trouble(status=503) if asked.time % 3 else None,
+    "drops": lambda asked: Trouble(sent_bytes=150) if asked.time % 2 else None,
+    "no ranges": lambda asked: Trouble(knows_ranges=False),
+}
 
 
 @pytest.fixture
-def store(corpus: Path) -> Iterator[Store]:
-    made = Store(corpus.parent)
-    yield made
-    made.shutdown()
-    made.server_close()
+def store(store: ObjectStore, corpus: Path) -> ObjectStore:
+    """The store, which holds the corpus."""
+    store.take(corpus)
+    return store
 
 
 @pytest.fixture
@@ -119,16 +47,16 @@ def same_as_local(index: Index, corpus: Path) -> bool:
     return [index.read(i) for i in range(len(index))] == [local.read(i) for i in range(len(local))]
 
 
-@pytest.mark.parametrize("trouble", [None, "503 twice", "drops", "no ranges"])
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
 def test_samples_are_the_same_as_from_a_folder_whatever_the_server_does(
-    store: Store, corpus: Path, cache: Cache, trouble
+    store: ObjectStore, corpus: Path, cache: Cache, trouble
 ):
-    store.trouble = trouble
+    store.trouble = trouble or store.trouble
     index = Index(f"{store.url}/toy", cache=cache)
     assert same_as_local(index, corpus)
 
 
-def test_the_first_sample_does_not_wait_for_its_shard(store: Store, corpus: Path, cache: Cache, monkeypatch):
+def test_the_first_sample_does_not_wait_for_its_shard(store: ObjectStore, corpus: Path, cache: Cache, monkeypatch):
     monkeypatch.setattr(Cache, "want", lambda *_: None)
     index = Index(f"{store.url}/toy", cache=cache)
     before = store.bytes_sent
@@ -137,23 +65,23 @@ def test_the_first_sample_does_not_wait_for_its_shard(store: Store, corpus: Path
     assert index.read(3) == Index(corpus).read(3)
 
 
-def test_a_shard_is_copied_once_and_then_read_from_the_copy(store: Store, corpus: Path, cache: Cache):
+def test_a_shard_is_copied_once_and_then_read_from_the_copy(store: ObjectStore, corpus: Path, cache: Cache):
     index = Index(f"{store.url}/toy", cache=cache)
     index.want(0)
     path = cache.path(index.shards[0].sha256)
     end = time.monotonic() + 10
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.02)
-    asked = store.requests[f"toy/{index.shards[0].file}"]
+    asked = store.count(key=f"toy/{index.shards[0].file}")
     assert [index.read(i) for i in range(9)] == [Index(corpus).read(i) for i in range(9)]
-    assert store.requests[f"toy/{index.shards[0].file}"] == asked == 1
+    assert store.count(key=f"toy/{index.shards[0].file}") == asked == 1
 
 
 def fetch_in_a_process(folder: str, url: str, size: int, sha256: str) -> None:
     assert Cache(folder, 1.0).fetch(url, size, sha256)
 
 
-def test_processes_that_want_the_same_shard_download_it_once(store: Store, corpus: Path, cache: Cache):
+def test_processes_that_want_the_same_shard_download_it_once(store: ObjectStore, corpus: Path, cache: Cache):
     shard = Index(corpus).shards[2]
     url = f"{store.url}/toy/{shard.file}"
     spawn = multiprocessing.get_context("fork")
@@ -164,29 +92,29 @@ def test_processes_that_want_the_same_shard_download_it_once(store: Store, corpu
     for p in processes:
         p.join()
     assert [p.exitcode for p in processes] == [0] * 4
-    assert store.requests[f"toy/{shard.file}"] == 1
+    assert store.count(key=f"toy/{shard.file}") == 1
     assert cache.path(shard.sha256).read_bytes() == (corpus / shard.file).read_bytes()
 
 
-def test_what_is_not_the_shard_never_enters_the_cache(store: Store, corpus: Path, cache: Cache, caplog):
+def test_what_is_not_the_shard_never_enters_the_cache(store: ObjectStore, corpus: Path, cache: Cache, caplog):
     shard = Index(corpus).shards[2]
-    store.trouble = "corrupt"
+    store.trouble = lambda asked: Trouble(flipped_byte=1500)
     assert not cache.fetch(f"{store.url}/toy/{shard.file}", shard.bytes, shard.sha256)
     assert "holds something else than its manifest says" in caplog.text
     assert not [f for f in cache.folder.rglob("*") if f.is_file() and f.stat().st_size]
 
 
-def test_a_sample_that_arrives_corrupt_is_read_again_and_then_rejected(store: Store, cache: Cache, monkeypatch):
+def test_a_sample_that_arrives_corrupt_is_read_again_and_then_rejected(store: ObjectStore, cache: Cache, monkeypatch):
     monkeypatch.setattr(Cache, "want", lambda *_: None)
     index = Index(f"{store.url}/toy", cache=cache)
-    store.trouble = "corrupt"
+    store.trouble = lambda asked: Trouble(flipped_byte=1500)
     with pytest.raises(Unreadable, match="hash"):
         index.read(0)
-    store.trouble = None
+    store.trouble = lambda asked: None
     assert index.read(1)
 
 
-def test_a_copy_that_rots_is_fetched_again(store: Store, corpus: Path, cache: Cache):
+def test_a_copy_that_rots_is_fetched_again(store: ObjectStore, corpus: Path, cache: Cache):
     index = Index(f"{store.url}/toy", cache=cache)
     shard = index.shards[0]
     assert cache.fetch(f"{store.url}/toy/{shard.file}", shard.bytes, shard.sha256)
@@ -207,7 +135,7 @@ def put(cache: Cache, name: str, size: int, used_s_ago: float) -> str:
     return sha256
 
 
-def test_the_oldest_unused_copies_make_room_and_open_ones_stay(store: Store, corpus: Path, tmp_path: Path):
+def test_the_oldest_unused_copies_make_room_and_open_ones_stay(store: ObjectStore, corpus: Path, tmp_path: Path):
     cache = Cache(tmp_path / "cache", 0.001)  # 1.07 MB
     old, opened, new = (put(cache, n, 400_000, s) for n, s in [("old", 50), ("opened", 90), ("new", 10)])
     descriptor = cache.open(opened)
@@ -219,9 +147,12 @@ def test_the_oldest_unused_copies_make_room_and_open_ones_stay(store: Store, cor
     os.close(descriptor)
 
 
-def test_two_corpora_with_the_same_file_names_do_not_mix(store: Store, corpus: Path, cache: Cache, videos, make_corpus):
+def test_two_corpora_with_the_same_file_names_do_not_mix(
+    store: ObjectStore, corpus: Path, cache: Cache, videos, make_corpus
+):
     facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
     other = make_corpus(corpus.parent / "other", [[{"key": "toy-0000", "video": videos[5], **facts}]])
+    store.take(other)
     first, second = Index(f"{store.url}/toy", cache=cache), Index(f"{store.url}/other", cache=cache)
     for index in (first, second):
         shard = index.shards[0]
@@ -230,7 +161,9 @@ def test_two_corpora_with_the_same_file_names_do_not_mix(store: Store, corpus: P
     assert second.read(0).video == videos[5] == Index(other).read(0).video != first.read(0).video
 
 
-def test_a_full_disk_means_reading_sample_by_sample(store: Store, corpus: Path, cache: Cache, monkeypatch, caplog):
+def test_a_full_disk_means_reading_sample_by_sample(
+    store: ObjectStore, corpus: Path, cache: Cache, monkeypatch, caplog
+):
     index = Index(f"{store.url}/toy", cache=cache)
 
     def full(*_: object, **__: object) -> None:
@@ -243,15 +176,17 @@ def test_a_full_disk_means_reading_sample_by_sample(store: Store, corpus: Path, 
     assert same_as_local(index, corpus)
 
 
-def test_what_is_gone_is_said_at_once_and_what_may_come_back_is_waited_for(store: Store, cache: Cache, monkeypatch):
+def test_what_is_gone_is_said_at_once_and_what_may_come_back_is_waited_for(
+    store: ObjectStore, cache: Cache, monkeypatch
+):
     with pytest.raises(Gone, match="404"):
         read_range(f"{store.url}/toy/nothing", 0, 10)
-    store.trouble = "403"
+    store.trouble = lambda asked: Trouble(status=403)
     with pytest.raises(Gone, match="403"):
         read_range(f"{store.url}/toy/manifest.json", 0, 10)
     with pytest.raises(BadInput, match=r"manifest.json: HTTP 403 .*; give the URL of a folder that"):
         Index(f"{store.url}/toy", cache=cache)
-    store.trouble = "slow"
+    store.trouble = lambda asked: Trouble(bytes_per_s=10_000)
     monkeypatch.setattr(remote, "SILENCE_S", 0.3)
     with pytest.raises(Unreachable, match=r"cannot be reached for .*slower than"):
         read_range(f"{store.url}/toy/samples.parquet", 0, 5000)
@@ -259,16 +194,27 @@ def test_what_is_gone_is_said_at_once_and_what_may_come_back_is_waited_for(store
         read_range("http://127.0.0.1:9/x", 0, 5)
 
 
-def test_a_missing_remote_shard_is_a_missing_shard(store: Store, cache: Cache, corpus: Path, tmp_path: Path):
-    import shutil
-
-    shutil.copytree(corpus, tmp_path / "toy")
-    (tmp_path / "toy" / "shards" / "toy-train-000001.tar").unlink()
-    store.folder = tmp_path
+def test_a_missing_remote_shard_is_a_missing_shard(store: ObjectStore, cache: Cache):
+    del store.objects["toy/shards/toy-train-000001.tar"]
     index = Index(f"{store.url}/toy", cache=cache)
     assert index.read(8).key == "toy-0008"
     with pytest.raises(Unreadable, match=r"missing: .*toy-train-000001.tar: HTTP 404"):
         index.read(9)
+
+
+def test_the_time_that_a_job_was_suspended_is_no_time_that_a_store_was_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+
+    def answer(*_: object) -> bytes:
+        if clock[0]:
+            return b"here"
+        clock[0] = 10_000.0
+        raise ConnectionResetError
+
+    monkeypatch.setattr(remote, "PATIENCE_S", 300.0)
+    monkeypatch.setattr(remote, "_http_range", answer)
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    assert read_range("http://somewhere/x", 0, 4) == b"here"
 
 
 @pytest.mark.parametrize("place", ["pipe:cat x", "file:///etc/passwd", "ftp://host/x", "sftp://host/x"])
@@ -280,24 +226,22 @@ def test_other_urls_are_refused(place: str):
     assert not is_remote("some/folder")
 
 
-@pytest.fixture
-def s3(store: Store, s3_at: Callable[[str], None]) -> str:
-    s3_at(store.url)
-    return "s3://toy"
-
-
-@pytest.mark.parametrize("trouble", [None, "503 twice"])
-def test_an_object_store_serves_the_same_samples(s3: str, store: Store, corpus: Path, cache: Cache, trouble):
-    store.trouble = trouble
-    index = Index(s3, cache=cache)
+@pytest.mark.parametrize("trouble", [TROUBLES["none"], TROUBLES["503 twice"]], ids=["none", "503 twice"])
+def test_an_object_store_serves_the_same_samples(
+    store: ObjectStore, s3: ObjectStore, corpus: Path, cache: Cache, trouble
+):
+    store.trouble = trouble or store.trouble
+    index = Index("s3://toy", cache=cache)
     assert same_as_local(index, corpus)
     assert cache.fetch(index.url(0), index.shards[0].bytes, index.shards[0].sha256)
     with pytest.raises(Gone):
-        read_range(f"{s3}/nothing", 0, 10)
+        read_range("s3://toy/nothing", 0, 10)
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_the_stream_is_the_same_from_anywhere(kind: str, s3: str, store: Store, corpus: Path, tmp_path: Path):
+def test_the_stream_is_the_same_from_anywhere(
+    kind: str, store: ObjectStore, s3: ObjectStore, corpus: Path, tmp_path: Path
+):
     def stream(place: str, workers: int) -> list:
         data = Data(sources=(Source(shards=place),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
         loader = Loader(workers=workers, cache=str(tmp_path / "cache"), cache_gib=0.5)
@@ -305,5 +249,7 @@ def test_the_stream_is_the_same_from_anywhere(kind: str, s3: str, store: Store, 
             groups = [next(batches).groups[0] for _ in range(4)]
         return [(g.keys, hashlib.sha256(g.frames.numpy().tobytes()).hexdigest()) for g in groups]
 
-    place, workers = {"http": (f"{store.url}/toy", 1), "s3": (s3, 0)}[kind]  # a fork server keeps its first environment
+    place, workers = {"http": (f"{store.url}/toy", 1), "s3": ("s3://toy", 0)}[
+        kind
+    ]  # a fork server keeps its first environment
     assert stream(place, workers) == stream(str(corpus), 0)

@@ -3,20 +3,14 @@
 import io
 import itertools
 import json
-import re
 import tarfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
-from urllib.parse import urlsplit
 
 import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from object_store import Asked, ObjectStore, Trouble
 from PIL import Image
 from rich.console import Console
 
@@ -224,56 +218,29 @@ def test_images_become_samples_of_one_frame(tmp_path: Path) -> None:
         assert [member.name.split(".")[1] for member in tar] == ["json", "jpg"] * 3
 
 
-class Server(ThreadingHTTPServer):
-    """A web server with moods."""
-
-    def __init__(self, video: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Moods)
-        self.video = video
-        self.asked: dict[str, int] = {}
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Moods(BaseHTTPRequestHandler):
-    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        count = self.server.asked[self.path] = self.server.asked.get(self.path, 0) + 1
-        video = self.server.video
-        if self.path.startswith("/busy") and count < 3:
-            self.send_error(503)
-        elif self.path.startswith("/gone"):
-            self.send_error(404)
-        elif self.path.startswith("/away"):
-            self.send_response(302)
-            self.send_header("Location", "file:///etc/passwd")
-            self.end_headers()
-        elif self.path.startswith("/stall") and count < 2:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(video)))
-            self.end_headers()
-            self.wfile.write(video[:100])
-            self.wfile.flush()
-            time.sleep(3)
-        else:
-            declared = {"/huge": 10 << 30, "/short": len(video) + 9}.get(self.path.partition(".")[0], len(video))
-            self.send_response(200)
-            self.send_header("Content-Length", str(declared))
-            self.end_headers()
-            self.wfile.write(video)
+def mood(asked: Asked) -> Trouble | None:
+    """What goes wrong with a file, by its name."""
+    name = Path(asked.key).stem
+    if name == "busy" and asked.time < 3:
+        return Trouble(status=503)
+    if name == "stall" and asked.time < 2:
+        return Trouble(sent_bytes=100, stall_s=3.0)
+    always = {
+        "away": Trouble(status=302, location="file:///etc/passwd"),
+        "huge": Trouble(declared_bytes=10 << 30),
+        "short": Trouble(declared_bytes=1 << 20),
+    }
+    return always.get(name)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(write_scenes(tmp_path / "served" / "v.mp4", [1]).read_bytes())
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def videos_at(store: ObjectStore, tmp_path: Path) -> str:
+    """Address of a folder of files that are not had as easily as others."""
+    video = write_scenes(tmp_path / "served" / "v.mp4", [1]).read_bytes()
+    for name in ("away", "busy", "fine", "huge", "short", "stall"):
+        store.objects[f"videos/{name}.mp4"] = video
+    store.trouble = mood
+    return f"{store.url}/videos"
 
 
 def reason_of(url: str) -> tuple[Reason, str]:
@@ -282,31 +249,36 @@ def reason_of(url: str) -> tuple[Reason, str]:
     return caught.value.reason, caught.value.detail
 
 
-def test_a_server_that_is_busy_or_stalls_is_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_busy_or_stalls_is_asked_again(
+    store: ObjectStore, videos_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetch, "STALL_S", 0.5)
-    for name in ("busy", "stall"):
-        with local(Place(f"{server.url}/{name}.mp4")) as path:
-            assert path.read_bytes() == server.video
-    assert server.asked == {"/busy.mp4": 3, "/stall.mp4": 2}
+    for name, times in (("busy", 3), ("stall", 2)):
+        with local(Place(f"{videos_at}/{name}.mp4")) as path:
+            assert path.read_bytes() == store.objects[f"videos/{name}.mp4"]
+        assert store.count(key=f"videos/{name}.mp4") == times
 
 
-def test_a_server_that_will_not_give_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_will_not_give_is_said(
+    store: ObjectStore, videos_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetch, "ATTEMPTS", 2)
-    assert reason_of(f"{server.url}/gone.mp4") == (Reason.UNREACHABLE, "HTTP 404")
-    assert reason_of(f"{server.url}/huge.mp4")[0] is Reason.TOO_LARGE
-    assert reason_of(f"{server.url}/short.mp4")[0] is Reason.UNREACHABLE
-    assert reason_of(f"{server.url}/away.mp4") == (Reason.UNREACHABLE, "HTTP 302")
+    assert reason_of(f"{videos_at}/gone.mp4") == (Reason.UNREACHABLE, "HTTP 404")
+    assert reason_of(f"{videos_at}/huge.mp4")[0] is Reason.TOO_LARGE
+    assert reason_of(f"{videos_at}/short.mp4")[0] is Reason.UNREACHABLE
+    assert reason_of(f"{videos_at}/away.mp4") == (Reason.UNREACHABLE, "HTTP 302")
     assert reason_of("http://127.0.0.1:1/x.mp4")[0] is Reason.UNREACHABLE
     assert reason_of("file:///etc/passwd")[0] is Reason.UNREACHABLE
     assert reason_of("ftp://example.com/x.mp4")[0] is Reason.UNREACHABLE
-    assert server.asked == {"/gone.mp4": 1, "/huge.mp4": 1, "/short.mp4": 2, "/away.mp4": 1}
+    times = {name: store.count(key=f"videos/{name}.mp4") for name in ("gone", "huge", "short", "away")}
+    assert times == {"gone": 1, "huge": 1, "short": 2, "away": 1}
 
 
-def test_a_list_of_addresses_is_built(server: Server, tmp_path: Path) -> None:
+def test_a_list_of_addresses_is_built(videos_at: str, tmp_path: Path) -> None:
     names = ["busy.mp4", "fine.mp4", "gone.mp4"]
-    (tmp_path / "list.txt").write_text("".join(f"{server.url}/{name}\n" for name in names))
+    (tmp_path / "list.txt").write_text("".join(f"{videos_at}/{name}\n" for name in names))
     build([tmp_path / "list.txt"], tmp_path / "o", "dedupe.exact=false")
-    assert {row["group"] for row in rows_of(tmp_path / "o")} == {f"{server.url}/{name}" for name in names[:2]}
+    assert {row["group"] for row in rows_of(tmp_path / "o")} == {f"{videos_at}/{name}" for name in names[:2]}
     assert [row["reason"] for row in rows_of(tmp_path / "o", "rejects")] == ["unreachable"]
 
 
@@ -318,65 +290,16 @@ def test_addresses_of_other_kinds_are_bad_input(tmp_path: Path) -> None:
         build(["https://example.com/videos/"], tmp_path / "o")
 
 
-class Bucket(BaseHTTPRequestHandler):
-    """As much of the S3 protocol as reading needs; every second answer is an error that passes."""
-
-    objects: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        url = urlsplit(self.path)
-        if len(self.asked) % 2:
-            return self.answer(503, b"<Error><Code>SlowDown</Code></Error>")
-        if "list-type=2" in url.query:
-            entries = "".join(
-                f"<Contents><Key>{key}</Key><Size>{len(data)}</Size><LastModified>2026-01-01T00:00:00Z</LastModified>"
-                f"<ETag>x</ETag></Contents>"
-                for key, data in self.objects.items()
-            )
-            text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
-            return self.answer(200, text.encode())
-        data = self.objects.get(url.path.removeprefix("/bucket/"))
-        if data is None:
-            return self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return self.answer(200, data)
-        first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-        return self.answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
-
-    def answer(self, code: int, data: bytes, part: str | None = None) -> None:
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        if part is not None:
-            self.send_header("Content-Range", part)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
-def test_a_bucket_is_listed_and_read_through_errors_that_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_at: Callable[[str], None]
-) -> None:
+def test_a_bucket_is_listed_and_read_through_errors_that_pass(s3: ObjectStore, tmp_path: Path) -> None:
     video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         header = tarfile.TarInfo("a.mp4")
         header.size = len(video)
         tar.addfile(header, io.BytesIO(video))
-    shard_of_others = (tmp_path / "x.tar").read_bytes()
-    objects = {"raw/v.mp4": video, "raw/notes.txt": b"x", "shards/x.tar": shard_of_others}
-    monkeypatch.setattr(Bucket, "objects", objects)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    s3_at(f"http://127.0.0.1:{server.server_address[1]}")
+    s3.objects["bucket/raw/v.mp4"], s3.objects["bucket/raw/notes.txt"] = video, b"x"
+    s3.objects["bucket/shards/x.tar"] = (tmp_path / "x.tar").read_bytes()
+    s3.trouble = lambda asked: Trouble(status=503) if len(s3.requests) % 2 else None
     [source] = ingest(["s3://bucket/raw/"], spec=Spec())
     assert source.name == "s3://bucket/raw/v.mp4"
     with local(source.place) as path:
@@ -386,5 +309,3 @@ def test_a_bucket_is_listed_and_read_through_errors_that_pass(
     assert [row["group"] for row in rows_of(tmp_path / "o")] == ["s3://bucket/raw/v.mp4"]
     admit("s3://bucket/shards/", out=tmp_path / "index")
     assert Index(tmp_path / "index", "train", Cache(tmp_path / "cache", 1)).read(0).video == video
-    server.shutdown()
-    server.server_close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from object_store import ObjectStore
 
 from vjepa_data.build.verify import verify
 from vjepa_data.corpus.shards import Sample as Stored
@@ -78,6 +79,26 @@ def test_a_shard_cut_at_a_member_is_found(corpus: Path) -> None:
 def test_a_lost_shard_is_found(corpus: Path) -> None:
     (corpus / "shards/toy-train-000001.tar").unlink()
     assert verify(corpus).problems == ("shards/toy-train-000001.tar: it is not there",)
+
+
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_a_corpus_behind_an_address_is_verified_from_there(
+    corpus: Path, s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    s3.take(corpus)
+    place = {"http": f"{s3.url}/corpus", "s3": "s3://corpus"}[kind]
+    verdict = verify(place, deep=True)
+    assert (verdict.problems, verdict.samples, verdict.decoded) == ((), 6, 6)
+    row = pq.read_table(corpus / "samples.parquet").to_pylist()[4]
+    s3.flip("corpus/shards/toy-train-000001.tar", row["video_offset"] + 99)
+    del s3.objects["corpus/shards/toy-train-000000.tar"]
+    assert verify(place).problems == (
+        "shards/toy-train-000000.tar: it is not there",
+        "shards/toy-train-000001.tar: its sha256 differs from the manifest's",
+        f"shards/toy-train-000001.tar: {row['key']}: the mp4 is not the one that was stored (xxh64 differs)",
+    )
+    assert not list((tmp_path / "cache").rglob("*.tar"))  # copied one by one, and not kept
 
 
 def test_swapped_shards_are_found(corpus: Path) -> None:

@@ -1,6 +1,9 @@
 """Features of any videos: those that the encoder gives, whatever is broken and wherever it was stopped."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +105,35 @@ def test_files_that_hang_or_crash_their_decoder_are_rows(
         summary = embed(trained, [folder / name], out, timeout_s=timeout_s)
         assert (summary.clips, summary.broken) == (0, 1)
         assert rows_of(out)[0]["error"].startswith(said)
+
+
+def test_what_has_no_end_is_refused_at_once(trained: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    for name in ("pipe.mp4", "zero.mp4"):
+        out = tmp_path / f"{name}.parquet"
+        summary = embed(trained, [tmp_path / name], out, timeout_s=10_000)
+        assert (summary.clips, summary.broken) == (0, 1)
+        assert rows_of(out)[0]["error"] == "missing: not a file"
+
+
+def test_two_ranks_of_torchrun_write_the_file_that_one_process_writes(
+    trained: Path, write_scene: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    videos = tmp_path / "videos"
+    for number in range(embed_module.PART_VIDEOS + 6):  # work for two
+        if number < 4:
+            write_scene(videos / f"{number:03d}.mp4", number)
+        else:
+            os.link(videos / f"{number % 4:03d}.mp4", videos / f"{number:03d}.mp4")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    for name, start in (("one", []), ("two", torchrun)):
+        words = ["-m", "vjepa", "embed", trained, videos, "--workers", "1", "--out", tmp_path / f"{name}.parquet"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *start, *words], check=True, env=environment, timeout=240)
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    assert one.num_rows == embed_module.PART_VIDEOS + 6
+    assert one.equals(two, check_metadata=True)
 
 
 def test_views_are_squares_from_left_to_right() -> None:

@@ -2,24 +2,34 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from object_store import ObjectStore, Trouble
 
+from vjepa import train as training
 from vjepa.cli import main
 from vjepa.config import Checkpoint, Run
 from vjepa.parallel import World, join
 from vjepa.release.read import read_weights
 from vjepa.run import checkpoint, place
-from vjepa.run.checkpoint import Facts, Saver
+from vjepa.run.checkpoint import Facts, Saver, step_of
 from vjepa.train import train
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
-ObjectStore = Any  # of conftest.py
 HOME = "s3://bucket/runs/x"
+
+
+@pytest.fixture
+def store(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """An empty store that `s3://` means; ranks write beside it before they upload."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return s3
 
 
 @pytest.fixture
@@ -68,7 +78,7 @@ def test_files_larger_than_one_request_arrive_whole(store: ObjectStore, tmp_path
     (tmp_path / "large").write_bytes(data)
     place.upload(tmp_path / "large", place.path_of(f"{HOME}/large"))
     assert store.objects["bucket/runs/x/large"] == data
-    assert store.requests["POST"] == 2  # its parts were announced, and put together
+    assert store.count(method="POST") == 2  # its parts were announced, and put together
 
 
 def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
@@ -77,11 +87,13 @@ def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
     settings = Checkpoint(folder=HOME)
     saver = Saver(tmp_path, settings, world)
     save(saver, 1)
-    store.trouble = lambda method, key: 403 if method == "PUT" and key.endswith("state.json") else None
+    store.trouble = lambda asked: (
+        Trouble(status=403) if asked.method == "PUT" and asked.key.endswith("state.json") else None
+    )
     with pytest.raises(OSError, match=r"could not be written: rank 0: .*"):
         save(saver, 2)
     assert "bucket/runs/x/step_00000002/__0_0.distcp" in store.objects
-    store.trouble = lambda method, key: None
+    store.trouble = lambda asked: None
     home = checkpoint.home_of(tmp_path, settings)
     assert checkpoint.find_newest(home, world) == home / "step_00000001"
     Saver(tmp_path, settings, world)
@@ -93,17 +105,19 @@ def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
 ) -> None:
     saver = Saver(tmp_path, Checkpoint(folder=HOME), world)
     # s3fs tries a few times by itself, before we do.
-    store.trouble = lambda method, key: 503 if method == "PUT" and "trying again" not in caplog.text else None
+    store.trouble = lambda asked: (
+        Trouble(status=503) if asked.method == "PUT" and "trying again" not in caplog.text else None
+    )
     with caplog.at_level(logging.WARNING):
         save(saver, 1)
     assert "trying again" in caplog.text
     assert checkpoint.latest(checkpoint.home_of(tmp_path, saver.settings)) is not None
 
-    store.trouble = lambda method, key: 503
+    store.trouble = lambda asked: Trouble(status=503)
     monkeypatch.setattr(place, "PATIENCE_S", 0.5)
     with pytest.raises(BadInput, match=r"cannot be reached for .* then resume"):
         checkpoint.list_checkpoints(saver.home)
-    store.trouble = lambda method, key: 403
+    store.trouble = lambda asked: Trouble(status=403)
     with pytest.raises(BadInput, match=r"cannot be read .*credentials"):
         checkpoint.list_checkpoints(saver.home)
 
@@ -115,12 +129,11 @@ def test_a_damaged_one_is_set_aside_but_an_outage_is_no_damage(
     for step in (1, 2):
         save(saver, step)
     monkeypatch.setattr(place, "PATIENCE_S", 0.5)
-    store.trouble = lambda method, key: 503 if key.endswith(".distcp") else None
+    store.trouble = lambda asked: Trouble(status=503) if asked.key.endswith(".distcp") else None
     with pytest.raises(BadInput, match="cannot be reached"):
         checkpoint.find_newest(saver.home, world)
-    store.trouble = lambda method, key: None
-    name = "bucket/runs/x/step_00000002/__0_0.distcp"
-    store.objects[name] = store.objects[name][:-1] + b"?"
+    store.trouble = lambda asked: None
+    store.flip("bucket/runs/x/step_00000002/__0_0.distcp", -1)
     assert checkpoint.find_newest(saver.home, world) == saver.home / "step_00000001"
     assert "bucket/runs/x/step_00000002/damaged_state.json" in store.objects
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(saver.home)] == [1]
@@ -145,7 +158,31 @@ def test_a_run_goes_on_from_a_store_and_is_verified_there(
     elsewhere = tiny_run(checkpoint={"folder": "s3://bucket/runs/y"})
     with pytest.raises(BadInput, match=r"runs/y holds no checkpoint of this run, but .*step_00000006 says"):
         train(elsewhere, tmp_path / "store")
-    name = "bucket/runs/x/step_00000003/__0_0.distcp"
-    store.objects[name] = store.objects[name][:-1] + b"?"
+    store.flip("bucket/runs/x/step_00000003/__0_0.distcp", -1)
     assert main(["verify", str(tmp_path / "store")]) == 1
     assert "has changed since it was written" in capsys.readouterr().out
+
+
+def test_going_back_sets_checkpoints_in_a_store_aside_and_takes_the_same_steps_as_on_a_disk(
+    store: ObjectStore, tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = training.jepa_loss
+
+    def of_bad_data(models: Any, puzzles: Any, *args: Any, **more: Any) -> Any:
+        loss = honest(models, puzzles, *args, **more)
+        return replace(loss, value=loss.value * float("nan")) if puzzles[0].step in (4, 5) else loss
+
+    monkeypatch.setattr(training, "jepa_loss", of_bad_data)
+    health = {"max_skipped_in_a_row": 2, "after_roll_back": "pass_over"}
+    often = {"every_steps": 1, "keep_last": 9}
+    for name, checkpoints in (("disk", often), ("store", {**often, "folder": HOME})):
+        run = tiny_run(steps=7, health=health, track={"every_steps": 1}, checkpoint=checkpoints)
+        assert train(run, tmp_path / name) == 0
+    assert (tmp_path / "store" / "passed_over.json").read_text() == "[[4, 2]]\n"
+    # The one of step 5 was of a skipped step; when its step was made again, it was written anew.
+    assert [step_of(path) for path in checkpoint.list_checkpoints(place.path_of(HOME))] == [1, 2, 3, 4, 5, 6, 7]
+    assert "bucket/runs/x/step_00000005/unhealthy_state.json" in store.objects
+    ours, theirs = (checkpoint.load_weights(tmp_path / name) for name in ("store", "disk"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (note,) = (tmp_path / "store" / "checkpoints").iterdir()
+    assert note.name == "step_00000007"
