@@ -1,5 +1,6 @@
 """How fast clips arrive on this machine, what each stage costs, and how many workers a GPU needs."""
 
+import functools
 import math
 import os
 import statistics
@@ -17,12 +18,14 @@ from vjepa_data.corpus.index import Sample
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
 from vjepa_data.loader import ClipLoader, open_plan
+from vjepa_data.plan import Draw
 from vjepa_data.process import keep_memory
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput, Data, Loader
 from vjepa_data.stream import Choice, choose, index_of
 
 T = TypeVar("T")
+TOGETHER = 10  # clips drawn at once, as workers do with those of a step
 HEADROOM = 1.3  # a loader that is only just fast enough makes the GPU wait at every hiccup
 
 
@@ -81,11 +84,14 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
         servant.begin(sample.video, choice.look.frames, expect, suffix=sample.suffix, part=part)
         return servant.finish()
 
-    def one(step: int, slot: int) -> bool:
+    def draw_some(first: int) -> list[tuple[Draw, Choice]]:
+        places = [divmod(number, batch_size) for number in range(first, first + TOGETHER)]
+        draws = [plan.draw(*place) for place in places]
+        return [(d, choose(plan, data.crop, d, step=s, slot=b)) for d, (s, b) in zip(draws, places, strict=True)]
+
+    def one(draw: Draw, choice: Choice) -> bool:
         nonlocal size
-        draw = charge("plan", lambda: plan.draw(step, slot))
         index, i = index_of(plan, draw), draw.sample
-        choice = charge("plan", lambda: choose(plan, data.crop, draw, step=step, slot=slot))
         expect = Expect(int(index.frames[i]), int(index.width[i]), int(index.height[i]))
         try:
             sample = charge("read", lambda: index.read(i))
@@ -100,13 +106,15 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
     keep_memory()  # as workers do
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for slot in range(min(5, batch_size)):
-        one(0, slot)
+    for drawn in draw_some(0)[:5]:
+        one(*drawn)
     spent, size = dict.fromkeys(spent, 0.0), 0
     before = cpu_seconds({servant.pid})
     good = number = 0
+    drawn = []
     while good < clips:
-        good += one(*divmod(number, batch_size))
+        drawn = drawn or charge("plan", functools.partial(draw_some, number))
+        good += one(*drawn.pop(0))
         number += 1
         if number == 2 * clips + 100:
             raise BadInput(f"{number - good} of {number} samples cannot be used; check the data with `vjepa verify`")

@@ -137,10 +137,9 @@ class ClipLoader:
         return not all(worker.is_alive() for worker in getattr(self._batches, "_workers", ()))
 
     def _open(self) -> Iterator[Batch]:
-        samples = Samples(self.plan, rank=self.rank, world=self.world, step=self.step)
+        samples = Samples(self.plan, self.data.crop, rank=self.rank, world=self.world, step=self.step)
         decode = Decode(
             samples,
-            crop=self.data.crop,
             loader=self.settings,
             max_in_a_row=self.data.rejects.max_in_a_row,
             board=self._board,

@@ -121,9 +121,9 @@ def index_of(plan: Plan, draw: Draw) -> Index:
 class Samples(IterableDataset):
     """First stage: the encoded samples of a rank's slots, step by step, as any WebDataset pipeline knows them."""
 
-    def __init__(self, plan: Plan, *, rank: int, world: int, step: int) -> None:
+    def __init__(self, plan: Plan, crop: Crop, *, rank: int, world: int, step: int) -> None:
         super().__init__()
-        self.plan, self.slots, self.step = plan, plan.slots(rank, world), step
+        self.plan, self.crop, self.slots, self.step = plan, crop, plan.slots(rank, world), step
         self.is_remote = any(cast(Offer, p).index.cache is not None for p in plan.populations)
         self._last: tuple[tuple[int, int] | None, Any] = (None, None)
 
@@ -132,29 +132,37 @@ class Samples(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         step = self.step + worker
         while True:
-            for slot in self.slots:
+            # A step at once: what drawing needs leaves the core's cache between two clips (0.6 ms a clip, now 0.16).
+            for drawn in [self.draw(step, slot) for slot in self.slots]:
                 if self.is_remote:
-                    soon = self.plan.draw(step + PREFETCH_STEPS, slot)
+                    soon = self.plan.draw(step + PREFETCH_STEPS, drawn["__slot__"])
                     index_of(self.plan, soon).want(soon.sample)
-                yield self.read(self.plan.draw(step, slot), step, slot)
+                yield self.read(drawn)
             step += workers
 
-    def read(self, draw: Draw, step: int, slot: int) -> dict:
-        """Read a drawn sample; one that cannot be read carries `__error__` in place of its members."""
+    def draw(self, step: int, slot: int, attempt: int = 0) -> dict:
+        """Say what fills a slot, or replaces what should have, and where to look in it."""
+        draw = self.plan.redraw(step, slot, attempt) if attempt else self.plan.draw(step, slot)
         index = index_of(self.plan, draw)
-        place = {
+        return {
             "__url__": index.url(draw.sample),
             "__key__": index.key(draw.sample),
             "__step__": step,
             "__slot__": slot,
+            "__draw__": draw,
+            "choice": choose(self.plan, self.crop, draw, step=step, slot=slot),
         }
+
+    def read(self, drawn: dict) -> dict:
+        """Read a drawn sample; one that cannot be read carries `__error__` in place of its members."""
+        draw: Draw = drawn["__draw__"]
         try:
             if self._last[0] != (draw.source, draw.sample):  # several clips of a video are read once
-                self._last = ((draw.source, draw.sample), index.read(draw.sample))
+                self._last = ((draw.source, draw.sample), index_of(self.plan, draw).read(draw.sample))
         except Unreadable as e:
-            return {**place, "__draw__": draw, "__error__": e}
+            return {**drawn, "__error__": e}
         sample = self._last[1]
-        return {**place, "__draw__": draw, "json": sample.json, sample.suffix: sample.video}
+        return {**drawn, "json": sample.json, sample.suffix: sample.video}
 
 
 class Decode:
@@ -164,8 +172,8 @@ class Decode:
     video are decoded together, so that it is opened once and no frame is decoded twice.
     """
 
-    def __init__(self, samples: Samples, *, crop: Crop, loader: Loader, max_in_a_row: int, board: Tensor) -> None:
-        self.samples, self.crop, self.loader, self.max_in_a_row = samples, crop, loader, max_in_a_row
+    def __init__(self, samples: Samples, *, loader: Loader, max_in_a_row: int, board: Tensor) -> None:
+        self.samples, self.loader, self.max_in_a_row = samples, loader, max_in_a_row
         self.board = board
         """uint8 [workers BOARD_BYTES] in shared memory: what each worker is at."""
 
@@ -195,9 +203,6 @@ class Decode:
             return Unreadable("known", "rejected before")
         if "__error__" in first:
             return first["__error__"]
-        for clip in clips:
-            where = {"step": step, "slot": clip["__slot__"]}
-            clip["choice"] = choose(self.samples.plan, self.crop, clip["__draw__"], **where)
         frames = sorted(set().union(*(clip["choice"].look.frames for clip in clips)))
         expect = Expect(*(int(column[draw.sample]) for column in (index.frames, index.width, index.height)))
         suffix = index.suffix(draw.sample)
@@ -237,7 +242,7 @@ class Decode:
                     f"{len(rejected)} samples in a row cannot be used, the last is {sample['__key__']} in "
                     f"{sample['__url__']}: {error.detail}; check the data with `vjepa verify`"
                 )
-            sample = self.samples.read(self.samples.plan.redraw(step, slot, draw.attempt + 1), step, slot)
+            sample = self.samples.read(self.samples.draw(step, slot, draw.attempt + 1))
             failure = self._begin(servant, [sample])
             if failure is None:
                 try:
@@ -254,7 +259,7 @@ class Decode:
         part = crops.cut(sample.pop("frames"), box.inside(sample.pop("part")), rows=sample.pop("rows"))
         if self.loader.crop_on == "device":
             return {**sample, "clip": part.clone(memory_format=torch.contiguous_format)}
-        return {**sample, "clip": crops.scale(part, box, self.crop.px)}
+        return {**sample, "clip": crops.scale(part, box, self.samples.crop.px)}
 
     def _note(self, text: str) -> None:
         data = text.encode()[:BOARD_BYTES].ljust(BOARD_BYTES, b"\0")
