@@ -47,13 +47,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 FRAMES, FPS, SIDE = 24, 8, 48
 
 
-def encode_video(look: int) -> bytes:
-    """A moving pattern as H.264: one closed group of pictures every 12 frames."""
+def encode_video(look: int, codec: str = "libx264") -> bytes:
+    """A moving pattern, as H.264 unless said: one closed group of pictures every 12 frames."""
     sink = io.BytesIO()
     y, x = np.mgrid[:SIDE, :SIDE]
     with av.open(sink, "w", format="mp4") as container:
-        options = {"crf": "20", "g": "12", "preset": "ultrafast", "threads": "1", "x264-params": "open-gop=0"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
+        options = {"crf": "20", "g": "12", "threads": "1"}
+        if codec == "libx264":
+            options |= {"preset": "ultrafast", "x264-params": "open-gop=0"}
+        stream = container.add_stream(codec, rate=FPS, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         for number in range(FRAMES):
@@ -65,11 +68,11 @@ def encode_video(look: int) -> bytes:
     return sink.getvalue()
 
 
-def write_tiny_corpus(folder: Path) -> Path:
+def write_tiny_corpus(folder: Path, codec: str = "libx264") -> Path:
     """Twenty samples in three uneven shards, made by the builder's own writer."""
     (folder / "shards").mkdir(parents=True)
     stored = {"frames": FRAMES, "fps": float(FPS), "width": SIDE, "height": SIDE, "duration_s": FRAMES / FPS}
-    videos = [encode_video(look) for look in range(5)]
+    videos = [encode_video(look, codec) for look in range(5)]
     first = 0
     for number, count in enumerate((7, 9, 4)):
         writer = ShardWriter(folder, number=number, file=f"shards/tiny-train-{number:06d}.tar", split="train")
@@ -94,6 +97,12 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run(tiny_corpus: Path) -> Callable[..., Run]:
     """Make a run of a few seconds; nested settings are given as `optim={"lr": 1.0}` and replace single names."""
     return maker_of_runs(tiny_corpus)
+
+
+@pytest.fixture
+def tiny_av1_run(tmp_path: Path) -> Callable[..., Run]:
+    """The same, of videos that decord does not decode."""
+    return maker_of_runs(write_tiny_corpus(tmp_path / "av1", codec="libsvtav1"))
 
 
 def maker_of_runs(corpus: Path) -> Callable[..., Run]:

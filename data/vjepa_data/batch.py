@@ -95,6 +95,9 @@ class Batch:
     rejected: tuple[Reject, ...] = ()
     """What was tried and replaced on the way."""
 
+    fell_back: tuple[str, ...] = ()
+    """Of each clip that the first decoder gave up on and another decoded: why, a reason of `Unreadable`."""
+
     stop: BadInput | None = None
     """Why no batch could be made; the loader raises it."""
 

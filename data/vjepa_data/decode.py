@@ -108,16 +108,19 @@ def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
 def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
     """Decode from the key frame before the first frame to the last, and convert only those asked for.
 
-    Frames that no other is predicted from are not even decoded, unless asked for: same bits, a seventh less time.
+    Of H.264, frames that no other is predicted from are not even decoded, unless asked for: same bits, a seventh less
+    time. In AV1 and VP9 a packet may hold frames of several times.
     """
     period = 1 / (stream.average_rate * stream.time_base)
     start = stream.start_time or 0
     container.seek(int(start + int(frames[0]) * period), stream=stream, backward=True)
     wanted = set(frames.tolist())
+    may_skip = stream.codec_context.name == "h264"
     pictures = []
     for packet in container.demux(stream):
-        is_wanted = packet.pts is None or round((packet.pts - start) / period) in wanted
-        stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        if may_skip:
+            is_wanted = packet.pts is None or round((packet.pts - start) / period) in wanted
+            stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
         for frame in packet.decode():
             number = round((frame.pts - start) / period)
             if number in wanted:

@@ -41,6 +41,8 @@ from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
+SLOWEST_PIXELS_PER_S = 25e6  # half of what decord does on a slow core
+LONGEST_GOP = 300  # frames; what must be decoded before the first one that is wanted, at worst
 RECYCLE_CLIPS = 5000  # decord leaks up to 160 kB for each file it cannot open
 RECYCLE_RSS_BYTES = 1_500_000_000
 START_TIMEOUT_S = 180
@@ -52,13 +54,16 @@ class Servant:
     def __init__(self, decoder: str = "decord", *, timeout_s: float = 20.0, fallback: str | None = "pyav") -> None:
         """Args:
         decoder: backend of `vjepa_data.decode`.
-        timeout_s: seconds, asleep or at work, after which a servant that does not answer is killed.
+        timeout_s: seconds, asleep or at work, after which a servant that does not answer is killed; a video that may
+            well cost more gets more.
         fallback: backend that tries what the first gave up on.
         """
         self.decoder, self.timeout_s = decoder, timeout_s
         self.fallback = fallback if fallback != decoder else None
         self.counts: Counter[str] = Counter()
         """How often what happened: "clips", "fallback", "timeout", "crash", "error", "frames", "recycled"."""
+        self.fell_back: str | None = None
+        """Why the last clip was decoded by the fallback: the reason of an `Unreadable`; None if it was not."""
         self._memory = [_Memory(), _Memory()]
         self._turn = 0
         self._request: dict | None = None
@@ -98,6 +103,7 @@ class Servant:
             "part": part or (0, 0, expect.height, expect.width),
             "backend": self.decoder if is_video else "image",
             "fallback": self.fallback if is_video else None,
+            "limit_s": max(self.timeout_s, _cost_s(frames, expect)),
             "tries": 0,
         }
         self._send()
@@ -115,7 +121,7 @@ class Servant:
         request = self._request
         assert request is not None, "nothing was begun"
         while True:
-            reply, failure = self._receive()
+            reply, failure = self._receive(request["limit_s"])
             if reply is not None:
                 break
             self.counts[failure] += 1
@@ -124,7 +130,7 @@ class Servant:
             request["tries"] += 1
             if request["tries"] == 2:
                 self._request = None
-                raise Unreadable(failure, self._explain(failure))
+                raise Unreadable(failure, self._explain(failure, request["limit_s"]))
             self._send()
         self._request = None
         self._served += 1
@@ -135,9 +141,11 @@ class Servant:
             self.counts[reply["reason"]] += 1
             raise Unreadable(reply["reason"], _one_line(reply["detail"]))
         self.counts["clips"] += 1
-        if reply["fallback"]:
+        self.fell_back = None
+        if reply["gave_up"]:
             self.counts["fallback"] += 1
-            log.debug("fell back to %s: %s", request["fallback"], _one_line(reply["fallback"]))
+            self.fell_back, detail = reply["gave_up"]
+            log.debug("fell back to %s: %s", request["fallback"], _one_line(detail))
         return self._memory[self._turn].array((len(request["frames"]), *request["part"][2:], 3))
 
     def close(self) -> None:
@@ -194,11 +202,11 @@ class Servant:
         ):  # it died; finish() sees that and starts another
             write(self._socket, text)
 
-    def _receive(self) -> tuple[dict | None, str]:
+    def _receive(self, limit_s: float) -> tuple[dict | None, str]:
         """Wait for an answer; give it, or None and what went wrong."""
         if not self._is_ready:
             self._wait_until_ready()
-        if not self._answers_within(self.timeout_s):
+        if not self._answers_within(limit_s):
             return None, "timeout"
         try:
             return read(self._socket), ""
@@ -230,9 +238,9 @@ class Servant:
                 return False
         return True
 
-    def _explain(self, failure: str) -> str:
+    def _explain(self, failure: str, limit_s: float) -> str:
         if failure == "timeout":
-            return f"{self.decoder} gave no answer in {self.timeout_s:g} s, twice"
+            return f"{self.decoder} gave no answer in {limit_s:.3g} s, twice"
         return f"{self.decoder} crashed, twice"
 
 
@@ -254,6 +262,12 @@ class _Memory:
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.frombuffer(self.map, dtype=np.uint8, count=int(np.prod(shape))).reshape(shape)
+
+
+def _cost_s(frames: Sequence[int], expect: Expect) -> float:
+    """Seconds that frames of a video may cost on a slow core: all from the key frame before them are decoded."""
+    last, first = max(frames, default=0), min(frames, default=0)
+    return (last + 1 - max(0, first - LONGEST_GOP)) * expect.width * expect.height / SLOWEST_PIXELS_PER_S
 
 
 def _one_line(text: str) -> str:

@@ -71,7 +71,7 @@ def _answer(request: dict, memory: mmap.mmap) -> dict:
         top, left, height, width = request["part"]
         frames = frames[:, top : top + height, left : left + width]
         np.frombuffer(memory, dtype=np.uint8, count=frames.size).reshape(frames.shape)[:] = frames
-        return {"fallback": given_up.detail if given_up else None}
+        return {"gave_up": [given_up.reason, given_up.detail] if given_up else None}
     assert given_up is not None
     return {"reason": given_up.reason, "detail": given_up.detail}
 

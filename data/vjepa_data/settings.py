@@ -152,7 +152,8 @@ class Loader(Settings):
     from the CPU's result by one level of 255. On a CPU both are the same."""
 
     decode_timeout_s: float = Field(default=20.0, gt=0)
-    """Seconds after which a decoder that does not answer is killed and its sample replaced."""
+    """Seconds, asleep or at work, after which a decoder that does not answer is killed and its sample replaced. Frames
+    that at 25 million pixels a second would take longer, as of 4K, get that time."""
 
     cache: str | None = None
     """Folder for verified copies of remote shards; none is needed for local ones."""

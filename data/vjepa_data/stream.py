@@ -221,7 +221,7 @@ class Decode:
             except Unreadable as e:
                 error = e
             else:
-                return [{**clip, "frames": frames, "rejected": []} for clip in clips]
+                return [self._with(clip, servant, frames, []) for clip in clips]
         return [self._replace(servant, clip, error) for clip in clips]
 
     def _replace(self, servant: Servant, sample: dict, error: Unreadable) -> dict:
@@ -246,10 +246,13 @@ class Decode:
             failure = self._begin(servant, [sample])
             if failure is None:
                 try:
-                    return self._crop({**sample, "frames": servant.finish(), "rejected": rejected})
+                    return self._crop(self._with(sample, servant, servant.finish(), rejected))
                 except Unreadable as e:
                     failure = e
             error = failure
+
+    def _with(self, sample: dict, servant: Servant, frames: np.ndarray, rejected: list[Reject]) -> dict:
+        return {**sample, "frames": frames, "rejected": rejected, "fell_back": servant.fell_back}
 
     def _crop(self, sample: dict) -> dict:
         """Cut the clip out of the servant's frames, which will not stay; one that replaced another has been."""
@@ -303,6 +306,7 @@ class Gather:
             tuple(g for g in groups if isinstance(g, Clips)),
             tuple(g for g in groups if isinstance(g, Uncropped)),
             tuple(r for s in samples for r in s["rejected"]),
+            tuple(s["fell_back"] for s in samples if s["fell_back"]),
         )
         return batch if block is None else InBlock(batch, block)
 

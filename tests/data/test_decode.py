@@ -1,6 +1,7 @@
 import io
 from typing import get_args
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,3 +84,23 @@ def test_every_backend_of_the_settings_exists():
     names = get_args(Loader.model_fields["decoder"].annotation)
     assert names
     assert set(names) <= set(BACKENDS)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "libsvtav1"])
+def test_pyav_gives_the_frames_that_decoding_all_gives(codec: str):
+    """Of codecs whose packets hold frames of several times, too."""
+    file, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=12, options={"g": "12"})
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(24):
+            picture = np.roll(noise, 3 * number, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(io.BytesIO(file.getvalue())) as container:
+        every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for first in range(21):
+        frames = [first, first + 1, first + 3]
+        some = decode(file.getvalue(), frames, backend="pyav", expect=Expect(24, 96, 64))
+        assert np.array_equal(some, [every[frame] for frame in frames])

@@ -166,6 +166,18 @@ def test_what_a_decoder_prints_stays_bounded_and_messages_are_one_line(bad_serva
 def test_what_one_decoder_gives_up_on_another_may_decode(bad_servant: Servant, videos: list[bytes], read_number):
     assert read_number(bad_servant.decode(videos[0], [9], EXPECT)[0]) == 9
     assert bad_servant.counts["fallback"] == 1
+    assert bad_servant.fell_back == "error"
+
+
+def test_what_may_well_cost_more_gets_more_time(bad_servant: Servant):
+    with pytest.raises(Unreadable):
+        bad_servant.decode(b"warm up", [0], EXPECT)
+    bad_servant.timeout_s = 0.2
+    with pytest.raises(Unreadable, match=r"timeout: .* in 0.2 s"):
+        bad_servant.decode(b"HANG", [0, 47], EXPECT)
+    hd = Expect(frames=900, width=1280, height=720)  # at worst 300 + 1 frames, 11 s
+    with pytest.raises(Unreadable, match=r"error: .*cannot +open"):
+        bad_servant.decode(b"NAP", [600], hd)
 
 
 def test_it_is_recycled_after_so_many_clips(videos: list[bytes], monkeypatch: pytest.MonkeyPatch):

@@ -283,3 +283,11 @@ def test_a_run_may_begin_with_the_weights_of_another(straight: Path, tiny_run: M
     begun, trained = tensors(tmp_path, 1), tensors(straight, 6)
     assert all(torch.allclose(begun[name], trained[name], atol=1e-6) for name in trained)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+
+def test_clips_that_a_second_decoder_had_to_decode_are_counted(tiny_av1_run: MakeRun, tmp_path: Path):
+    run = tiny_av1_run(loader={"decoder": "decord"}, steps=2)
+    assert train(run, tmp_path / "run") == 0
+    numbers = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert numbers["data/rejected"] == 0
+    assert numbers["data/fell_back_error"] == 2 * run.batch_size

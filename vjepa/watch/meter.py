@@ -4,6 +4,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ class Meter:
         """Count a step: this rank's clips, and what became of them."""
         self._steps += 1
         self._rejected += len(batch.rejected)
+        self._fell_back.update(batch.fell_back)
         self._sources.update(source for clips in batch.groups for source in clips.sources)
         for loss in losses:
             self._tokens += loss.tokens
@@ -46,9 +48,9 @@ class Meter:
         steps = self._steps
         spent = {f"time/{name}_s": value / steps for name, value in seconds.items()}
         mine = (seconds.get("data", 0.0) / steps, self._pulse.measure_s(), socket.gethostname())
-        everyone = self._world.gather((*mine, self._rejected, dict(self._sources)))
-        waits, pulses, hosts, rejected, sources = zip(*everyone, strict=True)
-        seen = sum((Counter(counts) for counts in sources), Counter[int]())
+        everyone = self._world.gather((*mine, self._rejected, dict(self._fell_back), dict(self._sources)))
+        waits, pulses, hosts, rejected, fell_back, sources = zip(*everyone, strict=True)
+        seen = _total(sources)
         if self._world.is_first:
             self._stragglers.see("waiting for data", waits, hosts, at_least_s=0.1 * wall_s / steps)
             self._stragglers.see("a matrix product", pulses, hosts, at_least_s=0.0)
@@ -62,6 +64,7 @@ class Meter:
             "time/slowest_pulse_s": max(pulses),
             "time/slowest_pulse_rank": pulses.index(max(pulses)),
             "data/rejected": sum(rejected),
+            **{f"data/fell_back_{reason}": count for reason, count in sorted(_total(fell_back).items())},
             "masks/visible_share": self._visible / self._tokens,
             "masks/hidden_share": self._hidden / self._tokens,
             **{f"data/source_{source}_share": count / seen.total() for source, count in sorted(seen.items())},
@@ -80,6 +83,11 @@ class Meter:
     def _reset(self) -> None:
         self._steps = self._rejected = self._tokens = self._visible = self._hidden = 0
         self._sources: Counter[int] = Counter()
+        self._fell_back: Counter[str] = Counter()
+
+
+def _total(counts: Sequence[dict[Any, int]]) -> Counter[Any]:
+    return sum((Counter(each) for each in counts), Counter())
 
 
 def _peak_clips_per_s(run: Run, world: World) -> float | None:
