@@ -36,6 +36,10 @@ T = TypeVar("T")
 # other would each train alone and overwrite one another's checkpoints, so we would rather stop.
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
+# Programs of a block that are kept. A mixture of clip lengths in other numbers may need another; beyond these, blocks
+# run as they are, with a warning, where torch's own limit of 8 would be met within minutes.
+COMPILED_FORMS = 64
+
 
 @dataclass(frozen=True)
 class World:
@@ -149,6 +153,8 @@ def shard(models: Models, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,
     )
+    if settings.compile:
+        torch._dynamo.config.recompile_limit = COMPILED_FORMS
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
     slices = mesh.size() > 1 or half or settings.offload
     for name, model in models.all.items():
@@ -157,7 +163,7 @@ def shard(models: Models, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.
             if learns:
                 _recompute(block, settings.recompute)
             if settings.compile:
-                block.compile(fullgraph=True)
+                block.compile()
             if slices:
                 fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
         # The target's root would stay gathered after its forward, for a backward that never comes: the average would

@@ -98,8 +98,8 @@ def test_pyav_gives_the_frames_that_decoding_all_gives(codec: str):
             picture = np.roll(noise, 3 * number, axis=1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    with av.open(io.BytesIO(file.getvalue())) as container:
-        every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(io.BytesIO(file.getvalue()), "r") as whole:
+        every = [frame.to_ndarray(format="rgb24") for frame in whole.decode(video=0)]
     for first in range(21):
         frames = [first, first + 1, first + 3]
         some = decode(file.getvalue(), frames, backend="pyav", expect=Expect(24, 96, 64))

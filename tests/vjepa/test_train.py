@@ -150,6 +150,21 @@ def test_compiling_does_not_move_the_numbers(
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=apart)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_blocks_of_which_no_more_programs_are_kept_run_as_they_are(tiny_run: MakeRun, tmp_path: Path) -> None:
+    shards = tiny_run().data.sources[0].shards
+    mixture = [{"shards": shards, "weight": 0.5, "frames": frames} for frames in (2, 4, 8)]
+    run = tiny_run(data={"sources": mixture, "lanes": 7}, batch_size=7, steps=12)
+    assert train(run, tmp_path / "plain") == 0
+    settings = tmp_path / "compiled.yaml"
+    settings.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    words = ["train", str(settings), "--out", str(tmp_path / "compiled"), "parallel.compile=true"]
+    fewer = "from vjepa import cli, parallel; parallel.COMPILED_FORMS = 2"
+    subprocess.run([sys.executable, "-c", f"{fewer}; raise SystemExit(cli.main({words}))"], check=True)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
 def test_workers_do_not_move_the_numbers(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
     assert train(tiny_run(loader={"workers": 2}), tmp_path) == 0
     assert losses(tmp_path) == losses(straight)

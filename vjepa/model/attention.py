@@ -48,6 +48,9 @@ class Segments:
     starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
     """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
 
+    longest: int = 0
+    """Tokens of the longest sequence. Only for `varlen`, where one compiled block then serves any mixture of runs."""
+
     blocks: Any = field(default=None, repr=False)
     """The same as a `BlockDiagonalMask`, on the device. Only for `xformers`."""
 
@@ -77,11 +80,11 @@ class Segments:
                 joined[-1] = (joined[-1][0] + count, length)
             else:
                 joined.append((count, length))
-        starts = blocks = None
+        starts, longest, blocks = None, 0, None
         if backend != "sdpa" and len(joined) > 1:  # a list as long as the batch would end `torch.export` before 2.13
             lengths = [length for count, length in joined for _ in range(count)]
             if backend == "varlen":
-                ends = itertools.accumulate(lengths)
+                longest, ends = max(lengths), itertools.accumulate(lengths)
                 starts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
             else:
                 blocks = _load_xformers().attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
@@ -91,7 +94,7 @@ class Segments:
             of_run = times.split([count * length for count, length in joined])
             shaped = (each.unflatten(0, run) for each, run in zip(of_run, joined, strict=True))
             seen = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
-        return Segments(tuple(joined), backend, starts, blocks, seen)
+        return Segments(tuple(joined), backend, starts, longest, blocks, seen)
 
     @property
     def tokens(self) -> int:
@@ -136,8 +139,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(length for _, length in segments.runs)
-    starts = segments.starts
+    starts, longest = segments.starts, segments.longest
     assert starts is not None, "Segments.of prepares the starts"
     out = varlen_attn(q, k, v, starts, starts, longest, longest)
     assert isinstance(out, Tensor)
