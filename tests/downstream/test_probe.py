@@ -106,6 +106,12 @@ def test_another_split_can_be_fitted_on(trained: Path, scenes: Path) -> None:
     assert {row["task"] for row in found["rows"]} == {"shape"}
 
 
+def test_nothing_is_reported_on_what_was_fitted(trained: Path, scenes: Path) -> None:
+    one, other = (probe(trained, scenes, train_split=name, labels=["shape"], random_seeds=0) for name in (None, "val"))
+    assert one == other
+    assert one["protocol"]["fit"] == "two thirds of the videos of val"
+
+
 def test_the_table_has_a_line_for_each_task(result: dict) -> None:
     lines = table(result).splitlines()
     assert lines[0].split() == ["probe", "pretrained", "random", "init", "pixels", "prior"]

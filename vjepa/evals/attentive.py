@@ -203,8 +203,8 @@ def attentive(
         label: the name of the label: a word, a whole number or a truth.
         out: where to write the result as JSON; the chosen probe goes beside it as `.safetensors`.
         split: the split to report on.
-        train_split: the split to fit on, a fifth of whose videos choose the probe; by default `split` is cut by video:
-            half to fit, a sixth to choose, a third to report.
+        train_split: the split to fit on, a fifth of whose videos choose the probe; by default, or if it is `split`,
+            that is cut by video: half to fit, a sixth to choose, a third to report.
         clips_per_video: clips (segments) of each video, evenly spaced, their votes averaged.
         views: of each clip, whose votes are averaged too: 1 is the whole frame, more are squares of it.
         baselines: probe the encoder as it was before training, and pixels, too.
@@ -219,6 +219,7 @@ def attentive(
     Raises:
         BadInput: no such model, corpus, split or label; a class to report on that was not fitted.
     """
+    train_split = None if train_split == split else train_split
     check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
     heads = recipe.heads or encoder.model.encoder.heads
@@ -245,8 +246,8 @@ def attentive(
             "baselines": {name: one for name, one in found.items() if name != "pretrained"},
             "protocol": {
                 "shards": str(shards),
-                "fit": train_split or split,
-                "report": split,
+                "fit": train_split or f"half of the videos of {split}",
+                "report": split if train_split else f"a third of the videos of {split}",
                 "videos": {side: len(keys) for side, (_, keys) in cut.sides.items()},
                 "clips_per_video": clips_per_video,
                 "views": views,
@@ -295,7 +296,7 @@ class Cut:
 def _cut(shards: Path, split: str, train_split: str | None, label: str, seed: int) -> Cut:
     report = _labels(shards, split, label)
     keys = generator(seed, "attentive cut").permutation(sorted(report)).tolist()
-    if train_split and train_split != split:
+    if train_split:
         fit = _labels(shards, train_split, label)
         order = generator(seed, "attentive cut").permutation(sorted(fit)).tolist()
         choose, rest = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]

@@ -63,8 +63,8 @@ def probe(
         shards: a corpus whose samples carry labels.
         out: where to write the result as JSON; nowhere by default.
         split: the split to report on.
-        train_split: the split to fit on; by default `split` itself is cut in two by video, two thirds to fit and one
-            to report, so that no video was seen in pretraining.
+        train_split: the split to fit on; by default, or if it is `split`, that is cut in two by video, two thirds to
+            fit and one to report, so that no video was seen in pretraining.
         labels: which labels to read out; by default all.
         clips_per_video: clips of each video, evenly spaced.
         max_videos: of each split, the first ones of a fixed shuffle.
@@ -79,6 +79,7 @@ def probe(
     Raises:
         BadInput: no such model or corpus, an empty split, no such label, labels that differ between the splits.
     """
+    train_split = None if train_split == split else train_split
     if out is not None:
         check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
@@ -127,7 +128,7 @@ Side = tuple[Seen, np.ndarray]  # clips, and which of them
 
 
 def _sides(seen: Mapping[str, Seen], train_split: str | None, split: str, seed: int) -> tuple[Side, Side]:
-    if train_split and train_split != split:
+    if train_split:
         one, other = seen[train_split], seen[split]
         return (one, np.arange(len(one.keys))), (other, np.arange(len(other.keys)))
     every = seen[split]

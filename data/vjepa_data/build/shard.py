@@ -205,7 +205,10 @@ def _open(out: Path) -> bool:
     there = {path.name for path in out.iterdir() if not path.match(".*.tmp")} if out.exists() else set()
     if there - WRITTEN:
         raise BadInput(f"{out} holds other things ({min(there - WRITTEN)}); give an empty or new folder to --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{out} cannot be made ({error.strerror}); give another folder to --out") from None
     return not there
 
 
