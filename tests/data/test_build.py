@@ -225,7 +225,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(videos: Path, corpus: 
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(BadInput, match=r"holds other things \(thesis.tex\); give"):
         build(videos, tmp_path)
-    with pytest.raises(BadInput, match=r"x cannot be made .*; give another folder to --out"):
+    with pytest.raises(BadInput, match=r"x cannot be written .*; give another folder to --out"):
         build(videos, Path("/proc/x"))
     with pytest.raises(BadInput, match=r"holds a build with another spec .*; give a new --out"):
         build(videos, corpus, "encode.crf=20", "split.val_share=0.3")

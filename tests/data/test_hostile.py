@@ -168,6 +168,12 @@ def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def complaints(stderr: bytes) -> list[str]:
+    """What is no progress."""
+    lines = (line.strip() for line in stderr.decode().splitlines())
+    return [line for line in lines if line and not line.startswith(("looking at sources", "writing clips"))]
+
+
 def test_encoders_that_are_killed_again_and_again_change_nothing(videos: Path, corpus: Path, tmp_path: Path) -> None:
     builder = start(videos, tmp_path / "o")
     killed: set[str] = set()
@@ -179,7 +185,7 @@ def test_encoders_that_are_killed_again_and_again_change_nothing(videos: Path, c
                 os.kill(int(child), signal.SIGKILL)
                 killed.add(child)
         time.sleep(0.01)
-    assert builder.communicate()[1] == b""
+    assert complaints(builder.communicate()[1]) == []
     assert builder.returncode == 0
     assert len(killed) == 6
     assert digests(tmp_path / "o") == digests(corpus)
@@ -188,7 +194,7 @@ def test_encoders_that_are_killed_again_and_again_change_nothing(videos: Path, c
 def test_four_builders_at_once_give_the_same_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
     builders = [start(videos, tmp_path / "o") for _ in range(4)]
     for builder in builders:
-        assert builder.communicate(timeout=200)[1] == b""
+        assert complaints(builder.communicate(timeout=200)[1]) == []
         assert builder.returncode == 0
     assert digests(tmp_path / "o") == digests(corpus)
     assert list((tmp_path / "o").rglob(".*")) == []

@@ -33,7 +33,7 @@ class VideoReader:
         raise DECORDError("PyAV shall do it")
 """
 
-STEPS = 3
+STEPS = 8
 JOB = """
 import sys
 sys.path.insert(0, sys.argv[1])

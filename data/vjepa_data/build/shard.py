@@ -208,7 +208,7 @@ def _open(out: Path) -> bool:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{out} cannot be made ({error.strerror}); give another folder to --out") from None
+        raise BadInput(f"{out} cannot be written ({error.strerror}); give another folder to --out") from None
     return not there
 
 
