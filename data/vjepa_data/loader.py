@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -164,17 +165,19 @@ class ClipLoader:
             pipeline, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=pin, **more
         )
         before = signal.getsignal(signal.SIGCHLD)
-        iterator = iter(batches)
+        iterator: Any = iter(batches)
+        if workers:
+            iterator._workers_done_event = _Kill(iterator._workers, iterator._workers_done_event)
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
             # DataLoader's handler would raise in the middle of a training step; next() notices dead workers as well.
             signal.signal(signal.SIGCHLD, before)
         return iterator
 
     def _shut(self) -> None:
-        batches, self._batches = self._batches, iter(())
-        for worker in getattr(batches, "_workers", ()):
-            worker.kill()  # they ignore what a terminal or a scheduler sends; nothing they hold must be kept
-        del batches
+        batches: Any = self._batches
+        self._batches = iter(())
+        if hasattr(batches, "_workers"):
+            batches._shutdown_workers()
 
     def _blocks(self) -> Blocks | None:
         """Make the memory that workers write to: for each as many batches as it prefetches, and one in the trainer."""
@@ -218,6 +221,23 @@ class ClipLoader:
         for worker in getattr(self._batches, "_workers", ()):
             if worker.is_alive():
                 os.kill(worker.pid, signal.SIGUSR1)
+
+
+class _Kill(threading.Event):
+    """What DataLoader sets when it wants its workers to end. They are killed, since nothing they hold must be kept.
+
+    Its own event is shared with them: one that was killed with the event's lock in its hand would hang the trainer.
+    """
+
+    def __init__(self, workers: list[BaseProcess], shared: Any) -> None:
+        super().__init__()
+        self._workers = workers
+        self._shared = shared  # kept, since workers that are just starting look for it
+
+    def set(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        super().set()
 
 
 def _prepare_worker(trainer: int, stalls: str | None, worker: int) -> None:

@@ -3,11 +3,13 @@
 import hashlib
 import itertools
 import json
+import multiprocessing.synchronize
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -212,6 +214,29 @@ def test_no_process_outlives_a_killed_trainer(corpus: Path, tmp_path: Path, meth
         os.kill(pid, signal.SIGKILL)
     trainer.communicate()
     assert gone
+
+
+def test_a_worker_that_is_killed_with_a_lock_in_its_hand_stops_nobody(corpus: Path):
+    want = read(settings(corpus), 8)
+    got: list[tuple] = []
+
+    def go_on() -> None:
+        got.extend(pixels(next(loader)) for _ in range(6))
+        loader.close()
+
+    loader = ClipLoader(settings(corpus), Loader(workers=1, prefetch_steps=1), seed=1, batch_size=BATCH)
+    got += [pixels(next(loader)), pixels(next(loader))]
+    worker = loader._batches._workers[0]  # pyright: ignore[reportAttributeAccessIssue]
+    event = loader._batches._workers_done_event._shared  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(event, multiprocessing.synchronize.Event)
+    os.kill(worker.pid, signal.SIGSTOP)
+    assert event._cond.acquire()  # pyright: ignore[reportAttributeAccessIssue]  as if the worker had it
+    os.kill(worker.pid, signal.SIGKILL)
+    going_on = threading.Thread(target=go_on, daemon=True)
+    going_on.start()
+    going_on.join(timeout=100)
+    assert got == want
+    assert not going_on.is_alive()
 
 
 def test_closing_ends_all_processes(corpus: Path):
