@@ -24,8 +24,8 @@ POINTS = (
     ("_fresh", 2),
     ("digest", 3),
     ("_write_synced", 3),
-    ("_sync", 3),
-    ("_sync", 4),
+    ("sync_folder", 3),
+    ("sync_folder", 4),
     ("os.replace", 2),
     ("shutil.rmtree", 4),
 )

@@ -9,6 +9,17 @@ from vjepa.cli.verb import Verbs, amount, count, number, out, overwrite
 
 def add_verbs(verbs: Verbs) -> None:
     """Declare them."""
+    _declare_export(verbs)
+    _declare_import(verbs)
+    _declare_embed(verbs)
+    group = verbs.group("eval", "what frozen features are worth")
+    _declare_probe(group)
+    _declare_attentive(group)
+    _declare_knn(group)
+    _declare_report(verbs)
+
+
+def _declare_export(verbs: Verbs) -> None:
     verb = verbs.add(
         "export",
         export,
@@ -36,6 +47,8 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--licence", metavar="NAME", default="other", help="licence of the weights, for the model card")
     overwrite(verb)
 
+
+def _declare_import(verbs: Verbs) -> None:
     verb = verbs.add(
         "import", import_, "a model of others as a checkpoint to go on from", example="import vitl.pt --out runs/vitl"
     )
@@ -64,6 +77,8 @@ def add_verbs(verbs: Verbs) -> None:
     )
     overwrite(verb)
 
+
+def _declare_embed(verbs: Verbs) -> None:
     verb = verbs.add(
         "embed", embed, "features of a folder of videos", example="embed model my/videos --out features.parquet"
     )
@@ -89,8 +104,9 @@ def add_verbs(verbs: Verbs) -> None:
     )
     overwrite(verb)
 
-    group = verbs.group("eval", "what frozen features are worth")
-    verb = group.add(
+
+def _declare_probe(verbs: Verbs) -> None:
+    verb = verbs.add(
         "probe",
         probe,
         "linear readouts beside an untrained encoder, pixels and the prior",
@@ -111,7 +127,9 @@ def add_verbs(verbs: Verbs) -> None:
     )
     out(verb, "JSON file for the result", required=False)
 
-    verb = group.add(
+
+def _declare_attentive(verbs: Verbs) -> None:
+    verb = verbs.add(
         "attentive",
         attentive,
         "V-JEPA 2's attentive probe over a grid of rates, chosen on other videos",
@@ -130,7 +148,9 @@ def add_verbs(verbs: Verbs) -> None:
     )
     out(verb, "JSON file for the result; the chosen probe goes beside it")
 
-    verb = group.add(
+
+def _declare_knn(verbs: Verbs) -> None:
+    verb = verbs.add(
         "knn",
         knn,
         "what lies near in feature space: a vote about a label, or a page for a video",
@@ -143,6 +163,8 @@ def add_verbs(verbs: Verbs) -> None:
     _baselines(verb)
     out(verb, "JSON file for the result, or HTML file for the page")
 
+
+def _declare_report(verbs: Verbs) -> None:
     verb = verbs.add(
         "report",
         report,

@@ -12,6 +12,20 @@ from vjepa.cli.verb import Verbs, amount, config, count, number, out
 
 def add_verbs(verbs: Verbs) -> None:
     """Declare them."""
+    _declare_demo(verbs)
+    _declare_show(verbs)
+    _declare_estimate(verbs)
+    _declare_train(verbs)
+    _declare_launch(verbs)
+    group = verbs.group("runs", "the runs on this machine or cluster")
+    _declare_runs(group)
+    _declare_doctor(verbs)
+    group = verbs.group("bench", "how fast things are on this machine")
+    _declare_bench(group)
+    _declare_drill(verbs)
+
+
+def _declare_demo(verbs: Verbs) -> None:
     verb = verbs.add(
         "demo",
         demo,
@@ -26,6 +40,8 @@ def add_verbs(verbs: Verbs) -> None:
         "--videos", type=Path, metavar="DIR", help="folder of your own videos, in place of generated physics scenes"
     )
 
+
+def _declare_show(verbs: Verbs) -> None:
     verb = verbs.add(
         "show", show, "resolved settings, and where each came from", settings=True, example="show demo optim.lr=1e-3"
     )
@@ -36,6 +52,8 @@ def add_verbs(verbs: Verbs) -> None:
         "--step", type=number, default=0, metavar="N", help="step of the masks or the stream (default: %(default)s)"
     )
 
+
+def _declare_estimate(verbs: Verbs) -> None:
     verb = verbs.add(
         "estimate",
         estimate,
@@ -57,6 +75,8 @@ def add_verbs(verbs: Verbs) -> None:
         help="share of the peak that you reach (default: %(default)s)",
     )
 
+
+def _declare_train(verbs: Verbs) -> None:
     verb = verbs.add(
         "train",
         train,
@@ -67,6 +87,8 @@ def add_verbs(verbs: Verbs) -> None:
     config(verb)
     out(verb, "run folder (default: runs/NAME); one that exists is continued", required=False)
 
+
+def _declare_launch(verbs: Verbs) -> None:
     verb = verbs.add(
         "launch",
         launch,
@@ -81,22 +103,23 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--refreeze", action="store_true", help="take the present code, though the run has its own")
     verb.add_argument("--replace-settings", action="store_true", help="take these settings, though the run has its own")
 
-    group = verbs.group("runs", "the runs on this machine or cluster")
-    verb = group.add("list", runs_list, "a line for each", example="runs list --root runs")
+
+def _declare_runs(verbs: Verbs) -> None:
+    verb = verbs.add("list", runs_list, "a line for each", example="runs list --root runs")
     verb.add_argument(
         "--root", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders (default: %(default)s)"
     )
-    verb = group.add("show", runs_show, "all about one", example="runs show runs/demo")
+    verb = verbs.add("show", runs_show, "all about one", example="runs show runs/demo")
     verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
-    verb = group.add("logs", runs_logs, "what a rank wrote", example="runs logs runs/demo --rank 7 -f")
+    verb = verbs.add("logs", runs_logs, "what a rank wrote", example="runs logs runs/demo --rank 7 -f")
     verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
     verb.add_argument("--rank", type=number, default=0, metavar="N", help="of which (default: %(default)s)")
     verb.add_argument("-n", "--lines", type=count, default=100, metavar="N", help="from the end (default: %(default)s)")
     verb.add_argument("-f", "--follow", action="store_true", help="and what it goes on to write")
-    verb = group.add("cancel", runs_cancel, "end one for good", example="runs cancel runs/demo --after-checkpoint")
+    verb = verbs.add("cancel", runs_cancel, "end one for good", example="runs cancel runs/demo --after-checkpoint")
     verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
     verb.add_argument("--after-checkpoint", action="store_true", help="save first, however long it takes")
-    verb = group.add(
+    verb = verbs.add(
         "requeue",
         runs_requeue,
         "save and come back; one that is over is launched again",
@@ -104,6 +127,8 @@ def add_verbs(verbs: Verbs) -> None:
     )
     verb.add_argument("run", type=Path, metavar="RUN", help="its folder")
 
+
+def _declare_doctor(verbs: Verbs) -> None:
     verb = verbs.add(
         "doctor",
         doctor,
@@ -119,8 +144,9 @@ def add_verbs(verbs: Verbs) -> None:
     verb.add_argument("--nodes", type=count, metavar="N", help="machines, in place of the profile's number")
     verb.add_argument("--visit", type=Path, help=argparse.SUPPRESS)  # one rank of a job that --on started
 
-    group = verbs.group("bench", "how fast things are on this machine")
-    verb = group.add(
+
+def _declare_bench(verbs: Verbs) -> None:
+    verb = verbs.add(
         "loader",
         bench_loader,
         "clips per second, and what each stage costs",
@@ -133,6 +159,8 @@ def add_verbs(verbs: Verbs) -> None:
     )
     verb.add_argument("--seconds", type=amount, default=20.0, metavar="S", help="to measure for (default: %(default)s)")
 
+
+def _declare_drill(verbs: Verbs) -> None:
     verb = verbs.add(
         "drill",
         drill,

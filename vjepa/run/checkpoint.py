@@ -42,6 +42,7 @@ from vjepa.optimizer import named_parameters
 from vjepa.parallel import World
 from vjepa.run import place
 from vjepa.run.metadata import check_metadata
+from vjepa_data.corpus.whole import sync_folder
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -308,9 +309,9 @@ class Saver:
             if unseen:
                 raise OSError(f"{part} lacks {unseen[:3]} that other ranks wrote; it must be on a disk that all share")
             _write_synced(part / "state.json", state)
-            _sync(part)
+            sync_folder(part)
             part.rename(path)
-            _sync(path.parent)
+            sync_folder(path.parent)
             _write_synced(path.parent / "latest.part", path.name + "\n")
             os.replace(path.parent / "latest.part", path.parent / "latest")
         self._intact.add(path)
@@ -520,11 +521,3 @@ def _write_synced(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
