@@ -3,6 +3,7 @@
     sbatch script            srun ->  supervisor of rank 0  ->  python -m vjepa train RUN/config.yaml --out RUN
     (first node)                      supervisor of rank 1  ->  ...          (a process each; see children.py)
          |                            ...
+         +-- python -m vjepa_launch.port                 once, before srun: where the ranks meet (port.py)
          +-- python -m vjepa_launch.after RUN/launch     once, when the step is over: requeue, or say why not (after.py)
 
 On this machine one supervisor looks after all ranks, and starts them again itself.
@@ -30,10 +31,9 @@ from vjepa_launch.place import (
     address_of,
     common_environment,
     path_environment,
-    port_is_free,
-    port_of,
     rank_environment,
 )
+from vjepa_launch.port import free_port
 from vjepa_launch.record import BAD_INPUT, DONE, FAILED, STOPPED, Decision, End, Outcome
 from vjepa_launch.settings import BadInput, Restart
 
@@ -110,11 +110,7 @@ class Job:
         except BadInput as error:
             log.error("%s", error)
             return [Ended(rank, BAD_INPUT, str(error)) for rank in ranks]
-        port = port_of(place.attempt, run)
-        if 0 in ranks and not port_is_free(port):
-            reason = f"port {port} of {place.node} is in use; the next start takes another"
-            log.error("%s", reason)
-            return [Ended(rank, FAILED, reason) for rank in ranks]
+        port = int(os.environ["MASTER_PORT"]) if place.slurm else free_port()
         address = address_of(place.nodes[0]) if place.slurm else "127.0.0.1"
         inherited = {**os.environ, **common_environment(run), **path_environment(Path(self.code), os.environ)}
         if not place.slurm:

@@ -1,6 +1,5 @@
 """Where one process of a job stands: its rank, its node, and how to find rank 0."""
 
-import hashlib
 import os
 import socket
 from collections.abc import Mapping
@@ -8,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
-
-FIRST_PORT, PORTS = 15000, 15000
-"""Below 32768, where Linux takes the ports of outgoing connections from."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +47,6 @@ class Place:
             nodes=tuple(job.hostnames),
             slurm=slurm,
         )
-
-
-def port_of(attempt: str, run: Path) -> int:
-    """A port that differs between runs, between jobs and between the starts of one job, whose last ranks may linger.
-
-    The job's number alone would not do: two clusters may share a machine, and both have a job 4.
-    """
-    return FIRST_PORT + int.from_bytes(hashlib.blake2b(f"{attempt} {run}".encode(), digest_size=4).digest()) % PORTS
-
-
-def port_is_free(port: int) -> bool:
-    """Whether rank 0 could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def address_of(node: str) -> str:

@@ -93,6 +93,7 @@ def parameters(home: Path, request: Request) -> dict[str, Any]:
     code = shlex.quote(str(home / "code"))
     # As `path_environment`. Nothing after the last colon would be the working folder.
     paths = [f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"', "export PYTHONSAFEPATH=1"]
+    port = f"export MASTER_PORT=$({shlex.join([sys.executable, '-m', 'vjepa_launch.port'])})"
     after = [sys.executable, "-m", "vjepa_launch.after", str(record.launch_folder(home))]
     asked = {
         "job_name": request.name,
@@ -110,7 +111,7 @@ def parameters(home: Path, request: Request) -> dict[str, Any]:
         "exclude": ",".join(cluster.exclude) or None,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [*cluster.setup, *paths, *SHIELD],
+        "setup": [*cluster.setup, *paths, port, *SHIELD],
         # The last word on a job: requeue it, or say why not. It is not cut short by a requeue, which sends TERM.
         "teardown": ["code=$?", "trap '' TERM", f'{shlex.join(after)} "$code"', "exit $?"],
         "additional_parameters": {"requeue": True, **cluster.sbatch},

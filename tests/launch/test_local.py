@@ -1,13 +1,13 @@
 """Real runs on this machine: what becomes of a run when something happens to it."""
 
+import random
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vjepa_launch import place, record
+from vjepa_launch import port, record
 from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.settings import BadInput, Cluster
 
@@ -147,10 +147,11 @@ def test_changed_code_is_refused_at_start(rehearsal: Make) -> None:
     assert "was changed after it was frozen" in end["reason"]
 
 
-def test_a_port_in_use_is_seen_and_the_next_start_takes_another() -> None:
+def test_ranks_meet_at_a_port_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = port.free_port()
     with socket.socket() as holder:
-        holder.bind(("", place.port_of("77.0", Path("run"))))
+        holder.bind(("", first))
         holder.listen()
-        assert not place.port_is_free(place.port_of("77.0", Path("run")))
-    assert place.port_is_free(place.port_of("77.0", Path("run")))
-    assert place.port_of("77.1", Path("run")) != place.port_of("77.0", Path("run"))
+        drawn = iter([first, first, first + 1, first + 2])
+        monkeypatch.setattr(random, "choice", lambda _: next(drawn))
+        assert port.free_port() > first

@@ -1,8 +1,7 @@
-"""What SLURM itself does to runs: preemption, lost nodes, taken ports; and what it is asked for."""
+"""What SLURM itself does to runs: preemption, lost nodes; and what it is asked for."""
 
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import drill, place, status, submit
+from vjepa_launch import drill, status, submit
 from vjepa_launch.rehearsal import Rehearsal
 from vjepa_launch.settings import BadInput, Cluster
 
@@ -100,20 +99,6 @@ def processes_of(job: str) -> list[int]:
         elif f"SLURM_JOB_ID={job}".encode() in environment:
             others.append(int(process.name))
     return daemons + others
-
-
-def test_a_port_in_use_costs_one_start(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
-    job = int(run_command("sbatch", "--parsable", "--output=/dev/null", "--wrap", "true")) + 1
-    run = rehearsal("--steps", "20")
-    with socket.socket() as holder:
-        holder.bind(("", place.port_of(f"{job}.0", run.folder)))
-        holder.listen()
-        run.launch(PROFILE)
-        assert run.job == str(job)
-        assert run.wait(120)["outcome"] == "done"
-    first, _ = run.events("end")
-    assert first["outcome"] == "failed"
-    assert "is in use; the next start takes another" in first["reason"]
 
 
 def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
