@@ -10,6 +10,7 @@ be set twice.
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import resource
 import signal
@@ -30,6 +31,10 @@ REPEAT_S = 2.0
 
 ECHO_S = 10.0
 """Time for other ranks to end by themselves when one has failed, before they are told and then killed."""
+
+LOOK_S = 1.0
+"""What lies between two looks counts for no more than this: who was suspended or starved together with its children (a
+laptop asleep, `scontrol suspend`) must not take them to hang."""
 
 SUSPENDED_S = 10.0
 """A child that is suspended (SIGSTOP) for so long, while we are not, is taken to hang."""
@@ -128,14 +133,18 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
     Args:
         children: the ranks of this supervisor.
         heard: the signals that this process received and receives.
-        alive: a file that grows while the run makes progress.
-        stall_s: seconds without growth after which the run is taken to hang.
+        alive: a file that changes while the run makes progress.
+        stall_s: seconds without a change after which the run is taken to hang.
     """
     ended: dict[int, Ended] = {}
-    started, signalled, failed_at = time.time(), 0.0, None
+    signalled, failed_at = -math.inf, None
+    looked, quiet_s, modified = time.monotonic(), 0.0, _modified(alive)
     while len(ended) < len(children):
         time.sleep(POLL_S)
-        now = time.time()
+        now = time.monotonic()
+        before, modified = modified, _modified(alive)
+        quiet_s = 0.0 if modified != before else quiet_s + min(now - looked, LOOK_S)
+        looked = now
         running = [child for child in children if child.rank not in ended]
         for child in running:
             code = child.process.poll()
@@ -151,7 +160,7 @@ def wait(children: Sequence[_Child], heard: Heard, *, alive: Path, stall_s: floa
                 _send([child], signal.SIGKILL if child.told else signal.SIGABRT)
                 child.told = True
             failed_at = now
-        _end_hanging(running, now=now, since=max(started, _modified(alive)), stall_s=stall_s)
+        _end_hanging(running, now=now, quiet_s=quiet_s, stall_s=stall_s)
     return list(ended.values())
 
 
@@ -170,7 +179,7 @@ def describe(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def _end_hanging(running: Sequence[_Child], *, now: float, since: float, stall_s: float) -> None:
+def _end_hanging(running: Sequence[_Child], *, now: float, quiet_s: float, stall_s: float) -> None:
     for child in running:
         child.suspended = child.suspended + 1 if _state(child.process.pid) == "T" else 0
         if child.hang:
@@ -179,7 +188,7 @@ def _end_hanging(running: Sequence[_Child], *, now: float, since: float, stall_s
             continue
         if child.suspended * POLL_S > SUSPENDED_S:
             child.hang = f"suspended (SIGSTOP) for {SUSPENDED_S:.0f} s"
-        elif now - since > stall_s:
+        elif quiet_s > stall_s:
             child.hang = f"no progress for {stall_s / 60:.1f} min"
         else:
             continue
@@ -205,6 +214,7 @@ def _state(pid: int) -> str:
 
 
 def _modified(path: Path) -> float:
+    """When, by the clock of whoever keeps the file, which need not be ours."""
     try:
         return path.stat().st_mtime
     except OSError:
