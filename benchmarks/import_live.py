@@ -1,6 +1,5 @@
 """A file of the first V-JEPA, written by its authors' own classes, imported and held against them number by number.
 
-    git clone https://github.com/facebookresearch/vjepa2 /somewhere        holds the first V-JEPA's network as well
     VJEPA2_REFERENCE=/somewhere python benchmarks/import_live.py            compare
     VJEPA2_REFERENCE=/somewhere python benchmarks/import_live.py --record   write tests/downstream/vjepa1.npz anew
 
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parity_live import reference
+from reference import reference
 from torch import Tensor, nn
 
 from vjepa.model.encoder import View, normalise

@@ -10,6 +10,7 @@ medians over rounds are printed. 16 frames at 4 fps, crops of 256 px, two worker
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -17,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,17 +156,16 @@ def reference(folder: str) -> Callable[[argparse.Namespace], Iterator[int]]:
 
 
 def reference_dataset(args: argparse.Namespace, folder: str) -> Any:
-    stand_in_for_missing_packages()
-    sys.path.insert(0, os.environ["VJEPA2_REFERENCE"])
-    from app.vjepa.transforms import make_transforms  # pyright: ignore[reportMissingImports]
-    from src.datasets.video_dataset import VideoDataset  # pyright: ignore[reportMissingImports]
+    from reference import reference as clone
 
+    with clone():
+        transforms, videos = map(importlib.import_module, ("app.vjepa.transforms", "src.datasets.video_dataset"))
     files = sorted((args.videos if folder == "videos" else args.work / folder).iterdir())
     table = args.work / f"{folder}.csv"
     table.write_text("".join(f"{f} 0\n" for f in files))
-    transform = make_transforms(crop_size=PX, random_resize_aspect_ratio=(0.75, 1.35))
+    transform = transforms.make_transforms(crop_size=PX, random_resize_aspect_ratio=(0.75, 1.35))
     settings: dict = {"frames_per_clip": FRAMES, "fps": FPS, "frame_step": None, "transform": transform}
-    return VideoDataset([str(table)], **settings)
+    return videos.VideoDataset([str(table)], **settings)
 
 
 def cost(args: argparse.Namespace, clips: int) -> None:
@@ -219,34 +218,6 @@ def cost(args: argparse.Namespace, clips: int) -> None:
     for name, values in spent.items():
         mean, times = statistics.fmean(values), statistics.fmean(values) / statistics.fmean(spent["bare decord"])
         print(f"{name:24} {mean:12.1f}   x {times:.2f}")
-
-
-def stand_in_for_missing_packages() -> None:
-    """Let the reference import what its default path never calls: torchvision, cv2 and psutil where not installed."""
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "cv2", "psutil"):
-        try:
-            __import__(name)
-        except (ImportError, RuntimeError):
-            for part in [n for n in sys.modules if n.partition(".")[0] == name.partition(".")[0]]:
-                if not isinstance(sys.modules[part], Absent):
-                    del sys.modules[part]
-            sys.modules[name] = Absent(name)
-            if "." in name:
-                parent, _, child = name.rpartition(".")
-                setattr(sys.modules[parent], child, sys.modules[name])
-
-
-class Absent(types.ModuleType):
-    """A package that is not here; whatever is called in it does nothing."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__path__ = []  # a package, for the import system
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *_, **__: None
 
 
 METHODS: dict[str, Callable[[argparse.Namespace], Iterator[int]]] = {

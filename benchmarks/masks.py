@@ -5,14 +5,12 @@
 Both kinds of a pretraining run (8 rectangles of 0.15, 2 of 0.7), one thread: the median of 50 batches, and the least.
 """
 
-import importlib
-import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from parity_live import reference
+from reference import folder, reference, sampler
 
 from vjepa.config import BLOCKS, CausalMask, Mask, RandomMask, ReferenceMask, TubeMask
 from vjepa.masks import sample_masks
@@ -36,22 +34,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, kinds in MODES.items():
         report(name, lambda step, kinds=kinds: sample_masks(kinds, GRID, seed=0, step=step, slots=range(CLIPS)))
-    if "VJEPA2_REFERENCE" in os.environ:
+    if folder():
         with reference():
-            sampler = importlib.import_module("src.masks.multiseq_multiblock3d")._MaskGenerator
-            kinds = [
-                sampler(
-                    crop_size=(256, 256),
-                    num_frames=16,
-                    spatial_patch_size=(16, 16),
-                    temporal_patch_size=2,
-                    spatial_pred_mask_scale=(scale, scale),
-                    temporal_pred_mask_scale=(1.0, 1.0),
-                    aspect_ratio=(0.75, 1.5),
-                    npred=blocks,
-                )
-                for blocks, scale in ((8, 0.15), (2, 0.7))
-            ]
+            kinds = [sampler(kind, GRID) for kind in MODES["reference"] if isinstance(kind, ReferenceMask)]
             report("V-JEPA 2's sampler", lambda step: [kind(CLIPS) for kind in kinds])
 
 

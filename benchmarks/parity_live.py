@@ -1,31 +1,25 @@
 """Hold our network, masks, training step and run files against a clone of facebookresearch/vjepa2, number by number.
 
-    git clone https://github.com/facebookresearch/vjepa2 /somewhere
     VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py            compare, a minute on one core
     VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py --record   write tests/numerics/fixtures anew
 
 The fixtures are numbers that came out of the reference, so that `tests/numerics` compares with it where there is no
-clone. The reference is imported and called, never changed; of its packages only torch and numpy are needed.
+clone.
 """
 
 import argparse
-import contextlib
 import copy
-import functools
 import importlib
-import os
 import sys
-import types
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from reference import networks, reference, sampler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -65,12 +59,12 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the fixtures of tests/numerics")
     record = parser.parse_args().record
     torch.set_num_threads(1)
-    with reference():
+    with reference() as clone:
         theirs = {
             "reference_masks": reference_mask_sets(),
             "reference_network": reference_network(),
             "reference_steps": reference_steps(),
-            "reference_settings": reference_settings(Path(os.environ["VJEPA2_REFERENCE"])),
+            "reference_settings": reference_settings(clone),
         }
     for name, (compare, tolerance) in COMPARISONS.items():
         difference = compare(theirs[name])
@@ -83,37 +77,11 @@ def main() -> None:
             print(f"wrote {FIXTURES / name}.npz")
 
 
-@contextlib.contextmanager
-def reference() -> Iterator[None]:
-    """Make the clone importable, with stand-ins for the packages that it imports and that we do not need."""
-    folder = os.environ.get("VJEPA2_REFERENCE")
-    if not folder or not (Path(folder) / "src" / "models" / "predictor.py").exists():
-        sys.exit(f"VJEPA2_REFERENCE must name a clone of facebookresearch/vjepa2, got {folder!r}; clone it and set it")
-    for name in ("timm", "timm.models", "timm.models.layers", "einops"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["timm.models.layers"].__dict__.setdefault("drop_path", None)
-    sys.modules["einops"].__dict__.setdefault("rearrange", None)
-    sys.path.insert(0, folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def reference_mask_sets() -> Numbers:
     """What the reference's sampler hides in three batches running: packed bits, [visible | hidden] x clips x tokens."""
-    sampler = importlib.import_module("src.masks.multiseq_multiblock3d")._MaskGenerator
     sets = {}
     for name, kind, grid, clips, seed in MASK_CASES:
-        sample = sampler(
-            crop_size=(16 * grid.h, 16 * grid.w),
-            num_frames=2 * grid.t,
-            spatial_patch_size=(16, 16),
-            temporal_patch_size=2,
-            spatial_pred_mask_scale=kind.spatial_scale,
-            temporal_pred_mask_scale=kind.temporal_scale,
-            aspect_ratio=kind.aspect,
-            npred=kind.blocks,
-        )
+        sample = sampler(kind, grid)
         torch.manual_seed(seed)
         for call in range(3):
             sets[f"{name}-{call}"] = pack_masks(sample(clips), grid)
@@ -177,29 +145,7 @@ def our_network() -> tuple[Encoder, Predictor]:
 
 def their_network() -> tuple[nn.Module, nn.Module]:
     """The reference's encoder and predictor of the same size, with the same parameters."""
-    size, narrow = NETWORK.encoder, NETWORK.predictor
-    common: dict[str, Any] = {
-        "img_size": (64, 64),
-        "patch_size": 16,
-        "num_frames": 8,
-        "tubelet_size": 2,
-        "qkv_bias": True,
-        "use_rope": True,
-        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
-        "embed_dim": size.width,
-    }
-    encoder = importlib.import_module("src.models.vision_transformer").VisionTransformer(
-        **common, depth=size.depth, num_heads=size.heads, mlp_ratio=size.mlp_ratio, use_sdpa=True
-    )
-    predictor = importlib.import_module("src.models.predictor").VisionTransformerPredictor(
-        **common,
-        predictor_embed_dim=narrow.width,
-        depth=narrow.depth,
-        num_heads=narrow.heads,
-        mlp_ratio=narrow.mlp_ratio,
-        use_mask_tokens=True,
-        num_mask_tokens=2,
-    )
+    encoder, predictor = networks(NETWORK, px=64, frames=8)
     ours = our_network()
     encoder.load_state_dict(ours[0].state_dict(), strict=True)
     weights = ours[1].state_dict()

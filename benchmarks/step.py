@@ -1,7 +1,6 @@
 """How fast is one training step: ours, beside V-JEPA 2's own, on the same clips, masks and sizes.
 
     python benchmarks/step.py                                                ours alone
-    git clone https://github.com/facebookresearch/vjepa2 /somewhere
     VJEPA2_REFERENCE=/somewhere python benchmarks/step.py                    both, a step of each in turn
     python benchmarks/step.py --encoder vit_large --px 256 --frames 16 --batch 24 --precision bf16 --compile   a GPU
 
@@ -12,19 +11,16 @@ everything `vjepa train` does between two batches. Masks are their sampler's, cu
 
 import argparse
 import copy
-import functools
 import importlib
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from parity_live import reference
-from torch import Tensor, nn
+from reference import folder, networks, reference
+from torch import Tensor
 
 from vjepa.config import ReferenceMask, Run
 from vjepa.estimate import Tokens as Counted
@@ -53,7 +49,7 @@ def main() -> None:
         masks = draw_masks(run, grid, world.device)
         with ours(run, world, frames, grid, masks) as (our_step, clock, _):
             steps = {"ours": our_step}
-            if "VJEPA2_REFERENCE" in os.environ:
+            if folder():
                 with reference():
                     steps["theirs"] = their_step(run, world.device, frames, masks)
             seconds = measure(steps, args.steps, world.device, clock)
@@ -121,31 +117,8 @@ def ours(
 
 def their_step(run: Run, device: torch.device, frames: Tensor, masks: list[tuple[Tensor, ...]]) -> Step:
     """V-JEPA 2's step: app/vjepa/train.py of the clone."""
-    size, narrow = run.model.encoder, run.model.predictor
-    common: dict[str, Any] = {
-        "img_size": frames.shape[-2:],
-        "patch_size": run.model.patch_px,
-        "num_frames": frames.shape[2],
-        "tubelet_size": run.model.tubelet_frames,
-        "qkv_bias": True,
-        "use_rope": True,
-        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
-        "embed_dim": size.width,
-    }
+    encoder, predictor = networks(run.model, px=frames.shape[-1], frames=frames.shape[2])
     wrappers = importlib.import_module("src.utils.wrappers")
-    encoder = importlib.import_module("src.models.vision_transformer").VisionTransformer(
-        **common, depth=size.depth, num_heads=size.heads, mlp_ratio=size.mlp_ratio, use_sdpa=True
-    )
-    predictor = importlib.import_module("src.models.predictor").VisionTransformerPredictor(
-        **common,
-        predictor_embed_dim=narrow.width,
-        depth=narrow.depth,
-        num_heads=narrow.heads,
-        mlp_ratio=narrow.mlp_ratio,
-        use_mask_tokens=True,
-        num_mask_tokens=2,
-        use_sdpa=True,
-    )
     encoder = wrappers.MultiSeqWrapper(encoder).to(device)
     predictor = wrappers.PredictorMultiSeqWrapper(predictor).to(device)
     target = copy.deepcopy(encoder).requires_grad_(False)

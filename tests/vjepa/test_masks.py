@@ -1,7 +1,7 @@
 """Masks: exact counts, whole tubes, and a function of (seed, step, slot)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -205,14 +205,22 @@ def test_select_takes_the_clips_of_a_mask_and_copies_none_if_it_is_for_all() -> 
     ids=lambda kinds: kinds[0].mode,
 )
 def test_masks_of_a_batch_of_24_take_five_milliseconds(kinds: Sequence[Kind]) -> None:
+    """On a core that makes a million small tensor operations a second; others are faster or slower at both."""
+    small = torch.zeros(8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = []
+        masks, operations = [], []
         for step in range(20):
-            start = time.process_time()
-            sample_masks(kinds, PLAIN, seed=0, step=step, slots=range(24))
-            times.append(time.process_time() - start)
+            masks.append(cpu_s(lambda step=step: sample_masks(kinds, PLAIN, seed=0, step=step, slots=range(24))))
+            operations.append(cpu_s(lambda: [small.add(1) for _ in range(1000)]))
     finally:
         torch.set_num_threads(threads)
-    assert min(times) < 5e-3  # 2.9 ms measured for `reference`, 1.4 and less for others (benchmarks/masks.py)
+    # Measured: 2.4 to 2.6 for `reference`, 1.3 and less for others; milliseconds are in benchmarks/masks.py.
+    assert min(masks) / min(operations) < 5
+
+
+def cpu_s(action: Callable[[], object]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
