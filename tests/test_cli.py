@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -52,6 +53,8 @@ def test_every_verb_explains_itself(words: list[str], capsys: pytest.CaptureFixt
     [
         ("show CONFIG optim.lrr=1", "command line: optim.lrr is not a setting. Did you mean optim.lr?"),
         ("show demoo", "demoo is neither a file nor one of the shipped demo,"),
+        ("train vitl16_256px_16", "Did you mean vitl16_256px_16f?"),
+        ("show EMPTY", "EMPTY is neither a file nor one of the shipped demo,"),
         ("show CONFIG batch_size=5 data.lanes=2", "batch_size (5) must be divisible by data.lanes (2)"),
         ("train CONFIG data.sources.0.shards=nowhere", "nowhere/manifest.json: No such file or directory"),
         ("export nowhere --out x", "nowhere"),
@@ -61,7 +64,8 @@ def test_every_verb_explains_itself(words: list[str], capsys: pytest.CaptureFixt
         ("shard NOTES --out x", "NOTES"),
         ("verify EMPTY", "manifest.json"),
         ("runs show EMPTY", "is not a run folder"),
-        ("launch CONFIG --on moonbase", "moonbase: cannot be read"),
+        ("launch CONFIG --on h10", "h10 is neither a file nor one of the shipped h100, h200, local"),
+        ("launch CONFIG --on ./h100", "h100: cannot be read"),
         ("demo --out NOTES", "is not empty and no demo made it"),
     ],
 )
@@ -128,6 +132,24 @@ def test_a_reader_that_has_seen_enough_is_no_failure(run_file: Path) -> None:
     with open(writer, "wb") as pipe:
         done = subprocess.run(words, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_folder_does_not_hide_the_run_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "demo"]) == 0
+
+
+def test_a_machine_without_any_network_interface_is_one_line(run_file: Path) -> None:
+    alone = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    words = [*alone, sys.executable, "-m", "vjepa", "train", str(run_file), "--out", str(run_file.parent / "run")]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vjepa train: this machine has no network interface")
+    assert done.stderr.count("\n") == 1
+    assert not (run_file.parent / "run").exists()
 
 
 def test_a_disk_that_objects_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

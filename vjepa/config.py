@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vjepa_data.settings import BadInput, Data, Loader, Settings, Share
-from vjepa_data.settings_files import Loaded, load_settings
+from vjepa_data.settings import Data, Loader, Settings, Share
+from vjepa_data.settings_files import Loaded, find_file, load_settings
 
 # name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
 # the one with heads of 64 channels, and so are ours.
@@ -533,13 +533,7 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:
     Raises:
         BadInput: the file is missing, or a setting is unknown, missing or out of range.
     """
-    path = Path(config)
-    if not path.exists() and path.name == str(config):
-        shipped = {one.stem: one for one in shipped_configs()}
-        if path.name not in shipped:
-            raise BadInput(f"{config} is neither a file nor one of the shipped {', '.join(shipped)}")
-        path = shipped[path.name]
-    return load_settings(Run, path, overrides)
+    return load_settings(Run, find_file(config, shipped_configs()), overrides)
 
 
 def shipped_configs() -> list[Path]:

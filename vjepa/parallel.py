@@ -10,6 +10,7 @@ computes in the type that it keeps, has nothing to slice: its models stay as the
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def join(settings: Parallel) -> Iterator[World]:
     `vjepa launch` set them; without them this process is the whole world.
 
     Raises:
-        BadInput: these variables are incomplete, or `parallel.replicate` does not divide the number of ranks.
+        BadInput: these variables are incomplete, `parallel.replicate` does not divide the number of ranks, or this
+            machine has no network interface at all.
         torch.distributed.DistError: the others did not come within `parallel.timeout_s`.
     """
     _make_exact(settings)
@@ -110,6 +112,7 @@ def join(settings: Parallel) -> Iterator[World]:
             f"parallel.replicate ({settings.replicate}) must divide the number of ranks ({size}); "
             f"1 shards over all of them"
         )
+    _check_loopback()
     device = _device(local)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.timeout_s)
@@ -301,6 +304,18 @@ def _place() -> tuple[int, int, int]:
                 f"with vjepa launch or torchrun, or start one task only"
             )
     return 0, 1, 0
+
+
+def _check_loopback() -> None:
+    """Gloo wants an address even for a process that is alone, and its own words for none are a page of C++."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("127.0.0.1", 9))  # nothing is sent: it asks for a way there
+    except OSError as error:
+        raise BadInput(
+            f"this machine has no network interface, not even loopback (127.0.0.1: {error.strerror}); bring it up: "
+            f"ip link set lo up"
+        ) from None
 
 
 def _device(local_rank: int) -> torch.device:

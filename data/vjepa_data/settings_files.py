@@ -79,6 +79,22 @@ def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = (
     return Loaded(settings, {name: _origin(name, origins) for name, _ in flatten(settings)})
 
 
+def find_file(given: str | Path, shipped: Sequence[Path]) -> Path:
+    """The YAML file that is meant: a path, or the name of a file that ships with the project.
+
+    Raises:
+        BadInput: it is a mere name, and neither a file here nor one of the shipped.
+    """
+    path, known = Path(given), {one.stem: one for one in shipped}
+    if path.is_file() or path.name != str(given):
+        return path
+    if path.name not in known:
+        near = difflib.get_close_matches(path.name, known, n=1)
+        meant = f". Did you mean {near[0]}?" if near else ""
+        raise BadInput(f"{given} is neither a file nor one of the shipped {', '.join(known)}{meant}")
+    return known[path.name]
+
+
 def dump_settings(settings: BaseModel) -> str:
     """The YAML text from which `load_settings` makes the same settings again."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=110)

@@ -24,16 +24,13 @@ def on_cluster(verb: argparse.ArgumentParser) -> None:
 def profile(on: str, nodes: int | None = None) -> "Cluster":
     """The profile of `--on`: a file, or the name of one that ships with the project."""
     import vjepa_launch
-    from vjepa_data.settings_files import load_settings
+    from vjepa_data.settings_files import find_file, load_settings
     from vjepa_launch.request import with_nodes
     from vjepa_launch.settings import Cluster
 
-    path = Path(on)
-    if not path.exists() and path.name == on:
-        package = Path(vjepa_launch.__file__).parent
-        shipped = [folder / f"{on}.yaml" for folder in (package / "clusters", package.parent / "clusters")]
-        path = next((one for one in shipped if one.exists()), path)
-    return with_nodes(load_settings(Cluster, path).settings, nodes)
+    package = Path(vjepa_launch.__file__).parent
+    shipped = sorted([*package.glob("clusters/*.yaml"), *package.parent.glob("clusters/*.yaml")])
+    return with_nodes(load_settings(Cluster, find_file(on, shipped)).settings, nodes)
 
 
 def say(job: "Launched") -> None:
