@@ -227,8 +227,14 @@ def test_a_folder_that_holds_something_else_is_left_alone(videos: Path, corpus: 
         build(videos, tmp_path)
     with pytest.raises(BadInput, match=r"x cannot be written .*; give another folder to --out"):
         build(videos, Path("/proc/x"))
-    with pytest.raises(BadInput, match=r"holds a build with another spec .*; give a new --out"):
+    with pytest.raises(BadInput, match=r"another spec \(encode.crf was 23, now 20\); give a new --out"):
         build(videos, corpus, "encode.crf=20", "split.val_share=0.3")
+    (tmp_path / "later").mkdir()
+    write_video(tmp_path / "later" / "a.mp4")
+    with pytest.raises(BadInput, match=r"other sources; give a new --out.*`vjepa merge` mixes them"):
+        build(tmp_path / "later", corpus, "split.val_share=0.3")
+    with pytest.raises(BadInput, match=r"videos is --out itself or lies in it; give"):
+        build(videos, videos)
     assert verify(corpus).problems == ()
 
 

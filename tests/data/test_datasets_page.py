@@ -32,6 +32,8 @@ def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Pa
         assert words[0] == "vjepa"
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        if words == shlex.split("vjepa shard videos --out corpus name=kitchen split.val_share=0.2"):
+            assert ", refused: 1 no_index; corpus " in done.stdout
 
     def rows(corpus: str, table: str = "samples") -> list[dict]:
         return pq.read_table(tmp_path / corpus / f"{table}.parquet").to_pylist()

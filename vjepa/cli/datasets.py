@@ -95,7 +95,7 @@ def task(text: str) -> tuple[int, int]:
 
 def shard(args: argparse.Namespace) -> None:
     from vjepa_data.build.shard import shard
-    from vjepa_data.build.status import counted, lasting, status
+    from vjepa_data.build.status import counted, lasting, refusals, status
     from vjepa_data.build.survey import survey
     from vjepa_data.settings import BadInput
     from vjepa_data.settings_files import load_settings
@@ -114,11 +114,14 @@ def shard(args: argparse.Namespace) -> None:
         print("\n".join(survey(args.sources, spec=spec, workers=args.workers, out=args.out).lines()))
         return
     manifest = shard(args.sources, args.out, spec=spec, workers=args.workers, task=args.task)
-    splits = [
+    refused = refusals(args.out)
+    parts = [
         f"{counted(int(one['samples']), 'clip')} ({lasting(one['seconds'])}) in {name}"
         for name, one in manifest.splits.items()
     ]
-    print(f"{args.out}: {', '.join(splits)}; corpus {manifest.hash[:12]}; report in {args.out / 'report.html'}")
+    if refused:
+        parts.append(f"refused: {', '.join(f'{count} {reason}' for reason, count in refused.items())}")
+    print(f"{args.out}: {', '.join(parts)}; corpus {manifest.hash[:12]}; report in {args.out / 'report.html'}")
 
 
 def index(args: argparse.Namespace) -> None:

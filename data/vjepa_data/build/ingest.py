@@ -60,6 +60,9 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
     """
     if not sources:
         raise BadInput("no sources; give folders, video files or tables of videos")
+    within = [one for one in sources if out and "://" not in one and Path(one).resolve().is_relative_to(out.resolve())]
+    if within:
+        raise BadInput(f"{within[0]} is --out itself or lies in it; give the corpus another folder")
     found = [source for text in sources for source in _one(text, spec, out)]
     if not found:
         wanted = spec.media

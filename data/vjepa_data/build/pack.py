@@ -151,9 +151,11 @@ def thaw(out: Path, *, sources: Sequence[Source], spec: Spec, tools: dict[str, s
     values = json.loads(path.read_bytes())
     for name, wanted in _heading(sources, spec, tools).items():
         if values.get(name) != wanted:
+            later = "; videos that came later make a corpus of their own (`vjepa merge` mixes them)"
             raise BadInput(
                 f"{out} holds a build with {'other' if name != 'spec' else 'another'} {name}"
                 f"{_difference(values.get(name), wanted)}; give a new --out, or remove that folder"
+                f"{later if name == 'sources' else ''}"
             )
     clips, rejects = (pq.read_table(out / "plan" / f"{name}.parquet").to_pylist() for name in ("clips", "rejects"))
     names = [f.name for f in fields(Cutting)]
@@ -173,11 +175,9 @@ def thaw(out: Path, *, sources: Sequence[Source], spec: Spec, tools: dict[str, s
     )
 
 
-def _difference(found: Any, wanted: Any) -> str:
+def _difference(found: Any, wanted: Any, prefix: str = "") -> str:
     """Which of two mappings' values differ first, for a message."""
     if not isinstance(found, dict) or not isinstance(wanted, dict):
-        return ""
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            return f" ({name} was {found.get(name)!r}, now {wanted[name]!r})"
-    return ""
+        return f" ({prefix} was {found!r}, now {wanted!r})" if prefix else ""
+    name = next((name for name in wanted if found.get(name) != wanted[name]), None)
+    return _difference(found.get(name), wanted[name], f"{prefix}.{name}".lstrip(".")) if name else ""

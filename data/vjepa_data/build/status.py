@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from vjepa_data.build.select import CHUNK
 from vjepa_data.corpus.whole import write_whole
 from vjepa_data.settings import BadInput
@@ -154,6 +156,12 @@ def total(tallies: Sequence[Tally]) -> Tally:
         check_s=sum(tally.check_s for tally in tallies),
         rejects=dict(rejects),
     )
+
+
+def refusals(out: Path) -> dict[str, int]:
+    """How many sources and clips a build that is complete refused, by reason."""
+    reasons = pq.read_table(out / "rejects.parquet", columns=["reason"])["reason"].to_pylist()
+    return dict(sorted(Counter(reasons).items()))
 
 
 def size(count: float) -> str:

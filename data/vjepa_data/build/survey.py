@@ -53,7 +53,7 @@ class Survey:
             f"{self.clips} clips, {lasting(3600 * self.hours)}, {size(self.bytes_in)} to read",
             ", ".join(f"{count} clips in {split}" for split, count in self.splits.items())
             + f"; {counted(self.shards, 'shard')}, about {size(self.bytes_out)} to write",
-            f"about {self.core_hours:.3g} core-hours on cores like these, judged by {self.trials} clips",
+            f"about {lasting(3600 * self.core_hours)} of one core like these, judged by {self.trials} clips",
         ]
 
 
