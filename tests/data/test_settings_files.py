@@ -32,6 +32,12 @@ class Car(Settings):
     brakes: tuple[Annotated[Disc | Drum, Field(discriminator="mode")], ...] = Field(default=(Drum(),), min_length=1)
 
 
+class Van(Settings):
+    name: str
+    radio: Literal["on", "off"] = "on"
+    hitch: bool = False
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -122,6 +128,16 @@ def test_an_override_that_is_wrong_names_the_command_line() -> None:
     assert "write name=value" in refused(Car, None, "name")
     answer = refused(Car, None, "name=x", "brakes=[{mode: drum}]", "brakes.0.mode=disk")
     assert answer == f"{COMMAND_LINE}: brakes.0.mode: expected one of 'disc', 'drum', got 'disk'"
+
+
+def test_off_is_a_word_and_what_is_true_or_false_may_still_be_said_by_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "van.yaml", "name: no\nradio: off\nhitch: on\n")
+    van = load_settings(Van, path).settings
+    assert (van.name, van.radio, van.hitch) == ("no", "off", True)
+    for given, expected in {"true": True, "False": False, "off": False, "yes": True}.items():
+        assert load_settings(Van, path, [f"hitch={given}"]).settings.hitch is expected
+    assert load_settings(Van, path, ["name=true love"]).settings.name == "true love"
+    assert "hitch: expected true or false, got 'truely'" in refused(Van, path, "hitch=truely")
 
 
 def test_a_missing_file_and_a_circle_of_bases_are_refused(tmp_path: Path) -> None:
