@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from vjepa_data.batch import Batch, Clips
 from vjepa_data.blocks import Blocks
 from vjepa_data.clips import Offer
-from vjepa_data.process import die_with_owner, die_with_parent, ignore_stop_signals, keep_memory
+from vjepa_data.process import die_with_owner, die_with_parent, ignore_stop_signals, keep_memory, start_fork_server
 from vjepa_data.settings import BadInput, Data, Loader
 from vjepa_data.stream import BOARD_BYTES, Decode, Gather, Samples, open_plan
 from vjepa_data.watch import Rejected, TooManyRejects, Watchdog
@@ -153,7 +153,7 @@ class ClipLoader:
             prepare = functools.partial(_prepare_worker, os.getpid(), self._stalls)
             context = multiprocessing.get_context(self.settings.start_method)
             if self.settings.start_method == "forkserver":
-                context.set_forkserver_preload(["vjepa_data.stream"])  # torch is then imported once, not per worker
+                start_fork_server(["vjepa_data.stream"])  # torch is then imported once, not per worker
             more = {
                 "multiprocessing_context": context,
                 "prefetch_factor": self.settings.prefetch_steps,

@@ -8,6 +8,7 @@ import select
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -36,10 +37,40 @@ def die_with_owner(sentinel: int) -> None:
         os._exit(1)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What a terminal or a scheduler sends to all processes of a job; the training process answers for all."""
+
+
 def ignore_stop_signals() -> None:
-    """Leave it to the training process to answer the signals that a terminal or a scheduler sends to all of a job."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    """Leave it to the training process to answer."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextlib.contextmanager
+def deaf_from_birth() -> Iterator[None]:
+    """Start children that hear no stop signal until they `ignore_stop_signals`; to us they come when this ends.
+
+    A child takes seconds to import what it needs, and would be killed meanwhile by what is sent to all of a job.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_fork_server(modules: list[str]) -> None:
+    """Have what workers are forked from import some modules; it never hears a stop signal.
+
+    Nor does what multiprocessing keeps its semaphores with, or it would be killed and complain of each of them.
+    """
+    forkserver.set_forkserver_preload(modules)
+    with deaf_from_birth():
+        resource_tracker.ensure_running()
+        with deaf_from_birth():  # again: the line above has unblocked two of them
+            forkserver.ensure_running()
 
 
 def keep_memory() -> None:

@@ -35,7 +35,7 @@ import numpy as np
 
 from vjepa_data.decode import Expect
 from vjepa_data.faults import Unreadable
-from vjepa_data.process import Patience
+from vjepa_data.process import Patience, deaf_from_birth
 from vjepa_data.serve import ADDRESS_SPACE_BYTES, read, write
 from vjepa_data.settings import BadInput
 
@@ -166,14 +166,15 @@ class Servant:
         room = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (room, os.environ.get("PYTHONPATH", "")) if p)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from vjepa_data.serve import serve; serve(*{facts})"],
-            stdin=subprocess.DEVNULL,
-            stdout=self._printed,
-            stderr=self._printed,
-            pass_fds=[theirs.fileno(), *memory],
-            env={**os.environ, **threads, "PYTHONPATH": path},
-        )
+        with deaf_from_birth():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from vjepa_data.serve import serve; serve(*{facts})"],
+                stdin=subprocess.DEVNULL,
+                stdout=self._printed,
+                stderr=self._printed,
+                pass_fds=[theirs.fileno(), *memory],
+                env={**os.environ, **threads, "PYTHONPATH": path},
+            )
         theirs.close()
         self._socket, self._served, self._is_ready = ours, 0, False
         self._finalizer = weakref.finalize(self, _end, self._process, ours, self._printed)

@@ -231,7 +231,9 @@ def _refuse_if_in_use(run: Path) -> None:
     if owner is None:
         return
     if jobs.is_alive(owner["executor"], owner["job"]):
-        raise BadInput(f"{run} is in use by job {owner['job']}; wait for it, or `vjepa runs cancel {run}`")
+        raise BadInput(
+            f"{run} is in use by job {owner['job']}; wait for it, or `vjepa runs cancel {shlex.quote(str(run))}`"
+        )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 import hashlib
 import io
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,27 @@ def test_clips_that_need_no_scaling_outlive_the_next_that_are_decoded(corpus: Pa
             video, left = index.read(draw.sample).video, chosen.box.left
             want = decode(video, chosen.look.frames, backend="pyav", expect=Expect(48, 96, 64))
             assert torch.equal(frames, torch.from_numpy(want[:, :, left : left + 64]))
+
+
+EARLY = """
+import math, multiprocessing, os, signal, sys
+from multiprocessing import forkserver, resource_tracker
+from vjepa_data.process import STOP_SIGNALS, start_fork_server
+start_fork_server(["torch"])
+helpers = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
+for helper in helpers:
+    for number in STOP_SIGNALS:
+        os.kill(helper, number)
+worker = multiprocessing.get_context("forkserver").Process(target=math.sqrt, args=(4,))
+worker.start()
+worker.join()
+multiprocessing.get_context("forkserver").Lock()
+assert worker.exitcode == 0
+assert (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid) == helpers
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+
+
+def test_what_is_sent_to_all_of_a_job_while_workers_start_reaches_the_trainer_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ import pytest
 
 from vjepa_data.decode import Expect, decode
 from vjepa_data.faults import Unreadable
-from vjepa_data.process import on_one_core
+from vjepa_data.process import STOP_SIGNALS, on_one_core
 from vjepa_data.servant import Servant
 from vjepa_data.settings import BadInput
 
@@ -65,6 +65,15 @@ def wait_until(claim, limit_s: float = 60) -> bool:
     while not (done := claim()) and time.monotonic() < end:
         time.sleep(0.05)
     return done
+
+
+def test_what_is_sent_to_all_of_a_job_does_not_end_a_servant_that_starts(videos: list[bytes]):
+    made = Servant(timeout_s=10)
+    for number in STOP_SIGNALS:
+        os.kill(made.pid, number)
+    assert made.decode(videos[0], [1], EXPECT).shape == (1, 64, 96, 3)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    made.close()
 
 
 def test_frames_are_those_of_the_decoder_itself(servant: Servant, videos: list[bytes]):

@@ -1,6 +1,7 @@
 """What the verbs that start jobs share: `--on CLUSTER`, and what is said of a job."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def profile(on: str, nodes: int | None = None) -> "Cluster":
 def say(job: "Launched") -> None:
     """Tell what became of a launch, and how to follow it."""
     start = f"goes on from step {job.resumes}" if job.resumes is not None else "starts"
-    print(f"job {job.job} {start}: {job.run}\n  vjepa runs logs {job.run} -f" + (f"\n  {job.note}" if job.note else ""))
+    follow = f"vjepa runs logs {shlex.quote(str(job.run))} -f"
+    print(f"job {job.job} {start}: {job.run}\n  {follow}" + (f"\n  {job.note}" if job.note else ""))
 
 
 def launch_array(asked: "Array", *, dry_run: bool) -> None:
@@ -71,4 +73,5 @@ def shard_on_cluster(args: argparse.Namespace, spec: "Spec") -> None:
     name = f"shard-{corpus.name}"
     launch_array(Array(folder, one, elements, name=name, at_once=tasks, makes_steps=False), dry_run=args.dry_run)
     if not args.dry_run:
-        print(f"  vjepa shard --status --out {args.out}    vjepa runs list --root {folder}")
+        out, root = shlex.quote(str(args.out)), shlex.quote(str(folder))
+        print(f"  vjepa shard --status --out {out}    vjepa runs list --root {root}")

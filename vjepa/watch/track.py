@@ -11,6 +11,7 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -197,7 +198,9 @@ class Wandb:
                 wandb.teardown()  # or its service goes on believing that the run is in use
                 continue
             self._run.define_metric("*", step_metric="trainer/step")
-            where = self._run.url or f"`wandb sync {folder}/wandb/offline-run-*-{run_id}` sends it"
+            where = (
+                self._run.url or f"`wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*-{run_id}` sends it"
+            )
             log.info("W&B: %s, run %s, %s", mode, run_id, where)
             return
 
