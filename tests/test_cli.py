@@ -152,6 +152,15 @@ def test_a_machine_without_any_network_interface_is_one_line(run_file: Path) -> 
     assert not (run_file.parent / "run").exists()
 
 
+def test_the_drill_that_its_help_tells_of_works_on_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["drill", "--on", "local", "--only", "refuse", "--out", str(tmp_path / "drill")]) == 0
+    said = capsys.readouterr()
+    assert "1 of 1: refuse, as expected" in said.err
+    assert "bad_input" in said.out
+
+
 def test_a_disk_that_objects_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "x" * 300
     assert main(["show", str(run_file), "--masks", f"{long}.png"]) == 2

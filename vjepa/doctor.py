@@ -120,7 +120,7 @@ def read_shards(run: Run) -> list[Finding]:
             size += len(index.read(samples * 7919 % len(index)).video)
             samples += 1
         rate = size / 2**20 / (time.perf_counter() - started)
-        text = f"{rate:,.0f} MiB/s in {samples} samples of {source.shards}"
+        text = f"{rate:,.0f} MiB/s in {samples:,} reads of samples of {source.shards}"
         findings.append(Finding(f"shards {number}", "ok", text, Measure(rate, "MiB/s read")))
     return findings
 

@@ -143,6 +143,12 @@ def drills(cluster: Cluster) -> list[Drill]:
     return [drill for drill in known if cluster.executor in drill.on]
 
 
+def with_two_ranks(cluster: Cluster) -> Cluster:
+    """The profile, with a second rank on this machine if it has one: a stand-in needs no core or GPU of its own."""
+    is_lone = cluster.executor == "local" and cluster.ranks_per_node == 1
+    return cluster.model_copy(update={"tasks_per_node": 2}) if is_lone else cluster
+
+
 def choose(cluster: Cluster, only: Sequence[str]) -> list[Drill]:
     """The drills of these names, or all.
 

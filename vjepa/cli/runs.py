@@ -360,8 +360,12 @@ def bench_loader(args: argparse.Namespace) -> None:
 def drill(args: argparse.Namespace) -> int:
     from vjepa_launch import drill
 
-    cluster = profile(args.on, args.nodes)
+    cluster = drill.with_two_ranks(profile(args.on, args.nodes))
     chosen = drill.choose(cluster, args.only)
-    results = list(drill.rehearse_all(chosen, args.out, cluster, at_once=args.at_once))
+    results = []
+    for result in drill.rehearse_all(chosen, args.out, cluster, at_once=args.at_once):
+        results.append(result)
+        what = "as expected" if result.passed else "not as expected"
+        print(f"{len(results)} of {len(chosen)}: {result.drill.name}, {what}", file=sys.stderr)
     print(drill.table(results))
     return 0 if all(result.passed for result in results) else 1
