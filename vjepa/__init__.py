@@ -26,6 +26,10 @@ def load_encoder(path: Path | str, part: Literal["target", "encoder"] = "target"
         from vjepa.release.native import load_native
 
         return load_native(Path(path))
+    if "://" not in str(path) and not Path(path).exists():  # the next import may lack packages
+        from vjepa_data.faults import BadInput
+
+        raise BadInput(f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export`")
     from vjepa.release.read import load_encoder
 
     return load_encoder(path, part)

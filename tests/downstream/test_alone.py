@@ -70,6 +70,10 @@ assert "torch" not in sys.modules
 import torch
 frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
 torch.save([vjepa.load_encoder(folder)(frames) for folder in sys.argv[2:]], sys.argv[1])
+try:
+    vjepa.load_encoder("nowhere")
+except ValueError as error:
+    assert str(error).startswith("nowhere: no such model"), error
 strange = {name.partition(".")[0] for name in sys.modules} - allowed
 print(sorted(name for name in strange if name in packages))
 """
