@@ -161,6 +161,14 @@ def test_the_drill_that_its_help_tells_of_works_on_this_machine(
     assert "bad_input" in said.out
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    words = [sys.executable, "-m", "vjepa", "show", "demo"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "vjepa: interrupted\n")
+
+
 def test_a_disk_that_objects_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "x" * 300
     assert main(["show", str(run_file), "--masks", f"{long}.png"]) == 2

@@ -1,5 +1,6 @@
 """The commit protocol, without models: what is complete, what is torn, what is kept."""
 
+import errno
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,6 +243,19 @@ def test_slices_that_cannot_be_written_are_an_error_of_the_disk(
         with pytest.raises(OSError, match=r"could not be written: rank 0: .*No space left"):
             save_and_wait(saver, facts(1))
     assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_full_disk_is_said_though_the_writer_says_something_else(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match=r"could not be written: rank 0: No space left on device") as caught:
+        save_and_wait(Saver(tmp_path, Checkpoint(), world), facts(1))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def changes(then: Run, now: Run, *, step: int = 10, manifests: tuple[str, str] = ("a", "a")) -> dict[str, list[object]]:

@@ -13,6 +13,7 @@ In an object store (`checkpoint.folder: s3://...`) every rank writes its slices 
 and `state.json` is the last object: without it a `step_*` is no checkpoint. See `place`.
 """
 
+import errno
 import json
 import logging
 import os
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FORMAT = 1
+LITTLE_BYTES = 1 << 20  # a disk with less room has none
 NAME = re.compile(r"step_(\d{8,})")
 Part = Literal["target", "encoder", "predictor"]
 
@@ -242,7 +244,7 @@ class Saver:
         else:
             self.world.first(lambda: _fresh(part))
         if not self.settings.background:
-            with _failing_plainly():
+            with _failing_plainly(part):
                 save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
             self._commit(part, path, facts)
             self._on_saved(path)
@@ -251,7 +253,7 @@ class Saver:
 
         def finish() -> None:
             try:
-                with _failing_plainly():
+                with _failing_plainly(part):
                     done.result()  # pyright: ignore[reportAttributeAccessIssue]
                 self._commit(part, path, facts)
             except BaseException as error:  # noqa: BLE001  it is raised again where training waits
@@ -493,13 +495,19 @@ def latest(home: Path) -> Path | None:
 
 
 @contextmanager
-def _failing_plainly() -> Iterator[None]:
-    """DCP's own exception is no `Exception`, and holds the stacks of all ranks; the first reason says enough."""
+def _failing_plainly(part: Path) -> Iterator[None]:
+    """DCP's own exception is no `Exception`, and holds the stacks of all ranks; the first reason says enough.
+
+    Of a full disk torch's writer says no more than `unexpected pos`, so we look ourselves.
+    """
     try:
         yield
     except CheckpointException as error:
         rank, cause = _first_failure(error)
-        raise OSError(f"the checkpoint could not be written: rank {rank}: {cause}") from error
+        what = f"the checkpoint could not be written: rank {rank}: "
+        if shutil.disk_usage(part).free < LITTLE_BYTES:
+            raise OSError(errno.ENOSPC, what + os.strerror(errno.ENOSPC), str(part)) from error
+        raise OSError(f"{what}{cause}") from error
 
 
 def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
