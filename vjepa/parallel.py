@@ -57,6 +57,9 @@ class World:
     storage: dist.ProcessGroup
     """Gloo group for checkpoints alone: their messages may come from another thread, at any time."""
 
+    ranks_here: int = 1
+    """Ranks on this machine, which share its memory."""
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
@@ -96,8 +99,8 @@ class World:
 def join(settings: Parallel) -> Iterator[World]:
     """Meet the other processes of this run; leave them at the end.
 
-    Who they are is read from `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`, as torchrun and
-    `vjepa launch` set them; without them this process is the whole world.
+    Who they are is read from `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`,
+    as torchrun and `vjepa launch` set them; without them this process is the whole world.
 
     Raises:
         BadInput: these variables are incomplete, `parallel.replicate` does not divide the number of ranks, or this
@@ -135,7 +138,8 @@ def join(settings: Parallel) -> Iterator[World]:
         storage = dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30)))
         assert isinstance(control, dist.ProcessGroup)
         assert isinstance(storage, dist.ProcessGroup)
-        yield World(rank=rank, size=size, device=device, mesh=mesh, control=control, storage=storage)
+        here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        yield World(rank, size, device, mesh, control=control, storage=storage, ranks_here=here)
     finally:
         dist.destroy_process_group()
 

@@ -273,6 +273,7 @@ def open_clips(run: Run, folder: Path, world: World, step: int) -> ClipLoader:
         batch_size=run.batch_size,
         rank=world.rank,
         world=world.size,
+        ranks_here=world.ranks_here,
         step=step,
         folder=folder,
         stall_s=run.health.stall_s,

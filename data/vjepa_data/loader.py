@@ -57,6 +57,7 @@ class ClipLoader:
         batch_size: int,
         rank: int = 0,
         world: int = 1,
+        ranks_here: int = 1,
         step: int = 0,
         folder: Path | None = None,
         stall_s: float = 60.0,
@@ -66,6 +67,7 @@ class ClipLoader:
         seed: seed of the run.
         batch_size: slots of a step, over all ranks.
         rank, world: which share of the slots is ours.
+        ranks_here: how many of them are on this machine and share its memory.
         step: first step to make.
         folder: run folder, for `rejected.jsonl` and `stalls.txt`.
         stall_s: seconds of waiting for a batch after which stacks and keys in flight are written down.
@@ -85,7 +87,7 @@ class ClipLoader:
         self.slots = self.plan.slots(rank, world)
         self.rejects = Rejected(data.rejects.max_share, folder, rank)
         self._board = torch.zeros(max(1, loader.workers), BOARD_BYTES, dtype=torch.uint8).share_memory_()
-        self._check_shared_memory()
+        self._check_shared_memory(ranks_here)
         self._stalls = (
             None if folder is None else str(folder / ("stalls.txt" if rank == 0 else f"stalls-{rank:05d}.txt"))
         )
@@ -194,16 +196,16 @@ class ClipLoader:
             picture = math.ceil(max(o.index.width.mean() * o.index.height.mean() for o in offers))
         return len(self.slots) * max(o.frames for o in offers) * picture * 3
 
-    def _check_shared_memory(self) -> None:
+    def _check_shared_memory(self, ranks: int) -> None:
         if not self.settings.workers or not os.path.isdir("/dev/shm"):
             return
-        need = self._batch_bytes() * self.settings.workers * (self.settings.prefetch_steps + 1)
+        need = self._batch_bytes() * self.settings.workers * (self.settings.prefetch_steps + 1) * ranks
         free = shutil.disk_usage("/dev/shm").free
         if need > free:
             raise BadInput(
-                f"{self.settings.workers} workers with {self.settings.prefetch_steps} steps of prefetch need "
-                f"{need / 1e9:.1f} GB of shared memory, /dev/shm has {free / 1e9:.1f} GB free; lower loader.workers or "
-                "loader.prefetch_steps, or give the container more (docker run --shm-size)"
+                f"{ranks} ranks of {self.settings.workers} workers with {self.settings.prefetch_steps} steps of "
+                f"prefetch need {need / 1e9:.2f} GB of shared memory, /dev/shm has {free / 1e9:.2f} GB free; lower "
+                "loader.workers or loader.prefetch_steps, or give the container more (docker run --shm-size)"
             )
 
     def _describe_stall(self, waited_s: float) -> None:

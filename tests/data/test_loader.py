@@ -114,6 +114,12 @@ def test_more_shared_memory_than_there_is_is_refused(corpus: Path):
         ClipLoader(data, Loader(workers=8, prefetch_steps=10), seed=0, batch_size=120)
 
 
+def test_ranks_of_one_machine_share_its_memory(corpus: Path):
+    ClipLoader(settings(corpus), Loader(workers=1), seed=0, batch_size=BATCH).close()
+    with pytest.raises(BadInput, match=r"1000000000 ranks of 1 workers with 2 steps of prefetch need"):
+        ClipLoader(settings(corpus), Loader(workers=1), seed=0, batch_size=BATCH, ranks_here=10**9)
+
+
 def test_clips_left_out_are_told_of_at_the_start(videos, make_corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
     samples = [{"key": f"k{i}", "frames": 48 if i else 5, **facts} for i in range(4)]
