@@ -137,13 +137,16 @@ def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
 def _image(image: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
+    from vjepa_data.picture import upright_rgb
+
     try:
         picture = Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP"))
-        if picture.size != (expect.width, expect.height):
-            raise Unreadable("frames", f"picture of {picture.size}, the index says {expect.width}x{expect.height}")
-        return np.asarray(picture.convert("RGB"))[None]
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e:
+        pixels = np.asarray(upright_rgb(picture))[None]
+    except UnidentifiedImageError as e:
+        raise Unreadable("error", "pillow: neither JPEG, PNG nor WEBP") from e
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
         raise Unreadable("error", f"pillow: {e}") from e
+    return pixels
 
 
 BACKENDS: dict[str, Callable[[bytes, np.ndarray, Expect], np.ndarray]] = {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vjepa_data.decode import Expect, decode
 from vjepa_data.media import pool as pool_module
 from vjepa_data.media import work
 from vjepa_data.media.fetch import Place, local
@@ -37,6 +38,19 @@ def test_a_turned_image_has_the_size_that_is_shown_and_stored(tmp_path: Path) ->
     seen, kept = probe_image(file), store_image(file, encode=Encode(short_side_px=32))
     assert (seen.width, seen.height) == (40, 60)
     assert (kept.stored.width, kept.stored.height) == (32, 48)
+
+
+def test_pixels_of_16_bits_keep_their_greys_and_those_of_32_are_refused(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65_535, 64 * 64).reshape(64, 64)
+    file = tmp_path / "x.png"
+    Image.fromarray(ramp.astype(np.uint16)).save(file)
+    stored = store_image(file, encode=Encode(short_side_px=64)).data
+    read = decode(file.read_bytes(), [0], backend="image", expect=Expect(1, 64, 64))
+    for grey in (np.asarray(Image.open(io.BytesIO(stored))), read[0]):
+        assert np.abs(grey - ramp[..., None] / 257).max() < 3
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(Refused, match="pixels of 32 bits, whose black and white are not known; make them 8 or 16"):
+        store_image(tmp_path / "x.tif", encode=Encode())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own complaints

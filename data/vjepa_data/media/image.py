@@ -4,10 +4,11 @@ import io
 import struct
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vjepa_data.media.transcode import Clip, stored_size
 from vjepa_data.media.video import MAX_PIXELS, Probe, Reason, Refused, Stored
+from vjepa_data.picture import upright_rgb
 from vjepa_data.spec import Encode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -38,7 +39,7 @@ def store_image(path: Path, *, encode: Encode) -> Clip:
     file = io.BytesIO()
     with _open(path) as image:
         try:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+            picture = upright_rgb(image)
             width, height = stored_size(*picture.size, encode=encode)
             picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
             picture.save(file, "JPEG", quality=encode.jpeg_quality, subsampling=0)

@@ -12,7 +12,7 @@ from vjepa_data.decode import Expect, Undecodable, decode
 from vjepa_data.media.fetch import Place, local
 from vjepa_data.media.image import probe_image, store_image
 from vjepa_data.media.look import perceptual_hashes, picture_box, scene_starts
-from vjepa_data.media.transcode import Box, Clip, check, decode_all, open_decord, transcode
+from vjepa_data.media.transcode import Box, Clip, check, decode_all, open_decord, said_by, transcode
 from vjepa_data.media.video import Probe, Reason, Refused, Stored, probe, read_canonical
 from vjepa_data.spec import Encode, Filter
 
@@ -211,7 +211,7 @@ def _examine(task: Examine, path: Path) -> Examined:
             stored, flaw = read_canonical(data, gop=task.gop), ""
         except Refused as refusal:
             stored, flaw = count_frames(data, facts), refusal.detail
-    if task.deep:
+    if task.deep or task.suffix != "mp4":
         _check(path, task.suffix, Expect(stored.frames, stored.width, stored.height))
     return Examined(stored, flaw)
 
@@ -226,7 +226,7 @@ def count_frames(data: bytes, facts: Probe) -> Stored:
     try:
         height, width = reader.next().shape[:2]
     except decord.DECORDError as error:
-        raise Refused(Reason.CHECK_FAILED, f"decord: {str(error).splitlines()[-1]}") from None
+        raise Refused(Reason.CHECK_FAILED, f"decord: {said_by(error)}") from None
     return Stored(len(reader), facts.rate, width, height)
 
 
@@ -234,7 +234,7 @@ def _decode(data: bytes, frames: tuple[int, ...], suffix: str, expect: Expect):
     try:
         return decode(data, frames, backend="decord" if suffix == "mp4" else "image", expect=expect)
     except Undecodable as error:
-        raise Refused(Reason.CHECK_FAILED, str(error)) from None
+        raise Refused(Reason.CHECK_FAILED if suffix == "mp4" else Reason.NOT_IMAGE, str(error)) from None
 
 
 def _strip(task: Picture, path: Path) -> Strip:
