@@ -5,21 +5,24 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from object_store import ObjectStore, Trouble
+from PIL import ExifTags, Image
 
 from vjepa_data.build.admit import admit
 from vjepa_data.build.verify import verify
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.index import Index
+from vjepa_data.decode import Expect, decode
 from vjepa_data.settings import BadInput
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
@@ -57,6 +60,58 @@ def test_foreign_shards_are_admitted_as_they_are(foreign: Path, videos: list[byt
 
 def test_what_is_not_canonical_is_told(foreign: Path) -> None:
     assert admit(foreign).flaws == {"it has an edit list": 3}
+
+
+def test_a_tar_in_any_order_keeps_its_labels_and_what_is_left_out_is_said(videos: list[bytes], tmp_path: Path) -> None:
+    apart = [("a.json", b'{"of": "a"}'), ("b.json", b'{"of": "b"}'), ("pad.bin", bytes(100_000))]
+    odd = [("c.webm", videos[2]), ("take 2.0.mp4", videos[3]), ("a.mp4", videos[4]), ("d.txt", b"no video")]
+    write_tar(tmp_path / "in" / "x.tar", [*apart, ("a.mp4", videos[0]), ("b.mp4", videos[1]), *odd])
+    found = admit(tmp_path / "in")
+    assert found.rejects == {"duplicate": 1, "not_canonical": 2}
+    index = Index(tmp_path / "in")
+    samples = [index.read(number) for number in range(len(index))]
+    assert [(sample.key, sample.labels, sample.video) for sample in samples] == [
+        ("a", {"of": "a"}, videos[0]),
+        ("b", {"of": "b"}, videos[1]),
+    ]
+    names = pq.read_table(tmp_path / "in" / "rejects.parquet")["source"].to_pylist()
+    assert names == ["x.tar/a.mp4", "x.tar/c.webm", "x.tar/take 2.0.mp4"]
+
+
+def test_tars_of_one_name_in_several_folders_do_not_share_keys(videos: list[bytes], tmp_path: Path) -> None:
+    for folder, video in zip(("train", "val"), videos, strict=False):
+        write_tar(tmp_path / folder / "00000.tar", {"0.mp4": video})
+    admit(tmp_path)
+    assert [Index(tmp_path).key(number) for number in range(2)] == ["train/00000/0", "val/00000/0"]
+    assert verify(tmp_path).problems == ()
+
+
+def test_photos_of_others_are_upright_as_their_exif_says(tmp_path: Path) -> None:
+    picture, turned, file = Image.new("RGB", (40, 24), "black"), Image.Exif(), io.BytesIO()
+    picture.paste("white", (0, 0, 20, 24))  # the left half, which a turn to the right puts on top
+    turned[ExifTags.Base.Orientation] = 6
+    picture.save(file, "JPEG", quality=95, exif=turned)
+    write_tar(tmp_path / "photos.tar", {"one.jpg": file.getvalue()})
+    assert admit(tmp_path, deep=True).rejects == {}
+    index = Index(tmp_path)
+    expect = Expect(1, int(index.width[0]), int(index.height[0]))
+    (shown,) = decode(index.read(0).video, [0], backend="image", expect=expect)
+    assert shown.shape == (40, 24, 3)
+    assert shown[:15].min() > 240
+    assert shown[25:].max() < 15
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    members = {}
+    for kind in ("JPEG", "PNG", "BMP", "GIF"):
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, kind)
+        members[f"{kind.lower()}.jpg"] = file.getvalue()
+    members["cut.jpg"] = members["jpeg.jpg"][:-1000]
+    write_tar(tmp_path / "pictures.tar", members)
+    assert sum(admit(tmp_path).rejects.values()) == 3
+    assert [Index(tmp_path).key(number) for number in range(2)] == ["jpeg", "png"]
 
 
 def test_tars_that_may_not_be_touched_are_linked_to(foreign: Path, tmp_path: Path, videos: list[bytes]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from safetensors import safe_open
 
 from vjepa.evals import embed as embed_module
 from vjepa.evals import files as files_module
+from vjepa.evals.attentive import _labels as attentive_labels
 from vjepa.evals.clips import EvalClips, square_views
 from vjepa.evals.embed import embed
 from vjepa.evals.files import file_clips, find_videos
 from vjepa.release.read import load_encoder
+from vjepa_data.build.admit import admit
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 
@@ -38,6 +41,26 @@ def folder(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> Path:
 
 def rows_of(out: Path) -> list[dict]:
     return pq.read_table(out).to_pylist()
+
+
+def test_shards_of_others_are_embedded_with_what_they_say_or_do_not(
+    trained: Path, write_scene: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    video = write_scene(tmp_path / "scene.mp4", 0)
+    (tmp_path / "in").mkdir()
+    said = {"a": None, "b": {"caption": "a disc", "views": 7}, "c": "no object", "d": {"labels": ["x"], "group": 3}}
+    with tarfile.open(tmp_path / "in" / "webvid.tar", "w") as tar:
+        for key, facts in said.items():
+            tar.add(video, f"{key}.mp4")
+            if facts is not None:
+                (tmp_path / "facts.json").write_text(json.dumps(facts))
+                tar.add(tmp_path / "facts.json", f"{key}.json")
+    admit(tmp_path / "in")
+    clips = EvalClips(tmp_path / "in", split="train", px=32, frames=4, fps=8.0)
+    assert {clip.key: clip.labels for clip in clips} == {"a": {}, "b": said["b"], "c": {}, "d": said["d"]}
+    assert embed(trained, [tmp_path / "in"], tmp_path / "f.parquet").broken == 0
+    with pytest.raises(BadInput, match="no class called 'kind' in split 'train'; it has caption, group, labels, views"):
+        attentive_labels(tmp_path / "in", "train", "kind")
 
 
 def test_good_and_bad_videos_each_have_their_row(trained: Path, folder: Path, tmp_path: Path) -> None:

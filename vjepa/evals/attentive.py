@@ -327,7 +327,7 @@ def _labels(shards: Path, split: str, label: str) -> dict[str, str]:
     names: set[str] = set()
     for number in range(len(index)):
         sample = index.read(number)
-        labels = json.loads(sample.json).get("labels") or {}
+        labels = sample.labels
         names |= labels.keys()
         if isinstance(labels.get(label), str | bool | int):
             found[sample.key] = str(labels[label])

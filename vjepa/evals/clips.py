@@ -8,7 +8,6 @@ Decoding happens in a servant (`vjepa_data.servant`): a file that hangs or crash
 """
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,8 +117,7 @@ class EvalClips:
         """
         starts = self.starts(video) if starts is None else starts
         sample = self.index.read(video)
-        labels = json.loads(sample.json).get("labels") or {}
-        return [clip for start in starts for clip in self._clips(video, start, sample, labels)]
+        return [clip for start in starts for clip in self._clips(video, start, sample, sample.labels)]
 
     def starts(self, video: int) -> list[int]:
         """First frames of the clips of one video; none if it is too short or too slow."""

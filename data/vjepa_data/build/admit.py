@@ -20,10 +20,11 @@ from vjepa_data.build.labels import MAX_BYTES, read_labels
 from vjepa_data.build.tars import find_tars, local_tar
 from vjepa_data.corpus.index import prepare
 from vjepa_data.corpus.remote import is_remote
-from vjepa_data.corpus.shards import Manifest, Reject, canonical_json, write_manifest
+from vjepa_data.corpus.shards import Manifest, Reject, canonical_json, is_ours, write_manifest
 from vjepa_data.media.fetch import Place
 from vjepa_data.media.pool import Pool
-from vjepa_data.media.video import Refused
+from vjepa_data.media.video import SUFFIXES as VIDEOS
+from vjepa_data.media.video import Reason, Refused
 from vjepa_data.media.work import Examine, Examined
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Encode
@@ -109,15 +110,18 @@ def admit(
             seen.update(row["key"] for row in record["samples"])
             records.append(record)
             advance(done, len(tars.files))
-    for record in records:
+    for record, file in zip(records, tars.files, strict=True):
         for row in record["samples"]:
             if seen[row["key"]] > 1:  # keys are often unique in their tar only
-                row["key"] = f"{Path(record['file']).stem}/{row['key']}"
+                row["key"] = f"{file.removesuffix('.tar')}/{row['key']}"
             row["group"] = row["group"] or row["key"]
         if not record["samples"]:
             record["file"] = None
     if not any(record["samples"] for record in records):
-        raise BadInput(f"{place}: no sample of {len(records)} tars can be used ({_text(rejects)}); expected KEY.mp4")
+        raise BadInput(
+            f"{place}: no sample of {len(records)} tars can be used ({_text(rejects)}); expected KEY.mp4 or KEY.jpg, "
+            "of other videos `vjepa shard` makes such tars"
+        )
     if is_linked:
         _link(target, [(record["file"], Path(place, file)) for record, file in zip(records, tars.files, strict=True)])
     spec = {"foreign": True, "splits": dict(splits or {}), "deep": deep}
@@ -153,13 +157,15 @@ def _link(out: Path, tars: Sequence[tuple[str | None, Path]]) -> None:
         link.symlink_to(path.resolve())
 
 
-def members(path: Path, file: str) -> Iterator[Member]:
-    """The samples of a tar, called `file` in messages: neighbouring files of one key, as WebDataset groups them.
+def members(path: Path, file: str) -> Iterator[Member | Reject]:
+    """The samples of a tar, called `file` in messages, and what is left out: all files of one key, wherever they lie.
+
+    WebDataset groups neighbours only, and makes two halves of a sample whose files were not packed side by side.
 
     Raises:
         BadInput: the tar is damaged or cut off.
     """
-    key, found = None, {}
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -170,19 +176,24 @@ def members(path: Path, file: str) -> Iterator[Member]:
                 stem, dot, suffix = name.partition(".")
                 if not member.isreg() or not dot:
                     continue
-                if key != f"{folder}{slash}{stem}":
-                    yield from _member(key, found)
-                    key, found = f"{folder}{slash}{stem}", {}
+                found = samples.setdefault(f"{folder}{slash}{stem}", {})
+                if suffix.lower() in found:
+                    yield _left_out(f"{file}/{member.name}", Reason.DUPLICATE, "a file of this name comes before it")
                 found.setdefault(suffix.lower(), (member.offset_data, member.size))
-            yield from _member(key, found)
     except tarfile.TarError as error:
         raise BadInput(f"{file}: is not a whole tar ({error}); copy it again") from None
+    for key, found in samples.items():
+        suffix = next((suffix for suffix in SUFFIXES if suffix in found), None)
+        if suffix is not None:
+            yield Member(key, suffix, found[suffix], found.get("json", (found[suffix][0], 0)))
+        for other in found if suffix is None else ():
+            if f".{other.rpartition('.')[2]}" in VIDEOS:
+                detail = "after its first dot comes no mp4; `vjepa shard` takes such files"
+                yield _left_out(f"{file}/{key}.{other}", Reason.NOT_CANONICAL, detail)
 
 
-def _member(key: str | None, found: Mapping[str, tuple[int, int]]) -> Iterator[Member]:
-    suffix = next((suffix for suffix in SUFFIXES if suffix in found), None)
-    if key is not None and suffix is not None:
-        yield Member(key, suffix, found[suffix], found.get("json", (found[suffix][0], 0)))
+def _left_out(name: str, reason: Reason, detail: str) -> Reject:
+    return Reject(name, None, None, "index", reason, detail)
 
 
 def _examine(
@@ -197,8 +208,9 @@ def _examine(
 ) -> dict[str, Any]:
     """The commit record that the builder would have written for this tar."""
     rows: list[dict[str, Any]] = []
-    rejects: list[dict[str, Any]] = []
-    own = list(members(path, file))
+    found = list(members(path, file))
+    own = [one for one in found if isinstance(one, Member)]
+    rejects = [one.__dict__ for one in found if isinstance(one, Reject)]
     gop = Encode().gop
     tasks = (Examine(n, Place(str(path), *one.video), one.suffix, gop, deep) for n, one in enumerate(own))
     with path.open("rb") as tar:
@@ -206,8 +218,7 @@ def _examine(
         for task, answer in pool.map(tasks):
             one = own[task.number]
             if isinstance(answer, Refused):
-                reject = Reject(f"{file}/{one.key}", None, None, "index", answer.reason, answer.detail)
-                rejects.append(reject.__dict__)
+                rejects.append(_left_out(f"{file}/{one.key}", answer.reason, answer.detail).__dict__)
                 continue
             if answer.flaw:
                 flaws[answer.flaw.partition(" (")[0].partition(":")[0]] += 1
@@ -234,8 +245,7 @@ def _facts(tar: Any, one: Member) -> dict[str, Any]:
 
 def _row(tar: Any, one: Member, seen: Examined, facts: dict[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:
     tar.seek(one.video[0])
-    is_ours = isinstance(facts.get("labels"), dict) and isinstance(facts.get("group"), str)
-    kept = facts["labels"] if is_ours else facts
+    kept = facts["labels"] if is_ours(facts) else facts
     plain = {name: value for name, value in kept.items() if isinstance(value, (str, int, float, bool))}
     if labels is not None:
         plain = {name: kept[name] for name in labels if name in kept}
@@ -253,7 +263,7 @@ def _row(tar: Any, one: Member, seen: Examined, facts: dict[str, Any], labels: S
         "width": stored.width,
         "height": stored.height,
         "duration_s": round(stored.frames / stored.fps, 6) if is_video else 0.0,
-        "group": facts["group"] if is_ours else "",
+        "group": facts["group"] if is_ours(facts) else "",
         "labels": canonical_json(plain).decode(),
         "xxh64": xxhash.xxh64_hexdigest(tar.read(one.video[1])),
     }

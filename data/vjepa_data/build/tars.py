@@ -39,7 +39,9 @@ def find_tars(place: str) -> Tars:
         folder = Path(place)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar") if path.is_file())
         if not files:
-            raise BadInput(f"{folder}: no tars below it; give a folder of WebDataset shards")
+            packed = sum(1 for path in folder.rglob("*") if path.name.endswith((".tar.gz", ".tgz")))
+            hint = f" ({packed} are compressed; unpack them with gunzip)" if packed else ""
+            raise BadInput(f"{folder}: no tars below it{hint}; give a folder of WebDataset shards")
         return Tars(place, tuple(files))
     urls = _named(place) if place.endswith(".tar") else _listed(place)
     root = os.path.commonpath([url.rpartition("/")[0] for url in urls]).replace(":/", "://", 1)

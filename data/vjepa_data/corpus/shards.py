@@ -16,7 +16,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,11 @@ class Manifest:
 def canonical_json(value: Any) -> bytes:
     """The one way to write a value as JSON: sorted, without spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def is_ours(facts: Mapping[str, Any]) -> bool:
+    """Whether this project wrote a sample's JSON; of another's, all of it is labels."""
+    return isinstance(facts.get("labels"), dict) and isinstance(facts.get("group"), str)
 
 
 def read_manifest(folder: Path) -> Manifest:
