@@ -187,6 +187,31 @@ def test_a_corpus_can_be_sharded_again_without_losing_a_bit(tmp_path: Path) -> N
     assert len(known(tmp_path / "one")) == 5
 
 
+def test_a_name_with_dots_in_a_tar_is_a_video_of_its_own(tmp_path: Path) -> None:
+    scenes = [write_scenes(tmp_path / f"{n}.mp4", [n]).read_bytes() for n in range(3)]
+    tar = tmp_path / "x.tar"
+    members = [("take 2.0 (clean).mp4", scenes[0]), ("take 2.1.mp4", scenes[1]), ("take 2.1.json", b'{"n": 1}')]
+    with tarfile.open(tar, "w") as file:
+        for name, data in [*members, ("v.jpg.mp4", scenes[2])]:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            file.addfile(header, io.BytesIO(data))
+    found = {source.name: source.labels for source in ingest([str(tar)], spec=Spec())}
+    assert found == {"x.tar/take 2.0 (clean)": {}, "x.tar/take 2.1": {"n": 1}, "x.tar/v.jpg": {}}
+
+
+@pytest.mark.parametrize("name", ["k400.csv", "k400.txt"])
+def test_lists_of_paths_and_classes_are_read_as_v_jepa_reads_them(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("a.mp4 3\nb c/d.webm 12\nno-class.mp4\n\n")
+    found = ingest([str(tmp_path / name)], spec=Spec())
+    assert [(source.name, source.labels) for source in found] == [
+        ("a.mp4", {"label": 3}),
+        ("b c/d.webm", {"label": 12}),
+        ("no-class.mp4", {}),
+    ]
+    assert found[1].place.path == str(tmp_path / "b c" / "d.webm")
+
+
 def test_a_tar_that_was_cut_off_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"\1" * 2000)
     with pytest.raises(BadInput, match="is not a whole tar"):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vjepa_data.build.labels import MAX_BYTES, plain, read_labels
 from vjepa_data.corpus.remote import store_errors
+from vjepa_data.corpus.shards import is_ours
 from vjepa_data.media.fetch import SCHEMES, Place
 from vjepa_data.media.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
 from vjepa_data.settings import BadInput
@@ -88,10 +89,10 @@ def _one(text: str, spec: Spec, out: Path | None) -> Iterable[Source]:
     if not path.is_file():
         raise BadInput(f"{text}: no such file or folder; give folders, video files or tables of videos")
     suffix = path.suffix.lower()
+    if suffix == ".txt" or (suffix == ".csv" and _has_no_header(path, spec)):
+        return _list(path, spec)
     if suffix in TABLES:
         return _table(path, spec.columns)
-    if suffix == ".txt":
-        return _list(path)
     if suffix == ".tar":
         return _tar(path, path.name, spec)
     return [_file(path, path.name)]
@@ -171,14 +172,27 @@ def _where(folder: Path, text: str) -> Place:
     return Place(text if "://" in text else str((folder / text).resolve()))
 
 
-def _list(path: Path) -> Iterator[Source]:
+def _has_no_header(path: Path, spec: Spec) -> bool:
+    """Whether a `.csv` is a list of paths and class numbers, as V-JEPA and VideoMAE read them."""
+    with path.open(errors="replace") as file:
+        return _labelled(file.readline(), spec) is not None
+
+
+def _labelled(line: str, spec: Spec) -> tuple[str, int] | None:
+    """The path and the class of a line `PATH NUMBER`; None if it is another."""
+    path, _, number = line.strip().rpartition(" ")
+    is_one = number.isdecimal() and PurePosixPath(path).suffix.lower() in _suffixes(spec)
+    return (path.rstrip(), int(number)) if is_one else None
+
+
+def _list(path: Path, spec: Spec) -> Iterator[Source]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         raise BadInput(f"{path}: is not a text file; give a list with one path or address a line") from None
-    for line in lines:
-        if line.strip():
-            yield Source(line.strip(), _where(path.parent, line.strip()))
+    for line in filter(None, map(str.strip, lines)):
+        name, label = _labelled(line, spec) or (line, None)
+        yield Source(name, _where(path.parent, name), labels={} if label is None else {"label": label})
 
 
 def _tar(path: Path, name: str, spec: Spec) -> Iterator[Source]:
@@ -191,11 +205,19 @@ def _tar(path: Path, name: str, spec: Spec) -> Iterator[Source]:
                 if member.isreg() and dot:
                     samples.setdefault(member.name[: -len(suffix) - 1], {})[suffix.lower()] = member
             for key, members in samples.items():
-                video = next((m for s, m in members.items() if f".{s}" in _suffixes(spec)), None)
-                if video is not None:
-                    yield _tar_sample(tar, path, f"{name}/{key}", video, members)
+                whole = next((suffix for suffix in members if f".{suffix}" in _suffixes(spec)), None)
+                for suffix in [whole] if whole else _dotted(members, spec):
+                    part = suffix.rpartition(".")[0]
+                    own = {s.removeprefix(f"{part}."): member for s, member in members.items()}
+                    called = f"{name}/{key}.{part}" if part else f"{name}/{key}"
+                    yield _tar_sample(tar, path, called, members[suffix], own)
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{path}: is not a whole tar ({error}); copy it again") from None
+
+
+def _dotted(suffixes: Iterable[str], spec: Spec) -> list[str]:
+    """What follows the first dot of videos that have dots in their names, which WebDataset takes for suffixes."""
+    return [suffix for suffix in suffixes if f".{suffix.rpartition('.')[2]}" in _suffixes(spec)]
 
 
 def _tar_sample(
@@ -208,7 +230,7 @@ def _tar_sample(
         caption = {"caption": text["txt"].decode().strip()} if "txt" in text else {}
     except ValueError as error:
         return Source(name, place, refused=(Reason.BAD_LABELS, f"json: {error}"))
-    if isinstance(facts.get("labels"), dict) and isinstance(facts.get("group"), str):  # a shard of ours
+    if is_ours(facts):
         split = facts.get("split")
         return Source(
             name, place, facts["labels"], group=facts["group"], split=split if isinstance(split, str) else None
