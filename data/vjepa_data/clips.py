@@ -135,6 +135,11 @@ class Offer:
         if not good.any():
             longest_s = float(np.max(index.frames / np.maximum(index.fps, 1e-9), initial=0, where=index.frames > 1))
             fastest = float(np.max(index.fps, initial=0))
+            if longest_s == 0 and frames > 1:
+                raise BadInput(
+                    f"all {len(index)} {index.split} samples of {index.place} are pictures, clips of one frame; "
+                    "set frames: 1 for this source (data.sources[].frames), or data.clip.short=hold"
+                )
             lasting = f", which last {(frames - 1) / pace.fps:.2f} s" if pace.fps else ""
             raise BadInput(
                 f"none of the {len(index)} {index.split} samples of {index.place} can serve {frames} frames {pace}"

@@ -155,6 +155,9 @@ def test_short_videos_may_be_held_and_pictures_are_videos_of_one_frame(videos, m
                 ] * 3
     with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=2) as loader:
         assert set(next(loader).groups[0].keys) == {"film"}
+    pictures = make_corpus(tmp_path / "pictures", [[still]])
+    with pytest.raises(BadInput, match=r"all 1 train samples of .* are pictures.* set frames: 1 for this source"):
+        ClipLoader(settings(pictures), Loader(workers=0), seed=0, batch_size=2)
 
 
 def test_keys_that_are_not_wanted_are_never_drawn_and_tell_streams_apart(corpus: Path, tmp_path: Path):

@@ -202,7 +202,7 @@ def test_a_name_with_dots_in_a_tar_is_a_video_of_its_own(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["k400.csv", "k400.txt"])
 def test_lists_of_paths_and_classes_are_read_as_v_jepa_reads_them(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("a.mp4 3\nb c/d.webm 12\nno-class.mp4\n\n")
+    (tmp_path / name).write_text("\ufeffa.mp4 3\r\nb c/d.webm,12\nno-class.mp4\n\n")
     found = ingest([str(tmp_path / name)], spec=Spec())
     assert [(source.name, source.labels) for source in found] == [
         ("a.mp4", {"label": 3}),
@@ -210,6 +210,9 @@ def test_lists_of_paths_and_classes_are_read_as_v_jepa_reads_them(name: str, tmp
         ("no-class.mp4", {}),
     ]
     assert found[1].place.path == str(tmp_path / "b c" / "d.webm")
+    (tmp_path / name).write_text("a.mp4 3\na.mp4 4\n")
+    with pytest.raises(BadInput, match=r"'a\.mp4' is listed twice; keep one"):
+        ingest([str(tmp_path / name)], spec=Spec())
 
 
 def test_a_tar_that_was_cut_off_is_bad_input(tmp_path: Path) -> None:

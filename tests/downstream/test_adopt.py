@@ -70,6 +70,19 @@ def test_the_way_through_hugging_face_and_back_loses_nothing(trained: Path, tmp_
     assert configs[0] == configs[1]
 
 
+def test_a_hugging_face_folder_in_several_files_is_read(trained: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    export(trained, tmp_path / "hf")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="100KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    frames = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(load_encoder(tmp_path / "cut")(frames), load_encoder(tmp_path / "hf")(frames))
+    next((tmp_path / "cut").glob("*00002*")).unlink()
+    with pytest.raises(BadInput, match=r"00002-of-\d+\.safetensors is missing"):
+        load_encoder(tmp_path / "cut")
+
+
 def test_mask_tokens_are_given_to_our_kinds(trained: Path, released: Path, tmp_path: Path) -> None:
     sizes = Sizes(**{**SIZES.__dict__, "mask_tokens": (1, 1, 0)})
     adopt(released, tmp_path / "out", sizes)

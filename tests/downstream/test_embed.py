@@ -1,5 +1,6 @@
 """Features of any videos: those that the encoder gives, whatever is broken and wherever it was stopped."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from vjepa.evals import embed as embed_module
@@ -61,6 +63,22 @@ def test_shards_of_others_are_embedded_with_what_they_say_or_do_not(
     assert embed(trained, [tmp_path / "in"], tmp_path / "f.parquet").broken == 0
     with pytest.raises(BadInput, match="no class called 'kind' in split 'train'; it has caption, group, labels, views"):
         attentive_labels(tmp_path / "in", "train", "kind")
+
+
+def test_a_picture_is_a_clip_that_stands_still(trained: Path, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        header = tarfile.TarInfo("one.png")
+        header.size = len(file.getvalue())
+        tar.addfile(header, io.BytesIO(file.getvalue()))
+    admit(tmp_path)
+    embed(trained, [tmp_path], tmp_path / "f.parquet", clips_per_video=3)
+    (row,) = rows_of(tmp_path / "f.parquet")
+    still = torch.from_numpy(picture).expand(1, 4, -1, -1, -1)
+    wanted = load_encoder(trained)(still).mean((1, 2, 3))[0]
+    torch.testing.assert_close(torch.tensor(row["features"]), wanted)
 
 
 def test_good_and_bad_videos_each_have_their_row(trained: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Clips to evaluate on: the same ones every time, nothing random about where or when they look.
 
-In time, `per_video` clips whose starts are evenly spaced from the first frame to the last start that fits. In space,
+In time, `per_video` clips whose starts are evenly spaced from the first frame to the last start that fits; a picture
+is one clip of equal frames. In space,
 the whole frame scaled to a square, so that nothing is cut off and a place in the grid is a place in the picture; or,
 with several views, squares of the short side's length, evenly spaced along the long side, as V-JEPA 2 evaluates.
 
@@ -82,7 +83,7 @@ class EvalClips:
         self.index, self.px, self.frames, self.rate = Index(shards, split), px, frames, fps
         self.per_video, self.views = per_video, views
         self._servant: Servant | None = None
-        fit = np.flatnonzero(can_serve(self.index.frames, self.index.fps, frames=frames, fps=fps))
+        fit = np.flatnonzero(self._serves(slice(None)))
         if not len(fit):
             raise BadInput(
                 f"{shards}: none of the {len(self.index)} videos of split {split!r} holds {frames} frames at {fps:g} "
@@ -121,20 +122,24 @@ class EvalClips:
 
     def starts(self, video: int) -> list[int]:
         """First frames of the clips of one video; none if it is too short or too slow."""
-        frames, fps = self.index.frames[video : video + 1], self.index.fps[video : video + 1]
-        if not can_serve(frames, fps, frames=self.frames, fps=self.rate)[0]:
+        if not self._serves(slice(video, video + 1))[0]:
             return []
-        last = int(frames[0]) - 1 - int(self._ahead(video)[-1])
+        last = max(0, int(self.index.frames[video]) - 1 - int(self._ahead(video)[-1]))
         if self.per_video == 1:
             return [last // 2]
         return sorted(set(np.linspace(0, last, self.per_video).round().astype(int).tolist()))
+
+    def _serves(self, videos: slice) -> np.ndarray:
+        """Which are long and fast enough for a clip; a picture is, for one that stands still."""
+        frames, fps = self.index.frames[videos], self.index.fps[videos]
+        return can_serve(frames, fps, frames=self.frames, fps=self.rate) | (frames == 1)
 
     def _ahead(self, video: int) -> np.ndarray:
         return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))
 
     def _clips(self, video: int, start: int, sample: Sample, labels: Mapping[str, Any]) -> list[EvalClip]:
         index = self.index
-        numbers = (start + self._ahead(video)).tolist()
+        numbers = np.minimum(start + self._ahead(video), index.frames[video] - 1).tolist()
         expect = Expect(int(index.frames[video]), int(index.width[video]), int(index.height[video]))
         if self._servant is None:
             self._servant = Servant("pyav")

@@ -52,7 +52,10 @@ def find_videos(places: Sequence[Path]) -> list[Path]:
         inside = sorted(place.rglob("*")) if place.is_dir() else [place]
         found += [one for one in inside if not place.is_dir() or (one.suffix.lower() in SUFFIXES and one.is_file())]
     if not found:
-        raise BadInput(f"{', '.join(map(str, places))}: no file in there is called like a video (.mp4, .mkv, ...)")
+        raise BadInput(
+            f"{', '.join(map(str, places))}: no file in there is called like a video (.mp4, .mkv, ...); of pictures "
+            "make a corpus first: vjepa shard DIR --out CORPUS media=images"
+        )
     return list(dict.fromkeys(found))
 
 

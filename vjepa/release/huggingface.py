@@ -13,7 +13,7 @@ from torch import Tensor
 from vjepa import config
 from vjepa.model.encoder import MEAN, STD
 from vjepa.release.native import read_provenance
-from vjepa.release.tensors import SafeTensors, Tensors, read_json, some
+from vjepa.release.tensors import InFiles, SafeTensors, Tensors, read_json, some
 from vjepa.release.weights import Weights, sized_encoder
 from vjepa_data.settings import BadInput
 
@@ -110,7 +110,9 @@ def read_huggingface(path: Path) -> Weights:
         raise BadInput(f"{path}: config.json is of model_type {content.get('model_type')!r}; only vjepa2 can be read")
     model = _model_of_hf(path, content)
     provenance = read_provenance(path)
-    tensors = FromHF(SafeTensors(path / "model.safetensors"), model, provenance.get("mask_token_order"))
+    index = path / "model.safetensors.index.json"
+    theirs = InFiles(index) if index.is_file() else SafeTensors(path / "model.safetensors")
+    tensors = FromHF(theirs, model, provenance.get("mask_token_order"))
     if missing := tensors.missing():
         raise BadInput(f"{path}: model.safetensors lacks {some(missing)}; is it a VJEPA2Model with its predictor?")
     masks = TypeAdapter(tuple[config.Mask, ...]).validate_python(provenance.get("settings", {}).get("masks", []))

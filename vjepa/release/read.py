@@ -42,7 +42,10 @@ def read_weights(path: Path, part: Part = "target") -> Weights:
         BadInput: nothing there, torn, or another kind of model.
     """
     if not path.exists():
-        raise BadInput(f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export`")
+        raise BadInput(
+            f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export` (what is called so "
+            "on the Hugging Face hub is copied first: `hf download NAME --local-dir DIR`)"
+        )
     if any((path / name).exists() for name in ("state.json", "checkpoints", "config.yaml")):
         weights = read_checkpoint(path, part)
     elif (path / "model.json").is_file():

@@ -75,6 +75,22 @@ class SafeTensors(Tensors):
         return tuple(self.file.get_slice(name).get_shape())
 
 
+class InFiles(Tensors):
+    """Tensors that lie in several safetensors files, and an index that says in which: large models of Hugging Face."""
+
+    def __init__(self, index: Path) -> None:
+        places = read_json(index).get("weight_map", {})
+        self.files = {name: SafeTensors(index.with_name(Path(name).name)) for name in sorted(set(places.values()))}
+        self.places = {name: self.files[file] for name, file in places.items() if name in self.files[file]}
+        self.names = self.places.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name][name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.places[name].shape(name)
+
+
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors one after another, so that only one is in memory at a time.
 

@@ -480,7 +480,10 @@ def resolve(path: Path) -> Path:
         return path
     found = latest(home_of(path))
     if found is None:
-        raise BadInput(f"{path} holds no complete checkpoint; give the folder of a run, or one of its step_* folders")
+        raise BadInput(
+            f"{path} holds no complete checkpoint; give the folder of a run, or one of its step_* folders; a model of "
+            "others becomes one by `vjepa import`"
+        )
     return found
 
 

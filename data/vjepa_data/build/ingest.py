@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
     found.sort(key=lambda source: (source.name, source.start_s or 0.0, source.end_s or 0.0))
     for one, following in itertools.pairwise(found):
         if (one.name, one.start_s, one.end_s) == (following.name, following.start_s, following.end_s):
+            if one.place == following.place:
+                raise BadInput(f"{one.name!r} is listed twice; keep one of the two, or give them parts of their own")
             places = f"{one.place.path} and {following.place.path}"
             raise BadInput(f"two sources are called {one.name!r} ({places}); rename a folder or a file")
     return found
@@ -174,20 +177,21 @@ def _where(folder: Path, text: str) -> Place:
 
 def _has_no_header(path: Path, spec: Spec) -> bool:
     """Whether a `.csv` is a list of paths and class numbers, as V-JEPA and VideoMAE read them."""
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         return _labelled(file.readline(), spec) is not None
 
 
 def _labelled(line: str, spec: Spec) -> tuple[str, int] | None:
     """The path and the class of a line `PATH NUMBER`; None if it is another."""
-    path, _, number = line.strip().rpartition(" ")
-    is_one = number.isdecimal() and PurePosixPath(path).suffix.lower() in _suffixes(spec)
-    return (path.rstrip(), int(number)) if is_one else None
+    found = re.fullmatch(r"(.+?)[\s,]+([0-9]{1,9})", line.strip())
+    if found is None or PurePosixPath(found[1]).suffix.lower() not in _suffixes(spec):
+        return None
+    return found[1], int(found[2])
 
 
 def _list(path: Path, spec: Spec) -> Iterator[Source]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise BadInput(f"{path}: is not a text file; give a list with one path or address a line") from None
     for line in filter(None, map(str.strip, lines)):

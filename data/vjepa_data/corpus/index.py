@@ -124,7 +124,7 @@ class Index:
             self.cache = self.cache or cache or Cache(user_cache() / "shards", 100)
         if split not in manifest.splits:
             has = ", ".join(sorted(manifest.splits))
-            raise BadInput(f"{place} has no split {split!r}, only {has}; set data.sources[].split")
+            raise BadInput(f"{place} has no split {split!r}, only {has}; set its `split`, or --split")
         self.shards = manifest.shards
         for s in self.shards:
             if not re.fullmatch(r"[\w.,=+@ -]+(/[\w.,=+@ -]+)*", s.file) or ".." in s.file.split("/"):
