@@ -3,6 +3,8 @@
 import operator
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from vjepa.masks import sample_masks
 from vjepa.model.grid import Grid
 from vjepa.objective import Puzzle, build, jepa_loss
 from vjepa.parallel import PRODUCTS, join, shard
+from vjepa.train import open_clips
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -68,3 +71,14 @@ def test_a_process_without_a_gpu_of_its_own_says_so(tiny_run: MakeRun, monkeypat
         join(tiny_run().parallel),
     ):
         pass
+
+
+def test_the_loader_is_told_how_many_ranks_share_this_machine(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # left by a launcher outside: this process is alone
+    run = tiny_run(loader={"workers": 1})
+    with join(run.parallel) as world:
+        assert world.ranks_here == 1
+        with pytest.raises(BadInput, match="1000000000 ranks of 1 workers"):
+            open_clips(run, tmp_path, replace(world, ranks_here=10**9), 0)
