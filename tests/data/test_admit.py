@@ -133,6 +133,8 @@ def test_damaged_or_missing_tars_are_bad_input(foreign: Path, tmp_path: Path) ->
         admit(tmp_path / "nothing")
     tar = foreign / "00000.tar"
     tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(BadInput, match=r"^00000\.tar: .* goes on after the end of the tar; copy it again"):
+        admit(foreign, out=tmp_path / "linked")
     with pytest.raises(BadInput, match=r"00000.tar: .*copy it again"):
         admit(foreign)
     assert not (foreign / "manifest.json").exists()

@@ -101,11 +101,11 @@ def admit(
         for done, file in enumerate(tars.files, start=1):
             base = file.rpartition("/")[2]
             split = next((s for pattern, s in (splits or {}).items() if fnmatch.fnmatch(base, pattern)), "train")
-            called = _link_name(file) if is_linked else file
             with local_tar(tars.root, file, scratch=target) as path:
                 if path is None:
                     raise BadInput(f"{tars.root}/{file}: cannot be read; check the address and the keys")
-                record = _examine(path, called, split, pool, flaws, labels, deep=deep)
+                record = _examine(path, file, split, pool, flaws, labels, deep=deep)
+            record["file"] = _link_name(file) if is_linked else file
             rejects.update(reject["reason"] for reject in record["rejects"])
             seen.update(row["key"] for row in record["samples"])
             records.append(record)
