@@ -21,11 +21,13 @@ from vjepa_data.synthetic import Rules, write_corpus
 
 COST, SEED = 0.4, 0
 
-PX = 32
+# Of corpus and training in the short tests, whose settings were chosen on 0, 10 and 11. Only that `stills` and `barlow`
+# needed more steps was seen on 1, where they had 0.031 and 0.049 to spare.
+PX, SHORT_SEED = 32, 1
 
 # Sizes vary more than in the demo, so that the area that is covered does not tell how many objects cover it.
 RULES = Rules(size=(0.12, 0.34), gravity_share=0, pillar_share=0)
-BUILD = ("name=physics", f"encode.short_side_px={PX}", "split.val_share=0.4")
+BUILD = ("name=physics", f"encode.short_side_px={PX}", "split.val_share=0.5")
 
 SHORT = (
     f"data.crop.px={PX}",
@@ -38,20 +40,21 @@ SHORT = (
 )
 FOLLOW = ("optim.lr=2e-3", "optim.ema=0.99", "optim.final_ema=0.999")
 VIEWS = ("optim.lr=3e-3", "objective.local_px=16")
-# FLOPs as a share of the demo's (205 to 325 steps), and settings. The other two terms of `levjepa` are left to the
-# long test: they share all but a few lines with this one.
+# FLOPs as a share of the demo's (205 to 485 steps), and settings.
 SHORT_RECIPES: dict[str, tuple[float, tuple[str, ...]]] = {
     "vjepa2": (0.034, FOLLOW),
     "vjepa2_1": (0.04, FOLLOW),
     "levjepa, sigreg": (0.017, VIEWS),
-    "stills": (0.011, ()),
+    "levjepa, vicreg": (0.017, VIEWS),
+    "levjepa, barlow": (0.024, VIEWS),
+    "stills": (0.018, ()),
 }
 
 
 @pytest.fixture(scope="module")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small physics")
-    write_corpus(folder / "videos", videos=300, seed=0, px=PX, seconds=1, rules=RULES)
+    write_corpus(folder / "videos", videos=600, seed=SHORT_SEED, px=PX, seconds=1, rules=RULES)
     spec = load_settings(Spec, None, BUILD).settings
     shard([str(folder / "videos")], folder / "shards", spec=spec, workers=1)
     return folder / "shards"
@@ -63,11 +66,12 @@ def test_in_seconds_it_learns_more_than_an_untrained_encoder_tells(
 ) -> None:
     """One object or two: accuracy on videos held out, above the best of three untrained encoders.
 
-    Measured over seeds 0, 1, 2, least margin: vjepa2 0.117, vjepa2_1 0.078 (0 and 2), levjepa 0.125, stills 0.056; of
-    the other terms of levjepa, with these settings, vicreg 0.078, barlow 0.104. No untrained encoder is above 0.659.
+    Margins at seed 1: vjepa2 0.081, vjepa2_1 0.129, levjepa with sigreg 0.125, with vicreg 0.091, with barlow 0.118,
+    stills 0.087 (0.207 at seed 2). 309 videos are held out because 116 were too few: vjepa2 had 0.004 there at seed
+    10, and has 0.121 now. With a learning rate of nothing the margin is 0.
     """
     cost, settings = SHORT_RECIPES[name]
-    run = load("demo", objectives.recipe(name, small_shards, SEED, cost, [*SHORT, *settings])).settings
+    run = load("demo", objectives.recipe(name, small_shards, SHORT_SEED, cost, [*SHORT, *settings])).settings
     assert train(run, tmp_path / "run") == 0
     found = probe(tmp_path / "run", small_shards, train_split="train", labels=["objects"], clips_per_video=2)
     rows = {row["features"]: row for row in found["rows"]}
