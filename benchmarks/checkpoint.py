@@ -20,7 +20,8 @@ import torch
 from vjepa.config import Checkpoint
 from vjepa.model.grid import Grid
 from vjepa.parallel import join
-from vjepa.run import checkpoint
+from vjepa.run.checkpoint import Facts
+from vjepa.run.saver import Saver
 
 STEPS, SAVES = 8, 3
 
@@ -41,10 +42,10 @@ def main() -> None:
             every = Checkpoint().every_steps
             print(f"{run.model.encoder.name}: {size / 2**20:.0f} MiB, step {step_s:.3f} s, a save every {every} steps")
             for background in (False, True):
-                saver = checkpoint.Saver(Path(folder), Checkpoint(background=background), world)
+                saver = Saver(Path(folder), Checkpoint(background=background), world)
                 lost = []
                 for number in range(1, SAVES + 1):
-                    facts = checkpoint.Facts(number + 100 * background, 1, {}, "", [], None, {})
+                    facts = Facts(number + 100 * background, 1, {}, "", [], None, {})
                     blocked_s = seconds(lambda facts=facts, saver=saver: saver.save(tensors, facts))
                     beside_s = 0.0
                     while background and saver.is_writing:

@@ -48,7 +48,7 @@ from vjepa import config
 from vjepa.parallel import join
 from vjepa.release.adopt import fresh_facts, settings_of
 from vjepa.release.weights import expected_shapes
-from vjepa.run.checkpoint import Saver
+from vjepa.run.saver import Saver
 model = config.Model.model_validate({"encoder": sys.argv[2]})
 run = settings_of(model, px=64, frames=2, fps=4.0, kinds=2)
 tensors = {}

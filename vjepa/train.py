@@ -21,6 +21,7 @@ from vjepa.run.folder import occupy, record_attempt, versions, write_settings
 from vjepa.run.place import path_of
 from vjepa.run.resume import check_changes
 from vjepa.run.roll_back import roll_back
+from vjepa.run.saver import Saver
 from vjepa.run.stop import STOPPED, Stop, stop_signals
 from vjepa.schedule import Rates, rates_at
 from vjepa.watch.clock import Clock
@@ -116,7 +117,7 @@ class Attempt:
     over."""
 
     passed_over: passed_over.PassedOver
-    saver: checkpoint.Saver
+    saver: Saver
     track: Track
     nurse: Nurse
     dog: Watchdog
@@ -223,7 +224,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         nurse.recall(world.first(lambda: telling(folder / "metrics.jsonl")))
         clock = Clock(models, optimizer, world.device)
         at_end.callback(clock.close)
-        saver = checkpoint.Saver(folder, run.checkpoint, world, newest=newest, on_saved=track.refer_to)
+        saver = Saver(folder, run.checkpoint, world, newest=newest, on_saved=track.refer_to)
         at_end.callback(saver.wait)
         at_end.enter_context(quiet_garbage())
         yield Attempt(

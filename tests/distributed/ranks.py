@@ -27,6 +27,8 @@ from vjepa.objective import draw_masks, jepa_loss, update_target
 from vjepa.optimizer import build_optimizer, named_parameters, update_weights
 from vjepa.parallel import join, send_gradients
 from vjepa.run import agree, checkpoint
+from vjepa.run import saver as saving
+from vjepa.run.saver import Saver
 from vjepa.run.stop import Stop
 from vjepa.schedule import rates_at
 from vjepa.watch.health import Unhealthy
@@ -69,10 +71,10 @@ def poisoned_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 
 def dies_at(run: Run, out: Path, job: dict[str, Any]) -> Any:
-    """Train, and die without a word when a function of the checkpoint is called for the nth time."""
-    place, name, left = checkpoint, job["function"], job["call"]
+    """Train, and die without a word when a function that saves is called for the nth time."""
+    place, name, left = saving, job["function"], job["call"]
     if "." in name:
-        place, name = getattr(checkpoint, name.split(".")[0]), name.split(".")[1]
+        place, name = getattr(saving, name.split(".")[0]), name.split(".")[1]
     honest = getattr(place, name)
 
     def die(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +167,7 @@ def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
                 batch, rates = next(clips), rates_at(step, run)
                 counts.clear()
                 puzzles = draw_masks(run, batch, world.device)
-                loss = jepa_loss(models, puzzles, run)
+                loss = jepa_loss(models, puzzles, run, step=step)
                 send_gradients(models, now=True)
                 (loss.value * world.size).backward()
                 total = world.sum(loss.numbers)
@@ -198,7 +200,7 @@ def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
         optimizer = build_optimizer(models.learning, run.optim)
         tensors = checkpoint.tensors_of(models, optimizer)
         before = sums(tensors)
-        saver = checkpoint.Saver(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
+        saver = Saver(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
         facts = checkpoint.Facts(1, world.size, {}, "", [], None, {})
         saver.save(tensors, facts)
         with torch.no_grad():

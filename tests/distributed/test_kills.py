@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import load_weights
 
 from vjepa.config import Run
-from vjepa.run import checkpoint
 
 HERE = Path(__file__).parent
 MakeRun = Callable[..., Run]
@@ -69,7 +69,7 @@ def kill_and_compare(run: Run, out: Path, *, world: int, at_random: int, seed: i
     # A sample that was replaced in one of the two would explain it.
     rejected = [file.read_text() for file in out.glob("*/run/rejected.jsonl")]
     assert not different, f"{len(different)} of {len(pairs)} steps differ, the first: {different[0]}; {rejected}"
-    theirs, ours = (checkpoint.load_weights(out / name / "run", "target") for name in ("peace", "kills"))
+    theirs, ours = (load_weights(out / name / "run", "target") for name in ("peace", "kills"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     attempts = json.loads((out / "kills" / "run" / "environment.json").read_text())["attempts"]
     starts = [attempt["step"] for attempt in attempts]

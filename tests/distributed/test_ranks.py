@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import load_weights
 
 from vjepa.config import Run
 from vjepa.run import checkpoint
@@ -110,7 +111,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load_weights(checkpoint.folder_of(folder / "checkpoints", step), "target")
+    return load_weights(checkpoint.folder_of(folder / "checkpoints", step), "target")
 
 
 @pytest.mark.parametrize("name", ["two", "four", "hybrid"])

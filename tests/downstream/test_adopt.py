@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_weights
 from safetensors.torch import load_file
 
 from vjepa import config
@@ -18,7 +19,6 @@ from vjepa.release.export import export
 from vjepa.release.read import load_encoder, read_weights
 from vjepa.release.released import Sizes
 from vjepa.release.weights import expected_shapes
-from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
 SIZES = Sizes(heads=3, predictor_heads=2, px=32, frames=4, fps=8.0)
@@ -28,7 +28,7 @@ def as_released(trained: Path, *, average: str = "target_encoder") -> dict:
     """The tensors of a run as V-JEPA 2 writes them: wrapped by DDP and by a wrapper of many clip lengths."""
 
     def wrap(part: str) -> dict:
-        tensors = load_weights(trained, part)  # type: ignore[arg-type]
+        tensors = load_weights(trained, part)
         if "mask_tokens" in tensors:
             tensors |= {f"mask_tokens.{kind}": one for kind, one in enumerate(tensors.pop("mask_tokens"))}
         return {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
@@ -52,7 +52,7 @@ def test_a_released_file_is_taken_over_byte_for_byte(trained: Path, released: Pa
     path = adopt(released, tmp_path / "out", SIZES)
     assert path == tmp_path / "out" / "checkpoints" / "step_00000000"
     for part in ("encoder", "target", "predictor"):
-        before, after = load_weights(trained, part), load_weights(tmp_path / "out", part)  # type: ignore[arg-type]
+        before, after = load_weights(trained, part), load_weights(tmp_path / "out", part)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     frames = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)

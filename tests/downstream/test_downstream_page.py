@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from checkpoints import load_weights
 
 from vjepa.cli import main
-from vjepa.run.checkpoint import load_weights, resolve
+from vjepa.run.checkpoint import resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "downstream.md"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_weights
 from safetensors.torch import load_file, save_file
 
 from vjepa.evals.knn import knn
@@ -20,7 +21,6 @@ from vjepa.release.export import export
 from vjepa.release.huggingface import mask_token_order
 from vjepa.release.read import load_encoder, read_weights
 from vjepa.release.tensors import write_safetensors
-from vjepa.run.checkpoint import load_weights
 from vjepa_data.settings import BadInput
 
 transformers = pytest.importorskip("transformers")

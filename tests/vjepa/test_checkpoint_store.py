@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import load_weights
 from object_store import ObjectStore, Trouble
 
 from vjepa import train as training
@@ -16,7 +17,8 @@ from vjepa.config import Checkpoint, Run
 from vjepa.parallel import World, join
 from vjepa.release.read import read_weights
 from vjepa.run import checkpoint, place
-from vjepa.run.checkpoint import Facts, Saver, step_of
+from vjepa.run.checkpoint import Facts, step_of
+from vjepa.run.saver import Saver
 from vjepa.train import train
 from vjepa_data.settings import BadInput
 
@@ -69,7 +71,7 @@ def test_what_is_saved_is_what_is_loaded_and_old_ones_go(
     tensor = torch.zeros(300)
     checkpoint.load_into({"target.weight": tensor}, newest, world)
     assert tensor.eq(5).all()
-    assert checkpoint.load_weights(newest)["weight"].eq(5).all()
+    assert load_weights(newest)["weight"].eq(5).all()
     assert not list(tmp_path.glob("vjepa-checkpoint-*"))
 
 
@@ -147,7 +149,7 @@ def test_a_run_goes_on_from_a_store_and_is_verified_there(
     assert train(tiny_run(), tmp_path / "disk") == 0
     assert train(tiny_run(steps=3, checkpoint={"folder": HOME}), tmp_path / "store") == 0
     assert train(tiny_run(checkpoint={"folder": HOME, "background": True}), tmp_path / "store") == 0
-    ours, theirs = (checkpoint.load_weights(tmp_path / name) for name in ("store", "disk"))
+    ours, theirs = (load_weights(tmp_path / name) for name in ("store", "disk"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (note,) = (tmp_path / "store" / "checkpoints").iterdir()
     assert (note.name, note.read_text()) == ("step_00000006", f"{HOME}/step_00000006\n")
@@ -182,7 +184,7 @@ def test_going_back_sets_checkpoints_in_a_store_aside_and_takes_the_same_steps_a
     # The one of step 5 was of a skipped step; when its step was made again, it was written anew.
     assert [step_of(path) for path in checkpoint.list_checkpoints(place.path_of(HOME))] == [1, 2, 3, 4, 5, 6, 7]
     assert "bucket/runs/x/step_00000005/unhealthy_state.json" in store.objects
-    ours, theirs = (checkpoint.load_weights(tmp_path / name) for name in ("store", "disk"))
+    ours, theirs = (load_weights(tmp_path / name) for name in ("store", "disk"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (note,) = (tmp_path / "store" / "checkpoints").iterdir()
     assert note.name == "step_00000007"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import load_weights
 
 from vjepa.config import Run
 from vjepa.run import checkpoint
@@ -43,7 +44,7 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": tensor
         for part in ("encoder", "predictor", "target")
-        for name, tensor in checkpoint.load_weights(path, part).items()
+        for name, tensor in load_weights(path, part).items()
     }
 
 

@@ -38,9 +38,9 @@ from vjepa.evals.results import about_model, score_row
 from vjepa.output import check_free, new_file
 from vjepa.parallel import World, join
 from vjepa.release.native import VideoEncoder
-from vjepa.release.read import Part, load_encoder
+from vjepa.release.read import load_encoder
 from vjepa.release.tensors import read_json
-from vjepa.release.weights import random_encoder
+from vjepa.release.weights import Part, random_encoder
 from vjepa_data.corpus.index import Index
 from vjepa_data.corpus.shards import read_manifest
 from vjepa_data.draws import generator

@@ -37,8 +37,9 @@ from vjepa.evals.files import TIMEOUT_S, FileClip, FileVideos, find_videos
 from vjepa.output import check_free, new_file
 from vjepa.parallel import World, join
 from vjepa.release.native import VideoEncoder
-from vjepa.release.read import Part, load_encoder
+from vjepa.release.read import load_encoder
 from vjepa.release.tensors import read_json
+from vjepa.release.weights import Part
 from vjepa_data.faults import Unreadable
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput

@@ -28,8 +28,8 @@ from vjepa.evals.readout import wilson
 from vjepa.evals.results import about_model, score_row
 from vjepa.output import check_free, new_file
 from vjepa.release.native import VideoEncoder
-from vjepa.release.read import Part, load_encoder
-from vjepa.release.weights import random_encoder
+from vjepa.release.read import load_encoder
+from vjepa.release.weights import Part, random_encoder
 from vjepa.report import page, pictures
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput

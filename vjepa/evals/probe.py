@@ -20,8 +20,8 @@ from vjepa.evals.features import EncoderReader, PixelReader, Reader, Seen, read_
 from vjepa.evals.readout import Kind, Score, Table, prior_score, ridge_score
 from vjepa.evals.results import about_model
 from vjepa.output import check_free, new_file
-from vjepa.release.read import Part, load_encoder
-from vjepa.release.weights import random_encoder
+from vjepa.release.read import load_encoder
+from vjepa.release.weights import Part, random_encoder
 from vjepa_data.draws import generator
 from vjepa_data.settings import BadInput
 

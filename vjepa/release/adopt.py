@@ -24,8 +24,9 @@ from vjepa.release.released import Sizes, read_released
 from vjepa.release.tensors import some
 from vjepa.release.weights import expected_shapes
 from vjepa.run.agree import settings_hash
-from vjepa.run.checkpoint import Facts, Saver
+from vjepa.run.checkpoint import Facts
 from vjepa.run.folder import versions
+from vjepa.run.saver import Saver
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)

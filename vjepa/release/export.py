@@ -30,9 +30,9 @@ from vjepa.release.compare import check_classifier, check_hf, check_native
 from vjepa.release.huggingface import hf_config, hf_names, hf_processor, mask_token_order
 from vjepa.release.native import FORMAT
 from vjepa.release.program import write_program
-from vjepa.release.read import Part, read_weights
+from vjepa.release.read import read_weights
 from vjepa.release.tensors import InMemory, write_safetensors
-from vjepa.release.weights import Weights
+from vjepa.release.weights import Part, Weights
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)

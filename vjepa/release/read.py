@@ -7,7 +7,6 @@ a Hugging Face folder       config.json of model_type vjepa2, model.safetensors
 """
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -15,10 +14,8 @@ from vjepa import config
 from vjepa.release.huggingface import read_huggingface
 from vjepa.release.native import VideoEncoder, open_native, read_provenance
 from vjepa.release.sharded import read_checkpoint
-from vjepa.release.weights import Weights, check_shapes
+from vjepa.release.weights import Part, Weights, check_shapes
 from vjepa_data.settings import BadInput
-
-Part = Literal["target", "encoder"]
 
 
 def load_encoder(path: Path | str, part: Part = "target") -> VideoEncoder:

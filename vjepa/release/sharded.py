@@ -11,13 +11,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from vjepa import config
 from vjepa.release.tensors import Tensors
-from vjepa.release.weights import Weights
+from vjepa.release.weights import Part, Weights
 from vjepa.run import checkpoint, place
 from vjepa.run.metadata import check_metadata
 from vjepa_data.settings import BadInput
 
 
-def read_checkpoint(path: Path, part: checkpoint.Part) -> Weights:
+def read_checkpoint(path: Path, part: Part) -> Weights:
     """Open a checkpoint, or the newest intact one of a run.
 
     Args:

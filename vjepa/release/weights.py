@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from vjepa.model.predictor import Predictor
 from vjepa.release.native import VideoEncoder
 from vjepa.release.tensors import InMemory, Tensors, some
 from vjepa_data.settings import BadInput
+
+Part = Literal["target", "encoder"]
+"""Which encoder of a checkpoint: the moving average, or the one that was trained."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Save, find, restore, prune: a checkpoint is complete and verified, or it is not there.
+"""What a checkpoint is, and how it is found and restored: it is complete and verified, or it is not there.
 
     checkpoints/.step_00001000.part/      being written: every rank its slices (DCP), then digests of all files
     checkpoints/step_00001000/            fsynced, then renamed: complete
@@ -10,32 +10,23 @@ DCP has no checksums (one flipped bit loads without complaint) and saving over a
 short, a mixture that looks whole. Hence digests of our own, a fresh folder for every save, and a rename at the end.
 
 In an object store (`checkpoint.folder: s3://...`) every rank writes its slices to a disk of its node and uploads them,
-and `state.json` is the last object: without it a `step_*` is no checkpoint. See `place`.
+and `state.json` is the last object: without it a `step_*` is no checkpoint. See `place`; who writes is `saver`.
 """
 
-import errno
 import json
 import logging
-import os
 import re
-import shutil
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from vjepa.config import Checkpoint
 from vjepa.objective import Models
@@ -43,16 +34,12 @@ from vjepa.optimizer import named_parameters
 from vjepa.parallel import World
 from vjepa.run import place
 from vjepa.run.metadata import check_metadata
-from vjepa_data.corpus.whole import sync_folder
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 FORMAT = 1
-LITTLE_BYTES = 1 << 20  # a disk with less room has none
 NAME = re.compile(r"step_(\d{8,})")
-Part = Literal["target", "encoder", "predictor"]
 
 
 @dataclass(frozen=True)
@@ -185,193 +172,6 @@ def digest(file: Path) -> str:
     return hasher.hexdigest()
 
 
-class Saver:
-    """Writes checkpoints of one run, at once or while training goes on, and prunes old ones."""
-
-    def __init__(
-        self,
-        run_folder: Path,
-        settings: Checkpoint,
-        world: World,
-        *,
-        newest: Path | None = None,
-        on_saved: Callable[[Path], None] = lambda path: None,
-    ) -> None:
-        """Make ready to save, and remove what a save that was cut short left.
-
-        Args:
-            run_folder: of the run.
-            settings: where, how often, what to keep.
-            world: the ranks; all must call it.
-            newest: the intact checkpoint that this attempt goes on from.
-            on_saved: told of every checkpoint when it is complete, by the thread that trains.
-        """
-        self.settings, self.world = settings, world
-        self.home = home_of(run_folder, settings)
-        self._notes = run_folder / "checkpoints"
-        self._writing: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._newest = step_of(newest) if newest else -1
-        """Step of the newest complete checkpoint that this attempt wrote or went on from."""
-        self._intact = {newest} if newest else set[Path]()
-        """Those that were found intact in this attempt."""
-        self._on_saved = on_saved
-        world.first(lambda: place.sweep(self.home))
-
-    def is_due(self, step: int) -> bool:
-        """Whether the cadence asks for a checkpoint after so many updates."""
-        return step % self.settings.every_steps == 0 or step in self.settings.milestones
-
-    def save(self, tensors: Mapping[str, Tensor], facts: Facts) -> None:
-        """Write one checkpoint, all ranks together.
-
-        With `background`, only the copy to the host is waited for; the rest happens in a thread, on a process group of
-        its own (on the common one its messages and those of training would take each other's place).
-
-        Args:
-            tensors: sharded or replicated, by name. Equal names are taken for replicas: one rank's copy is kept.
-            facts: the rest.
-        """
-        self.wait()
-        if facts.step == self._newest:
-            return  # stopped at once after a save or a start
-        path = folder_of(self.home, facts.step)
-        self._newest = facts.step
-        part = place.stage_of(path, self.world.rank)
-        if place.is_remote(path):
-            _fresh(part)
-            self.world.first(lambda: place.withdraw(path))
-        else:
-            self.world.first(lambda: _fresh(part))
-        if not self.settings.background:
-            with _failing_plainly(part):
-                save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
-            self._commit(part, path, facts)
-            self._on_saved(path)
-            return
-        done = async_save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
-
-        def finish() -> None:
-            try:
-                with _failing_plainly(part):
-                    done.result()  # pyright: ignore[reportAttributeAccessIssue]
-                self._commit(part, path, facts)
-            except BaseException as error:  # noqa: BLE001  it is raised again where training waits
-                self._failure = error
-
-        self._writing = threading.Thread(target=finish, name="checkpoint")
-        self._writing.start()
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is being written while training goes on."""
-        return self._writing is not None and self._writing.is_alive()
-
-    def wait(self) -> None:
-        """Wait until the checkpoint being written is complete.
-
-        Raises:
-            OSError: it could not be written, on any rank.
-        """
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-            if self._failure is None:
-                self._on_saved(folder_of(self.home, self._newest))
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    def _commit(self, part: Path, path: Path, facts: Facts) -> None:
-        """Digest, list, sync, rename. Until the rename there is no checkpoint; after it, a whole one."""
-        rank = self.world.rank
-
-        def finish_mine() -> dict[str, dict[str, Any]]:
-            mine = [file for file in part.iterdir() if file.name.startswith(f"__{rank}_")]
-            if rank == 0:
-                mine.append(part / ".metadata")
-            if place.is_remote(path):
-                for file in mine:
-                    place.upload(file, path / file.name)
-            return {file.name: {"bytes": file.stat().st_size, "xxh3": digest(file)} for file in sorted(mine)}
-
-        files = {name: facts_ for one in self._together(finish_mine) for name, facts_ in one.items()}
-        state = json.dumps({"format": FORMAT, **asdict(facts), "files": files}, indent=1)
-        self._together(lambda: self._publish(part, path, files, state) if rank == 0 else None)
-        if place.is_remote(path):
-            shutil.rmtree(part, ignore_errors=True)
-
-    def _publish(self, part: Path, path: Path, files: Mapping[str, Any], state: str) -> None:
-        if place.is_remote(path):
-            place.patiently(lambda: (path / "state.json").write_text(state), path)
-            place.patiently(lambda: (path.parent / "latest").write_text(path.name + "\n"), path)
-            self._note(path)
-        else:
-            unseen = [name for name in files if not (part / name).is_file()]
-            if unseen:
-                raise OSError(f"{part} lacks {unseen[:3]} that other ranks wrote; it must be on a disk that all share")
-            _write_synced(part / "state.json", state)
-            sync_folder(part)
-            part.rename(path)
-            sync_folder(path.parent)
-            _write_synced(path.parent / "latest.part", path.name + "\n")
-            os.replace(path.parent / "latest.part", path.parent / "latest")
-        self._intact.add(path)
-        log.info("step %d: saved %s", step_of(path), path)
-        self._prune()
-
-    def _note(self, path: Path) -> None:
-        """Leave the name of a checkpoint that lies elsewhere, for launchers that look how far a run folder is."""
-        self._notes.mkdir(exist_ok=True)
-        for old in self._notes.glob("step_*"):
-            if old.is_file():
-                old.unlink()
-        (self._notes / path.name).write_text(f"{path}\n")
-
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """What an action gave on each rank. Its failure on one is one on all: nobody waits for who gave up.
-
-        Raises:
-            OSError: on every rank.
-        """
-        result, failure = None, None
-        try:
-            result = action()
-        except (OSError, BadInput) as error:
-            failure = f"rank {self.world.rank}: {error}"
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, (result, failure), group=self.world.storage)
-        for _, wrong in everyone:
-            if wrong:
-                raise OSError(f"the checkpoint could not be written: {wrong}")
-        return [one for one, _ in everyone]
-
-    def _prune(self) -> None:
-        """Delete what retention does not ask for, oldest first, once two that stay are found intact."""
-        every, found = self.settings.keep_every_steps, list_checkpoints(self.home)
-        doomed = [
-            path
-            for path in found[: -self.settings.keep_last]
-            if not (every and step_of(path) % every == 0) and step_of(path) not in self.settings.milestones
-        ]
-        if not doomed:
-            return
-        intact = 0
-        for path in reversed([path for path in found if path not in doomed]):
-            if path not in self._intact and (wrong := damage(path)):
-                log.warning("%s is damaged: %s", path, wrong)
-                continue
-            self._intact.add(path)
-            intact += 1
-            if intact == 2:
-                break
-        if intact < 2:
-            log.warning("%s: no old checkpoint is deleted, since fewer than two newer ones are intact", self.home)
-            return
-        for path in doomed:
-            place.remove(path)
-
-
 def find_newest(home: Path, world: World) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; the ranks share the reading.
 
@@ -430,44 +230,12 @@ def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
     try:
         load(dict(tensors), storage_reader=place.reader_of(path), process_group=world.storage)
     except CheckpointException as error:
-        rank, cause = _first_failure(error)
+        rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, OSError):
             raise OSError(f"{path} cannot be read: rank {rank}: {cause}") from error
         raise BadInput(
             f"{path} holds another model than the settings describe ({cause}); give one of this size"
         ) from None
-
-
-def load_weights(path: Path, part: Part = "target") -> dict[str, Tensor]:
-    """Read one model from a checkpoint, whole, on the CPU, without any process group.
-
-    Args:
-        path: folder of a checkpoint, or of a run (its newest intact one is taken).
-        part: which of the three models.
-
-    Returns:
-        Tensors in fp32 by their names inside the model.
-
-    Raises:
-        BadInput: there is no checkpoint, or it is damaged.
-    """
-    path = resolve(path)
-    wrong = damage(path)
-    if wrong:
-        raise BadInput(f"{path} is damaged: {wrong}; choose another checkpoint")
-    read_facts(path)
-    check_metadata(path)
-    reader = place.reader_of(path)
-    entries = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what we ask for
-        load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
 
 
 def resolve(path: Path) -> Path:
@@ -497,38 +265,5 @@ def latest(home: Path) -> Path | None:
     return None
 
 
-@contextmanager
-def _failing_plainly(part: Path) -> Iterator[None]:
-    """DCP's own exception is no `Exception`, and holds the stacks of all ranks; the first reason says enough.
-
-    Of a full disk torch's writer says no more than `unexpected pos`, so we look ourselves.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        rank, cause = _first_failure(error)
-        what = f"the checkpoint could not be written: rank {rank}: "
-        if shutil.disk_usage(part).free < LITTLE_BYTES:
-            raise OSError(errno.ENOSPC, what + os.strerror(errno.ENOSPC), str(part)) from error
-        raise OSError(f"{what}{cause}") from error
-
-
-def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
-    rank, (cause, _) = min(error.failures.items())
-    return rank, cause
-
-
-def _fresh(part: Path) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-
-
 def _read_text(file: Path) -> str:
     return place.patiently(file.read_text, file)
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())

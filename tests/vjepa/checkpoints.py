@@ -1,0 +1,52 @@
+"""Checkpoints for tests: made without models, read by DCP alone, broken on purpose."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from vjepa.config import Checkpoint
+from vjepa.parallel import World
+from vjepa.run.checkpoint import Facts, resolve
+from vjepa.run.place import reader_of
+from vjepa.run.saver import Saver
+
+
+def facts(step: int) -> Facts:
+    """What a checkpoint of a step says of itself."""
+    return Facts(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"})
+
+
+def saved(folder: Path, world: World, steps: range, **settings: Any) -> Saver:
+    """Save a checkpoint for each of some steps, all of whose weights are the step."""
+    saver = Saver(folder, Checkpoint.model_validate(settings), world)
+    for step in steps:
+        saver.save(
+            {"target.weight": torch.full((300,), float(step)), "optimizer.step.x": torch.tensor(1.0)}, facts(step)
+        )
+    return saver
+
+
+def load_weights(path: Path, part: str = "target") -> dict[str, torch.Tensor]:
+    """One model of a checkpoint, or of a run's newest intact one, by its names: `encoder`, `predictor` or `target`."""
+    reader = reader_of(resolve(path))
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what we ask for
+        load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+
+
+def flip_a_bit(path: Path) -> None:
+    """Damage the slices of a checkpoint as a bad disk would."""
+    file = next(path.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)

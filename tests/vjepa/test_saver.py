@@ -1,0 +1,115 @@
+"""How checkpoints are written and pruned, without models: whole or not at all, and what is asked for stays."""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import facts, flip_a_bit, saved
+
+from vjepa.config import Checkpoint, Run
+from vjepa.parallel import World, join
+from vjepa.run import saver as module
+from vjepa.run.checkpoint import Facts, find_newest, folder_of, list_checkpoints, step_of
+from vjepa.run.saver import Saver
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_run: MakeRun) -> Iterator[World]:
+    with join(tiny_run().parallel) as world:
+        yield world
+
+
+def test_a_save_that_was_cut_short_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 2))
+    part = tmp_path / "checkpoints" / ".step_00000002.part"
+    shutil.copytree(folder_of(tmp_path / "checkpoints", 1), part)
+    assert find_newest(tmp_path / "checkpoints", world) == folder_of(tmp_path / "checkpoints", 1)
+    saved(tmp_path, world, range(2, 3))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_last_few_and_every_nth_are_kept(world: World, tmp_path: Path) -> None:
+    saved(tmp_path, world, range(1, 8), keep_last=2, keep_every_steps=3)
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [3, 6, 7]
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        Checkpoint(keep_last=1)
+
+
+def test_milestones_are_saved_and_kept_and_nothing_goes_while_fewer_than_two_are_intact(
+    world: World, tmp_path: Path
+) -> None:
+    home = tmp_path / "checkpoints"
+    saver = Saver(tmp_path, Checkpoint(every_steps=2, milestones=(1, 5)), world)
+    assert [step for step in range(1, 8) if saver.is_due(step)] == [1, 2, 4, 5, 6]
+    saved(tmp_path, world, range(1, 4), milestones=(1,))
+    assert [step_of(path) for path in list_checkpoints(home)] == [1, 2, 3]
+    flip_a_bit(folder_of(home, 1))
+    flip_a_bit(folder_of(home, 3))
+    saved(tmp_path, world, range(4, 5), milestones=(1,))  # another attempt: it has not seen the third written
+    assert [step_of(path) for path in list_checkpoints(home)] == [1, 2, 3, 4]
+    saved(tmp_path, world, range(5, 6), milestones=(1,))
+    assert [step_of(path) for path in list_checkpoints(home)] == [1, 4, 5]
+
+
+def test_the_checkpoint_that_an_attempt_goes_on_from_is_not_read_again_to_be_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, world, range(1, 3))
+    saver = Saver(tmp_path, Checkpoint(), world, newest=find_newest(tmp_path / "checkpoints", world))
+    monkeypatch.setattr(module, "damage", lambda path: pytest.fail(f"{path} was read again"))
+    save_and_wait(saver, facts(3))
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
+
+
+def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_stays(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saved(tmp_path, world, range(1, 2))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_synced", full)
+    for background in (False, True):
+        saver.settings = Checkpoint(background=background)
+        with pytest.raises(OSError, match="No space left"):
+            save_and_wait(saver, facts(2 + background))
+    assert find_newest(tmp_path / "checkpoints", world) == folder_of(tmp_path / "checkpoints", 1)
+
+
+def test_slices_that_cannot_be_written_are_an_error_of_the_disk(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    for background in (False, True):
+        saver = Saver(tmp_path, Checkpoint(background=background), world)
+        with pytest.raises(OSError, match=r"could not be written: rank 0: .*No space left"):
+            save_and_wait(saver, facts(1))
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def save_and_wait(saver: Saver, of: Facts) -> None:
+    saver.save({"target.weight": torch.ones(3)}, of)
+    saver.wait()
+
+
+def test_a_full_disk_is_said_though_the_writer_says_something_else(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match=r"could not be written: rank 0: No space left on device") as caught:
+        saved(tmp_path, world, range(1, 2))
+    assert caught.value.errno == errno.ENOSPC
