@@ -276,7 +276,7 @@ def our_steps(rates: list[Rates]) -> Numbers:
         for step in range(STEPS):
             frames = some_frames(step)
             masks = [Mask(kind, (0, 1, 2, 3), *ids) for kind, ids in enumerate(some_masks(step))]
-            loss = jepa_loss(models, [Puzzle(frames, GRID, masks, step, (0, 1, 2, 3))], run)
+            loss = jepa_loss(models, [Puzzle(frames, GRID, masks, step, (0, 1, 2, 3))], run, step=step)
             loss.value.backward()
             gradients = {name: whole(p.grad) for name, p in _named(encoder, predictor) if p.grad is not None}
             numbers[f"{step}-loss"] = np.array(loss.value.item())

@@ -104,7 +104,7 @@ def ours(
 
     def step() -> float:
         rates = rates_at(0, run)
-        loss = jepa_loss(models, [puzzle], run)
+        loss = jepa_loss(models, [puzzle], run, step=0)
         loss.value.backward()
         total = world.sum(loss.numbers)
         update = update_weights(optimizer, total[0], rates, clip_norm=None)

@@ -93,7 +93,8 @@ def main(out: Path) -> None:
             run = settings(case)
             models = build(run)
             shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
-            loss = jepa_loss(models, puzzles(run, range(world.rank * share, (world.rank + 1) * share)), run)
+            mine = range(world.rank * share, (world.rank + 1) * share)
+            loss = jepa_loss(models, puzzles(run, mine), run, step=0)
             (loss.value * world.size).backward()
             found[case] = {"loss": world.sum(loss.value.detach()), "numbers": world.sum(loss.numbers)}
             for part, model in models.learning.items():

@@ -92,7 +92,7 @@ def learn(run: Run, *, stop_gradient: bool = True) -> list[Loss]:
         for step in range(run.steps):
             rates = rates_at(step, run)
             with nullcontext() if stop_gradient else _gradients_everywhere():
-                loss = jepa_loss(models, [puzzle_of(run, step)], run)
+                loss = jepa_loss(models, [puzzle_of(run, step)], run, step=step)
             loss.value.backward()
             update = update_weights(optimizer, loss.value.detach(), rates, clip_norm=run.optim.clip_norm)
             if stop_gradient:

@@ -107,10 +107,10 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            jepa_loss(models, puzzles, run).value.backward()
+            jepa_loss(models, puzzles, run, step=0).value.backward()
         # The counter knows attention only when it is spelled out as products.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            jepa_loss(models, puzzles, run).value.backward()
+            jepa_loss(models, puzzles, run, step=0).value.backward()
     assert sum(count_flops(run, tokens).values()) * run.batch_size == pytest.approx(counter.get_total_flops(), rel=0.02)
     memory = count_memory(run, tokens, count_parameters(run), gpus=1)
     assert memory["activations"] == pytest.approx(sum(kept.values()), rel=0.15)
@@ -123,7 +123,7 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun
     with alone(run) as world, open_clips(run, tmp_path, world, 0) as clips:
         models = build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
-        jepa_loss(models, draw_masks(run, next(clips), world.device), run).value.backward()
+        jepa_loss(models, draw_masks(run, next(clips), world.device), run, step=0).value.backward()
         optimizer.step()
         learning = named_parameters(models.learning).values()
         held = {
@@ -174,7 +174,7 @@ def test_messages_are_as_large_as_counted(tiny_run: MakeRun, tmp_path: Path, mon
         shard(models, run.parallel, mesh=mesh, dtype=torch.float32)
         world = World(0, size, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
         with open_clips(run, tmp_path, world, 0) as clips:
-            loss = jepa_loss(models, draw_masks(run, next(clips), world.device), run)
+            loss = jepa_loss(models, draw_masks(run, next(clips), world.device), run, step=0)
             loss.value.backward()
     expected = estimate(run, gpus=size).messages
     # Roots that learn stay gathered between forward and backward: a little less than counted; slices are padded: more.

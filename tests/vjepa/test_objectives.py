@@ -135,7 +135,7 @@ def test_a_still_picture_fills_a_tubelet() -> None:
     assert puzzle.frames.shape == (2, 3, 2, PX, PX)
     assert torch.equal(puzzle.frames[:, :, 0], puzzle.frames[:, :, 1])
     assert puzzle.grid == Grid(1, 4, 4)
-    assert torch.isfinite(jepa_loss(build(run), [puzzle], run).value)
+    assert torch.isfinite(jepa_loss(build(run), [puzzle], run, step=0).value)
 
 
 def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
@@ -143,7 +143,7 @@ def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
     puzzles = [*draw_masks(run, batch_of(1), torch.device("cpu")), *draw_masks(run, batch_of(8), torch.device("cpu"))]
     assert [puzzle.frames.shape[2] for puzzle in puzzles] == [1, 8]
     models = build(run)
-    jepa_loss(models, puzzles, run).value.backward()
+    jepa_loss(models, puzzles, run, step=0).value.backward()
     assert isinstance(models.encoder, Encoder)
     for parameter in (models.encoder.patch_embed_img.proj.weight, models.encoder.patch_embed.proj.weight):
         assert parameter.grad is not None
@@ -154,7 +154,7 @@ def test_a_batch_without_pictures_gives_their_tokenizer_a_gradient_of_zero() -> 
     """None would let FSDP2 mix up the gradients of ranks with pictures and ranks without."""
     run = toy_run(model={"still_tokens": True})
     models = build(run)
-    jepa_loss(models, draw_masks(run, batch_of(8), torch.device("cpu")), run).value.backward()
+    jepa_loss(models, draw_masks(run, batch_of(8), torch.device("cpu")), run, step=0).value.backward()
     for name, parameter in [*models.encoder.named_parameters(), *models.predictor.named_parameters()]:
         assert parameter.grad is not None, name
     assert isinstance(models.encoder, Encoder)
@@ -242,7 +242,7 @@ def test_a_class_token_is_the_summary_of_a_view_where_there_is_one() -> None:
     """Its gradient tells: without one the mean of tokens is asked."""
     run = toy_run(**{**OBJECTIVES["levjepa"], "batch_size": 4}, model={"class_token": True, "causal": True})
     models, puzzle = build(run), puzzle_of(run, 0)
-    loss = jepa_loss(models, [puzzle], run)
+    loss = jepa_loss(models, [puzzle], run, step=0)
     loss.value.backward()
     assert isinstance(models.encoder, Encoder)
     assert models.encoder.cls_token.grad is not None

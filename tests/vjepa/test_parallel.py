@@ -45,7 +45,7 @@ def attentions(run: Run) -> int:
     masks = sample_masks(run.masks, grid, seed=0, step=0, slots=(0, 1))
     puzzle = Puzzle(torch.randn(2, 3, 4, 32, 32), grid, masks, 0, (0, 1))
     with Counting() as counting:
-        jepa_loss(models, [puzzle], run).value.backward()
+        jepa_loss(models, [puzzle], run, step=0).value.backward()
     return counting.counts[ATTENTION]
 
 

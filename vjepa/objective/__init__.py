@@ -25,20 +25,19 @@ def build(run: Run, *, attention: Backend = "sdpa") -> Models:
     return Models(encoder=encoder, predictor=predictor, target=target)
 
 
-def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run, *, step: int | None = None) -> Loss:
+def jepa_loss(models: Models, puzzles: Sequence[Puzzle], run: Run, *, step: int) -> Loss:
     """The loss of the run's objective, on this rank's clips or some of them.
 
     Args:
         models: the three networks.
         puzzles: the clips.
         run: the run.
-        step: updates made before this one; by default the number of the batch, which is another one where batches are
-            passed over.
+        step: updates made before this one; where batches are passed over, not the number of theirs.
     """
     match run.objective:
         case VJEPA2():
             return vjepa2.jepa_loss(models, puzzles, run)
         case VJEPA21():
-            return vjepa2_1.dense_loss(models, puzzles, run, step=puzzles[0].step if step is None else step)
+            return vjepa2_1.dense_loss(models, puzzles, run, step=step)
         case LeVJEPA():
             return levjepa.views_loss(models, puzzles, run)
