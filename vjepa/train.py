@@ -32,7 +32,8 @@ from vjepa.watch.monitors import drift, monitor
 from vjepa.watch.observe import Observer
 from vjepa.watch.track import Track, logging_to
 from vjepa_data.ahead import ahead
-from vjepa_data.loader import Batch, ClipLoader
+from vjepa_data.loader import Batch, ClipLoader, open_plan
+from vjepa_data.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -201,9 +202,10 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
     with ExitStack() as at_end:
         dog = at_end.enter_context(watchdog(run.health, folder, world))
         skips = world.first(lambda: passed_over.read(folder)) or (facts.passed_over if facts else ())
-        stream = passed_over.Stream(lambda at: open_clips(run, folder, world, at), step=step, passed_over=skips)
+        plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size, loader=run.loader)
+        stream = passed_over.Stream(lambda at: open_clips(run, plan, folder, world, at), step=step, passed_over=skips)
         clips = at_end.enter_context(closing(stream))
-        manifests = check_data(run, world, clips.plan, number=passed_over.batch_of(step, skips))
+        manifests = check_data(run, world, plan, number=passed_over.batch_of(step, skips))
         changes = {}
         if facts:
             changes = check_changes(facts.settings, run, step=step, manifests=manifests, manifests_then=facts.manifests)
@@ -265,7 +267,7 @@ def build_models(run: Run, world: World) -> Models:
     return models
 
 
-def open_clips(run: Run, folder: Path, world: World, step: int) -> ClipLoader:
+def open_clips(run: Run, plan: Plan, folder: Path, world: World, step: int) -> ClipLoader:
     """The stream of this rank's clips, from the batch of a step on."""
     return ClipLoader(
         run.data,
@@ -278,6 +280,7 @@ def open_clips(run: Run, folder: Path, world: World, step: int) -> ClipLoader:
         step=step,
         folder=folder,
         stall_s=run.health.stall_s,
+        plan=plan,
     )
 
 

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from vjepa_data.batch import Batch, Clips
 from vjepa_data.blocks import Blocks
 from vjepa_data.clips import Offer
+from vjepa_data.plan import Plan
 from vjepa_data.process import die_with_owner, die_with_parent, ignore_stop_signals, keep_memory, start_fork_server
 from vjepa_data.settings import BadInput, Data, Loader
 from vjepa_data.stream import BOARD_BYTES, Decode, Gather, Samples, open_plan
@@ -61,6 +62,7 @@ class ClipLoader:
         step: int = 0,
         folder: Path | None = None,
         stall_s: float = 60.0,
+        plan: Plan | None = None,
     ) -> None:
         """Args:
         data, loader: the settings.
@@ -71,6 +73,7 @@ class ClipLoader:
         step: first step to make.
         folder: run folder, for `rejected.jsonl` and `stalls.txt`.
         stall_s: seconds of waiting for a batch after which stacks and keys in flight are written down.
+        plan: of these data, seed and batch, where it is laid out already.
 
         Raises:
             BadInput: data or numbers do not fit; see `open_plan` and `Plan.slots`.
@@ -83,7 +86,7 @@ class ClipLoader:
             step,
             folder,
         )
-        self.plan = open_plan(data, seed=seed, batch_size=batch_size, loader=loader)
+        self.plan = plan or open_plan(data, seed=seed, batch_size=batch_size, loader=loader)
         self.slots = self.plan.slots(rank, world)
         self.rejects = Rejected(data.rejects.max_share, folder, rank)
         self._board = torch.zeros(max(1, loader.workers), BOARD_BYTES, dtype=torch.uint8).share_memory_()

@@ -67,7 +67,7 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
         offers.append(offer)
         if offer.left_out:
             counts = (offer.left_out, len(index), offer.too_short, offer.frames, offer.pace)
-            log.warning(
+            log.info(
                 "%s: %d of %d samples are left out, %d because they are too short or too slow for %d frames %s",
                 source.shards,
                 *counts,

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import itertools
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_clips_left_out_are_told_of_at_the_start(videos, make_corpus, tmp_path: 
     facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
     samples = [{"key": f"k{i}", "frames": 48 if i else 5, **facts} for i in range(4)]
     folder = make_corpus(tmp_path / "c", [samples])
+    caplog.set_level(logging.INFO)
     with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=4) as loader:
         assert (
             "1 of 4 samples are left out, 1 because they are too short or too slow for 4 frames at 4 fps" in caplog.text

@@ -32,7 +32,7 @@ from vjepa.run.saver import Saver
 from vjepa.run.stop import Stop
 from vjepa.schedule import rates_at
 from vjepa.watch.health import Unhealthy
-from vjepa_data.loader import Batch, ClipLoader
+from vjepa_data.loader import Batch, ClipLoader, open_plan
 from vjepa_data.settings import BadInput
 
 
@@ -162,7 +162,8 @@ def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
         optimizer = build_optimizer(models.learning, run.optim)
         average = {name: p.full_tensor() for name, p in models.target.named_parameters()}  # pyright: ignore[reportAttributeAccessIssue]
         worst_average, per_step, view = 0.0, [], View(torch.empty(0))
-        with training.open_clips(run, out, world, 0) as clips:
+        plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
+        with training.open_clips(run, plan, out, world, 0) as clips:
             for step in range(3):
                 batch, rates = next(clips), rates_at(step, run)
                 counts.clear()

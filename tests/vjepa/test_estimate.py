@@ -30,9 +30,15 @@ from vjepa.objective import build, draw_masks, jepa_loss
 from vjepa.optimizer import build_optimizer, named_parameters
 from vjepa.parallel import World, join, shard
 from vjepa.train import build_models, open_clips
+from vjepa_data.loader import open_plan
+from vjepa_data.plan import Plan
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
+
+
+def plan_of(run: Run) -> Plan:
+    return open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
 
 
 @contextmanager
@@ -94,7 +100,7 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
         **changes,
     )
     tokens = count_tokens(run)
-    with alone(run) as world, open_clips(run, tmp_path, world, 0) as clips:
+    with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
         models = build_models(run, world)
         puzzles = draw_masks(run, next(clips), world.device)
         kept: dict[int, int] = {}
@@ -120,7 +126,7 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
 def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
     encoder = {"name": "custom", "width": 24, "depth": 3, "heads": 2}
     run = tiny_run(**{**OBJECTIVES[name], "model": {"encoder": encoder, **OBJECTIVES[name].get("model", {})}})
-    with alone(run) as world, open_clips(run, tmp_path, world, 0) as clips:
+    with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
         models = build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
         jepa_loss(models, draw_masks(run, next(clips), world.device), run, step=0).value.backward()
@@ -173,7 +179,7 @@ def test_messages_are_as_large_as_counted(tiny_run: MakeRun, tmp_path: Path, mon
         models = build(run)
         shard(models, run.parallel, mesh=mesh, dtype=torch.float32)
         world = World(0, size, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
-        with open_clips(run, tmp_path, world, 0) as clips:
+        with open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
             loss = jepa_loss(models, draw_masks(run, next(clips), world.device), run, step=0)
             loss.value.backward()
     expected = estimate(run, gpus=size).messages

@@ -44,12 +44,19 @@ def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[C
     Raises:
         BadInput: the corpora cannot be read.
     """
-    lanes = open_plan(run.data, seed=run.seed, batch_size=run.batch_size).lanes
+    plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
     loader = Loader(workers=0, decoder=run.loader.decoder)
     found = []
-    for rank in range(min(groups, lanes)):
+    for rank in range(min(groups, plan.lanes)):
         with ClipLoader(
-            run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=rank, world=lanes, step=step
+            run.data,
+            loader,
+            seed=run.seed,
+            batch_size=run.batch_size,
+            rank=rank,
+            world=plan.lanes,
+            step=step,
+            plan=plan,
         ) as clips:
             found += next(clips).groups
     return found

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -13,7 +14,7 @@ from vjepa.config import Run
 from vjepa.masks import sample_masks
 from vjepa.model.grid import Grid
 from vjepa.parallel import World
-from vjepa_data.corpus.index import Index
+from vjepa_data.clips import Offer
 from vjepa_data.loader import ClipLoader
 from vjepa_data.plan import Plan
 from vjepa_data.settings import BadInput
@@ -67,7 +68,7 @@ def check_data(run: Run, world: World, plan: Plan, *, number: int) -> list[str]:
     Raises:
         BadInput: see `check_alike`.
     """
-    manifests = [Index(source.shards, source.split).hash for source in run.data.sources]
+    manifests = [cast(Offer, population).index.hash for population in plan.populations]
     check_alike(
         world,
         {
@@ -109,8 +110,9 @@ def first_batch(run: Run, plan: Plan, *, number: int) -> str:
     """
     loader = run.loader.model_copy(update={"workers": 0})
     draws = [str(plan.draw(number, slot)) for slot in range(run.batch_size)]
-    mine = ClipLoader(run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=0, world=plan.lanes, step=number)
-    with mine as clips:
+    with ClipLoader(
+        run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=0, world=plan.lanes, step=number, plan=plan
+    ) as clips:
         batch = next(clips).on(torch.device("cpu"))  # scaled there, whoever scales later
     hasher = hashlib.blake2b("\n".join(draws).encode(), digest_size=8)
     for group in batch.groups:

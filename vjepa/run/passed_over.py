@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vjepa_data.loader import Batch, ClipLoader
-from vjepa_data.plan import Plan
 
 PassedOver = Sequence[tuple[int, int]]
 
@@ -50,11 +49,6 @@ class Stream(Iterator[Batch]):
         """
         self._open, self._step, self._passed_over = open_clips, step, passed_over
         self.clips = open_clips(batch_of(step, passed_over))
-
-    @property
-    def plan(self) -> Plan:
-        """Which sample fills which slot of a batch."""
-        return self.clips.plan
 
     def __next__(self) -> Batch:
         wanted = batch_of(self._step, self._passed_over)
