@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vjepa.evals.clips import EvalClips
 from vjepa.evals.embed import TOGETHER, CorpusVideos, Job, fingerprint, write_features
-from vjepa.evals.features import PixelEncoder
+from vjepa.evals.features import PixelEncoder, clips_for
 from vjepa.evals.pooler import AttentiveProbe, save_classifier
 from vjepa.evals.readout import wilson
 from vjepa.evals.results import about_model, score_row
@@ -219,24 +218,24 @@ def attentive(
     Raises:
         BadInput: no such model, corpus, split or label; a class to report on that was not fitted.
     """
-    train_split = None if train_split == split else train_split
     check_free(out, overwrite=overwrite)
+    train_split = None if train_split == split else train_split
+    asked = Question(shards, label, split, train_split, clips_per_video, views, seed)
     encoder = load_encoder(model, part)
-    heads = recipe.heads or encoder.model.encoder.heads
     encoders = {"pretrained": encoder}
     if baselines:
         encoders |= {"random init": random_encoder(encoder, seed), "pixels": PixelEncoder(encoder)}
-    cut = _cut(shards, split, train_split, label, seed)
+    heads = recipe.heads or encoder.model.encoder.heads
+    cut = _cut(asked)
     found: dict[str, dict[str, Any]] = {}
     chosen: dict[str, Mapping[str, Tensor] | None] = {}
     with join(TOGETHER) as world:
         for name, one in encoders.items():
-            one.to(world.device)
-            sides = _load(out, str(model), one, shards, cut, world, clips_per_video=clips_per_video, views=views)
+            sides = _load(out, str(model), one.to(world.device), asked, cut, world)
             log.info("%s: %d probes", name, len(recipe.grid))
             fits = math.gcd(heads, one.width)  # pixels have a width of their own
             fitted = fit_grid(sides, len(cut.classes), fits, recipe, world, seed=seed)
-            found[name], chosen[name] = _result(fitted, recipe.grid, cut.classes, sides), fitted.probe
+            found[name], chosen[name] = _findings(fitted, recipe.grid, cut.classes, sides), fitted.probe
         result = {
             "format": 1,
             "kind": "attentive",
@@ -244,19 +243,7 @@ def attentive(
             "label": label,
             **found["pretrained"],
             "baselines": {name: one for name, one in found.items() if name != "pretrained"},
-            "protocol": {
-                "shards": str(shards),
-                "fit": train_split or f"half of the videos of {split}",
-                "report": split if train_split else f"a third of the videos of {split}",
-                "videos": {side: len(keys) for side, (_, keys) in cut.sides.items()},
-                "clips_per_video": clips_per_video,
-                "views": views,
-                "blocks": recipe.blocks,
-                "heads": heads,
-                "epochs": recipe.epochs,
-                "interval": "Wilson's 95 % over the videos",
-                "seed": seed,
-            },
+            "protocol": _protocol(asked, cut, recipe, heads),
             "rows": _rows(label, found),
         }
         if chosen["pretrained"] is not None:
@@ -269,19 +256,22 @@ def attentive(
     return result
 
 
-def _rows(label: str, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of the table: each encoder's chosen probe, what the paper's choice would have given, and the prior."""
-    rows = [
-        score_row(label, name, one["accuracy"], *one["interval"], videos=one["videos"]) for name, one in found.items()
-    ]
-    ours = found["pretrained"]
-    best = ours["accuracy_if_chosen_on_what_is_reported"]
-    rows.append(score_row(label, MAX_OVER_HEADS, best, *wilson(best, ours["videos"]), videos=ours["videos"]))
-    rows.append(score_row(label, "prior", ours["prior"], *wilson(ours["prior"], ours["videos"]), videos=ours["videos"]))
-    return rows
-
-
 # ---- which videos
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of frozen features, and of which clips."""
+
+    shards: Path
+    label: str
+    split: str
+    """To report on."""
+    train_split: str | None
+    """To fit and choose on; None if `split` is cut for that too."""
+    clips_per_video: int
+    views: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -293,7 +283,8 @@ class Cut:
     """For each side its split, and the class of each key."""
 
 
-def _cut(shards: Path, split: str, train_split: str | None, label: str, seed: int) -> Cut:
+def _cut(asked: Question) -> Cut:
+    shards, split, train_split, label, seed = asked.shards, asked.split, asked.train_split, asked.label, asked.seed
     report = _labels(shards, split, label)
     keys = generator(seed, "attentive cut").permutation(sorted(report)).tolist()
     if train_split:
@@ -338,32 +329,23 @@ def _labels(shards: Path, split: str, label: str) -> dict[str, str]:
     return found
 
 
-def _load(
-    out: Path,
-    model: str,
-    encoder: VideoEncoder,
-    shards: Path,
-    cut: Cut,
-    world: World,
-    *,
-    clips_per_video: int,
-    views: int,
-) -> dict[str, Clips]:
+def _load(out: Path, model: str, encoder: VideoEncoder, asked: Question, cut: Cut, world: World) -> dict[str, Clips]:
     """The tokens of all clips, computed once by all ranks together and mapped from files beside the result."""
     # Named by all that decides the tokens, so that those of another model or corpus are never taken for these.
-    what = f"{fingerprint(encoder)}-{read_manifest(shards).hash[:16]}-{clips_per_video}x{views}"
+    many = f"{asked.clips_per_video}x{asked.views}"
+    what = f"{fingerprint(encoder)}-{read_manifest(asked.shards).hash[:16]}-{many}"
     cache = out.with_name(f".{out.stem}.tokens") / what
-    form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
     for split in dict.fromkeys(of for of, _ in cut.sides.values()):
         if not world.first((cache / f"{split}.npy").exists):
-            clips = EvalClips(shards, split=split, per_video=clips_per_video, views=views, **form)
-            job = Job(CorpusVideos(clips), "token", model, clips_per_video, views)
+            of = {"per_video": asked.clips_per_video, "views": asked.views}
+            clips = clips_for(encoder, asked.shards, split=split, **of)
+            job = Job(CorpusVideos(clips), "token", model, asked.clips_per_video, asked.views)
             write_features(world, encoder, job, cache / f"{split}.npy")
     sides = {}
     for side, (split, classes) in cut.sides.items():
         rows = [row for row in read_json(cache / f"{split}.json")["rows"] if "error" not in row]
         if not rows:
-            raise BadInput(f"{shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
+            raise BadInput(f"{asked.shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
         tokens = np.load(cache / f"{split}.npy", mmap_mode="r")
         keys = list(classes)
         place = {key: number for number, key in enumerate(keys)}
@@ -374,12 +356,16 @@ def _load(
     return sides
 
 
-def _result(
+# ---- what is reported
+
+
+def _findings(
     fitted: Fitted,
     grid: Sequence[tuple[float, float]],
     classes: Sequence[str],
     sides: Mapping[str, Clips],
 ) -> dict[str, Any]:
+    """What the chosen probe is worth, beside all others of the grid and the answer given without looking."""
     scores, best = fitted.scores, fitted.best
     report = sides["report"]
     _, first = np.unique(report.video, return_index=True)
@@ -394,3 +380,32 @@ def _result(
         "accuracy_if_chosen_on_what_is_reported": max(one["report"] for one in scores),
         "grid": [{"rate": rate, "decay": decay, **one} for (rate, decay), one in zip(grid, scores, strict=True)],
     }
+
+
+def _protocol(asked: Question, cut: Cut, recipe: Recipe, heads: int) -> dict[str, Any]:
+    """How it was measured."""
+    return {
+        "shards": str(asked.shards),
+        "fit": asked.train_split or f"half of the videos of {asked.split}",
+        "report": asked.split if asked.train_split else f"a third of the videos of {asked.split}",
+        "videos": {side: len(keys) for side, (_, keys) in cut.sides.items()},
+        "clips_per_video": asked.clips_per_video,
+        "views": asked.views,
+        "blocks": recipe.blocks,
+        "heads": heads,
+        "epochs": recipe.epochs,
+        "interval": "Wilson's 95 % over the videos",
+        "seed": asked.seed,
+    }
+
+
+def _rows(label: str, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the table: each encoder's chosen probe, what the paper's choice would have given, and the prior."""
+    rows = [
+        score_row(label, name, one["accuracy"], *one["interval"], videos=one["videos"]) for name, one in found.items()
+    ]
+    ours = found["pretrained"]
+    best = ours["accuracy_if_chosen_on_what_is_reported"]
+    rows.append(score_row(label, MAX_OVER_HEADS, best, *wilson(best, ours["videos"]), videos=ours["videos"]))
+    rows.append(score_row(label, "prior", ours["prior"], *wilson(ours["prior"], ours["videos"]), videos=ours["videos"]))
+    return rows

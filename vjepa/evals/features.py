@@ -5,22 +5,24 @@ Letters: B clips, T frames, H W pixels, t h w the grid of tokens, D channels, d 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vjepa.config import Model
-from vjepa.evals.clips import EvalClip
+from vjepa.evals.clips import EvalClip, EvalClips
 from vjepa.evals.tracks import TokenLabels, mean_velocity, token_labels
 from vjepa.model.grid import Grid
 from vjepa.release.native import VideoEncoder
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Something that turns frames into numbers: the encoder, or what it must beat."""
 
@@ -40,7 +42,7 @@ class EncoderReader:
         self.encoder = encoder.to(self.device)
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B d"]]:
         tokens = self.encoder(frames.to(self.device)).cpu()
         return tokens, tokens.mean((2, 3)).flatten(1)
 
@@ -51,7 +53,7 @@ class PixelReader:
     def __init__(self, model: Model) -> None:
         self.tubelet, self.patch = model.tubelet_frames, model.patch_px
 
-    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B d"]]:
         clips, steps, height, width, _ = frames.shape
         t, h, w = steps // self.tubelet, height // self.patch, width // self.patch
         values = frames.float() / 255
@@ -79,7 +81,7 @@ class PixelEncoder(VideoEncoder):
     def width(self) -> int:
         return self.model.tubelet_frames * self.model.patch_px**2 * 3
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
         return self.read(frames)[0]
 
 
@@ -97,8 +99,8 @@ class Seen:
     """The clips that were read, in order."""
 
     keys: tuple[str, ...]
-    videos: ndarray
-    """[clips] number of the video of each clip."""
+    videos: Int[ndarray, " clips"]
+    """Number of the video of each."""
     scalars: tuple[Mapping[str, Any], ...]
     """Labels of each clip that are single words or numbers."""
     velocity: Float[ndarray, "clips 2"]
@@ -136,6 +138,28 @@ def read_features(readers: Mapping[str, Reader], clips: Iterable[EvalClip], mode
         labels += found
     features = {name: Features(torch.cat(pooled[name]), torch.cat(tokens[name])) for name in readers}
     return Seen(tuple(keys), np.array(videos), tuple(scalars), np.stack(velocities), TokenLabels.join(labels), features)
+
+
+def clips_for(
+    encoder: VideoEncoder,
+    shards: Path,
+    *,
+    split: str,
+    per_video: int = 1,
+    views: int = 1,
+    max_videos: int | None = None,
+) -> EvalClips:
+    """Clips of a corpus in the size, the length and the rate that an encoder was trained on.
+
+    Args:
+        encoder: for which they are.
+        shards, split, per_video, views, max_videos: as in `EvalClips`.
+
+    Raises:
+        BadInput: see `EvalClips`.
+    """
+    form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
+    return EvalClips(shards, split=split, per_video=per_video, views=views, max_videos=max_videos, **form)
 
 
 def batches(clips: Iterable[EvalClip], size: int) -> Iterable[Sequence[EvalClip]]:

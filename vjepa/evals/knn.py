@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor
 
 from vjepa.evals.clips import EvalClips
 from vjepa.evals.embed import reduce_tokens
-from vjepa.evals.features import EncoderReader, PixelReader, Reader, batches
+from vjepa.evals.features import EncoderReader, PixelReader, Reader, batches, clips_for
 from vjepa.evals.files import FileVideos
 from vjepa.evals.readout import wilson
 from vjepa.evals.results import about_model, score_row
 from vjepa.output import check_free, new_file
-from vjepa.release.native import VideoEncoder
 from vjepa.release.read import load_encoder
 from vjepa.release.weights import Part, random_encoder
 from vjepa.report import page, pictures
@@ -91,9 +90,8 @@ def knn(
     readers: dict[str, Reader] = {"pretrained": _Mean(encoder)}
     if baselines:
         readers |= {"random init": _Mean(random_encoder(encoder, seed)), "pixels": PixelReader(encoder.model)}
-    near = read_corpus(
-        readers, _clips(encoder, shards, split, per_video=clips_per_video, max_videos=max_videos), label=label
-    )
+    clips = clips_for(encoder, shards, split=split, per_video=clips_per_video, max_videos=max_videos)
+    near = read_corpus(readers, clips, label=label)
     labels = near["pretrained"].labels
     keep = np.array([n for n, value in enumerate(labels) if value is not None], int)
     classes, target = np.unique([str(labels[n]) for n in keep], return_inverse=True)
@@ -190,7 +188,7 @@ def nearest_page(
     if isinstance(answer, Refused):
         raise BadInput(f"{query}: {answer.reason} ({answer.detail}); give a video that can be decoded")
     (asked,) = answer
-    clips = _clips(encoder, shards, split, per_video=1, max_videos=max_videos)
+    clips = clips_for(encoder, shards, split=split, max_videos=max_videos)
     near = read_corpus({"pretrained": _Mean(encoder)}, clips, label=None)["pretrained"]
     feature = _Mean(encoder)(asked.frames[None])[1][0].double().numpy() - near.mean
     likeness = near.features @ (feature / np.linalg.norm(feature))
@@ -209,13 +207,6 @@ def nearest_page(
     with new_file(out, overwrite=overwrite) as beside:
         beside.write_text(text)
     return [(near.seen[place][0], float(likeness[place])) for place in order]
-
-
-def _clips(encoder: VideoEncoder, shards: Path, split: str, *, per_video: int, max_videos: int | None) -> EvalClips:
-    return EvalClips(
-        shards, split=split, px=encoder.px, frames=encoder.frames, fps=encoder.fps,
-        per_video=per_video, max_videos=max_videos,
-    )  # fmt: skip
 
 
 def read_corpus(readers: Mapping[str, Reader], clips: EvalClips, *, label: str | None) -> dict[str, Near]:
@@ -249,11 +240,11 @@ class _Mean(EncoderReader):
     """A clip is the mean of all its tokens."""
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B D"]]:
         tokens = self.encoder(frames.to(self.device)).cpu()
         return tokens, reduce_tokens(tokens, "clip")
 
 
-def _figure(caption: str, name: str, frames: torch.Tensor) -> str:
+def _figure(caption: str, name: str, frames: UInt8[Tensor, "T H W C"]) -> str:
     shown = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
     return page.strips(caption, [(name, pictures.jpeg(pictures.strip(frames.numpy()[shown], height=96)))])

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
-from vjepa.evals.clips import EvalClips
-from vjepa.evals.features import EncoderReader, PixelReader, Reader, Seen, read_features
+from vjepa.evals.features import EncoderReader, PixelReader, Reader, Seen, clips_for, read_features
 from vjepa.evals.readout import Kind, Score, Table, prior_score, ridge_score
 from vjepa.evals.results import about_model
 from vjepa.output import check_free, new_file
+from vjepa.release.native import VideoEncoder
 from vjepa.release.read import load_encoder
 from vjepa.release.weights import Part, random_encoder
 from vjepa_data.draws import generator
@@ -83,16 +84,10 @@ def probe(
     if out is not None:
         check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
-    readers: dict[str, Reader] = {"pretrained": EncoderReader(encoder)}
-    for number in range(random_seeds):
-        readers[f"random init {number}"] = EncoderReader(random_encoder(encoder, seed + number))
-    readers["pixels"] = PixelReader(encoder.model)
+    readers = _readers(encoder, random_seeds, seed)
     seen = {}
     for name in dict.fromkeys((train_split or split, split)):
-        clips = EvalClips(
-            shards, split=name, px=encoder.px, frames=encoder.frames, fps=encoder.fps,
-            per_video=clips_per_video, max_videos=max_videos,
-        )  # fmt: skip
+        clips = clips_for(encoder, shards, split=name, per_video=clips_per_video, max_videos=max_videos)
         log.info("%s: %d clips of %d videos of split %s", model, len(clips), clips.videos, name)
         seen[name] = read_features(readers, clips, encoder.model)
     train, test = _sides(seen, train_split, split, seed)
@@ -124,7 +119,15 @@ def probe(
     return result
 
 
-Side = tuple[Seen, np.ndarray]  # clips, and which of them
+def _readers(encoder: VideoEncoder, random_seeds: int, seed: int) -> dict[str, Reader]:
+    """The encoder, and what it must beat: itself before training, and pixels."""
+    untrained = {
+        f"random init {number}": EncoderReader(random_encoder(encoder, seed + number)) for number in range(random_seeds)
+    }
+    return {"pretrained": EncoderReader(encoder), **untrained, "pixels": PixelReader(encoder.model)}
+
+
+Side = tuple[Seen, Int[np.ndarray, " _rows"]]  # clips, and which of them
 
 
 def _sides(seen: Mapping[str, Seen], train_split: str | None, split: str, seed: int) -> tuple[Side, Side]:
@@ -195,7 +198,7 @@ def _velocity_tables(train: Side, test: Side) -> Tables:
     return _pooled_tables([(seen, rows, seen.velocity[rows]) for seen, rows in known])
 
 
-def _pooled_tables(sides: Sequence[tuple[Seen, np.ndarray, np.ndarray]]) -> Tables:
+def _pooled_tables(sides: Sequence[tuple[Seen, Int[np.ndarray, " _rows"], Shaped[np.ndarray, "_rows ..."]]]) -> Tables:
     """Of a side to fit and one to report: the clips, which of them, and their targets."""
     return {
         reader: tuple(
@@ -206,7 +209,7 @@ def _pooled_tables(sides: Sequence[tuple[Seen, np.ndarray, np.ndarray]]) -> Tabl
 
 
 def _token_tables(train: Side, test: Side, field: str) -> Tables:
-    def side(seen: Seen, rows: np.ndarray, reader: str) -> Table:
+    def side(seen: Seen, rows: Int[np.ndarray, " rows"], reader: str) -> Table:
         keep = np.flatnonzero(np.isin(seen.labels.clip, rows))
         videos = seen.videos[seen.labels.clip]
         return Table(seen.features[reader].tokens, getattr(seen.labels, field), videos).rows(keep)

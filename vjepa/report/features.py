@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from vjepa import config
-from vjepa.evals.clips import EvalClip, EvalClips
+from vjepa.evals.clips import EvalClip
+from vjepa.evals.features import clips_for
 from vjepa.evals.files import FileClip, FileVideos, find_videos
 from vjepa.release.native import VideoEncoder
 from vjepa.release.tensors import read_json
@@ -69,7 +70,7 @@ def corpus_clips(shards: Path, split: str, encoder: VideoEncoder) -> list[Named]
     Raises:
         BadInput: there is no such corpus or split, or no video of it can be decoded.
     """
-    clips = EvalClips(shards, split=split, px=encoder.px, frames=encoder.frames, fps=encoder.fps, max_videos=CLIPS)
+    clips = clips_for(encoder, shards, split=split, max_videos=CLIPS)
     found: list[Named] = [(clip.key, clip) for clip in islice(clips, CLIPS)]
     if not found:
         raise BadInput(f"{shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
