@@ -13,25 +13,8 @@ import pytest
 from jaxtyping import install_import_hook
 from object_store import ObjectStore
 
-# Before they are loaded: in these modules every call is held to its signature, shapes included. An int is a float.
-# Left out: vjepa.run.{checkpoint,place,roll_back}, vjepa.watch.track and vjepa.release: in a store a Path is a UPath.
-CHECKED = (
-    "vjepa.estimate",
-    "vjepa.masks",
-    "vjepa.model",
-    "vjepa.objective",
-    "vjepa.optimizer",
-    "vjepa.parallel",
-    "vjepa.report.mask_sheet",
-    *(f"vjepa.run.{name}" for name in ("agree", "folder", "passed_over", "resume", "stop")),
-    "vjepa.schedule",
-    "vjepa.train",
-    *(f"vjepa.watch.{name}" for name in ("hang", "monitors", "observe", "pictures", "probe", "profile")),
-    *(f"vjepa_data.{name}" for name in ("ahead", "batch", "bench", "clips", "crops", "decode", "draws", "faults")),
-    *(f"vjepa_data.{name}" for name in ("loader", "plan", "process", "serve", "servant", "show", "stream")),
-    *(f"vjepa_data.{package}" for package in ("build", "corpus", "media")),
-)
-install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Before they are loaded: every call in these packages is held to its signature.
+install_import_hook(("vjepa", "vjepa_data", "vjepa_launch"), "signatures.hold")
 
 from vjepa.config import Run  # noqa: E402
 from vjepa_data.corpus import remote  # noqa: E402

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from vjepa.evals import probe as probe_module
+from vjepa.evals.features import Seen
 from vjepa.evals.probe import probe
 from vjepa.evals.results import table
+from vjepa.evals.tracks import TokenLabels
 from vjepa_data.settings import BadInput
 
 
@@ -153,9 +155,9 @@ def test_a_class_never_fitted_is_named(trained: Path, scenes: Path, monkeypatch)
 
 
 def test_labels_are_told_apart_by_their_values() -> None:
-    class Seen:
-        scalars = tuple({"word": w, "count": i % 3, "speed": i / 7, "same": 1} for i, w in enumerate("abab" * 5))
-
-    side = (Seen(), np.arange(20))
-    kinds = {name: probe_module._kind(side, name) for name in ("word", "count", "speed", "same")}  # type: ignore[arg-type]
+    scalars = tuple({"word": w, "count": i % 3, "speed": i / 7, "same": 1} for i, w in enumerate("abab" * 5))
+    rows = np.arange(len(scalars))
+    keys = tuple(map(str, rows))
+    side = (Seen(keys, rows, scalars, np.zeros((len(rows), 2)), TokenLabels.none(), {}), rows)
+    kinds = {name: probe_module._kind(side, name) for name in ("word", "count", "speed", "same")}
     assert kinds == {"word": "class", "count": "class", "speed": "number", "same": None}

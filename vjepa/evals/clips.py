@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from vjepa_data.clips import can_serve, offsets
@@ -134,7 +134,7 @@ class EvalClips:
         frames, fps = self.index.frames[videos], self.index.fps[videos]
         return can_serve(frames, fps, frames=self.frames, fps=self.rate) | (frames == 1)
 
-    def _ahead(self, video: int) -> np.ndarray:
+    def _ahead(self, video: int) -> Int[np.ndarray, " T"]:
         return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))
 
     def _clips(self, video: int, start: int, sample: Sample, labels: Mapping[str, Any]) -> list[EvalClip]:

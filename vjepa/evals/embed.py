@@ -20,13 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +64,7 @@ SCHEMA = pa.schema(
 )
 
 
+@runtime_checkable
 class Videos(Protocol):
     """Where clips come from."""
 
@@ -281,7 +282,11 @@ def _rows(encoder: VideoEncoder, job: Job, videos: Sequence[int]) -> Iterator[Ma
 
 @torch.no_grad()
 def _encoded(
-    encoder: VideoEncoder, rows: Sequence[dict[str, Any]], frames: Sequence[Tensor], what: What, batch: int
+    encoder: VideoEncoder,
+    rows: Sequence[dict[str, Any]],
+    frames: Sequence[UInt8[Tensor, "T px px C"]],
+    what: What,
+    batch: int,
 ) -> Iterator[dict[str, Any]]:
     device = next(encoder.parameters()).device
     features: list[np.ndarray] = []

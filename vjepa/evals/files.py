@@ -71,7 +71,7 @@ class Wanted:
     views: int
 
 
-def work(wanted: Wanted) -> list[tuple[np.ndarray, float, int]]:
+def work(wanted: Wanted) -> list[tuple[UInt8[np.ndarray, "T px px C"], float, int]]:
     """What a child does; its answers hold arrays, which are sent as they are."""
     clips = file_clips(
         wanted.path,

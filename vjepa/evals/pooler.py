@@ -60,7 +60,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -89,7 +89,7 @@ class QueryBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width)
 
-    def forward(self, query: Tensor, x: Tensor) -> Tensor:
+    def forward(self, query: Float[Tensor, "B 1 D"], x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 1 D"]:
         query = query + self.xattn(query, self.norm1(x))
         return query + self.mlp(self.norm2(query))
 

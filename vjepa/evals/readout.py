@@ -26,14 +26,16 @@ FOLD_ROWS = 20_000  # the penalty is chosen on clips with about so many rows; mo
 
 CHUNK = 16384  # rows turned to float64 at a time
 
+Target = Shaped[ndarray, " n"] | Float[ndarray, "n k"]
+"""Of each row a class or a number, or several numbers."""
+
 
 @dataclass(frozen=True)
 class Table:
     """Rows of features with the target of each, and the clip that each comes from."""
 
     features: Float[Tensor, "n d"]
-    target: Shaped[ndarray, " n"] | Float[ndarray, "n k"]
-    """Class names or numbers: [n]; vectors: [n k]."""
+    target: Target
     clip: Int[ndarray, " n"]
 
     def __len__(self) -> int:
@@ -90,13 +92,13 @@ def prior_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
 class _Codes:
     """Targets as numbers [n k]: one-hot classes, or the numbers themselves; and their mean where we fit."""
 
-    def __init__(self, target: ndarray, kind: Kind) -> None:
+    def __init__(self, target: Target, kind: Kind) -> None:
         self.classes = np.unique(target) if kind == "class" else None
         if self.classes is not None and len(self.classes) < 2:
             raise ValueError(f"all rows to train on are of one class ({self.classes[0]!r}); nothing can be read out")
         self.mean = self(target).mean(0)
 
-    def __call__(self, target: ndarray) -> Float[ndarray, "n k"]:
+    def __call__(self, target: Target) -> Float[ndarray, "n k"]:
         if self.classes is not None:
             return (target[:, None] == self.classes).astype(np.float64)
         return target.astype(np.float64).reshape(len(target), -1)
@@ -120,10 +122,16 @@ def _folds(table: Table, seed: int) -> Iterator[tuple[Table, Table]]:
 class _Linear:
     """x -> (x - mean) / std @ weight + bias."""
 
-    def __init__(self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def __init__(
+        self,
+        mean: Float[Tensor, " d"],
+        std: Float[Tensor, " d"],
+        weight: Float[Tensor, "d k"],
+        bias: Float[Tensor, " k"],
+    ) -> None:
         self.mean, self.std, self.weight, self.bias = mean, std, weight, bias
 
-    def __call__(self, features: Tensor) -> Float[Tensor, "n k"]:
+    def __call__(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         parts = [(part.double() - self.mean) / self.std @ self.weight for part in features.split(CHUNK)]
         return torch.cat(parts) + self.bias
 
@@ -166,7 +174,9 @@ def _moments(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float
     return mean, torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.inf)
 
 
-def _parts(guess: Tensor, table: Table, codes: _Codes) -> tuple[Float[ndarray, " c"], Float[ndarray, " c"]]:
+def _parts(
+    guess: Float[Tensor, "n k"], table: Table, codes: _Codes
+) -> tuple[Float[ndarray, " c"], Float[ndarray, " c"]]:
     """What was missed and what there was to get, for each of c clips, summed over its rows.
 
     A class: misses and rows. A number: squared errors, and squared distances to the mean of the rows to fit on.
@@ -186,7 +196,7 @@ def _value(missed: Float[ndarray, " c"], whole: Float[ndarray, " c"]) -> float:
     return float(1 - missed.sum() / whole.sum()) if whole.sum() > 0 else float("nan")
 
 
-def _with_interval(guess: Tensor, test: Table, codes: _Codes, seed: int, penalty: float | None) -> Score:
+def _with_interval(guess: Float[Tensor, "n k"], test: Table, codes: _Codes, seed: int, penalty: float | None) -> Score:
     missed, whole = _parts(guess, test, codes)
     clips = len(missed)
     draws = generator(seed, "readout interval").integers(0, clips, (1000, clips))

@@ -1,6 +1,8 @@
 """What was exported, loaded again by the program that it is meant for: does it give the same numbers?
 
 In fp32 on the CPU the largest difference must be 0.0. Models are in memory one after another, never two at once.
+
+Letters: T frames, H W pixels, N tokens of a clip, V visible, K hidden, D width, P channels of a prediction.
 """
 
 import importlib.util
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from vjepa.evals.clips import centre_view
@@ -23,15 +26,15 @@ from vjepa_data.draws import generator
 log = logging.getLogger(__name__)
 
 
-def fixed_clip(weights: Weights) -> Tensor:
-    """A fixed clip of noise, uint8 [1 T H W C]: as many frames as the model saw, but two at least."""
+def fixed_clip(weights: Weights) -> UInt8[Tensor, "1 T H W C"]:
+    """A fixed clip of noise: as many frames as the model saw, but two at least."""
     frames = max(weights.frames, weights.model.tubelet_frames)
     draw = generator(0, "export check")
     return torch.from_numpy(draw.integers(0, 256, (1, frames, weights.px, weights.px, 3), dtype="uint8"))
 
 
-def _sides(weights: Weights) -> tuple[Tensor, Tensor, Grid]:
-    """The first half of the tokens is visible, the second hidden: indices [1 N/2], and the grid."""
+def _sides(weights: Weights) -> tuple[Int[Tensor, "1 V"], Int[Tensor, "1 K"], Grid]:
+    """The first half of the tokens is visible, the second hidden: indices, and the grid."""
     clip = fixed_clip(weights)
     grid = Grid.of(clip.shape[1], weights.px, weights.px, weights.model)
     index = torch.arange(grid.tokens)[None]
@@ -40,8 +43,8 @@ def _sides(weights: Weights) -> tuple[Tensor, Tensor, Grid]:
 
 
 @torch.no_grad()
-def _ours(weights: Weights, token: int) -> tuple[Tensor, Tensor]:
-    """Features [1 N D] of the fixed clip, and predictions [1 N/2 D] of its second half from its first, if it can."""
+def _ours(weights: Weights, token: int) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 K P"]]:
+    """Features of the fixed clip, and predictions of its second half from its first; features again, if it has none."""
     with torch.device("meta"):
         encoder, predictor = Encoder(weights.model), Predictor(weights.model, max(1, weights.mask_tokens))
     encoder.load_state_dict(weights.tensors.part("encoder"), assign=True)
@@ -83,8 +86,8 @@ def check_classifier(folder: Path, weights: Weights, classifier: Classifier) -> 
     return {"logits_max_abs_difference": difference}
 
 
-def _hf_clip(weights: Weights) -> Tensor:
-    return normalise(fixed_clip(weights)).transpose(1, 2)  # [1 C T H W] to Hugging Face's [1 T C H W]
+def _hf_clip(weights: Weights) -> Float[Tensor, "1 T C H W"]:
+    return normalise(fixed_clip(weights)).transpose(1, 2)
 
 
 def _load_with_transformers(kind: str, folder: Path) -> tuple[Any, str]:
@@ -119,7 +122,13 @@ def check_native(folder: Path, weights: Weights) -> dict[str, Any]:
     return _compare("vjepa", features, got, guess, got_guess)
 
 
-def _compare(loader: str, features: Tensor, got: Tensor, guess: Tensor, got_guess: Tensor) -> dict[str, Any]:
+def _compare(
+    loader: str,
+    features: Float[Tensor, "1 N D"],
+    got: Float[Tensor, "1 N D"],
+    guess: Float[Tensor, "1 K P"],
+    got_guess: Float[Tensor, "1 K P"],
+) -> dict[str, Any]:
     result = {
         "features_max_abs_difference": (features - got).abs().max().item(),
         "predictions_max_abs_difference": (guess - got_guess).abs().max().item(),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vjepa.model.encoder import MEAN, STD, View
@@ -23,7 +24,7 @@ class _Program(nn.Module):
         for name, values in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(values)[:, None, None, None])
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
         tubelet, patch = self.encoder.settings.tubelet_frames, self.encoder.settings.patch_px
         (tokens,) = self.encoder([View((frames.movedim(-1, 1).float() / 255 - self.mean) / self.std)])
         _, steps, height, width, _ = frames.shape

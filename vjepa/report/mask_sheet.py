@@ -6,6 +6,7 @@ kind   | clips, tubelet after tubelet                | chance to be hidden, over
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from numpy import ndarray
 
 from vjepa.config import Run
@@ -77,8 +78,8 @@ def draw_mask_sheet(run: Run, path: Path, *, step: int = 0) -> None:
         figure.savefig(beside, format=form, metadata={"Software": None} if form == "png" else None)
 
 
-def mask_states(run: Run, grid: Grid, kind: int, *, step: int) -> ndarray:
-    """What becomes of each token: 1 visible, 2 hidden, 0 neither; uint8 [slots t h w]."""
+def mask_states(run: Run, grid: Grid, kind: int, *, step: int) -> UInt8[ndarray, "slots t h w"]:
+    """What becomes of each token: 1 visible, 2 hidden, 0 neither."""
     slots = range(min(SLOTS, max(run.batch_size, CLIPS)))
     states = np.zeros((len(slots), grid.tokens), dtype=np.uint8)
     for mask in sample_masks(run.masks, grid, seed=run.seed, step=step, slots=slots):
@@ -89,7 +90,7 @@ def mask_states(run: Run, grid: Grid, kind: int, *, step: int) -> ndarray:
     return states.reshape(len(slots), grid.t, grid.h, grid.w)
 
 
-def _draw_shares(box, states: ndarray) -> None:
+def _draw_shares(box, states: UInt8[ndarray, "slots t h w"]) -> None:
     """Bars of the shares of each tubelet, stacked to 1."""
     times = np.arange(states.shape[1])
     floor = np.zeros(len(times))

@@ -67,7 +67,7 @@ def draw_masks(
     steps, height, width, _ = frames.shape
     t, h, w = visible.shape
 
-    def spread(cells: ndarray) -> ndarray:
+    def spread(cells: Bool[ndarray, "t h w"]) -> Bool[ndarray, "T H W 1"]:
         return cells.repeat(steps // t, 0).repeat(height // h, 1).repeat(width // w, 2)[..., None]
 
     grey = frames.astype(np.float32).mean(-1, keepdims=True)
@@ -223,7 +223,7 @@ def jpeg(picture: UInt8[ndarray, "H W 3"], quality: int = 85) -> str:
     return _address(picture, "jpeg", quality=quality)
 
 
-def _address(picture: ndarray, kind: str, **options: int | bool) -> str:
+def _address(picture: UInt8[ndarray, "H W 3"], kind: str, **options: int | bool) -> str:
     data = io.BytesIO()
     Image.fromarray(picture).save(data, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

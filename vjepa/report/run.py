@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from vjepa import config
 from vjepa.evals.results import Result, find_results
@@ -145,7 +146,7 @@ def _features(story: Story) -> Section:
 # ---- curves
 
 
-def series(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: Sequence[Record], name: str) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Steps and values of one metric, where it was recorded."""
     pairs = [(one["step"], one[name]) for one in records if name in one]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())

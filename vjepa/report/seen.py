@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Bool
 
 from vjepa import config
 from vjepa.masks import sample_masks
@@ -62,8 +63,10 @@ def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[C
     return found
 
 
-def _masks(run: config.Run, clips: Clips, row: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each kind of mask: its number, and which tokens of one clip are visible and hidden, bool [t h w]."""
+def _masks(
+    run: config.Run, clips: Clips, row: int
+) -> Iterator[tuple[int, Bool[np.ndarray, "t h w"], Bool[np.ndarray, "t h w"]]]:
+    """For each kind of mask: its number, and which tokens of one clip are visible and hidden."""
     _, frames, height, width, _ = clips.frames.shape
     grid = Grid.of(frames, height, width, run.model)
     for mask in sample_masks(run.masks, grid, seed=run.seed, step=0, slots=clips.slots[row : row + 1]):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vjepa.config import OnlineProbe, Run
@@ -82,7 +83,7 @@ class Probe:
         score, prior = self.world.first(lambda: self._read_out(features))
         return {"probe/score": score, "probe/prior": prior}
 
-    def _read_out(self, features: Tensor) -> tuple[float, float]:
+    def _read_out(self, features: Float[Tensor, "n D"]) -> tuple[float, float]:
         table = Table(features, self._labels, self._videos)
         order = np.argsort(self._videos, kind="stable")
         fit, held = table.rows(order[::2]), table.rows(order[1::2])
