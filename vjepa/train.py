@@ -32,8 +32,9 @@ from vjepa.watch.monitors import drift, monitor
 from vjepa.watch.observe import Observer
 from vjepa.watch.track import Track, logging_to
 from vjepa_data.ahead import ahead
-from vjepa_data.loader import Batch, ClipLoader, open_plan
+from vjepa_data.loader import Batch, ClipLoader
 from vjepa_data.plan import Plan
+from vjepa_data.stream import open_plan
 
 log = logging.getLogger(__name__)
 

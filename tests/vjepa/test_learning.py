@@ -19,6 +19,9 @@ from vjepa_data.settings_files import load_settings
 from vjepa_data.spec import Spec
 from vjepa_data.synthetic import Rules, write_corpus
 
+# One worker makes the corpus once for all.
+pytestmark = [pytest.mark.xdist_group("learning"), pytest.mark.timeout(900)]
+
 COST, SEED = 0.4, 0
 
 # Of corpus and training in the short tests, whose settings were chosen on 0, 10 and 11. Only that `stills` and `barlow`

@@ -19,6 +19,7 @@ from vjepa.objective import Puzzle, build, jepa_loss
 from vjepa.parallel import PRODUCTS, join, shard
 from vjepa.train import open_clips
 from vjepa_data.settings import BadInput
+from vjepa_data.stream import open_plan
 
 MakeRun = Callable[..., Run]
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -81,4 +82,5 @@ def test_the_loader_is_told_how_many_ranks_share_this_machine(
     with join(run.parallel) as world:
         assert world.ranks_here == 1
         with pytest.raises(BadInput, match="1000000000 ranks of 1 workers"):
-            open_clips(run, tmp_path, replace(world, ranks_here=10**9), 0)
+            plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
+            open_clips(run, plan, tmp_path, replace(world, ranks_here=10**9), 0)
