@@ -81,6 +81,6 @@ def test_the_loader_is_told_how_many_ranks_share_this_machine(
     run = tiny_run(loader={"workers": 1})
     with join(run.parallel) as world:
         assert world.ranks_here == 1
+        plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
         with pytest.raises(BadInput, match="1000000000 ranks of 1 workers"):
-            plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
             open_clips(run, plan, tmp_path, replace(world, ranks_here=10**9), 0)
