@@ -1,5 +1,6 @@
 """What the doctor says, and what it makes of a machine that would break a run."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_a_scheduler_that_hangs_is_bad(tmp_path: Path, monkeypatch: pytest.Monke
     squeue.write_text("#!/bin/sh\nexec sleep 60\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(doctor.scheduler.states, "__kwdefaults__", {"timeout_s": 0.2})
+    monkeypatch.setattr(doctor.scheduler, "states", functools.partial(doctor.scheduler.states, timeout_s=0.2))
     (finding,) = doctor._scheduler()
     assert finding.level == "bad"
     assert "did not answer within 0 s" in finding.found
