@@ -59,7 +59,7 @@ def jobs_of(make: MakeRun, out: Path) -> dict[str, dict[str, Any]]:
     add("odd settings", "odd_settings", 2)
     add("odd code", "odd_code", 2)
     add("odd pixels", "odd_pixels", 2)
-    add("asleep", "sleeps_on_one", 2, health={"stall_s": 0.5, "hang_s": 4})
+    add("asleep", "sleeps_on_one", 2, health={"stall_s": 1, "hang_s": 10})
     add("offloaded", "trained", 2, parallel={"offload": True})
     probe = {"shards": shards, "label": "look", "split": "train", "videos": 9, "every_steps": 3}
     add("probed", "trained", 2, track={"probe": probe, "pictures_every_steps": 3})
