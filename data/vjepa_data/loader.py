@@ -122,6 +122,8 @@ class ClipLoader:
         """End workers and servants."""
         self._watchdog.close()
         self._shut()
+        if self._stalls and os.path.exists(self._stalls) and not os.path.getsize(self._stalls):
+            os.remove(self._stalls)  # workers open it, should they ever have stacks to write
 
     def _next(self) -> Batch:
         while True:

@@ -169,6 +169,7 @@ def test_blocks_of_which_no_more_programs_are_kept_run_as_they_are(tiny_run: Mak
 def test_workers_do_not_move_the_numbers(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
     assert train(tiny_run(loader={"workers": 2}), tmp_path) == 0
     assert losses(tmp_path) == losses(straight)
+    assert not (tmp_path / "stalls.txt").exists()  # nothing stalled
 
 
 def test_half_precision_learns_nearly_the_same_and_keeps_its_weights_in_fp32(
