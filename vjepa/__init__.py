@@ -22,14 +22,12 @@ def load_encoder(path: Path | str, part: Literal["target", "encoder"] = "target"
     Raises:
         ValueError: nothing there, torn, or another kind of model.
     """
+    from vjepa.release.native import check_there, load_native
+
     if (Path(path) / "model.json").is_file():
-        from vjepa.release.native import load_native
-
         return load_native(Path(path))
-    if "://" not in str(path) and not Path(path).exists():  # the next import may lack packages
-        from vjepa_data.faults import BadInput
-
-        raise BadInput(f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export`")
+    if "://" not in str(path):
+        check_there(Path(path))  # the next import may lack packages
     from vjepa.release.read import load_encoder
 
     return load_encoder(path, part)

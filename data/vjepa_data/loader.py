@@ -204,13 +204,15 @@ class ClipLoader:
     def _check_shared_memory(self, ranks: int) -> None:
         if not self.settings.workers or not os.path.isdir("/dev/shm"):
             return
-        need = self._batch_bytes() * self.settings.workers * (self.settings.prefetch_steps + 1) * ranks
-        free = shutil.disk_usage("/dev/shm").free
-        if need > free:
+        need = self._batch_bytes() * self.settings.workers * (self.settings.prefetch_steps + 1)
+        shared = shutil.disk_usage("/dev/shm")
+        # What is free says nothing of all ranks together: others may hold their part of it by now.
+        if need > shared.free or need * ranks > shared.total:
             raise BadInput(
                 f"{ranks} ranks of {self.settings.workers} workers with {self.settings.prefetch_steps} steps of "
-                f"prefetch need {need / 1e9:.2f} GB of shared memory, /dev/shm has {free / 1e9:.2f} GB free; lower "
-                "loader.workers or loader.prefetch_steps, or give the container more (docker run --shm-size)"
+                f"prefetch need {need * ranks / 1e9:.2f} GB of shared memory, {need / 1e9:.2f} each; /dev/shm has "
+                f"{shared.total / 1e9:.2f} GB, {shared.free / 1e9:.2f} free; lower loader.workers or "
+                "loader.prefetch_steps, or give the container more (docker run --shm-size)"
             )
 
     def _describe_stall(self, waited_s: float) -> None:

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,12 +112,16 @@ def test_micro_batches_are_cut_by_slot():
 
 def test_more_shared_memory_than_there_is_is_refused(corpus: Path):
     data = settings(corpus, crop=Crop(px=4096), clip=Clip(frames=16, fps=4))
-    with pytest.raises(BadInput, match=r"need [\d.]+ GB of shared memory, /dev/shm has .* lower loader.workers"):
+    with pytest.raises(BadInput, match=r"need [\d.]+ GB of shared memory, .* /dev/shm has .* lower loader.workers"):
         ClipLoader(data, Loader(workers=8, prefetch_steps=10), seed=0, batch_size=120)
 
 
-def test_ranks_of_one_machine_share_its_memory(corpus: Path):
+def test_ranks_of_one_machine_share_its_memory(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     ClipLoader(settings(corpus), Loader(workers=1), seed=0, batch_size=BATCH).close()
+    with monkeypatch.context() as patch:  # the other rank holds its part already, as after a roll-back
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**9 // 2))
+        big = settings(corpus, crop=Crop(px=512), clip=Clip(frames=8, fps=4))
+        ClipLoader(big, Loader(workers=1), seed=0, batch_size=24, ranks_here=2).close()
     with pytest.raises(BadInput, match=r"1000000000 ranks of 1 workers with 2 steps of prefetch need"):
         ClipLoader(settings(corpus), Loader(workers=1), seed=0, batch_size=BATCH, ranks_here=10**9)
 

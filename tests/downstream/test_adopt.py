@@ -81,6 +81,9 @@ def test_a_hugging_face_folder_in_several_files_is_read(trained: Path, tmp_path:
     next((tmp_path / "cut").glob("*00002*")).unlink()
     with pytest.raises(BadInput, match=r"00002-of-\d+\.safetensors is missing"):
         load_encoder(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(BadInput, match="its weight_map names no files"):
+        read_weights(tmp_path / "cut")
 
 
 def test_mask_tokens_are_given_to_our_kinds(trained: Path, released: Path, tmp_path: Path) -> None:

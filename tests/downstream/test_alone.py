@@ -74,6 +74,7 @@ try:
     vjepa.load_encoder("nowhere")
 except ValueError as error:
     assert str(error).startswith("nowhere: no such model"), error
+    assert "hf download" in str(error)
 strange = {name.partition(".")[0] for name in sys.modules} - allowed
 print(sorted(name for name in strange if name in packages))
 """

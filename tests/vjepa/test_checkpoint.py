@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from checkpoints import facts, flip_a_bit, load_weights, saved
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from vjepa.config import Run
-from vjepa.parallel import World, join
+from vjepa.parallel import World
 from vjepa.release.sharded import Sharded
 from vjepa.run.checkpoint import (
     damage,
@@ -30,12 +30,6 @@ from vjepa.run.checkpoint import (
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_run: MakeRun) -> Iterator[World]:
-    with join(tiny_run().parallel) as world:
-        yield world
 
 
 def test_what_is_saved_is_what_is_loaded_with_or_without_ranks(world: World, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,10 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from vjepa.config import Health, Run
-from vjepa.parallel import World, join
+from vjepa.parallel import World
 from vjepa.watch.hang import joined_collectives, name_the_late, watchdog
 
 MakeRun = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_run: MakeRun) -> Iterator[World]:
-    with join(tiny_run().parallel) as world:
-        yield world
 
 
 def test_a_stall_leaves_the_stacks_of_all_threads_and_the_last_collectives_once(world: World, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,18 +11,12 @@ import torch
 from checkpoints import facts, flip_a_bit, saved
 
 from vjepa.config import Checkpoint, Run
-from vjepa.parallel import World, join
+from vjepa.parallel import World
 from vjepa.run import saver as module
 from vjepa.run.checkpoint import Facts, find_newest, folder_of, list_checkpoints, step_of
 from vjepa.run.saver import Saver
 
 MakeRun = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_run: MakeRun) -> Iterator[World]:
-    with join(tiny_run().parallel) as world:
-        yield world
 
 
 def test_a_save_that_was_cut_short_leaves_nothing_behind(world: World, tmp_path: Path) -> None:

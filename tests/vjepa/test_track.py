@@ -17,17 +17,11 @@ import wandb
 from PIL import Image
 
 from vjepa.config import Run
-from vjepa.parallel import World, join
+from vjepa.parallel import World
 from vjepa.run.place import path_of
 from vjepa.watch.track import Track
 
 MakeRun = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_run: MakeRun) -> Iterator[World]:
-    with join(tiny_run().parallel) as world:
-        yield world
 
 
 def measures(step: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Clips to evaluate on: the same ones every time, nothing random about where or when they look.
 
 In time, `per_video` clips whose starts are evenly spaced from the first frame to the last start that fits; a picture
-is one clip of equal frames. In space,
-the whole frame scaled to a square, so that nothing is cut off and a place in the grid is a place in the picture; or,
-with several views, squares of the short side's length, evenly spaced along the long side, as V-JEPA 2 evaluates.
+is one clip of equal frames. In space, the whole frame scaled to a square, so that nothing is cut off and a place in the
+grid is a place in the picture; or, with several views, squares of the short side's length, evenly spaced along the long
+side, as V-JEPA 2 evaluates.
 
 Decoding happens in a servant (`vjepa_data.servant`): a file that hangs or crashes its decoder costs its own video.
 """

@@ -64,6 +64,19 @@ class VideoEncoder(nn.Module):
         return tokens.unflatten(1, (grid.t, grid.h, grid.w))
 
 
+def check_there(path: Path) -> None:
+    """Make sure that there is something to read a model from.
+
+    Raises:
+        BadInput: nothing is there.
+    """
+    if not path.exists():
+        raise BadInput(
+            f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export` (what is called so "
+            "on the Hugging Face hub is copied first: `hf download NAME --local-dir DIR`)"
+        )
+
+
 def load_native(folder: Path) -> VideoEncoder:
     """Load the encoder of a native export, onto the CPU in fp32.
 

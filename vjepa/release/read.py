@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from vjepa import config
 from vjepa.release.huggingface import read_huggingface
-from vjepa.release.native import VideoEncoder, open_native, read_provenance
+from vjepa.release.native import VideoEncoder, check_there, open_native, read_provenance
 from vjepa.release.sharded import read_checkpoint
 from vjepa.release.weights import Part, Weights, check_shapes
 from vjepa_data.settings import BadInput
@@ -38,11 +38,7 @@ def read_weights(path: Path, part: Part = "target") -> Weights:
     Raises:
         BadInput: nothing there, torn, or another kind of model.
     """
-    if not path.exists():
-        raise BadInput(
-            f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export` (what is called so "
-            "on the Hugging Face hub is copied first: `hf download NAME --local-dir DIR`)"
-        )
+    check_there(path)
     if any((path / name).exists() for name in ("state.json", "checkpoints", "config.yaml")):
         weights = read_checkpoint(path, part)
     elif (path / "model.json").is_file():

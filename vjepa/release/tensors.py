@@ -79,7 +79,9 @@ class InFiles(Tensors):
     """Tensors that lie in several safetensors files, and an index that says in which: large models of Hugging Face."""
 
     def __init__(self, index: Path) -> None:
-        places = read_json(index).get("weight_map", {})
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise BadInput(f"{index}: its weight_map names no files; copy it again")
         self.files = {name: SafeTensors(index.with_name(Path(name).name)) for name in sorted(set(places.values()))}
         self.places = {name: self.files[file] for name, file in places.items() if name in self.files[file]}
         self.names = self.places.keys()

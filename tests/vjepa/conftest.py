@@ -1,0 +1,15 @@
+"""What tests of the trunk share."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vjepa.config import Run
+from vjepa.parallel import World, join
+
+
+@pytest.fixture(scope="module")
+def world(tiny_run: Callable[..., Run]) -> Iterator[World]:
+    """This process alone, as a world of one rank."""
+    with join(tiny_run().parallel) as world:
+        yield world
