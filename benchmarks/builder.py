@@ -32,14 +32,14 @@ import pyarrow.parquet as pq
 from odd_files import X264, ffmpeg, make_odd_files
 from rich.console import Console
 
-from vjepa_data.build import shard
-from vjepa_data.build.status import status
-from vjepa_data.build.verify import verify
-from vjepa_data.corpus.shards import read_manifest
-from vjepa_data.decode import Expect, decode
+from vjepa_data.builder import shard
+from vjepa_data.builder.status import status
+from vjepa_data.builder.verify import verify
+from vjepa_data.config_files import load_settings
+from vjepa_data.corpus.format import read_manifest
+from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media.transcode import transcode
 from vjepa_data.media.video import SUFFIXES, read_canonical
-from vjepa_data.settings_files import load_settings
 from vjepa_data.spec import Encode, Filter, Spec
 
 QUIET = Console(file=io.StringIO())
@@ -221,8 +221,9 @@ def kill(args: argparse.Namespace, work: Path) -> None:
     shard([str(folder)], work / "peace", spec=spec(*SMALL), workers=2, console=QUIET)
     wanted = digests(work / "peace")
     code = (
-        "import sys; from pathlib import Path; from vjepa_data.build import shard; from vjepa_data.spec import Spec;"
-        "from vjepa_data.settings_files import load_settings;"
+        "import sys; from pathlib import Path; from vjepa_data.builder import shard;"
+        "from vjepa_data.spec import Spec;"
+        "from vjepa_data.config_files import load_settings;"
         "shard([sys.argv[1]], Path(sys.argv[2]), spec=load_settings(Spec, None, sys.argv[3:]).settings, workers=2)"
     )
     kills = 0
@@ -265,8 +266,9 @@ def memory(args: argparse.Namespace, work: Path) -> None:
     lines += [f"{n % 50:04d}.mp4,{(n // 50) * 1e-4:.4f},{1 + (n // 50) * 1e-4:.4f},{n}" for n in range(args.clips)]
     (folder / "table.csv").write_text("\n".join(lines))
     code = (
-        "import sys; from pathlib import Path; from vjepa_data.build import shard; from vjepa_data.spec import Spec;"
-        "from vjepa_data.settings_files import load_settings;"
+        "import sys; from pathlib import Path; from vjepa_data.builder import shard;"
+        "from vjepa_data.spec import Spec;"
+        "from vjepa_data.config_files import load_settings;"
         "shard([sys.argv[1]], Path(sys.argv[2]), spec=load_settings(Spec, None, sys.argv[3:]).settings, workers=2)"
     )
     words = [sys.executable, "-c", code, str(folder / "table.csv"), str(work / "out"), "shard_samples=250", *SMALL[:2]]

@@ -17,11 +17,11 @@ from pathlib import Path
 import step as benchmark
 import torch
 
+from vjepa.checkpoints.checkpoint import CheckpointMetadata
+from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.config import Checkpoint
-from vjepa.model.grid import Grid
-from vjepa.parallel import join
-from vjepa.run.checkpoint import Facts
-from vjepa.run.saver import Saver
+from vjepa.distributed.world import join
+from vjepa.nn.grid import Grid
 
 STEPS, SAVES = 8, 3
 
@@ -42,10 +42,10 @@ def main() -> None:
             every = Checkpoint().every_steps
             print(f"{run.model.encoder.name}: {size / 2**20:.0f} MiB, step {step_s:.3f} s, a save every {every} steps")
             for background in (False, True):
-                saver = Saver(Path(folder), Checkpoint(background=background), world)
+                saver = CheckpointManager(Path(folder), Checkpoint(background=background), world)
                 lost = []
                 for number in range(1, SAVES + 1):
-                    facts = Facts(number + 100 * background, 1, {}, "", [], None, {})
+                    facts = CheckpointMetadata(number + 100 * background, 1, {}, "", [], None, {})
                     blocked_s = seconds(lambda facts=facts, saver=saver: saver.save(tensors, facts))
                     beside_s = 0.0
                     while background and saver.is_writing:

@@ -20,7 +20,7 @@ import json, resource, sys, threading, time
 from pathlib import Path
 import torch, transformers
 from transformers.models.vjepa2 import modeling_vjepa2
-from vjepa.release.export import export
+from vjepa.export.export import export
 
 def anonymous_mb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
@@ -45,10 +45,10 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 from vjepa import config
-from vjepa.parallel import join
-from vjepa.release.adopt import fresh_facts, settings_of
-from vjepa.release.weights import expected_shapes
-from vjepa.run.saver import Saver
+from vjepa.distributed.world import join
+from vjepa.weights.import_checkpoint import fresh_facts, settings_of
+from vjepa.weights.weights import expected_shapes
+from vjepa.checkpoints.manager import Saver
 model = config.Model.model_validate({"encoder": sys.argv[2]})
 run = settings_of(model, px=64, frames=2, fps=4.0, kinds=2)
 tensors = {}

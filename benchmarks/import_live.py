@@ -20,12 +20,12 @@ import torch
 from reference import reference
 from torch import Tensor, nn
 
-from vjepa.model.encoder import View, normalise
-from vjepa.model.grid import Grid
-from vjepa.model.predictor import Guess, Predictor
-from vjepa.release.adopt import adopt
-from vjepa.release.read import read_weights
-from vjepa.release.released import Sizes
+from vjepa.nn.encoder import View, normalise
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import Predictor, PredictorInput
+from vjepa.weights.fair_checkpoints import Sizes
+from vjepa.weights.import_checkpoint import import_checkpoint
+from vjepa.weights.load import read_weights
 
 RECORDED = Path(__file__).parent.parent / "tests" / "downstream" / "vjepa1.npz"
 GRID, PX, FRAMES, TOLERANCE = Grid(2, 4, 4), 32, 4, 2e-5
@@ -87,7 +87,9 @@ def ours(folder: Path) -> dict[str, np.ndarray]:
     predictor.load_state_dict(weights.tensors.part("predictor"))
     frames, visible, hidden = puzzle()
     (features,), (context,) = encoder([View(normalise(frames))]), encoder([View(normalise(frames), visible)])
-    guesses = {f"guess_{kind}": predictor([Guess(context, visible, hidden, GRID, kind)])[0] for kind in range(2)}
+    guesses = {
+        f"guess_{kind}": predictor([PredictorInput(context, visible, hidden, GRID, kind)])[0] for kind in range(2)
+    }
     return {name: one.numpy() for name, one in {"features": features, "context": context, **guesses}.items()}
 
 
@@ -98,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     with reference(), tempfile.TemporaryDirectory() as place:
         wanted = theirs(Path(place) / "vit.pth.tar")
-        adopt(Path(place) / "vit.pth.tar", Path(place) / "run", Sizes(heads=3))
+        import_checkpoint(Path(place) / "vit.pth.tar", Path(place) / "run", Sizes(heads=3))
         found = ours(Path(place) / "run")
     differences = {name: float(np.abs(found[name] - wanted[name]).max()) for name in wanted}
     print("\n".join(f"{name:10} {value:.2g}" for name, value in differences.items()))

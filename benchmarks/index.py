@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vjepa_data.corpus.shards import FORMAT, SAMPLE_COLUMNS, Manifest, ShardEntry
+from vjepa_data.corpus.format import FORMAT, SAMPLE_COLUMNS, Manifest, ShardEntry
 
 
 def measure(count: int, work: Path) -> None:

@@ -75,7 +75,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def measure(clips: Iterator[int], seconds: float) -> dict:
     """Take clips for some seconds after the first few; count them and the CPU time of all processes."""
-    from vjepa_data.bench import cpu_seconds, descendants
+    from vjepa_data.reader.bench import cpu_seconds, descendants
 
     for _ in range(3 * WORKERS):
         next(clips)
@@ -89,7 +89,7 @@ def measure(clips: Iterator[int], seconds: float) -> dict:
 
 def ours(decoder: str) -> Callable[[argparse.Namespace], Iterator[int]]:
     def clips(args: argparse.Namespace) -> Iterator[int]:
-        from vjepa_data.loader import ClipLoader
+        from vjepa_data.reader.loader import ClipLoader
         from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
         sources = (Source(shards=str(args.work / "shards")),)
@@ -109,8 +109,8 @@ def bare(args: argparse.Namespace) -> Iterator[int]:
     """
     import multiprocessing
 
+    from vjepa_data.reader.pipeline import choose, index_of, open_plan
     from vjepa_data.settings import Clip, Crop, Data, Source
-    from vjepa_data.stream import choose, index_of, open_plan
 
     sources = (Source(shards=str(args.work / "shards")),)
     data = Data(sources=sources, clip=Clip(frames=FRAMES, fps=FPS), crop=Crop(px=PX))
@@ -132,7 +132,7 @@ def bare(args: argparse.Namespace) -> Iterator[int]:
 
 
 def decode_for_ever(clips: list[tuple], done: Any) -> None:
-    from vjepa_data.decode import Expect, decode
+    from vjepa_data.decoding.backends import Expect, decode
 
     while True:
         for video, frames, facts in clips:
@@ -172,17 +172,17 @@ def cost(args: argparse.Namespace, clips: int) -> None:
     """Take one clip at a time through each method in turn, in this process and one servant, and compare CPU time."""
     import torch
 
-    from vjepa_data import crops
-    from vjepa_data.bench import cpu_seconds
-    from vjepa_data.decode import Expect, decode
-    from vjepa_data.servant import Servant
+    from vjepa_data.decoding.backends import Expect, decode
+    from vjepa_data.decoding.decode_worker import DecodeWorker
+    from vjepa_data.reader import crops
+    from vjepa_data.reader.bench import cpu_seconds
+    from vjepa_data.reader.pipeline import choose, index_of, open_plan
     from vjepa_data.settings import Clip, Crop, Data, Source
-    from vjepa_data.stream import choose, index_of, open_plan
 
     torch.set_num_threads(1)
     sources = (Source(shards=str(args.work / "shards")),)
     data = Data(sources=sources, clip=Clip(frames=FRAMES, fps=FPS), crop=Crop(px=PX))
-    plan, servant = open_plan(data, seed=0, batch_size=BATCH), Servant()
+    plan, servant = open_plan(data, seed=0, batch_size=BATCH), DecodeWorker()
     row = torch.empty(FRAMES, PX, PX, 3, dtype=torch.uint8)
     methods: dict[str, Callable[[int, int], object]] = {}
 

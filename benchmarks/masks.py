@@ -13,8 +13,8 @@ import torch
 from reference import folder, reference, sampler
 
 from vjepa.config import BLOCKS, CausalMask, Mask, RandomMask, ReferenceMask, TubeMask
-from vjepa.masks import sample_masks
-from vjepa.model.grid import Grid
+from vjepa.methods.masking import sample_masks
+from vjepa.nn.grid import Grid
 
 GRID, CLIPS, BATCHES = Grid(8, 16, 16), 24, 50
 

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vjepa.config import BalancedMask, Model, ReferenceMask, Run, load
-from vjepa.masks import Mask, reference_masks
-from vjepa.model.encoder import Encoder, View
-from vjepa.model.grid import Grid
-from vjepa.model.predictor import Guess, Predictor
-from vjepa.objective import Models, Puzzle, jepa_loss, update_target
-from vjepa.optimizer import build_optimizer, update_weights
-from vjepa.parallel import join, shard
-from vjepa.schedule import Rates
-from vjepa_data.draws import generator
+from vjepa.distributed.world import join, shard
+from vjepa.engine.optimizer import build_optimizer, update_weights
+from vjepa.engine.schedule import Rates
+from vjepa.methods import MaskedClips, Models, jepa_loss, update_target
+from vjepa.methods.masking import Mask, reference_masks
+from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import Predictor, PredictorInput
+from vjepa_data.rng import generator
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "numerics" / "fixtures"
 
@@ -187,7 +187,7 @@ def our_network_numbers() -> Numbers:
     frames, masks = some_frames(0), some_masks(0)
     whole, *contexts = encoder([View(frames), *(View(frames, visible) for visible, _ in masks)])
     numbers = {"whole": whole}
-    guesses = [Guess(c, *mask, GRID, kind) for kind, (c, mask) in enumerate(zip(contexts, masks, strict=True))]
+    guesses = [PredictorInput(c, *mask, GRID, kind) for kind, (c, mask) in enumerate(zip(contexts, masks, strict=True))]
     for kind, guess in enumerate(predictor(guesses)):
         numbers[f"context-{kind}"] = contexts[kind]
         numbers[f"guess-{kind}"] = guess
@@ -276,7 +276,7 @@ def our_steps(rates: list[Rates]) -> Numbers:
         for step in range(STEPS):
             frames = some_frames(step)
             masks = [Mask(kind, (0, 1, 2, 3), *ids) for kind, ids in enumerate(some_masks(step))]
-            loss = jepa_loss(models, [Puzzle(frames, GRID, masks, step, (0, 1, 2, 3))], run, step=step)
+            loss = jepa_loss(models, [MaskedClips(frames, GRID, masks, step, (0, 1, 2, 3))], run, step=step)
             loss.value.backward()
             gradients = {name: whole(p.grad) for name, p in _named(encoder, predictor) if p.grad is not None}
             numbers[f"{step}-loss"] = np.array(loss.value.item())

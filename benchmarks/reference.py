@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from vjepa.config import Model, ReferenceMask
-from vjepa.model.grid import Grid
+from vjepa.nn.grid import Grid
 
 UNUSED = {
     "cv2": (),

@@ -22,18 +22,18 @@ import torch.nn.functional as F
 from reference import folder, networks, reference
 from torch import Tensor
 
+from vjepa.checkpoints.checkpoint import collect_tensors
 from vjepa.config import ReferenceMask, Run
+from vjepa.distributed.world import World, join
+from vjepa.engine.optimizer import build_optimizer, update_weights
+from vjepa.engine.schedule import rates_at
+from vjepa.engine.trainer import build_models
 from vjepa.estimate import Tokens as Counted
 from vjepa.estimate import accelerator_of, count_flops, count_parameters
-from vjepa.masks import Mask, reference_masks
-from vjepa.model.grid import Grid
-from vjepa.objective import Puzzle, jepa_loss, update_target
-from vjepa.optimizer import build_optimizer, update_weights
-from vjepa.parallel import World, join
-from vjepa.run.checkpoint import tensors_of
-from vjepa.schedule import rates_at
-from vjepa.train import build_models
-from vjepa.watch.clock import Clock
+from vjepa.methods import MaskedClips, jepa_loss, update_target
+from vjepa.methods.masking import Mask, reference_masks
+from vjepa.monitoring.timers import Clock
+from vjepa.nn.grid import Grid
 
 KINDS = (ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)))
 WARM_UP = 3
@@ -95,12 +95,12 @@ def draw_masks(run: Run, grid: Grid, device: torch.device) -> list[tuple[Tensor,
 def ours(
     run: Run, world: World, frames: Tensor, grid: Grid, masks: list[tuple[Tensor, ...]]
 ) -> Iterator[tuple[Step, Clock, dict[str, Tensor]]]:
-    """Our step, as in `vjepa.train.learn`; where its time goes; and what a checkpoint of it would hold."""
+    """Our step, as in `vjepa.engine.trainer.learn`; where its time goes; and what a checkpoint of it would hold."""
     models = build_models(run, world)
     optimizer = build_optimizer(models.learning, run.optim)
     clock = Clock(models, optimizer, world.device)
     rows = tuple(range(run.batch_size))
-    puzzle = Puzzle(frames, grid, [Mask(kind, rows, *ids) for kind, ids in enumerate(masks)], 0, rows)
+    puzzle = MaskedClips(frames, grid, [Mask(kind, rows, *ids) for kind, ids in enumerate(masks)], 0, rows)
 
     def step() -> float:
         rates = rates_at(0, run)
@@ -111,12 +111,12 @@ def ours(
         update_target(models, rates.ema, applied=update.applied)
         return 0.0  # nothing is read: the record does that every few steps
 
-    yield step, clock, tensors_of(models, optimizer)
+    yield step, clock, collect_tensors(models, optimizer)
     clock.close()
 
 
 def their_step(run: Run, device: torch.device, frames: Tensor, masks: list[tuple[Tensor, ...]]) -> Step:
-    """V-JEPA 2's step: app/vjepa/train.py of the clone."""
+    """V-JEPA 2's step: app/vjepa/engine/trainer.py of the clone."""
     encoder, predictor = networks(run.model, px=frames.shape[-1], frames=frames.shape[2])
     wrappers = importlib.import_module("src.utils.wrappers")
     encoder = wrappers.MultiSeqWrapper(encoder).to(device)

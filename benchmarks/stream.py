@@ -21,9 +21,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vjepa_data.bench import descendants
-from vjepa_data.corpus.shards import Sample, ShardWriter, read_record, write_manifest
-from vjepa_data.loader import ClipLoader
+from vjepa_data.corpus.format import SampleRecord, ShardWriter, read_record, write_manifest
+from vjepa_data.reader.bench import descendants
+from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Rejects, Source
 
 FRAMES, FPS, WIDTH, HEIGHT, BATCH = 24, 8, 64, 48, 16
@@ -155,7 +155,7 @@ def write_shards(folder: Path, samples: list[tuple[str, bytes, dict]], *, per_sh
     for number in range(-(-len(samples) // per_shard)):
         writer = ShardWriter(folder, number=number, file=f"shards/x-train-{number:06d}.tar", split="train")
         for key, video, stored in samples[number * per_shard : (number + 1) * per_shard]:
-            writer.write(Sample(key, video, "mp4", {"stored": usual | stored, "group": key, "labels": {}}))
+            writer.write(SampleRecord(key, video, "mp4", {"stored": usual | stored, "group": key, "labels": {}}))
         writer.commit(plan="benchmark")
         records.append(read_record(folder, number, plan="benchmark"))
     write_manifest(folder, records, [], name="x", spec={}, tools={})

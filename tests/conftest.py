@@ -18,7 +18,7 @@ install_import_hook(("vjepa", "vjepa_data", "vjepa_launch"), "signatures.hold")
 
 from vjepa.config import Run  # noqa: E402
 from vjepa_data.corpus import remote  # noqa: E402
-from vjepa_data.corpus.shards import Sample, ShardWriter, read_record, write_manifest  # noqa: E402
+from vjepa_data.corpus.format import SampleRecord, ShardWriter, read_record, write_manifest  # noqa: E402
 
 # A machine that is busy must not fail what it is slow at.
 hypothesis.settings.register_profile("project", deadline=None)
@@ -62,7 +62,9 @@ def write_tiny_corpus(folder: Path, codec: str = "libx264") -> Path:
         for key in range(first, first + count):
             labels = {"look": f"look {key % len(videos)}", "speed": key % 2}
             facts = {"stored": stored, "group": str(key), "labels": labels}
-            writer.write(Sample(key=f"tiny-{key:03d}", video=videos[key % len(videos)], suffix="mp4", facts=facts))
+            writer.write(
+                SampleRecord(key=f"tiny-{key:03d}", video=videos[key % len(videos)], suffix="mp4", facts=facts)
+            )
         writer.commit(plan="test")
         first += count
     records = [record for number in range(3) if (record := read_record(folder, number, plan="test"))]

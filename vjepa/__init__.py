@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from vjepa.release.native import VideoEncoder
+from vjepa.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from vjepa.weights.native import VideoEncoder
 
 
 def load_encoder(path: Path | str, part: Literal["target", "encoder"] = "target") -> "VideoEncoder":
@@ -22,12 +22,12 @@ def load_encoder(path: Path | str, part: Literal["target", "encoder"] = "target"
     Raises:
         ValueError: nothing there, torn, or another kind of model.
     """
-    from vjepa.release.native import check_there, load_native
+    from vjepa.weights.native import check_there, load_native
 
     if (Path(path) / "model.json").is_file():
         return load_native(Path(path))
     if "://" not in str(path):
         check_there(Path(path))  # the next import may lack packages
-    from vjepa.release.read import load_encoder
+    from vjepa.weights.load import load_encoder
 
     return load_encoder(path, part)

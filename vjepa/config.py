@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from vjepa_data.config_files import Loaded, find_file, load_settings
 from vjepa_data.settings import Data, Loader, Settings, Share
-from vjepa_data.settings_files import Loaded, find_file, load_settings
 
 # name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
 # the one with heads of 64 channels, and so are ours.

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from vjepa.config import Run
-from vjepa_data.bench import measure_stages
 from vjepa_data.corpus.index import Index
+from vjepa_data.reader.bench import measure_stages
 from vjepa_data.settings import BadInput
-from vjepa_launch.doctor import SLOWER_THAN_THE_BEST, Finding, Look, Measure
+from vjepa_launch.doctor.machine import SLOWER_THAN_THE_BEST, Finding, Look, Measure
 
 GPU_MIB, CPU_MIB = 1024, 32
 """Large enough for the bandwidth to count and not the latency."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vjepa.config import LeVJEPA, Model, Run, Transformer
-from vjepa.model.grid import Grid
+from vjepa.nn.grid import Grid
 from vjepa_data.settings import BadInput
 
 GIB = 2**30
@@ -246,7 +246,7 @@ def count_tokens(run: Run) -> list[Tokens]:
 
 
 def _count_masked(run: Run, px: int) -> list[Tokens]:
-    from vjepa.masks import sample_masks
+    from vjepa.methods.masking import sample_masks
 
     tokens = [Tokens(0, 0, 0) for _ in run.masks]
     for frames, share in lengths(run):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vjepa_data.faults import BadInput as BadInput
+from vjepa_data.errors import BadInput as BadInput
 
 
 class Settings(BaseModel):

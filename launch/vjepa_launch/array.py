@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vjepa_launch import jobs, record, submit
+from vjepa_launch import history, job_control, submit
 from vjepa_launch.request import Request
 from vjepa_launch.settings import BadInput, Cluster
 
@@ -80,7 +80,7 @@ def launch(array: Array) -> list[submit.Launched]:
             )
         code, note = submit.freeze_once(folder, array.refreeze)
         for request in requests:
-            record.launch_folder(request.run).mkdir(parents=True, exist_ok=True)
+            history.launch_folder(request.run).mkdir(parents=True, exist_ok=True)
             submit.write_config(request)
             if not (request.run / "code").exists():
                 (request.run / "code").symlink_to("../code")
@@ -104,17 +104,17 @@ def describe(array: Array) -> str:
 
 def _those_open(requests: Sequence[Request]) -> list[Request]:
     """Requests whose jobs are neither done nor alive."""
-    owners = {request.run: record.read_json(record.launch_folder(request.run) / "job.json") for request in requests}
+    owners = {request.run: history.read_json(history.launch_folder(request.run) / "job.json") for request in requests}
     launched: dict[str, set[str]] = {}
     for owner in filter(None, owners.values()):
         launched.setdefault(owner["executor"], set()).add(owner["job"])
-    alive = {(executor, job) for executor, ids in launched.items() for job in jobs.those_alive(executor, ids)}
+    alive = {(executor, job) for executor, ids in launched.items() for job in job_control.those_alive(executor, ids)}
 
     def is_open(run: Path) -> bool:
         owner = owners[run]
         if owner is None:
             return True
-        ends = [event for event in record.read_events(run) if event["event"] == "end"]
+        ends = [event for event in history.read_events(run) if event["event"] == "end"]
         is_done = bool(ends) and ends[-1]["outcome"] == "done"
         return not is_done and (owner["executor"], owner["job"]) not in alive
 

@@ -1,10 +1,10 @@
 """What runs on the nodes: a supervisor for the processes of a run, and the decision that follows them.
 
     sbatch script            srun ->  supervisor of rank 0  ->  python -m vjepa train RUN/config.yaml --out RUN
-    (first node)                      supervisor of rank 1  ->  ...          (a process each; see children.py)
+    (first node)                      supervisor of rank 1  ->  ...          (a process each; see supervisor.py)
          |                            ...
          +-- python -m vjepa_launch.port                 once, before srun: where the ranks meet (port.py)
-         +-- python -m vjepa_launch.after RUN/launch     once, when the step is over: requeue, or say why not (after.py)
+         +-- python -m vjepa_launch.finish_attempt RUN/launch   once, when the step is over: requeue or not
 
 On this machine one supervisor looks after all ranks, and starts them again itself.
 
@@ -24,18 +24,18 @@ from typing import NoReturn
 
 from submitit.core.utils import DelayedSubmission
 
-from vjepa_launch import children, freeze, record
-from vjepa_launch.children import Ended, Heard
-from vjepa_launch.place import (
-    Place,
+from vjepa_launch import history, snapshot, supervisor
+from vjepa_launch.history import BAD_INPUT, DONE, FAILED, STOPPED, Decision, End, Outcome
+from vjepa_launch.port import free_port
+from vjepa_launch.process_info import (
+    ProcessInfo,
     address_of,
     common_environment,
     path_environment,
     rank_environment,
 )
-from vjepa_launch.port import free_port
-from vjepa_launch.record import BAD_INPUT, DONE, FAILED, STOPPED, Decision, End, Outcome
 from vjepa_launch.settings import BadInput, Restart
+from vjepa_launch.supervisor import RankExit, StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -62,27 +62,27 @@ class Job:
 
     def __call__(self) -> int:
         speak()
-        heard = Heard()
-        place = Place.here()
+        heard = StopSignals()
+        place = ProcessInfo.here()
         if place.slurm:
             return self._on_slurm(place, heard)
         return self._on_this_machine(place, heard)
 
-    def _on_slurm(self, place: Place, heard: Heard) -> int:
+    def _on_slurm(self, place: ProcessInfo, heard: StopSignals) -> int:
         """One rank of a step. Only a finished run returns: a result file would tell submitit that the job is over."""
         run = Path(self.run)
         if place.rank == 0:
             begin(run, place)
         (ended,) = self._attempt(place, [place.rank], heard)
-        outcome = judge([ended], heard)
+        outcome = classify_ranks([ended], heard)
         failed = outcome in ("failed", "bad_input")
         if place.rank == 0 or failed:
-            record.write_end(run, place.attempt, _end(ended, place, outcome))
+            history.write_end(run, place.attempt, _end(ended, place, outcome))
         if outcome == "done":
             return DONE
         _leave(exit_code(outcome) if failed else DONE)
 
-    def _on_this_machine(self, place: Place, heard: Heard) -> int:
+    def _on_this_machine(self, place: ProcessInfo, heard: StopSignals) -> int:
         """All ranks of a run, as many times as it takes."""
         run = Path(self.run)
         place = dataclasses.replace(place, world=self.ranks, local_world=self.ranks)
@@ -90,26 +90,26 @@ class Job:
             begin(run, place)
             ended = self._attempt(place, range(self.ranks), heard)
             for one in ended:
-                record.write_end(run, place.attempt, _end(one, place, judge([one], heard)))
-            decision = conclude(run, place.attempt, judge(ended, heard), self.restart)
+                history.write_end(run, place.attempt, _end(one, place, classify_ranks([one], heard)))
+            decision = record_end(run, place.attempt, classify_ranks(ended, heard), self.restart)
             log.info("attempt %s: %s", place.attempt, decision.why)
             if not decision.requeue:
-                return exit_code(judge(ended, heard))
+                return exit_code(classify_ranks(ended, heard))
             heard.signals.clear()
             place = dataclasses.replace(place, restart=place.restart + 1)
 
-    def _attempt(self, place: Place, ranks: Sequence[int], heard: Heard) -> list[Ended]:
+    def _attempt(self, place: ProcessInfo, ranks: Sequence[int], heard: StopSignals) -> list[RankExit]:
         """Start the processes of some ranks and wait for them."""
         run = Path(self.run)
         try:
-            freeze.verify(Path(self.code).parent)
+            snapshot.verify(Path(self.code).parent)
             if 0 in ranks:
                 owner = _owner(run, place.job)
                 if owner != place.job:
                     raise BadInput(f"{run} belongs to job {owner} now, and this is job {place.job}; cancel one of them")
         except BadInput as error:
             log.error("%s", error)
-            return [Ended(rank, BAD_INPUT, str(error)) for rank in ranks]
+            return [RankExit(rank, BAD_INPUT, str(error)) for rank in ranks]
         port = int(os.environ["MASTER_PORT"]) if place.slurm else free_port()
         address = address_of(place.nodes[0]) if place.slurm else "127.0.0.1"
         inherited = {**os.environ, **common_environment(run), **path_environment(Path(self.code), os.environ)}
@@ -123,9 +123,9 @@ class Job:
         logs = {rank: log_path(run, place.job, rank) for rank in ranks if not place.slurm and rank > 0}
         log.info("attempt %s: ranks %s of %d on %s, rank 0 at %s:%d: %s",
                  place.attempt, list(ranks), place.world, place.node, address, port, " ".join(command))  # fmt: skip
-        started = children.start(command, environments, logs)
+        started = supervisor.start(command, environments, logs)
         stall_s = self.restart.stall_min * 60 if self.makes_steps else math.inf
-        ended = children.wait(started, heard, alive=run / "metrics.jsonl", stall_s=stall_s)
+        ended = supervisor.wait(started, heard, alive=run / "metrics.jsonl", stall_s=stall_s)
         if place.restart == 0:
             return ended
         # What was accepted at the first start is refused for a passing reason (a lock that lingers, a disk that is
@@ -135,26 +135,26 @@ class Job:
 
 def log_path(run: Path, job: str, rank: int) -> Path:
     """Where the output of a rank is; the name is submitit's."""
-    return record.launch_folder(run) / f"{job}_{rank}_log.out"
+    return history.launch_folder(run) / f"{job}_{rank}_log.out"
 
 
-def begin(run: Path, place: Place) -> None:
+def begin(run: Path, place: ProcessInfo) -> None:
     """Note the start of an attempt."""
-    record.append_event(
+    history.append_event(
         run,
         {
             "event": "start",
             "attempt": place.attempt,
             "nodes": list(place.nodes),
             "world": place.world,
-            "checkpoint": record.newest_checkpoint(run),
+            "checkpoint": history.newest_checkpoint(run),
         },
     )
 
 
-def judge(ends: Sequence[Ended], heard: Heard) -> Outcome:
+def classify_ranks(ends: Sequence[RankExit], heard: StopSignals) -> Outcome:
     """One word for how ranks ended."""
-    bad = [end for end in ends if end.code not in (DONE, STOPPED) and not children.excused(end.code, heard)]
+    bad = [end for end in ends if end.code not in (DONE, STOPPED) and not supervisor.killed_by_us(end.code, heard)]
     if any(end.code == BAD_INPUT for end in bad):
         return "bad_input"
     if bad:
@@ -164,7 +164,7 @@ def judge(ends: Sequence[Ended], heard: Heard) -> Outcome:
     return "cancelled" if heard.to_end else "stopped"
 
 
-def _end(ended: Ended, place: Place, outcome: Outcome) -> End:
+def _end(ended: RankExit, place: ProcessInfo, outcome: Outcome) -> End:
     return End(ended.rank, place.node, ended.code, outcome, ended.reason, ended.echo, time.time())
 
 
@@ -172,13 +172,13 @@ def exit_code(outcome: Outcome) -> int:
     return {"done": DONE, "bad_input": BAD_INPUT, "failed": FAILED}.get(outcome, STOPPED)
 
 
-def conclude(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexplained: str = "") -> Decision:
+def record_end(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexplained: str = "") -> Decision:
     """Decide what becomes of a run after an attempt, and note it."""
-    events = record.read_events(run)
+    events = history.read_events(run)
     started = [event for event in events if event["event"] == "start" and event["attempt"] == attempt]
-    checkpoint = record.newest_checkpoint(run)
+    checkpoint = history.newest_checkpoint(run)
     progress = bool(started) and started[-1]["checkpoint"] != checkpoint
-    ends = [end for end in record.read_ends(run, attempt) if end.outcome == outcome]
+    ends = [end for end in history.read_ends(run, attempt) if end.outcome == outcome]
     first = ends[0] if ends and outcome in ("failed", "bad_input") else None
     event = {
         "event": "end",
@@ -189,11 +189,11 @@ def conclude(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexpl
         "reason": f"rank {first.rank} on {first.node}: {first.reason}" if first else unexplained,
         "node": first.node if first and outcome == "failed" else None,
     }
-    stop_asked = record.stop_path(run).exists()
-    decision = record.decide(events, rule, outcome=outcome, progress=progress, stop_asked=stop_asked)
+    stop_asked = history.stop_path(run).exists()
+    decision = history.decide(events, rule, outcome=outcome, progress=progress, stop_asked=stop_asked)
     if decision.requeue:
-        decision = dataclasses.replace(decision, exclude=record.nodes_to_exclude([*events, event], rule))
-    record.append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
+        decision = dataclasses.replace(decision, exclude=history.nodes_to_exclude([*events, event], rule))
+    history.append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
     return decision
 
 
@@ -201,7 +201,7 @@ def _owner(run: Path, job: str) -> str | None:
     """The job that a run folder belongs to. It is noted after the submission, so a job that starts at once waits."""
     owner = None
     for _ in range(30):
-        owner = (record.read_json(record.launch_folder(run) / "job.json") or {}).get("job")
+        owner = (history.read_json(history.launch_folder(run) / "job.json") or {}).get("job")
         if owner == job:
             break
         time.sleep(1)

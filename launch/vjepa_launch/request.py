@@ -10,7 +10,7 @@ from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from vjepa_launch import record
+from vjepa_launch import history
 from vjepa_launch.job import Job
 from vjepa_launch.settings import BadInput, Cluster
 
@@ -94,7 +94,7 @@ def parameters(home: Path, request: Request) -> dict[str, Any]:
     # As `path_environment`. Nothing after the last colon would be the working folder.
     paths = [f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"', "export PYTHONSAFEPATH=1"]
     port = f"export MASTER_PORT=$({shlex.join([sys.executable, '-m', 'vjepa_launch.port'])})"
-    after = [sys.executable, "-m", "vjepa_launch.after", str(record.launch_folder(home))]
+    after = [sys.executable, "-m", "vjepa_launch.finish_attempt", str(history.launch_folder(home))]
     asked = {
         "job_name": request.name,
         "time": max(1, round(cluster.hours * 60)),
@@ -129,7 +129,7 @@ def batch_text(home: Path, request: Request, array: tuple[int, int] | None) -> l
     cluster = request.cluster
     if cluster.executor == "local":
         return [f"# ---- on this machine, in the background: one supervisor, {cluster.ranks_per_node} ranks", ""]
-    folder = record.launch_folder(home)
+    folder = history.launch_folder(home)
     command = f"{interpreter(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     asked = parameters(home, request)
     if array:

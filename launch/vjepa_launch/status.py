@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vjepa_launch import freeze, jobs, record, scheduler
+from vjepa_launch import history, job_control, slurm, snapshot
 from vjepa_launch.settings import BadInput
 
 TAIL_BYTES = 65536
@@ -24,7 +24,7 @@ COLOURS = {"running": "green", "queued": "cyan", "done": "blue", "failed": "red"
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """One run."""
 
     folder: Path
@@ -53,30 +53,30 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_all(runs: Sequence[Path]) -> tuple[list[Status], str]:
+def read_all(runs: Sequence[Path]) -> tuple[list[RunStatus], str]:
     """The status of runs, with one question to the scheduler for all.
 
     Returns:
         The statuses, and a warning when the scheduler did not answer.
     """
-    owners = {run: record.read_json(record.launch_folder(run) / "job.json") for run in runs}
-    states: dict[str, scheduler.State] | None = {}
+    owners = {run: history.read_json(history.launch_folder(run) / "job.json") for run in runs}
+    states: dict[str, slurm.State] | None = {}
     warning = ""
     if any(owner and owner["executor"] == "slurm" for owner in owners.values()):
         try:
-            states = scheduler.states(timeout_s=SCHEDULER_TIMEOUT_S)
-        except scheduler.Unreachable as error:
+            states = slurm.states(timeout_s=SCHEDULER_TIMEOUT_S)
+        except slurm.SchedulerUnreachable as error:
             states, warning = None, f"the scheduler does not answer ({error}); states are taken from the run folders"
     return [_read(run, owner, states) for run, owner in owners.items()], warning
 
 
-def _read(run: Path, owner: Mapping[str, Any] | None, states: Mapping[str, scheduler.State] | None) -> Status:
-    events = record.read_events(run)
+def _read(run: Path, owner: Mapping[str, Any] | None, states: Mapping[str, slurm.State] | None) -> RunStatus:
+    events = history.read_events(run)
     starts = [event for event in events if event["event"] == "start"]
     rows = _last_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
     state, detail = _state(run, owner, events, states)
-    steps, step, checkpoint = _steps(run), row.get("step"), record.newest_checkpoint(run)
+    steps, step, checkpoint = _steps(run), row.get("step"), history.newest_checkpoint(run)
     if state == "idle" and steps and checkpoint == steps:
         state = "done"
     eta_s = None
@@ -84,7 +84,7 @@ def _read(run: Path, owner: Mapping[str, Any] | None, states: Mapping[str, sched
     if state == "running" and steps and len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
         pace_s = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
         eta_s = (steps - recent[-1]["step"]) * pace_s
-    return Status(
+    return RunStatus(
         folder=run,
         name=run.name,
         state=state,
@@ -104,7 +104,7 @@ def _state(
     run: Path,
     owner: Mapping[str, Any] | None,
     events: Sequence[Mapping[str, Any]],
-    states: Mapping[str, scheduler.State] | None,
+    states: Mapping[str, slurm.State] | None,
 ) -> tuple[str, str]:
     """One word for how a run is, and a few more."""
     if owner is None:
@@ -117,7 +117,7 @@ def _state(
         words = {"PENDING": "queued", "RUNNING": "running", "COMPLETING": "stopping"}
         reason = known.reason.strip("()")
         return words.get(known.name, known.name.lower()), reason if known.name != "COMPLETING" else ""
-    if owner["executor"] == "local" and jobs.is_alive("local", owner["job"]):
+    if owner["executor"] == "local" and job_control.is_alive("local", owner["job"]):
         return "running", "this machine"
     if last.get("event") == "end" and not last["requeue"]:
         outcome = str(last["outcome"])
@@ -164,7 +164,7 @@ def _is_locked(path: Path) -> bool:
     return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
 
 
-def table(statuses: Sequence[Status]) -> Table:
+def table(statuses: Sequence[RunStatus]) -> Table:
     """Runs as a table, a line each."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "loss", "seen", "checkpoint", "attempts", "left", "job", ""):
@@ -190,8 +190,8 @@ def table(statuses: Sequence[Status]) -> Table:
 def describe(run: Path) -> str:
     """All about one run, as text: its state, its attempts, its code, and where its output is."""
     (status,), warning = read_all([_existing(run)])
-    owner = record.read_json(record.launch_folder(run) / "job.json") or {}
-    code = record.read_json(record.launch_folder(freeze.home(run)) / "code.json")
+    owner = history.read_json(history.launch_folder(run) / "job.json") or {}
+    code = history.read_json(history.launch_folder(snapshot.home(run)) / "code.json")
     lines = [
         f"{status.name}: {status.state}" + (f" ({status.detail})" if status.detail else ""),
         f"  step        {status.step if status.step is not None else '-'} of {status.steps or '?'}"
@@ -208,7 +208,7 @@ def describe(run: Path) -> str:
             f"commit {code['commit'][:12]}{' and changes' if code['dirty'] else ''}" if code["commit"] else "no clone"
         )
         lines.append(f"  code        {commit}, sha256 {code['digest'][:12]}")
-    attempts = _attempts(record.read_events(run))
+    attempts = _attempts(history.read_events(run))
     if attempts:
         lines += ["", *attempts]
     if warning:
@@ -241,7 +241,7 @@ def _attempts(events: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def log_path(run: Path, rank: int) -> Path:
     """Where the output of a rank is: of the run's last job, or of a trainer that was started by hand."""
-    owner = record.read_json(record.launch_folder(run) / "job.json")
+    owner = history.read_json(history.launch_folder(run) / "job.json")
     if owner is None:
         return run / "log.txt"
     return Path(owner["logs"]) / f"{owner['job']}_{rank}_log.out"
@@ -279,16 +279,16 @@ def cancel(run: Path, *, after_checkpoint: bool = False) -> str:
         What was done, for the user.
     """
     owner = _owner(run)
-    if not jobs.is_alive(owner["executor"], owner["job"]):
+    if not job_control.is_alive(owner["executor"], owner["job"]):
         raise BadInput(f"job {owner['job']} of {run} is over; there is nothing to cancel")
     (status,), _ = read_all([run])
     try:
         if after_checkpoint and status.state == "running":
-            record.stop_path(run).touch()
-            jobs.send_signal(owner["executor"], owner["job"], "USR2")
+            history.stop_path(run).touch()
+            job_control.send_signal(owner["executor"], owner["job"], "USR2")
             return f"job {owner['job']} was told to save and then to end"
-        jobs.cancel(owner["executor"], owner["job"])
-    except scheduler.Unreachable as error:
+        job_control.cancel(owner["executor"], owner["job"])
+    except slurm.SchedulerUnreachable as error:
         raise BadInput(f"job {owner['job']} could not be told: {error}") from None
     return f"job {owner['job']} is cancelled"
 
@@ -300,20 +300,20 @@ def requeue(run: Path) -> str | None:
         What was done, or None when the job is over, and the run must be launched again (see `owner_of`).
     """
     owner = _owner(run)
-    if not jobs.is_alive(owner["executor"], owner["job"]):
+    if not job_control.is_alive(owner["executor"], owner["job"]):
         return None
     (status,), _ = read_all([run])
     if status.state != "running":
         raise BadInput(f"job {owner['job']} of {run} is {status.state}; it starts by itself")
     try:
-        jobs.send_signal(owner["executor"], owner["job"], "USR2")
-    except scheduler.Unreachable as error:
+        job_control.send_signal(owner["executor"], owner["job"], "USR2")
+    except slurm.SchedulerUnreachable as error:
         raise BadInput(f"job {owner['job']} could not be told: {error}") from None
     return f"job {owner['job']} was told to save and to come back"
 
 
 def _owner(run: Path) -> dict[str, Any]:
-    owner = record.read_json(record.launch_folder(_existing(run)) / "job.json")
+    owner = history.read_json(history.launch_folder(_existing(run)) / "job.json")
     if owner is None:
         raise BadInput(f"{run} was not launched; a trainer that was started by hand is stopped with Ctrl-C")
     return owner

@@ -22,9 +22,9 @@ import yaml
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalJob
 
-from vjepa_launch import freeze, jobs, record
+from vjepa_launch import history, job_control, snapshot
 from vjepa_launch.job import Job
-from vjepa_launch.place import common_environment, path_environment
+from vjepa_launch.process_info import common_environment, path_environment
 from vjepa_launch.request import Request, batch_text, interpreter, make_job, parameters
 from vjepa_launch.settings import BadInput, Cluster
 
@@ -41,7 +41,7 @@ class Launched:
     """Output of rank 0."""
     resumes: int | None
     """Step of the checkpoint it will go on from."""
-    code: freeze.Code
+    code: snapshot.Code
     note: str = ""
     """Something to tell the user."""
 
@@ -57,23 +57,23 @@ def launch(request: Request) -> Launched:
     with locked(run):
         _refuse_if_in_use(run)
         write_config(request)
-        home = run if request.refreeze else freeze.home(run)
+        home = run if request.refreeze else snapshot.home(run)
         code, note = freeze_once(home, request.refreeze)
         begin(request, code)
         (job,) = submit(run, [request])
         return note_owner(request, job, code, note, logs=run)
 
 
-def begin(request: Request, code: freeze.Code) -> None:
+def begin(request: Request, code: snapshot.Code) -> None:
     """Note a launch; it clears what was asked of earlier jobs, and starts the count of failures anew."""
-    record.stop_path(request.run).unlink(missing_ok=True)
+    history.stop_path(request.run).unlink(missing_ok=True)
     event = {"event": "launch", "executor": request.cluster.executor, "code": code.digest}
-    record.append_event(request.run, event)
+    history.append_event(request.run, event)
 
 
-def note_owner(request: Request, job: str, code: freeze.Code, note: str, *, logs: Path) -> Launched:
+def note_owner(request: Request, job: str, code: snapshot.Code, note: str, *, logs: Path) -> Launched:
     """Write down whose a run folder is from now on, and all that a launch by `vjepa runs requeue` needs."""
-    folder = record.launch_folder(logs)
+    folder = history.launch_folder(logs)
     owner = {
         "job": job,
         "executor": request.cluster.executor,
@@ -83,8 +83,8 @@ def note_owner(request: Request, job: str, code: freeze.Code, note: str, *, logs
         "makes_steps": request.makes_steps,
         "logs": str(folder),
     }
-    record.write_json(record.launch_folder(request.run) / "job.json", owner)
-    resumes = record.newest_checkpoint(request.run)
+    history.write_json(history.launch_folder(request.run) / "job.json", owner)
+    resumes = history.newest_checkpoint(request.run)
     return Launched(job, request.run, folder / f"{job}_0_log.out", resumes, code, note)
 
 
@@ -94,7 +94,7 @@ def launch_again(run: Path) -> Launched:
     Raises:
         BadInput: it was never launched, or it is in use.
     """
-    owner = record.read_json(record.launch_folder(run) / "job.json")
+    owner = history.read_json(history.launch_folder(run) / "job.json")
     if owner is None:
         raise BadInput(f"{run} was not launched, so there is nothing to repeat; use `vjepa launch`")
     return launch(
@@ -122,10 +122,10 @@ def describe(request: Request, *, home: Path | None = None, array: tuple[int, in
     run, cluster = request.run, request.cluster
     home = home or run
     if (home / "code").exists() and not request.refreeze:
-        code, source = freeze.verify(freeze.home(home)), "already frozen in the run folder"
-        files = freeze.list_files({room: home / "code" / room for room in freeze.ROOMS})
+        code, source = snapshot.verify(snapshot.home(home)), "already frozen in the run folder"
+        files = snapshot.list_files({room: home / "code" / room for room in snapshot.ROOMS})
     else:
-        code, files, _ = freeze.describe()
+        code, files, _ = snapshot.describe()
         source = ", ".join(sorted({str(Path(folder).parent) for folder in code.source.values()}))
     job = make_job(request, code=home / "code")
     state = "the commit and changes of its own" if code.dirty else "the commit"
@@ -158,13 +158,13 @@ def submit(home: Path, requests: Sequence[Request], *, at_once: int = 1) -> list
         requests: all with the same profile and name.
         at_once: jobs of an array that run at a time.
     """
-    tasks = [make_job(request, code=freeze.home(home) / "code") for request in requests]
+    tasks = [make_job(request, code=snapshot.home(home) / "code") for request in requests]
     cluster = requests[0].cluster
     with _one_at_a_time:
         if cluster.executor == "slurm":
             return _submit_to_slurm(home, requests[0], tasks, at_once)
         local = submitit.LocalExecutor(
-            folder=record.launch_folder(home), python=cluster.python and shlex.quote(cluster.python)
+            folder=history.launch_folder(home), python=cluster.python and shlex.quote(cluster.python)
         )
         local.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=1, gpus_per_node=cluster.gpus_per_node)
         local.update_parameters(stderr_to_stdout=True)
@@ -183,7 +183,7 @@ def _submit_to_slurm(home: Path, request: Request, tasks: Sequence[Job], at_once
     try:
         # submitit's count of time-outs is of no use here: our own rule decides, and it knows about progress.
         executor = submitit.SlurmExecutor(
-            folder=record.launch_folder(home), max_num_timeout=10**6, python=interpreter(request.cluster)
+            folder=history.launch_folder(home), max_num_timeout=10**6, python=interpreter(request.cluster)
         )
         executor.update_parameters(**parameters(home, request), array_parallelism=at_once)
         with submitit.helpers.clean_env(), _environment(kept):
@@ -215,22 +215,22 @@ def write_config(request: Request) -> None:
     path.write_text(request.config)
 
 
-def freeze_once(folder: Path, refreeze: bool) -> tuple[freeze.Code, str]:
+def freeze_once(folder: Path, refreeze: bool) -> tuple[snapshot.Code, str]:
     """Freeze the code unless that was done, and say so when it is no longer the present one."""
     if refreeze or not (folder / "code").exists():
-        return freeze.freeze(folder), ""
-    code = freeze.verify(folder)
-    live, _, _ = freeze.describe()
+        return snapshot.freeze(folder), ""
+    code = snapshot.verify(folder)
+    live, _, _ = snapshot.describe()
     if live.digest == code.digest:
         return code, ""
     return code, "the run goes on with its frozen code, which is not the present one; --refreeze takes the present one"
 
 
 def _refuse_if_in_use(run: Path) -> None:
-    owner = record.read_json(record.launch_folder(run) / "job.json")
+    owner = history.read_json(history.launch_folder(run) / "job.json")
     if owner is None:
         return
-    if jobs.is_alive(owner["executor"], owner["job"]):
+    if job_control.is_alive(owner["executor"], owner["job"]):
         raise BadInput(
             f"{run} is in use by job {owner['job']}; wait for it, or `vjepa runs cancel {shlex.quote(str(run))}`"
         )
@@ -239,8 +239,8 @@ def _refuse_if_in_use(run: Path) -> None:
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Only one launch at a time onto a run folder."""
-    record.launch_folder(run).mkdir(parents=True, exist_ok=True)
-    with (record.launch_folder(run) / "lock").open("w") as file:
+    history.launch_folder(run).mkdir(parents=True, exist_ok=True)
+    with (history.launch_folder(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -16,7 +16,7 @@ import pytest
 import webdataset as wds
 import xxhash
 
-from vjepa_data.corpus.shards import canonical_json
+from vjepa_data.corpus.format import canonical_json
 
 BITS = 12
 

@@ -11,11 +11,11 @@ import pytest
 from object_store import ObjectStore, Trouble
 from PIL import ExifTags, Image
 
-from vjepa_data.build.admit import admit
-from vjepa_data.build.verify import verify
+from vjepa_data.builder.index_foreign import admit
+from vjepa_data.builder.verify import verify
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.index import Index
-from vjepa_data.decode import Expect, decode
+from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.settings import BadInput
 
 

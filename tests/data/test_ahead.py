@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa_data.ahead import ahead
-from vjepa_data.batch import Batch
-from vjepa_data.crops import Box, _resize, _resize_by_floats, cut_out
-from vjepa_data.loader import ClipLoader
+from vjepa_data.reader.batch import Batch
+from vjepa_data.reader.crops import CropBox, _resize, _resize_by_floats, cut_out
+from vjepa_data.reader.device_prefetch import ahead
+from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
 CPU = torch.device("cpu")
@@ -64,5 +64,5 @@ def test_on_a_gpu_the_clips_are_the_same_to_one_level(corpus: Path, crop_on: str
 
 def test_frames_may_be_left_out_or_repeated_when_they_are_cut():
     frames = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), dtype=np.uint8)
-    box, rows = Box(2, 3, 8, 8, True), np.array([0, 2, 2, 4])
+    box, rows = CropBox(2, 3, 8, 8, True), np.array([0, 2, 2, 4])
     assert np.array_equal(cut_out(frames, box, 8, rows=rows).numpy(), frames[rows, 2:10, 3:11][:, :, ::-1])

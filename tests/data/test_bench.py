@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data.bench import describe, measure_rate, measure_stages
+from vjepa_data.reader.bench import describe, measure_rate, measure_stages
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa_data import blocks as module
-from vjepa_data.batch import Batch, Clips
-from vjepa_data.blocks import Block, Blocks, InBlock
-from vjepa_data.loader import ClipLoader
+from vjepa_data.reader import shared_buffers as module
+from vjepa_data.reader.batch import Batch, Clips
+from vjepa_data.reader.loader import ClipLoader
+from vjepa_data.reader.shared_buffers import InSharedBuffer, SharedBuffer, SharedBuffers
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
 PX, FRAMES, BATCH = 32, 4, 4
@@ -165,13 +165,13 @@ def as_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_worker_info", lambda: SimpleNamespace(id=0))
 
 
-def send(blocks: Blocks, value: int, *, clips: int = 2) -> Block | None:
+def send(blocks: SharedBuffers, value: int, *, clips: int = 2) -> SharedBuffer | None:
     """Do what a worker does, as far as the message."""
     (pixels,), block = blocks.take([(clips, 1, 8, 8, 3)])
     pixels.fill_(value)
     batch = Batch(0, (Clips(pixels, (0, 1), ("a", "b"), (0, 0), (0.0, 0.0)),))
     if block is not None:
-        inbox.append(bytes(ForkingPickler.dumps(InBlock(batch, block))))
+        inbox.append(bytes(ForkingPickler.dumps(InSharedBuffer(batch, block))))
     return block
 
 
@@ -179,7 +179,7 @@ inbox: list[bytes] = []
 
 
 def test_a_block_is_free_when_the_last_view_is_dropped_and_not_before(as_worker: None):
-    blocks = Blocks(workers=1, each=2, size=2 * 8 * 8 * 3)
+    blocks = SharedBuffers(workers=1, each=2, size=2 * 8 * 8 * 3)
     first, second = send(blocks, 1), send(blocks, 2)
     assert first
     assert second
@@ -198,7 +198,7 @@ def test_a_block_is_free_when_the_last_view_is_dropped_and_not_before(as_worker:
 
 
 def test_a_batch_that_is_larger_than_a_block_goes_without(as_worker: None):
-    blocks = Blocks(workers=1, each=2, size=2 * 8 * 8 * 3)
+    blocks = SharedBuffers(workers=1, each=2, size=2 * 8 * 8 * 3)
     assert send(blocks, 1, clips=3) is None
     assert send(blocks, 1, clips=1)
     assert pickle.loads(inbox.pop()).groups[0].frames.untyped_storage().nbytes() == 8 * 8 * 3
@@ -206,7 +206,7 @@ def test_a_batch_that_is_larger_than_a_block_goes_without(as_worker: None):
 
 def test_a_copy_in_other_memory_leaves_the_block_free(as_worker: None):
     """As DataLoader's thread does, which pins batches: it receives them, copies, and keeps the copy."""
-    blocks = Blocks(workers=1, each=1, size=2 * 8 * 8 * 3)
+    blocks = SharedBuffers(workers=1, each=1, size=2 * 8 * 8 * 3)
     send(blocks, 1)
     received = pickle.loads(inbox.pop())
     copied = received.with_pixels(p.clone() for p in received.pixels)
@@ -217,7 +217,7 @@ def test_a_copy_in_other_memory_leaves_the_block_free(as_worker: None):
 
 
 def test_a_forked_process_that_drops_its_copy_does_not_free_the_block(as_worker: None):
-    blocks = Blocks(workers=1, each=1, size=2 * 8 * 8 * 3)
+    blocks = SharedBuffers(workers=1, each=1, size=2 * 8 * 8 * 3)
     send(blocks, 1)
     batch = pickle.loads(inbox.pop())
     child = os.fork()

@@ -22,13 +22,13 @@ import pytest
 import webdataset as wds
 from rich.console import Console
 
-from vjepa_data.build import shard
-from vjepa_data.build.status import lasting, status
-from vjepa_data.build.survey import survey
-from vjepa_data.build.verify import verify
-from vjepa_data.corpus.shards import Manifest, read_manifest
+from vjepa_data.builder import shard
+from vjepa_data.builder.status import lasting, status
+from vjepa_data.builder.survey import survey
+from vjepa_data.builder.verify import verify
+from vjepa_data.config_files import load_settings
+from vjepa_data.corpus.format import Manifest, read_manifest
 from vjepa_data.settings import BadInput
-from vjepa_data.settings_files import load_settings
 from vjepa_data.spec import Spec
 
 SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "shard_samples=4", "name=toy"]
@@ -156,8 +156,9 @@ def test_a_second_call_finds_everything_done(videos: Path, corpus: Path) -> None
 
 def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
     code = (
-        "import sys; from pathlib import Path; from vjepa_data.build import shard; from vjepa_data.spec import Spec;"
-        "from vjepa_data.settings_files import load_settings;"
+        "import sys; from pathlib import Path; from vjepa_data.builder import shard;"
+        "from vjepa_data.spec import Spec;"
+        "from vjepa_data.config_files import load_settings;"
         "shard([sys.argv[1]], Path(sys.argv[2]), spec=load_settings(Spec, None, sys.argv[3:]).settings, workers=1)"
     )
     words = [sys.executable, "-c", code, str(videos), str(out), *SMALL, "split.val_share=0.3"]

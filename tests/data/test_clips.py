@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vjepa_data import stream
-from vjepa_data.clips import Offer, Pace, can_serve, choose, offsets
 from vjepa_data.corpus.index import Index
+from vjepa_data.reader import pipeline
+from vjepa_data.reader.clip_times import EligibleSamples, Pace, can_serve, choose, offsets
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Source
 
 
@@ -61,7 +61,7 @@ def test_samples_that_cannot_serve_are_left_out_and_counted(videos, make_corpus,
     lengths = [48, 10, 48, 12, 13, 48]  # 4 frames at 3 fps reach 12 frames ahead, so take 13
     samples = [{"key": f"k{i}", "frames": n, **facts} for i, n in enumerate(lengths)]
     index = Index(make_corpus(tmp_path / "c", [samples[:2], samples[2:4], samples[4:]]))
-    offer = Offer(index, frames=4, pace=Pace(fps=3))
+    offer = EligibleSamples(index, frames=4, pace=Pace(fps=3))
     assert offer.left_out == 2
     assert offer.counts.tolist() == [1, 1, 2]
     assert [offer.members(s).tolist() for s in range(3)] == [[0], [2], [4, 5]]
@@ -69,7 +69,7 @@ def test_samples_that_cannot_serve_are_left_out_and_counted(videos, make_corpus,
 
 def test_a_corpus_that_can_serve_nothing_is_refused_with_the_numbers(corpus: Path):
     with pytest.raises(BadInput, match=r"none of the 26 train samples .* 64 frames at 4 fps, .*15.75 s; .* has 4.00 s"):
-        Offer(Index(corpus), frames=64, pace=Pace(fps=4))
+        EligibleSamples(Index(corpus), frames=64, pace=Pace(fps=4))
 
 
 def test_steps_of_frames_ignore_the_rate_and_a_duration_is_spread_evenly(videos, make_corpus, tmp_path: Path):
@@ -78,16 +78,16 @@ def test_steps_of_frames_ignore_the_rate_and_a_duration_is_spread_evenly(videos,
     ahead = {}
     for name, pace in [("step", {"frame_step": 3}), ("duration", {"duration_s": 2.0}), ("fps", {"fps": 2.0})]:
         source = Source(shards=str(folder), **pace)
-        plan = stream.open_plan(Data(sources=(source,), clip=Clip(frames=4)), seed=0, batch_size=2)
+        plan = pipeline.open_plan(Data(sources=(source,), clip=Clip(frames=4)), seed=0, batch_size=2)
         draws = [plan.draw(0, slot) for slot in (0, 1)]
-        looks = {d.sample: stream.choose(plan, Crop(), d, step=0, slot=slot).look for slot, d in enumerate(draws)}
+        looks = {d.sample: pipeline.choose(plan, Crop(), d, step=0, slot=slot).look for slot, d in enumerate(draws)}
         ahead[name] = [[f - looks[i].frames[0] for f in looks[i].frames] for i in (0, 1)]
     assert ahead == {
         "step": [[0, 3, 6, 9], [0, 3, 6, 9]],
         "duration": [[0, 6, 12, 18], [0, 3, 6, 9]],  # 4 frames in 2 s of films of 12 and 6 frames a second
         "fps": [[0, 6, 12, 18], [0, 3, 6, 9]],
     }
-    assert len({Offer(Index(folder), frames=4, pace=p).name for p in (Pace(fps=3), Pace(frame_step=3))}) == 2
+    assert len({EligibleSamples(Index(folder), frames=4, pace=p).name for p in (Pace(fps=3), Pace(frame_step=3))}) == 2
 
 
 def test_two_paces_are_refused():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vjepa_data.crops import Box, choose, cut_out
+from vjepa_data.reader.crops import CropBox, choose, cut_out
 from vjepa_data.settings import Crop
 
 
@@ -43,8 +43,10 @@ def test_a_picture_that_no_box_fits_is_cropped_at_its_centre():
     assert choose(Crop(scale=(1, 1)), height=10, width=100, seed=0, step=0, slot=0).width == 14
 
 
-@pytest.mark.parametrize("box", [Box(3, 5, 40, 50, False), Box(0, 0, 64, 96, True), Box(20, 30, 32, 32, False)])
-def test_resizing_agrees_with_pillow_to_one_level(box: Box):
+@pytest.mark.parametrize(
+    "box", [CropBox(3, 5, 40, 50, False), CropBox(0, 0, 64, 96, True), CropBox(20, 30, 32, 32, False)]
+)
+def test_resizing_agrees_with_pillow_to_one_level(box: CropBox):
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
     got = cut_out(frames, box, 32)
     for frame, mine in zip(frames, got, strict=True):

@@ -48,7 +48,7 @@ def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Pa
 
 
 def test_the_settings_of_the_page_are_settings(tmp_path: Path) -> None:
-    from vjepa_data.settings_files import load_settings
+    from vjepa_data.config_files import load_settings
     from vjepa_data.spec import Spec
 
     [text] = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vjepa_data.decode import BACKENDS, Expect, decode
-from vjepa_data.faults import Unreadable
+from vjepa_data.decoding.backends import BACKENDS, Expect, decode
+from vjepa_data.errors import Unreadable
 
 EXPECT = Expect(frames=48, width=96, height=64)
 FRAMES = [0, 5, 11, 12, 23, 40, 47]

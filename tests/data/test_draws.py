@@ -5,11 +5,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vjepa_data.draws import generator
+from vjepa_data.rng import generator
 
 
 def test_equal_arguments_give_equal_streams_in_another_process():
-    code = "from vjepa_data.draws import generator as g; print(g(3, 'crop', 7, 11).integers(0, 2**62, 4).tolist())"
+    code = "from vjepa_data.rng import generator as g; print(g(3, 'crop', 7, 11).integers(0, 2**62, 4).tolist())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert other.strip() == str(generator(3, "crop", 7, 11).integers(0, 2**62, 4).tolist())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data.loader import ClipLoader, TooManyRejects
+from vjepa_data.reader.loader import ClipLoader, TooManyRejects
 from vjepa_data.settings import Clip, Crop, Data, Loader, Rejects, Source
 
 BATCH = 4
@@ -184,7 +184,7 @@ def test_workers_leave_signals_to_the_trainer(corpus: Path):
 
 TRAINER = """
 import sys
-from vjepa_data.loader import ClipLoader
+from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
 if __name__ == "__main__":
@@ -289,4 +289,4 @@ def test_a_stall_names_the_keys_in_flight_and_the_stacks(
     assert "key toy-" in caplog.text
     assert "key toy-" in text
     assert "in _next" in text  # the trainer's stack
-    assert "servant.py" in text  # the worker's stack
+    assert "decode_worker.py" in text  # the worker's stack

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from vjepa_data.build import shard
-from vjepa_data.build.labels import read_labels
-from vjepa_data.build.verify import verify
-from vjepa_data.corpus.shards import Manifest
+from vjepa_data.builder import shard
+from vjepa_data.builder.labels import read_labels
+from vjepa_data.builder.verify import verify
+from vjepa_data.config_files import load_settings
+from vjepa_data.corpus.format import Manifest
 from vjepa_data.settings import BadInput
-from vjepa_data.settings_files import load_settings
 from vjepa_data.spec import Spec
 
 SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "shard_samples=4", "name=toy"]

@@ -10,7 +10,7 @@ import pytest
 import webdataset as wds
 
 from vjepa_data.corpus.index import Index
-from vjepa_data.faults import Unreadable
+from vjepa_data.errors import Unreadable
 from vjepa_data.settings import BadInput
 
 

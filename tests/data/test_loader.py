@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vjepa_data.batch import Batch, Clips
-from vjepa_data.decode import Expect, decode
-from vjepa_data.loader import ClipLoader, open_plan
-from vjepa_data.servant import Servant
+from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.decoding.decode_worker import DecodeWorker
+from vjepa_data.reader.batch import Batch, Clips
+from vjepa_data.reader.loader import ClipLoader, open_plan
+from vjepa_data.reader.pipeline import choose, index_of
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
-from vjepa_data.stream import choose, index_of
 
 BATCH = 12
 
@@ -183,9 +183,9 @@ def test_keys_that_are_not_wanted_are_never_drawn_and_tell_streams_apart(corpus:
 
 def test_several_clips_of_a_video_differ_and_it_is_opened_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     opened = []
-    begin = Servant.begin
+    begin = DecodeWorker.begin
     monkeypatch.setattr(
-        Servant, "begin", lambda self, video, *a, **k: (opened.append(video), begin(self, video, *a, **k))
+        DecodeWorker, "begin", lambda self, video, *a, **k: (opened.append(video), begin(self, video, *a, **k))
     )
     data = settings(corpus, clip=Clip(frames=4, fps=4, per_video=2))
     with ClipLoader(data, Loader(workers=0), seed=0, batch_size=4) as loader:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vjepa_data.decode import Expect, decode
+from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media import pool as pool_module
-from vjepa_data.media import work
-from vjepa_data.media.fetch import Place, local
+from vjepa_data.media import tasks
+from vjepa_data.media.fetch import FileRef, local
 from vjepa_data.media.image import probe_image, store_image
 from vjepa_data.media.pool import _Child, _exit_code
-from vjepa_data.media.video import Probe, Reason, Refused
+from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode
 
 TURNED = 6  # EXIF: to be shown turned by a quarter
@@ -91,7 +91,7 @@ def test_an_image_whose_header_is_cut_off_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_address_is_refused(url: str, why: str) -> None:
-    with pytest.raises(Refused) as caught, local(Place(url)):
+    with pytest.raises(Refused) as caught, local(FileRef(url)):
         pass
     assert why in caught.value.detail
 
@@ -101,7 +101,7 @@ def test_an_address_whose_package_is_missing_is_refused(monkeypatch: pytest.Monk
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.open", missing)
-    with pytest.raises(Refused) as caught, local(Place("s3://bucket/x.mp4")):
+    with pytest.raises(Refused) as caught, local(FileRef("s3://bucket/x.mp4")):
         pass
     assert "Install s3fs" in caught.value.detail
 
@@ -114,10 +114,10 @@ def test_a_clip_whose_first_frame_decord_cannot_decode_is_refused(monkeypatch: p
         raise DECORDError("a stack of C++\nError sending packet.")
 
     decord = SimpleNamespace(DECORDError=DECORDError)
-    monkeypatch.setattr(work, "open_decord", lambda data: (SimpleNamespace(next=fail), decord))
-    facts = Probe(1, "mp4", "h264", "yuv420p", 8, 8, (4, 1), 1.0, 4, 0.0, False)
+    monkeypatch.setattr(tasks, "open_decord", lambda data: (SimpleNamespace(next=fail), decord))
+    facts = VideoInfo(1, "mp4", "h264", "yuv420p", 8, 8, (4, 1), 1.0, 4, 0.0, False)
     with pytest.raises(Refused) as caught:
-        work.count_frames(b"", facts)
+        tasks.count_frames(b"", facts)
     assert caught.value.detail == "decord: Error sending packet."
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from vjepa.config import load
-from vjepa_data.corpus.shards import read_manifest
-from vjepa_data.mixture import merge, write_mixture
+from vjepa_data.corpus.format import read_manifest
+from vjepa_data.corpus.merge import merge, write_mixture
+from vjepa_data.reader.pipeline import open_plan
 from vjepa_data.settings import BadInput
-from vjepa_data.stream import open_plan
 
 SETTINGS = "name: mixed\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\noptim: {lr: 1.0e-3}\n"
 

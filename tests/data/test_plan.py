@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_data.plan import Mixture, Plan, cut, reverse_digits
+from vjepa_data.reader.plan import Plan, SourceSchedule, cut, reverse_digits
 from vjepa_data.settings import BadInput
 
 
@@ -87,7 +87,7 @@ def test_seeking_equals_walking(counts: list[int], target: int):
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 10**12), st.integers(1, 500))
 def test_every_stretch_of_the_mixture_has_the_shares_asked_for(weights: list[float], start: int, length: int):
-    mixture = Mixture(weights)
+    mixture = SourceSchedule(weights)
     for source, weight in enumerate(weights):
         drawn = mixture.count(source, start + length) - mixture.count(source, start)
         walked = sum(mixture.source(p) == source for p in range(start, start + length))
@@ -98,7 +98,7 @@ def test_every_stretch_of_the_mixture_has_the_shares_asked_for(weights: list[flo
 
 def test_a_million_draws_have_the_shares_of_v_jepa_2():
     weights = [0.335, 0.100, 0.565]
-    mixture = Mixture(weights)
+    mixture = SourceSchedule(weights)
     assert mixture.period == 200
     for source, weight in enumerate(weights):
         assert mixture.count(source, 1_000_000) == round(weight * 1_000_000)

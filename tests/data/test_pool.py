@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data.media.pool import Pool
+from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.video import Reason, Refused
 
 WORK = """
@@ -47,7 +47,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def answers(module: str, tasks: list[str], *, workers: int = 2, timeout_s: float = 30.0) -> list[str]:
-    with Pool[str, str](module, workers=workers, timeout_s=timeout_s) as pool:
+    with WorkerPool[str, str](module, workers=workers, timeout_s=timeout_s) as pool:
         return [a.reason.value if isinstance(a, Refused) else a for _, a in pool.map(tasks)]
 
 
@@ -78,7 +78,7 @@ def test_a_bug_of_ours_stops_the_build_with_its_traceback(module: str) -> None:
 
 
 def test_children_are_gone_when_the_pool_is_left_half_way(module: str) -> None:
-    with Pool[str, str](module, workers=2, timeout_s=30) as pool:
+    with WorkerPool[str, str](module, workers=2, timeout_s=30) as pool:
         _, first = next(pool.map(f"who:{number}" for number in range(1000)))
         assert isinstance(first, str)
         pid = int(first.split()[-1])
@@ -96,13 +96,13 @@ def test_no_more_tasks_are_taken_than_can_be_worked_on_soon(module: str) -> None
             taken += 1
             yield f"t{number}"
 
-    with Pool[str, str](module, workers=2, timeout_s=30) as pool:
+    with WorkerPool[str, str](module, workers=2, timeout_s=30) as pool:
         next(pool.map(tasks()))
     assert taken <= 10
 
 
 def test_a_refusal_crosses_the_pipe_whole(module: str) -> None:
-    with Pool[str, str](module, workers=1, timeout_s=30) as pool:
+    with WorkerPool[str, str](module, workers=1, timeout_s=30) as pool:
         [(_, answer)] = pool.map(["refuse"])
     assert isinstance(answer, Refused)
     assert (answer.reason, answer.detail) == (Reason.DAMAGED, "no")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vjepa_data.corpus import remote
-from vjepa_data.corpus.remote import Unreachable, read_range
+from vjepa_data.corpus.remote import StoreUnreachable, read_range
 
 
 def store_that_raises(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
@@ -32,5 +32,5 @@ def test_another_complaint_of_a_store_is_no_end_of_a_file(monkeypatch: pytest.Mo
     botocore = pytest.importorskip("botocore.exceptions")
     said = {"Error": {"Code": "InvalidArgument", "Message": "no"}}
     store_that_raises(monkeypatch, errors.translate_boto_error(botocore.ClientError(said, "GetObject")))
-    with pytest.raises(Unreachable):
+    with pytest.raises(StoreUnreachable):
         read_range("s3://bucket/a.tar", 1 << 20, 10)

@@ -12,9 +12,9 @@ from object_store import ObjectStore, Trouble
 from vjepa_data.corpus import remote
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.index import Index
-from vjepa_data.corpus.remote import Gone, Unreachable, is_remote, read_range
-from vjepa_data.faults import Unreadable
-from vjepa_data.loader import ClipLoader
+from vjepa_data.corpus.remote import Gone, StoreUnreachable, is_remote, read_range
+from vjepa_data.errors import Unreadable
+from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 TROUBLES = {
@@ -188,9 +188,9 @@ def test_what_is_gone_is_said_at_once_and_what_may_come_back_is_waited_for(
         Index(f"{store.url}/toy", cache=cache)
     store.trouble = lambda asked: Trouble(bytes_per_s=10_000)
     monkeypatch.setattr(remote, "SILENCE_S", 0.3)
-    with pytest.raises(Unreachable, match=r"cannot be reached for .*slower than"):
+    with pytest.raises(StoreUnreachable, match=r"cannot be reached for .*slower than"):
         read_range(f"{store.url}/toy/samples.parquet", 0, 5000)
-    with pytest.raises(Unreachable, match="refused"):
+    with pytest.raises(StoreUnreachable, match="refused"):
         read_range("http://127.0.0.1:9/x", 0, 5)
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from vjepa_data.config_files import COMMAND_LINE, DEFAULT, dump_settings, flatten, load_settings, one_line
 from vjepa_data.settings import BadInput, Settings
-from vjepa_data.settings_files import COMMAND_LINE, DEFAULT, dump_settings, flatten, load_settings, one_line
 
 
 class Engine(Settings):

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from vjepa_data import show
-from vjepa_data.loader import ClipLoader
+from vjepa_data.reader import show
+from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
 

@@ -14,20 +14,20 @@ from object_store import Asked, ObjectStore, Trouble
 from PIL import Image
 from rich.console import Console
 
-from vjepa_data.build import shard
-from vjepa_data.build.admit import admit
-from vjepa_data.build.ingest import ingest
-from vjepa_data.build.verify import verify
+from vjepa_data.builder import shard
+from vjepa_data.builder.index_foreign import admit
+from vjepa_data.builder.ingest import ingest
+from vjepa_data.builder.verify import verify
+from vjepa_data.config_files import load_settings
 from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.format import Manifest, read_manifest
 from vjepa_data.corpus.index import Index
-from vjepa_data.corpus.shards import Manifest, read_manifest
-from vjepa_data.decode import Expect, decode
+from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media import fetch
-from vjepa_data.media.fetch import Place, local
-from vjepa_data.media.look import difference_hash, perceptual_hashes, scene_starts
+from vjepa_data.media.analysis import difference_hash, perceptual_hashes, scene_starts
+from vjepa_data.media.fetch import FileRef, local
 from vjepa_data.media.video import Reason, Refused, probe
 from vjepa_data.settings import BadInput
-from vjepa_data.settings_files import load_settings
 from vjepa_data.spec import Spec
 
 SMALL = ["encode.short_side_px=32", "encode.preset=ultrafast", "name=toy"]
@@ -272,7 +272,7 @@ def videos_at(store: ObjectStore, tmp_path: Path) -> str:
 
 
 def reason_of(url: str) -> tuple[Reason, str]:
-    with pytest.raises(Refused) as caught, local(Place(url)):
+    with pytest.raises(Refused) as caught, local(FileRef(url)):
         pass
     return caught.value.reason, caught.value.detail
 
@@ -282,7 +282,7 @@ def test_a_server_that_is_busy_or_stalls_is_asked_again(
 ) -> None:
     monkeypatch.setattr(fetch, "STALL_S", 0.5)
     for name, times in (("busy", 3), ("stall", 2)):
-        with local(Place(f"{videos_at}/{name}.mp4")) as path:
+        with local(FileRef(f"{videos_at}/{name}.mp4")) as path:
             assert path.read_bytes() == store.objects[f"videos/{name}.mp4"]
         assert store.count(key=f"videos/{name}.mp4") == times
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from vjepa_data import process
-from vjepa_data.loader import ClipLoader
 from vjepa_data.process import Patience
+from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
 # Stands in for decord: it works in a thread of its own, as decord does, and leaves the clip to PyAV.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vjepa_data.settings import BadInput
-from vjepa_data.synthetic import COLOURS, Rules, describe, draw_frames, draw_scene, write_corpus
+from vjepa_data.synthetic.physics import COLOURS, Rules, describe, draw_frames, draw_scene, write_corpus
 
 ALONE = Rules(objects=(1, 1), pillar_share=0)
 

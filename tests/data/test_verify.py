@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from object_store import ObjectStore
 
-from vjepa_data.build.verify import verify
-from vjepa_data.corpus.shards import Sample as Stored
-from vjepa_data.corpus.shards import ShardWriter, read_manifest, write_manifest
+from vjepa_data.builder.verify import verify
+from vjepa_data.corpus.format import SampleRecord as Stored
+from vjepa_data.corpus.format import ShardWriter, read_manifest, write_manifest
 from vjepa_data.media.transcode import transcode
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Encode, Filter

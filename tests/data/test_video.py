@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from odd_files import ffmpeg, turned
 
-from vjepa_data.decode import Expect, decode
-from vjepa_data.media.transcode import Clip, check, shown_at, stored_rate, stored_size, transcode
+from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.media.transcode import StoredClip, check, shown_at, stored_rate, stored_size, transcode
 from vjepa_data.media.video import Reason, Refused, Stored, probe, read_canonical
 from vjepa_data.spec import Encode, Filter
 
@@ -43,7 +43,7 @@ def store(path: Path, *, start_s: float | None = None, end_s: float | None = Non
     return clip
 
 
-def frames_of(clip: Clip, numbers: list[int]) -> np.ndarray:
+def frames_of(clip: StoredClip, numbers: list[int]) -> np.ndarray:
     expect = Expect(clip.stored.frames, clip.stored.width, clip.stored.height)
     return decode(clip.data, numbers, backend="decord", expect=expect)
 

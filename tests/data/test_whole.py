@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data.corpus.whole import remove_leftovers, temporary_name
+from vjepa_data.atomic import remove_leftovers, temporary_name
 
 
 @pytest.mark.parametrize("host", ["node7", "node7.cluster.local"])

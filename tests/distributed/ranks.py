@@ -20,19 +20,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from vjepa import train as training
+from vjepa.checkpoints import checkpoint
+from vjepa.checkpoints import manager as saving
+from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.config import Run
-from vjepa.model.encoder import Encoder, View
-from vjepa.objective import draw_masks, jepa_loss, update_target
-from vjepa.optimizer import build_optimizer, named_parameters, update_weights
-from vjepa.parallel import join, send_gradients
-from vjepa.run import agree, checkpoint
-from vjepa.run import saver as saving
-from vjepa.run.saver import Saver
-from vjepa.run.stop import Stop
-from vjepa.schedule import rates_at
-from vjepa.watch.health import Unhealthy
-from vjepa_data.loader import Batch, ClipLoader, open_plan
+from vjepa.distributed.world import join, send_gradients
+from vjepa.engine import rank_consistency
+from vjepa.engine import trainer as training
+from vjepa.engine.optimizer import build_optimizer, update_weights
+from vjepa.engine.schedule import rates_at
+from vjepa.engine.signals import Stop
+from vjepa.methods import jepa_loss, prepare_batch, update_target
+from vjepa.methods.base import named_parameters
+from vjepa.monitoring.health import Unhealthy
+from vjepa.nn.encoder import Encoder, View
+from vjepa_data.reader.loader import Batch, ClipLoader, open_plan
 from vjepa_data.settings import BadInput
 
 
@@ -98,7 +100,7 @@ def odd_settings(run: Run, out: Path, job: dict[str, Any]) -> Any:
 def odd_code(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank runs other code."""
     if os.environ["RANK"] == "1":
-        agree.code_digest = lambda: "other"
+        rank_consistency.code_digest = lambda: "other"
     return training.train(run, out / "run")
 
 
@@ -167,7 +169,7 @@ def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
             for step in range(3):
                 batch, rates = next(clips), rates_at(step, run)
                 counts.clear()
-                puzzles = draw_masks(run, batch, world.device)
+                puzzles = prepare_batch(run, batch, world.device)
                 loss = jepa_loss(models, puzzles, run, step=step)
                 send_gradients(models, now=True)
                 (loss.value * world.size).backward()
@@ -199,10 +201,10 @@ def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
     with join(run.parallel) as world:
         models = training.build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
-        tensors = checkpoint.tensors_of(models, optimizer)
+        tensors = checkpoint.collect_tensors(models, optimizer)
         before = sums(tensors)
-        saver = Saver(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
-        facts = checkpoint.Facts(1, world.size, {}, "", [], None, {})
+        saver = CheckpointManager(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
+        facts = checkpoint.CheckpointMetadata(1, world.size, {}, "", [], None, {})
         saver.save(tensors, facts)
         with torch.no_grad():
             for tensor in tensors.values():

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from vjepa.config import Run
-from vjepa.masks import sample_masks
-from vjepa.model.grid import Grid
-from vjepa.objective import Puzzle, build, jepa_loss
-from vjepa.parallel import join, shard
-from vjepa_data.draws import generator
+from vjepa.distributed.world import join, shard
+from vjepa.methods import MaskedClips, build, jepa_loss
+from vjepa.methods.masking import sample_masks
+from vjepa.nn.grid import Grid
+from vjepa_data.rng import generator
 
 CLIPS, PX = 4, 16
 
@@ -70,7 +70,7 @@ def settings(case: str) -> Run:
     return Run.model_validate(values)
 
 
-def puzzles(run: Run, slots: range) -> list[Puzzle]:
+def puzzles(run: Run, slots: range) -> list[MaskedClips]:
     """Clips of some slots; with pictures the first half of all slots are pictures."""
     found = []
     stills = range(CLIPS // 2) if run.model.still_tokens else range(0)
@@ -79,7 +79,7 @@ def puzzles(run: Run, slots: range) -> list[Puzzle]:
             drawn = [generator(0, "frames", slot).standard_normal((3, frames, PX, PX), dtype="float32") for slot in own]
             grid = Grid.of(frames, PX, PX, run.model)
             masks = sample_masks(run.masks, grid, seed=0, step=0, slots=own)
-            found.append(Puzzle(torch.from_numpy(np.stack(drawn)), grid, masks, 0, tuple(own)))
+            found.append(MaskedClips(torch.from_numpy(np.stack(drawn)), grid, masks, 0, tuple(own)))
     return found
 
 

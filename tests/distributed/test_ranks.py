@@ -12,8 +12,8 @@ import pytest
 import torch
 from checkpoints import load_weights
 
+from vjepa.checkpoints import checkpoint
 from vjepa.config import Run
-from vjepa.run import checkpoint
 
 HERE = Path(__file__).parent
 MakeRun = Callable[..., Run]
@@ -111,7 +111,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_weights(checkpoint.folder_of(folder / "checkpoints", step), "target")
+    return load_weights(checkpoint.step_dir(folder / "checkpoints", step), "target")
 
 
 @pytest.mark.parametrize("name", ["two", "four", "hybrid"])

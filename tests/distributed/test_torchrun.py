@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vjepa.config import Run
-from vjepa_data.settings_files import dump_settings
+from vjepa_data.config_files import dump_settings
 
 MakeRun = Callable[..., Run]
 

@@ -13,11 +13,11 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from vjepa import config
-from vjepa.model.encoder import Encoder
-from vjepa.model.predictor import Predictor
-from vjepa.run.checkpoint import digest
-from vjepa_data.corpus.shards import Sample, ShardWriter, read_record, write_manifest
-from vjepa_data.draws import generator
+from vjepa.checkpoints.checkpoint import digest
+from vjepa.nn.encoder import Encoder
+from vjepa.nn.predictor import Predictor
+from vjepa_data.corpus.format import SampleRecord, ShardWriter, read_record, write_manifest
+from vjepa_data.rng import generator
 from vjepa_data.settings import Data, Source
 
 PX, FRAMES, FPS = 32, 4, 8.0
@@ -141,7 +141,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             frames, labels = draw_scene(number)
             facts = {"stored": stored, "group": f"g{number}", "labels": labels}
             video = encode_mp4(folder.parent / "one.mp4", frames)
-            writer.write(Sample(f"scene-{number:04d}", video, "mp4", facts))
+            writer.write(SampleRecord(f"scene-{number:04d}", video, "mp4", facts))
             number += 1
         writer.commit(plan="test")
     records = [record for number in range(2) if (record := read_record(folder, number, plan="test"))]

@@ -12,13 +12,13 @@ from checkpoints import load_weights
 from safetensors.torch import load_file
 
 from vjepa import config
-from vjepa.model.grid import Grid
-from vjepa.model.layers import sine_cosine
-from vjepa.release.adopt import adopt
-from vjepa.release.export import export
-from vjepa.release.read import load_encoder, read_weights
-from vjepa.release.released import Sizes
-from vjepa.release.weights import expected_shapes
+from vjepa.export.export import export
+from vjepa.nn.blocks import sine_cosine
+from vjepa.nn.grid import Grid
+from vjepa.weights.fair_checkpoints import Sizes
+from vjepa.weights.import_checkpoint import import_checkpoint
+from vjepa.weights.load import load_encoder, read_weights
+from vjepa.weights.weights import expected_shapes
 from vjepa_data.settings import BadInput
 
 SIZES = Sizes(heads=3, predictor_heads=2, px=32, frames=4, fps=8.0)
@@ -49,7 +49,7 @@ def released(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_released_file_is_taken_over_byte_for_byte(trained: Path, released: Path, tmp_path: Path) -> None:
-    path = adopt(released, tmp_path / "out", SIZES)
+    path = import_checkpoint(released, tmp_path / "out", SIZES)
     assert path == tmp_path / "out" / "checkpoints" / "step_00000000"
     for part in ("encoder", "target", "predictor"):
         before, after = load_weights(trained, part), load_weights(tmp_path / "out", part)
@@ -61,7 +61,7 @@ def test_a_released_file_is_taken_over_byte_for_byte(trained: Path, released: Pa
 
 def test_the_way_through_hugging_face_and_back_loses_nothing(trained: Path, tmp_path: Path) -> None:
     export(trained, tmp_path / "hf")
-    adopt(tmp_path / "hf", tmp_path / "ours")
+    import_checkpoint(tmp_path / "hf", tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "again")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert first.keys() == second.keys()
@@ -88,12 +88,12 @@ def test_a_hugging_face_folder_in_several_files_is_read(trained: Path, tmp_path:
 
 def test_mask_tokens_are_given_to_our_kinds(trained: Path, released: Path, tmp_path: Path) -> None:
     sizes = Sizes(**{**SIZES.__dict__, "mask_tokens": (1, 1, 0)})
-    adopt(released, tmp_path / "out", sizes)
+    import_checkpoint(released, tmp_path / "out", sizes)
     before, after = (load_weights(one, "predictor")["mask_tokens"] for one in (trained, tmp_path / "out"))
     assert torch.equal(after, before[[1, 1, 0]])
     assert len(read_weights(tmp_path / "out").masks) == 3
     with pytest.raises(BadInput, match="mask_tokens has 2"):
-        adopt(released, tmp_path / "other", Sizes(**{**SIZES.__dict__, "mask_tokens": (2,)}))
+        import_checkpoint(released, tmp_path / "other", Sizes(**{**SIZES.__dict__, "mask_tokens": (2,)}))
 
 
 def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Path], tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Pa
         content[part]["module.backbone.pos_embed"] = sine_cosine(grid, ids, 48)
     content["predictor"]["module.backbone.predictor_pos_embed"] = sine_cosine(grid, ids, 36)
     torch.save(content, tmp_path / "vit.pt")
-    adopt(tmp_path / "vit.pt", tmp_path / "out", Sizes(heads=3, fps=8.0))
+    import_checkpoint(tmp_path / "vit.pt", tmp_path / "out", Sizes(heads=3, fps=8.0))
     before, after = read_weights(run), read_weights(tmp_path / "out")
     assert (after.model, after.px, after.frames) == (before.model, 32, 4)
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
@@ -113,7 +113,7 @@ def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Pa
     content["target_encoder"]["module.backbone.pos_embed"] = sine_cosine(grid, ids, 48) + 1e-3
     torch.save(content, tmp_path / "learned.pt")
     with pytest.raises(BadInput, match="pos_embed differs"):
-        adopt(tmp_path / "learned.pt", tmp_path / "other", Sizes(heads=3))
+        import_checkpoint(tmp_path / "learned.pt", tmp_path / "other", Sizes(heads=3))
 
 
 def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, mon
         ids = torch.arange(live.GRID.tokens)[None]
         parts[part][f"module.backbone.{table}"] = sine_cosine(live.GRID, ids, width)
     torch.save({**parts, "target_encoder": parts["encoder"]}, tmp_path / "vit.pth.tar")
-    adopt(tmp_path / "vit.pth.tar", tmp_path / "out", Sizes(heads=3))
+    import_checkpoint(tmp_path / "vit.pth.tar", tmp_path / "out", Sizes(heads=3))
     recorded = np.load(live.RECORDED)
     for name, found in live.ours(tmp_path / "out").items():
         np.testing.assert_allclose(found, recorded[name], rtol=0, atol=live.TOLERANCE, err_msg=name)
@@ -145,7 +145,7 @@ def test_a_file_of_vjepa_2_1_tells_its_levels(make_trained: Callable[..., Path],
     settings = {"levels": (0, 1), "still_tokens": True, "guess_visible": True, "rope": "interleaved", "rope_cells": 16}
     run = make_trained(tmp_path / "run", **settings)
     torch.save(as_released(run), tmp_path / "vit.pt")
-    adopt(tmp_path / "vit.pt", tmp_path / "out", SIZES)
+    import_checkpoint(tmp_path / "vit.pt", tmp_path / "out", SIZES)
     before, after = read_weights(run), read_weights(tmp_path / "out")
     assert after.model == before.model
     assert set(after.tensors) == set(before.tensors)
@@ -155,7 +155,7 @@ def test_a_file_of_vjepa_2_1_tells_its_levels(make_trained: Callable[..., Path],
 def test_an_encoder_alone_gets_a_new_predictor(trained: Path, tmp_path: Path) -> None:
     content = as_released(trained, average="ema_encoder")
     torch.save({"ema_encoder": content["ema_encoder"]}, tmp_path / "small.pt")
-    adopt(tmp_path / "small.pt", tmp_path / "out", SIZES)
+    import_checkpoint(tmp_path / "small.pt", tmp_path / "out", SIZES)
     wanted = load_weights(trained, "target")
     assert all(torch.equal(wanted[name], tensor) for name, tensor in load_weights(tmp_path / "out", "encoder").items())
 
@@ -212,16 +212,16 @@ def test_what_is_no_model_of_this_kind_is_named(
 ) -> None:
     write(tmp_path / "it.pt", as_released(trained))
     with pytest.raises(BadInput, match=message) as caught:
-        adopt(tmp_path / "it.pt", tmp_path / "out", SIZES)
+        import_checkpoint(tmp_path / "it.pt", tmp_path / "out", SIZES)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_sizes_are_asked_for(released: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="width 48 and depth 2 is in no table; give its --heads"):
-        adopt(released, tmp_path / "out")
+        import_checkpoint(released, tmp_path / "out")
     with pytest.raises(BadInput, match="no such model"):
-        adopt(tmp_path / "nothing.pt", tmp_path / "out")
+        import_checkpoint(tmp_path / "nothing.pt", tmp_path / "out")
     (tmp_path / "taken").mkdir()
     with pytest.raises(BadInput, match="exists already"):
-        adopt(released, tmp_path / "taken", SIZES)
+        import_checkpoint(released, tmp_path / "taken", SIZES)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import vjepa
-from vjepa.release.export import export
-from vjepa.release.read import load_encoder
+from vjepa.export.export import export
+from vjepa.weights.load import load_encoder
 
 # What other libraries would hand over: channels first, floats, one clip without its batch.
 STRANGE = """

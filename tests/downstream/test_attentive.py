@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from vjepa.evals import attentive as attentive_module
-from vjepa.evals.attentive import Clips, Recipe, accuracy, attentive, fit_probe
-from vjepa.evals.pooler import AttentiveProbe, hf_probe_tensors, load_classifier
-from vjepa.evals.readout import wilson
-from vjepa.release.export import export
-from vjepa.release.read import load_encoder
+from vjepa.evals.attentive import EncodedClips, Recipe, accuracy, attentive, fit_probe
+from vjepa.evals.ridge import wilson
+from vjepa.export.export import export
+from vjepa.nn.attentive_probe import AttentiveProbe, hf_probe_tensors, load_classifier
+from vjepa.weights.load import load_encoder
 from vjepa_data.settings import BadInput
 
 SMALL = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
@@ -29,7 +29,7 @@ def result(trained: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory
     return found, out
 
 
-def needle(count: int, seed: int) -> Clips:
+def needle(count: int, seed: int) -> EncodedClips:
     """Clips of noise in which one token, anywhere, tells the class: a mean would drown it, attention finds it."""
     draw = np.random.default_rng(seed)
     tokens = draw.standard_normal((count, 12, 16)).astype(np.float32)
@@ -37,7 +37,7 @@ def needle(count: int, seed: int) -> Clips:
     where = draw.integers(0, 12, count)
     tokens[np.arange(count), where, 0] = 6
     tokens[np.arange(count), where, 1] = np.where(label == 1, 6, -6)
-    return Clips(tokens, np.arange(count), np.arange(count), label)
+    return EncodedClips(tokens, np.arange(count), np.arange(count), label)
 
 
 def test_it_finds_the_one_token_that_matters() -> None:
@@ -52,7 +52,7 @@ def test_clips_of_one_video_vote_together() -> None:
     tokens = np.zeros((4, 1, 4), np.float32)
     tokens[:, 0, 0] = [1, 0, 1, 0]
     tokens[:, 0, 1] = [0, 3, 0, 0.5]
-    clips = Clips(tokens, np.arange(4), np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
+    clips = EncodedClips(tokens, np.arange(4), np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
     assert accuracy(probe, clips) == 1.0
 
 

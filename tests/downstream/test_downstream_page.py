@@ -15,8 +15,8 @@ import torch
 import yaml
 from checkpoints import load_weights
 
+from vjepa.checkpoints.checkpoint import resolve
 from vjepa.cli import main
-from vjepa.run.checkpoint import resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "downstream.md"
 

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from vjepa.evals import embed as embed_module
-from vjepa.evals import files as files_module
 from vjepa.evals.attentive import _labels as attentive_labels
-from vjepa.evals.clips import EvalClips, square_views
 from vjepa.evals.embed import embed
-from vjepa.evals.files import file_clips, find_videos
-from vjepa.release.read import load_encoder
-from vjepa_data.build.admit import admit
+from vjepa.weights.load import load_encoder
+from vjepa_data.builder.index_foreign import admit
+from vjepa_data.evaluation import video_files as files_module
+from vjepa_data.evaluation.clips import EvalClips, square_views
+from vjepa_data.evaluation.video_files import file_clips, find_videos
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 

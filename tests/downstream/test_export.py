@@ -13,14 +13,14 @@ from checkpoints import load_weights
 from safetensors.torch import load_file, save_file
 
 from vjepa.evals.knn import knn
-from vjepa.model.encoder import Encoder, View, normalise
-from vjepa.model.predictor import Guess, Predictor
-from vjepa.release import compare
-from vjepa.release import export as export_module
-from vjepa.release.export import export
-from vjepa.release.huggingface import mask_token_order
-from vjepa.release.read import load_encoder, read_weights
-from vjepa.release.tensors import write_safetensors
+from vjepa.export import export as export_module
+from vjepa.export import verify
+from vjepa.export.export import export
+from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.predictor import Predictor, PredictorInput
+from vjepa.weights.huggingface import mask_token_order
+from vjepa.weights.load import load_encoder, read_weights
+from vjepa.weights.tensors import write_safetensors
 from vjepa_data.settings import BadInput
 
 transformers = pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_fol
     encoder.load_state_dict(load_weights(trained, "target"))
     model = transformers.AutoModel.from_pretrained(hf_folder)
     assert type(model).__name__ == "VJEPA2Model"
-    compare._settle(model)
+    verify._settle(model)
     pixels = normalise(clip())
     with torch.no_grad():
         (ours,) = encoder([View(pixels)])
@@ -55,17 +55,20 @@ def test_stock_transformers_gives_the_features_of_training(trained: Path, hf_fol
 @pytest.mark.parametrize("kind", [0, 1])
 def test_the_predictor_answers_to_the_mask_kind_asked_for(trained: Path, tmp_path: Path, kind: int) -> None:
     export(trained, tmp_path / "hf", mask_kind=kind)
-    model = compare._settle(transformers.AutoModel.from_pretrained(tmp_path / "hf"))
+    model = verify._settle(transformers.AutoModel.from_pretrained(tmp_path / "hf"))
     weights = read_weights(trained)
     features = torch.randn(1, 32, 48, generator=torch.Generator().manual_seed(0))
     visible, hidden = torch.arange(20)[None], torch.arange(20, 32)[None]
     predictor = Predictor(weights.model, 2)
     predictor.load_state_dict(weights.tensors.part("predictor"))
-    from vjepa.model.grid import Grid
+    from vjepa.nn.grid import Grid
 
     with torch.no_grad():
         theirs = model.predictor(features, [visible], [hidden]).last_hidden_state
-        answers = [predictor([Guess(features[:, :20], visible, hidden, Grid(2, 4, 4), token)])[0] for token in range(2)]
+        answers = [
+            predictor([PredictorInput(features[:, :20], visible, hidden, Grid(2, 4, 4), token)])[0]
+            for token in range(2)
+        ]
     assert (answers[kind] - theirs).abs().max() == 0
     assert (answers[1 - kind] - theirs).abs().max() > 1e-3
 
@@ -232,7 +235,7 @@ def test_a_program_needs_none_of_our_code(make_trained: Callable[..., Path], tmp
     run = make_trained(tmp_path / "run", encoder={"name": "custom", "width": 24, "depth": 1, "heads": 2})
     # In a process of its own: what checks signatures in tests cannot be traced.
     trace = (
-        "import json, pathlib, sys; from vjepa.release.export import export; "
+        "import json, pathlib, sys; from vjepa.export.export import export; "
         "run, out = map(pathlib.Path, sys.argv[1:]); print(json.dumps(export(run, out, format='pt2')['check']))"
     )
     words = [sys.executable, "-W", "ignore", "-c", trace, str(run), str(tmp_path / "out")]

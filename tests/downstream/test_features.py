@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vjepa.config import Model
-from vjepa.evals.clips import EvalClip, EvalClips, centre_view
 from vjepa.evals.features import PixelReader, read_features
-from vjepa.evals.tracks import mean_velocity, token_labels
-from vjepa.model.grid import Grid
-from vjepa.release.read import load_encoder
-from vjepa.release.weights import random_encoder
+from vjepa.evals.object_labels import mean_velocity, token_labels
+from vjepa.nn.grid import Grid
+from vjepa.weights.load import load_encoder
+from vjepa.weights.weights import random_encoder
+from vjepa_data.evaluation.clips import EvalClip, EvalClips, centre_view
 from vjepa_data.settings import BadInput
 
 MODEL = Model.model_validate(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
+from vjepa.checkpoints.checkpoint import resolve
 from vjepa.evals.knn import knn, nearest_page, vote
 from vjepa.evals.publish import publish
-from vjepa.run.checkpoint import resolve
 from vjepa_data.settings import BadInput
 
 

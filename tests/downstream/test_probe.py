@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa.evals import probe as probe_module
-from vjepa.evals.features import Seen
-from vjepa.evals.probe import probe
+from vjepa.evals import linear as probe_module
+from vjepa.evals.features import ReadClips
+from vjepa.evals.linear import probe
+from vjepa.evals.object_labels import TokenLabels
 from vjepa.evals.results import table
-from vjepa.evals.tracks import TokenLabels
 from vjepa_data.settings import BadInput
 
 
@@ -158,6 +158,6 @@ def test_labels_are_told_apart_by_their_values() -> None:
     scalars = tuple({"word": w, "count": i % 3, "speed": i / 7, "same": 1} for i, w in enumerate("abab" * 5))
     rows = np.arange(len(scalars))
     keys = tuple(map(str, rows))
-    side = (Seen(keys, rows, scalars, np.zeros((len(rows), 2)), TokenLabels.none(), {}), rows)
+    side = (ReadClips(keys, rows, scalars, np.zeros((len(rows), 2)), TokenLabels.none(), {}), rows)
     kinds = {name: probe_module._kind(side, name) for name in ("word", "count", "speed", "same")}
     assert kinds == {"word": "class", "count": "class", "speed": "number", "same": None}

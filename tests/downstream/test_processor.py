@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa.evals.clips import centre_view
-from vjepa.model.encoder import normalise
-from vjepa.release.huggingface import hf_processor
+from vjepa.nn.encoder import normalise
+from vjepa.weights.huggingface import hf_processor
+from vjepa_data.evaluation.clips import centre_view
 
 RECORDED = Path(__file__).with_name("processor.npz")
 RECIPE = runpy.run_path(str(Path(__file__).with_name("record_processor.py")))

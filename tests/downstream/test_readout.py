@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa.evals.readout import PENALTIES, Table, _fit, prior_score, ridge_score
+from vjepa.evals.ridge import PENALTIES, Table, _fit, prior_score, ridge_score
 
 
 def make_table(rows: int, width: int, seed: int = 0, clips: int | None = None) -> tuple[Table, np.ndarray]:

@@ -10,16 +10,16 @@ import pytest
 import torch
 import yaml
 
+from vjepa.checkpoints.checkpoint import resolve
 from vjepa.evals.knn import knn
-from vjepa.evals.probe import probe
-from vjepa.release.export import export
-from vjepa.release.read import read_weights
-from vjepa.report import pictures
-from vjepa.report.pictures import Curve
+from vjepa.evals.linear import probe
+from vjepa.export.export import export
+from vjepa.report.build import report
 from vjepa.report.run import read_lines
-from vjepa.report.seen import training_clips
-from vjepa.report.write import report
-from vjepa.run.checkpoint import resolve
+from vjepa.report.training_clips import training_clips
+from vjepa.viz import plots
+from vjepa.viz.plots import Curve
+from vjepa.weights.load import read_weights
 from vjepa_data.settings import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -144,7 +144,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 def test_training_clips_are_those_of_the_stream(story: Path) -> None:
     run = read_weights(story)
     from vjepa import config
-    from vjepa_data.loader import ClipLoader
+    from vjepa_data.reader.loader import ClipLoader
     from vjepa_data.settings import Loader
 
     settings = config.load(story / "config.yaml").settings
@@ -166,7 +166,7 @@ def test_masks_cover_what_they_hide() -> None:
     visible[:, 0, 0] = True
     hidden = np.zeros_like(visible)
     hidden[:, 1, 1] = True
-    drawn = pictures.draw_masks(frames, visible, hidden)
+    drawn = plots.draw_masks(frames, visible, hidden)
     assert (drawn[:, :8, :8] == 200).all()
     red, green, blue = drawn[0, 12, 12].tolist()
     assert red > green > blue
@@ -178,24 +178,24 @@ def test_feature_colours_are_the_main_directions_whatever_their_sign() -> None:
     draw = torch.Generator().manual_seed(0)
     strength = torch.tensor([9.0, 3.0, 1.0, 0.1, 0.1])
     tokens = torch.randn(2, 3, 4, 4, 5, generator=draw) * strength
-    colours = pictures.feature_colours(tokens)
+    colours = plots.feature_colours(tokens)
     assert colours.shape == (2, 3, 4, 4, 3)
     for channel in range(3):
         a, b = tokens[..., channel].flatten().numpy(), colours[..., channel].flatten().astype(float)
         assert abs(np.corrcoef(a, b)[0, 1]) > 0.9
-    assert np.array_equal(colours, pictures.feature_colours(tokens + 100))
+    assert np.array_equal(colours, plots.feature_colours(tokens + 100))
 
 
 def test_a_plot_draws_what_is_finite_and_nothing_random() -> None:
     curve = Curve("a", np.arange(100.0), np.where(np.arange(100) == 5, np.nan, np.arange(100.0)))
-    one, other = (pictures.plot([curve], title="t", marks=[50]) for _ in range(2))
+    one, other = (plots.plot([curve], title="t", marks=[50]) for _ in range(2))
     assert one == other
     assert one.startswith("<svg")
-    smooth = pictures.running_mean(np.array([1.0, np.nan, 3.0]), 3)
+    smooth = plots.running_mean(np.array([1.0, np.nan, 3.0]), 3)
     assert smooth.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_strip_lies_left_to_right() -> None:
     frames = np.stack([np.full((4, 6, 3), value, np.uint8) for value in (10, 20)])
-    assert pictures.strip(frames, gap=2).shape == (4, 14, 3)
-    assert pictures.strip(frames, gap=0, height=8)[0, :, 0].tolist() == [10] * 12 + [20] * 12
+    assert plots.strip(frames, gap=2).shape == (4, 14, 3)
+    assert plots.strip(frames, gap=0, height=8)[0, :, 0].tolist() == [10] * 12 + [20] * 12

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.drill.drill_run import DrillRun
 
 
 @pytest.fixture
-def rehearsal(tmp_path: Path) -> Iterator[Callable[..., Rehearsal]]:
+def rehearsal(tmp_path: Path) -> Iterator[Callable[..., DrillRun]]:
     """Makes rehearsals, and ends what is left of them."""
-    made: list[Rehearsal] = []
+    made: list[DrillRun] = []
 
-    def make(*options: str) -> Rehearsal:
-        made.append(Rehearsal(tmp_path / f"run{len(made)}", *options))
+    def make(*options: str) -> DrillRun:
+        made.append(DrillRun(tmp_path / f"run{len(made)}", *options))
         return made[-1]
 
     yield make

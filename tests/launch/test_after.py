@@ -2,9 +2,9 @@
 
 import pytest
 
-from vjepa_launch import after
-from vjepa_launch.record import End, Outcome
-from vjepa_launch.scheduler import Fate
+from vjepa_launch import finish_attempt
+from vjepa_launch.history import End, Outcome
+from vjepa_launch.slurm import Fate
 
 
 def ends(*outcomes: Outcome) -> list[End]:
@@ -38,4 +38,4 @@ def ends(*outcomes: Outcome) -> list[End]:
     ],
 )
 def test_what_term_meant_is_for_the_scheduler_to_say(said: list[End], code: int, fate: Fate, told: Outcome) -> None:
-    assert after.tell(said, code, fate) == told
+    assert finish_attempt.classify_attempt(said, code, fate) == told

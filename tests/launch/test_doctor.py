@@ -6,55 +6,55 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_launch import doctor, visit
-from vjepa_launch.doctor import Finding, Measure
+from vjepa_launch.doctor import cluster, machine
+from vjepa_launch.doctor.machine import Finding, Measure
 
 
-def levels(findings: list[doctor.Finding]) -> dict[str, str]:
+def levels(findings: list[machine.Finding]) -> dict[str, str]:
     return {finding.what: finding.level for finding in findings}
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of torch and its import."""
-    monkeypatch.setattr(doctor, "TORCH", "print('2.13|13.0|2'); print('H100|700'); print('H100|698')")
+    monkeypatch.setattr(machine, "TORCH", "print('2.13|13.0|2'); print('H100|700'); print('H100|698')")
 
 
 @pytest.mark.usefixtures("quick")
 def test_all_is_looked_at_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    findings = doctor.examine(tmp_path)
+    findings = machine.examine(tmp_path)
     assert {"python", "torch", "torch runs", "GPU 0", "shared memory", "disk", "clock", "SLURM"} <= set(
         levels(findings)
     )
     assert levels(findings)["disk"] in ("ok", "note")
-    assert "H100, 700 TFLOP/s bf16" in doctor.table(findings)
+    assert "H100, 700 TFLOP/s bf16" in machine.table(findings)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gpu_that_is_slower_than_its_neighbours_is_bad() -> None:
-    findings = doctor._gpus([["H100", "700"], ["H100", "500"]])
+    findings = machine._gpus([["H100", "700"], ["H100", "500"]])
     assert levels(findings) == {"GPU 0": "ok", "GPU 1": "bad"}
     assert "where the best here has 700" in findings[1].found
 
 
 def test_gpus_that_torch_does_not_see_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_count_devices", lambda: 8)
-    (finding,) = doctor._gpus([])
+    monkeypatch.setattr(machine, "_count_devices", lambda: 8)
+    (finding,) = machine._gpus([])
     assert finding.level == "bad"
     assert "8 in the machine, and torch sees none" in finding.found
 
 
 def test_a_torch_that_crashes_or_hangs_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "TORCH", "raise ImportError('libcudart.so.13 is missing')")
-    assert doctor._torch() == [doctor.Finding("torch runs", "bad", "ImportError: libcudart.so.13 is missing")]
-    monkeypatch.setattr(doctor, "TORCH", "import time; time.sleep(60)")
-    monkeypatch.setattr(doctor, "TORCH_TIMEOUT_S", 0.2)
-    assert "no answer" in doctor._torch()[0].found
+    monkeypatch.setattr(machine, "TORCH", "raise ImportError('libcudart.so.13 is missing')")
+    assert machine._torch() == [machine.Finding("torch runs", "bad", "ImportError: libcudart.so.13 is missing")]
+    monkeypatch.setattr(machine, "TORCH", "import time; time.sleep(60)")
+    monkeypatch.setattr(machine, "TORCH_TIMEOUT_S", 0.2)
+    assert "no answer" in machine._torch()[0].found
 
 
 def test_a_folder_that_cannot_be_written_to_is_bad(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (finding,) = doctor._disk(tmp_path / "file")
+    (finding,) = machine._disk(tmp_path / "file")
     assert finding.level == "bad"
 
 
@@ -68,7 +68,7 @@ def test_what_differs_between_nodes_is_named_and_what_does_not_is_one_line() -> 
 
     nodes = {"n1": node(700, "2.13", 900), "n2": node(690, "2.13", 500), "n3": node(510, "2.12", 800)}
     nodes["n4"] = [Finding("report", "bad", "none")]
-    assert doctor.table(visit.compare(nodes)).splitlines() == [
+    assert machine.table(cluster.compare(nodes)).splitlines() == [
         "ok    torch   2 nodes: 2.13",
         "note  torch   n3: 2.12",
         "note  torch   not on n4",
@@ -88,7 +88,7 @@ def test_a_scheduler_that_hangs_is_bad(tmp_path: Path, monkeypatch: pytest.Monke
     squeue.write_text("#!/bin/sh\nexec sleep 60\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(doctor.scheduler, "states", functools.partial(doctor.scheduler.states, timeout_s=0.2))
-    (finding,) = doctor._scheduler()
+    monkeypatch.setattr(machine.slurm, "states", functools.partial(machine.slurm.states, timeout_s=0.2))
+    (finding,) = machine._scheduler()
     assert finding.level == "bad"
     assert "did not answer within 0 s" in finding.found

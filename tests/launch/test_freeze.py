@@ -9,8 +9,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from vjepa_launch import freeze
-from vjepa_launch.place import path_environment
+from vjepa_launch import snapshot
+from vjepa_launch.process_info import path_environment
 from vjepa_launch.settings import BadInput
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_frozen_code_is_the_code_of_the_wheel(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    freeze.freeze(tmp_path / "run")
+    snapshot.freeze(tmp_path / "run")
     with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         code = {name: wheel.read(name) for name in wheel.namelist() if name.endswith((".py", ".typed"))}
     frozen = tmp_path / "run" / "code"
@@ -27,7 +27,7 @@ def test_the_frozen_code_is_the_code_of_the_wheel(tmp_path: Path) -> None:
 
 
 def test_the_frozen_code_comes_before_the_live_one_even_in_the_clone(tmp_path: Path) -> None:
-    freeze.freeze(tmp_path)
+    snapshot.freeze(tmp_path)
     program = (
         "import vjepa, vjepa_data, vjepa_launch; print(*(room.__file__ for room in (vjepa, vjepa_data, vjepa_launch)))"
     )
@@ -40,16 +40,16 @@ def test_the_frozen_code_comes_before_the_live_one_even_in_the_clone(tmp_path: P
 
 
 def test_code_that_was_changed_or_lost_is_refused(tmp_path: Path) -> None:
-    frozen = freeze.freeze(tmp_path)
-    assert freeze.verify(tmp_path) == frozen
+    frozen = snapshot.freeze(tmp_path)
+    assert snapshot.verify(tmp_path) == frozen
     with (tmp_path / "code" / "vjepa" / "config.py").open("a") as file:
         file.write("\n")
     with pytest.raises(BadInput, match="was changed after it was frozen"):
-        freeze.verify(tmp_path)
-    assert freeze.freeze(tmp_path).digest == frozen.digest  # by hand: --refreeze
+        snapshot.verify(tmp_path)
+    assert snapshot.freeze(tmp_path).digest == frozen.digest  # by hand: --refreeze
     (tmp_path / "launch" / "code.json").unlink()
     with pytest.raises(BadInput, match="holds no frozen code"):
-        freeze.verify(tmp_path)
+        snapshot.verify(tmp_path)
 
 
 def test_a_clone_that_is_edited_while_it_is_frozen_gives_a_run_that_starts(
@@ -64,18 +64,18 @@ def test_a_clone_that_is_edited_while_it_is_frozen_gives_a_run_that_starts(
                 file.write("# edited\n")
 
     monkeypatch.setattr(shutil, "copyfile", edit)
-    assert freeze.freeze(tmp_path) == freeze.verify(tmp_path)
+    assert snapshot.freeze(tmp_path) == snapshot.verify(tmp_path)
 
 
 def test_a_file_written_by_python_itself_changes_nothing(tmp_path: Path) -> None:
-    frozen = freeze.freeze(tmp_path)
+    frozen = snapshot.freeze(tmp_path)
     (tmp_path / "code" / "vjepa" / "__pycache__").mkdir()
     (tmp_path / "code" / "vjepa" / "__pycache__" / "config.cpython-311.pyc").write_bytes(b"cache")
-    assert freeze.verify(tmp_path) == frozen
+    assert snapshot.verify(tmp_path) == frozen
 
 
 def test_a_large_file_among_the_code_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "weights.bin").open("wb") as file:
-        file.truncate((freeze.LARGEST_FILE_MIB + 1) * 2**20)
+        file.truncate((snapshot.LARGEST_FILE_MIB + 1) * 2**20)
     with pytest.raises(BadInput, match=r"weights.bin is 11 MiB"):
-        freeze.list_files({"vjepa": tmp_path})
+        snapshot.list_files({"vjepa": tmp_path})

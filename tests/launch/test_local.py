@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import port, record
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch import history, port
+from vjepa_launch.drill.drill_run import DrillRun
 from vjepa_launch.settings import BadInput, Cluster
 
 
@@ -16,7 +16,7 @@ def machine(*, ranks: int = 2, **restart: Any) -> Cluster:
     return Cluster.model_validate({"executor": "local", "tasks_per_node": ranks, "restart": restart})
 
 
-Make = Callable[..., Rehearsal]
+Make = Callable[..., DrillRun]
 
 
 def test_a_run_starts_all_ranks_and_is_done(rehearsal: Make) -> None:
@@ -103,14 +103,14 @@ def test_cancelling_saves_and_does_not_resurrect(rehearsal: Make) -> None:
     run.cancel()
     end = run.wait()
     assert (end["outcome"], end["requeue"]) == ("cancelled", False)
-    assert record.newest_checkpoint(run.folder) == run.step()
+    assert history.newest_checkpoint(run.folder) == run.step()
 
 
 def test_stop_after_checkpoint_does_not_come_back(rehearsal: Make) -> None:
     run = rehearsal("--steps", "1000", "--step-s", "0.03", "--every", "1000")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 5)
-    record.stop_path(run.folder).touch()
+    history.stop_path(run.folder).touch()
     run.ask_to_return()
     end = run.wait()
     assert (end["outcome"], end["requeue"]) == ("stopped", False)
@@ -139,7 +139,7 @@ def test_changed_code_is_refused_at_start(rehearsal: Make) -> None:
     run = rehearsal("--steps", "2000", "--step-s", "0.02", "--every", "5")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 6)
-    with (run.folder / "code" / "vjepa_launch" / "stand_in.py").open("a") as file:
+    with (run.folder / "code" / "vjepa_launch" / "drill" / "dummy_trainer.py").open("a") as file:
         file.write("# changed\n")
     run.kill(0)
     end = run.wait()

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from vjepa_launch import record
-from vjepa_launch.record import End
+from vjepa_launch import history
+from vjepa_launch.history import End
 from vjepa_launch.settings import Restart
 
 RULE = Restart(attempts=3, node_failures=2)
@@ -16,9 +16,9 @@ def ended(outcome: str, *, progress: bool = False, node: str | None = None) -> d
 
 
 def decide(
-    events: list[dict[str, Any]], outcome: record.Outcome, *, progress: bool = False, stop: bool = False
+    events: list[dict[str, Any]], outcome: history.Outcome, *, progress: bool = False, stop: bool = False
 ) -> bool:
-    return record.decide(events, RULE, outcome=outcome, progress=progress, stop_asked=stop).requeue
+    return history.decide(events, RULE, outcome=outcome, progress=progress, stop_asked=stop).requeue
 
 
 def test_only_what_stopped_in_good_order_or_failed_with_hope_comes_back() -> None:
@@ -52,8 +52,8 @@ def test_a_launch_by_hand_starts_the_count_anew() -> None:
 
 def test_a_node_on_which_two_failures_began_is_excluded() -> None:
     events = [ended("failed", node="n2"), ended("failed", node="n1"), ended("stopped"), ended("failed", node="n2")]
-    assert record.nodes_to_exclude(events[:3], RULE) == ()
-    assert record.nodes_to_exclude(events, RULE) == ("n2",)
+    assert history.nodes_to_exclude(events[:3], RULE) == ()
+    assert history.nodes_to_exclude(events, RULE) == ("n2",)
 
 
 def test_the_first_to_die_is_to_blame_and_echoes_are_not(tmp_path: Path) -> None:
@@ -64,20 +64,20 @@ def test_the_first_to_die_is_to_blame_and_echoes_are_not(tmp_path: Path) -> None
         End(3, "n2", -9, "failed", "killed by SIGKILL", time=3.0),
         End(4, "n3", -9, "failed", "killed by SIGKILL", time=4.0),
     ):
-        record.write_end(tmp_path, "7.0", end)
-    assert [end.rank for end in record.read_ends(tmp_path, "7.0")] == [3, 4, 2, 1, 0]
+        history.write_end(tmp_path, "7.0", end)
+    assert [end.rank for end in history.read_ends(tmp_path, "7.0")] == [3, 4, 2, 1, 0]
 
 
 def test_a_history_cut_short_by_a_crash_is_still_read(tmp_path: Path) -> None:
-    record.launch_folder(tmp_path).mkdir()
-    record.append_event(tmp_path, {"event": "start"})
-    with (record.launch_folder(tmp_path) / "attempts.jsonl").open("a") as file:
+    history.launch_folder(tmp_path).mkdir()
+    history.append_event(tmp_path, {"event": "start"})
+    with (history.launch_folder(tmp_path) / "attempts.jsonl").open("a") as file:
         file.write('{"event": "en')
-    assert [event["event"] for event in record.read_events(tmp_path)] == ["start"]
+    assert [event["event"] for event in history.read_events(tmp_path)] == ["start"]
 
 
 def test_an_unfinished_checkpoint_does_not_count(tmp_path: Path) -> None:
-    assert record.newest_checkpoint(tmp_path) is None
+    assert history.newest_checkpoint(tmp_path) is None
     for name in ("step_00000020", "step_00000100", ".step_00000200.7", "step_00000300.tmp", "latest"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert record.newest_checkpoint(tmp_path) == 100
+    assert history.newest_checkpoint(tmp_path) == 100

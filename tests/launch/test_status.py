@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vjepa_launch import record, status
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch import history, status
+from vjepa_launch.drill.drill_run import DrillRun
 from vjepa_launch.settings import BadInput, Cluster
 
 MACHINE = Cluster(executor="local", tasks_per_node=2)
 CONFIG = "name: tiny\nsteps: 4000\n"
 
 
-def one(run: Path) -> status.Status:
+def one(run: Path) -> status.RunStatus:
     (found,), warning = status.read_all([run])
     assert warning == ""
     return found
@@ -32,7 +32,7 @@ def shown(runs: list[Path]) -> str:
     return text.getvalue()
 
 
-def test_a_run_is_shown_from_launch_to_cancellation(rehearsal: Callable[..., Rehearsal]) -> None:
+def test_a_run_is_shown_from_launch_to_cancellation(rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "4000", "--step-s", "0.03", "--every", "10")
     run.launch(MACHINE, config=CONFIG)
     run.wait_for(lambda: run.step() >= 12)
@@ -54,7 +54,7 @@ def test_a_run_is_shown_from_launch_to_cancellation(rehearsal: Callable[..., Reh
         status.cancel(run.folder)
 
 
-def test_requeue_saves_and_comes_back(rehearsal: Callable[..., Rehearsal]) -> None:
+def test_requeue_saves_and_comes_back(rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "100", "--step-s", "0.03", "--every", "1000")
     run.launch(MACHINE, config=CONFIG)
     run.wait_for(lambda: run.step() >= 5)
@@ -68,17 +68,17 @@ def test_requeue_saves_and_comes_back(rehearsal: Callable[..., Rehearsal]) -> No
     assert status.requeue(run.folder) is None
 
 
-def test_cancel_after_checkpoint_ends_with_a_checkpoint(rehearsal: Callable[..., Rehearsal]) -> None:
+def test_cancel_after_checkpoint_ends_with_a_checkpoint(rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "4000", "--step-s", "0.03", "--every", "1000")
     run.launch(MACHINE, config=CONFIG)
     run.wait_for(lambda: run.step() >= 5)
     assert "save and then to end" in status.cancel(run.folder, after_checkpoint=True)
     run.wait()
     assert one(run.folder).state == "stopped"
-    assert record.newest_checkpoint(run.folder) == run.step()
+    assert history.newest_checkpoint(run.folder) == run.step()
 
 
-def test_logs_of_every_rank_are_found_and_followed(rehearsal: Callable[..., Rehearsal]) -> None:
+def test_logs_of_every_rank_are_found_and_followed(rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "30", "--step-s", "0.03")
     run.launch(MACHINE, config=CONFIG)
     followed = "".join(status.read_log(run.folder, rank=1, follow=True))
@@ -90,9 +90,9 @@ def test_logs_of_every_rank_are_found_and_followed(rehearsal: Callable[..., Rehe
 
 def test_a_job_that_vanished_is_lost(tmp_path: Path) -> None:
     make_run(tmp_path, steps=5)
-    record.append_event(tmp_path, {"event": "launch"})
+    history.append_event(tmp_path, {"event": "launch"})
     assert one(tmp_path).state == "lost"
-    record.append_event(
+    history.append_event(
         tmp_path,
         {"event": "end", "outcome": "failed", "requeue": False, "reason": "rank 1 on n2: exit code 1", "why": "x"},
     )
@@ -157,9 +157,9 @@ assert len(statuses) == 100 and all(one.step == 1000 for one in statuses)
 
 def make_run(folder: Path, *, steps: int) -> None:
     """A run folder as a job leaves it."""
-    record.launch_folder(folder).mkdir(parents=True)
+    history.launch_folder(folder).mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG + "# a setting\n" * 100)
-    record.write_json(record.launch_folder(folder) / "job.json", {"job": "1", "executor": "local", "logs": "-"})
+    history.write_json(history.launch_folder(folder) / "job.json", {"job": "1", "executor": "local", "logs": "-"})
     rows = [{"step": step + 1, "time": 1e9 + step, "loss/prediction": 0.5, "x": "y" * 200} for step in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "checkpoints" / f"step_{steps:08d}").mkdir(parents=True)

@@ -28,7 +28,7 @@ def describe(run: Path, cluster: Cluster, *, nodes: int | None = None) -> str:
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_profile_is_valid_and_can_be_described(path: Path, tmp_path: Path) -> None:
     text = describe(tmp_path / "run", read(path.stem))
-    assert "vjepa/train.py" in text or "vjepa/config.py" in text
+    assert "vjepa/engine/trainer.py" in text or "vjepa/config.py" in text
     assert path.read_text().startswith("# ")
 
 
@@ -47,7 +47,7 @@ def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
         "NCCL_IB_HCA=mlx5",
         "PYTHONSAFEPATH=1",
         f'export PYTHONPATH={tmp_path}/run/code"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f"vjepa_launch.after {tmp_path}/run/launch",
+        f"vjepa_launch.finish_attempt {tmp_path}/run/launch",
         f"python -m vjepa train {tmp_path}/run/config.yaml --out {tmp_path}/run",
         "# Command of each of 128 ranks",
         "steps: 10",
@@ -72,7 +72,7 @@ def test_a_container_wraps_the_ranks_but_not_the_last_word(tmp_path: Path) -> No
     assert "--container-image=/shared/images/vjepa-pretrain.sqsh" in step
     assert "--container-mounts=/shared:/shared" in step
     assert " python3 -u -m submitit" in step
-    assert any(line.startswith(f"{sys.executable} -m vjepa_launch.after") for line in lines)
+    assert any(line.startswith(f"{sys.executable} -m vjepa_launch.finish_attempt") for line in lines)
 
 
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from vjepa_launch import array, freeze, jobs, record, status, submit, sweep
+from vjepa_launch import array, history, job_control, snapshot, status, submit, sweep
 from vjepa_launch.array import Array, Element
 from vjepa_launch.settings import BadInput, Cluster
 from vjepa_launch.sweep import Sweep
@@ -17,7 +17,16 @@ def array_of(folder: Path, cluster: Cluster, at_once: int) -> Array:
     """Three runs of a few steps."""
     elements = []
     for name in ("000", "001", "002"):
-        command = ("python", "-m", "vjepa_launch.stand_in", str(folder / name), "--steps", "20", "--step-s", "0.01")
+        command = (
+            "python",
+            "-m",
+            "vjepa_launch.drill.dummy_trainer",
+            str(folder / name),
+            "--steps",
+            "20",
+            "--step-s",
+            "0.01",
+        )
         elements.append(Element(name, command, f"name: tiny-{name}\nsteps: 20\n"))
     return Array(folder, cluster, elements, name="lr", at_once=at_once)
 
@@ -65,8 +74,8 @@ def swept(tmp_path: Path) -> Iterator[Callable[..., list[submit.Launched]]]:
 
     yield start
     for one in launched:
-        if jobs.is_alive("local", one.job):
-            jobs.cancel("local", one.job)
+        if job_control.is_alive("local", one.job):
+            job_control.cancel("local", one.job)
 
 
 def wait(launched: list[submit.Launched]) -> None:
@@ -77,13 +86,13 @@ def wait(launched: list[submit.Launched]) -> None:
 def test_elements_share_code_and_only_unfinished_ones_start_again(
     swept: Callable[..., list[submit.Launched]], tmp_path: Path
 ) -> None:
-    record.write_json(tmp_path / "sweep" / "001" / "fault.json", {"rank": 0, "step": 5, "restarts": 1, "do": "2"})
+    history.write_json(tmp_path / "sweep" / "001" / "fault.json", {"rank": 0, "step": 5, "restarts": 1, "do": "2"})
     first = swept()
     assert [one.run.name for one in first] == ["000", "001", "002"]
     wait(first)
     statuses, _ = status.read_all(status.find_runs(tmp_path))
     assert [(one.name, one.state) for one in statuses] == [("000", "done"), ("001", "refused"), ("002", "done")]
-    assert all(freeze.home(one.run) == tmp_path / "sweep" for one in first)
+    assert all(snapshot.home(one.run) == tmp_path / "sweep" for one in first)
     assert f"sha256 {first[0].code.digest[:12]}" in status.describe(first[0].run)
 
     (again,) = swept()

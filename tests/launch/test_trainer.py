@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vjepa.config import Run
-from vjepa_data.settings_files import dump_settings
-from vjepa_launch import jobs, record, status, submit
+from vjepa_data.config_files import dump_settings
+from vjepa_launch import history, job_control, status, submit
 from vjepa_launch.request import Request, train_command
 from vjepa_launch.settings import Cluster
 
@@ -30,8 +30,8 @@ def launch(tmp_path: Path) -> Iterator[Callable[[Run, str], submit.Launched]]:
 
     yield start
     for one in launched:
-        if jobs.is_alive("local", one.job):
-            jobs.cancel("local", one.job)
+        if job_control.is_alive("local", one.job):
+            job_control.cancel("local", one.job)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -65,7 +65,7 @@ def test_a_killed_rank_changes_no_number(
         time.sleep(0.05)
     os.kill(rank_pid(killed.run, 1), signal.SIGKILL)
     log = "".join(status.read_log(killed.run, follow=True))
-    events = record.read_events(killed.run)
+    events = history.read_events(killed.run)
     assert [event["outcome"] for event in events if event["event"] == "end"] == ["failed", "done"], log
 
     whole = launch(run, "whole")

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from vjepa.config import Encoder as EncoderSettings
 from vjepa.config import Model, Transformer
-from vjepa.model.encoder import Encoder, View
-from vjepa.model.grid import Grid
-from vjepa.model.predictor import Guess, Predictor
+from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import Predictor, PredictorInput
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,7 +109,7 @@ def test_guesses_equal_hugging_face_to_rounding(head_width: int) -> None:
         out = other(frames.transpose(1, 2), context_mask=[visible], target_mask=[hidden])
         (whole,) = encoder([View(frames)])
         context = whole.gather(1, visible[..., None].expand(-1, -1, whole.shape[-1]))
-        (ours,) = predictor([Guess(context, visible, hidden, grid, token=1)])  # Hugging Face knows no other
+        (ours,) = predictor([PredictorInput(context, visible, hidden, grid, token=1)])  # Hugging Face knows no other
     theirs = out.predictor_output.last_hidden_state
     assert theirs.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vjepa.config import load as load_run
-from vjepa.model.predictor import Predictor
+from vjepa.nn.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
 

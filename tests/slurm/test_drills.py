@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import array, drill, scheduler, status
+from vjepa_launch import array, slurm, status
 from vjepa_launch.array import Array, Element
-from vjepa_launch.drill import Result
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.drill import drills
+from vjepa_launch.drill.drill_run import DrillRun
+from vjepa_launch.drill.drills import Result
 from vjepa_launch.settings import Cluster, Restart
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
@@ -40,7 +41,7 @@ exec {real} "$@"
 def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
     """What is under way, by name."""
     folder = tmp_path_factory.mktemp("drills")
-    known = {one.name: one for one in drill.drills(PROFILE)}
+    known = {one.name: one for one in drills.drills(PROFILE)}
     chosen = [(known[name], PROFILE) for name in DRILLS]
     chosen += [
         (replace(known[what], name=name), with_faulty_scontrol(folder / f"{name}-bin", fault))
@@ -48,7 +49,7 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     ]
     with ThreadPoolExecutor(len(chosen) + 3) as pool:
         under_way: dict[str, Future[Any]] = {
-            one.name: pool.submit(drill.rehearse, one, folder / one.name, on) for one, on in chosen
+            one.name: pool.submit(drills.rehearse, one, folder / one.name, on) for one, on in chosen
         }
         under_way["array"] = pool.submit(run_array, folder / "array")
         under_way["intruder"] = pool.submit(run_of_two_jobs, folder / "intruder")
@@ -59,16 +60,16 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 @pytest.mark.parametrize("name", [*DRILLS, *FAULTS])
 def test_nothing_is_lost_and_nothing_is_repeated_without_need(results: dict[str, Future[Result]], name: str) -> None:
     result = results[name].result()
-    assert result.passed, drill.table([result])
+    assert result.passed, drills.table([result])
     assert result.replayed == 0 or "failed" in result.seen
 
 
 def test_a_cancelled_job_is_cancelled_for_slurm_too(results: dict[str, Future[Result]]) -> None:
-    shown = scheduler.show_job(Rehearsal.of(results["cancel"].result().folder).job)
+    shown = slurm.show_job(DrillRun.of(results["cancel"].result().folder).job)
     assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_a_node_on_which_a_run_failed_twice_is_left_out(results: dict[str, Future[Rehearsal]]) -> None:
+def test_a_node_on_which_a_run_failed_twice_is_left_out(results: dict[str, Future[DrillRun]]) -> None:
     """Of two nodes, one has seen two of three failures, wherever SLURM put them."""
     run = results["bad-node"].result()
     *failed, last = [event["nodes"][0] for event in run.events("start")]
@@ -77,7 +78,7 @@ def test_a_node_on_which_a_run_failed_twice_is_left_out(results: dict[str, Futur
     assert run.wrong_steps(20) == []
 
 
-def test_a_job_whose_folder_passed_to_another_refuses_to_start(results: dict[str, Future[Rehearsal]]) -> None:
+def test_a_job_whose_folder_passed_to_another_refuses_to_start(results: dict[str, Future[DrillRun]]) -> None:
     run = results["intruder"].result()
     (end,) = [event for event in run.events("end") if event["outcome"] != "done"]
     assert (end["outcome"], end["requeue"]) == ("bad_input", False)
@@ -108,24 +109,24 @@ def with_faulty_scontrol(folder: Path, fault: str) -> Cluster:
     return PROFILE.model_copy(update={"setup": (f"export PATH={folder}:$PATH",)})
 
 
-def run_on_a_bad_node(folder: Path) -> Rehearsal:
+def run_on_a_bad_node(folder: Path) -> DrillRun:
     """Fails three times at the same step; one node is enough for it."""
-    run = Rehearsal(folder, "--steps", "20")
+    run = DrillRun(folder, "--steps", "20")
     run.inject(rank=1, step=5, do="kill", restarts=3)
     run.launch(PROFILE.model_copy(update={"nodes": 1, "restart": Restart(attempts=4, node_failures=2)}))
     run.wait(300)
     return run
 
 
-def run_of_two_jobs(folder: Path) -> Rehearsal:
+def run_of_two_jobs(folder: Path) -> DrillRun:
     """A job that waits, while its folder is given to another one by hand; then it starts."""
-    run = Rehearsal(folder, "--steps", "20")
+    run = DrillRun(folder, "--steps", "20")
     first = run.launch(PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour"}}))
     (folder / "launch" / "job.json").unlink()
     run.launch(PROFILE)
     run.wait(300)
-    scheduler.ask("scontrol", "update", f"JobId={first.job}", "StartTime=now")
-    run.wait_for(lambda: scheduler.state_of(first.job) is None, 300, poll_s=0.5)
+    slurm.ask("scontrol", "update", f"JobId={first.job}", "StartTime=now")
+    run.wait_for(lambda: slurm.state_of(first.job) is None, 300, poll_s=0.5)
     return run
 
 
@@ -133,13 +134,22 @@ def run_array(folder: Path) -> list[Path]:
     """Three elements, of which the middle one is told to come back."""
     elements = []
     for name in ("000", "001", "002"):
-        command = ("python", "-m", "vjepa_launch.stand_in", str(folder / name), "--steps", "100", "--every", "1000")
+        command = (
+            "python",
+            "-m",
+            "vjepa_launch.drill.dummy_trainer",
+            str(folder / name),
+            "--steps",
+            "100",
+            "--every",
+            "1000",
+        )
         elements.append(Element(name, command, "name: tiny\nsteps: 200\n"))
     cluster = PROFILE.model_copy(update={"nodes": 1})
     launched = array.launch(Array(folder, cluster, elements, name="array", at_once=3))
-    middle = Rehearsal.of(launched[1].run)
+    middle = DrillRun.of(launched[1].run)
     middle.wait_for(lambda: middle.step() >= 10, 300)
     status.requeue(middle.folder)
     for one in launched:
-        Rehearsal.of(one.run).wait(300)
+        DrillRun.of(one.run).wait(300)
     return [one.run for one in launched]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from vjepa_launch import drill, status, submit
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch import status, submit
+from vjepa_launch.drill import drills
+from vjepa_launch.drill.drill_run import DrillRun
 from vjepa_launch.settings import BadInput, Cluster
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
@@ -20,11 +21,11 @@ INTRUDER = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusiv
 
 
 @pytest.fixture
-def rehearsal(slurm: Any, tmp_path: Path) -> Iterator[Callable[..., Rehearsal]]:
-    made: list[Rehearsal] = []
+def rehearsal(slurm: Any, tmp_path: Path) -> Iterator[Callable[..., DrillRun]]:
+    made: list[DrillRun] = []
 
-    def make(*options: str) -> Rehearsal:
-        made.append(Rehearsal(tmp_path / f"run{len(made)}", *options))
+    def make(*options: str) -> DrillRun:
+        made.append(DrillRun(tmp_path / f"run{len(made)}", *options))
         return made[-1]
 
     yield make
@@ -39,7 +40,7 @@ def run_command(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
-def preempt(run: Rehearsal) -> None:
+def preempt(run: DrillRun) -> None:
     """A job of higher rank takes the nodes for a moment."""
     run.wait_for(lambda: run.step() >= 10, 120)
     run_command(*INTRUDER, "sleep 2")
@@ -47,7 +48,7 @@ def preempt(run: Rehearsal) -> None:
 
 @pytest.mark.parametrize("with_signal", [True, False])
 def test_preemption_loses_and_repeats_no_step(
-    slurm: Any, rehearsal: Callable[..., Rehearsal], with_signal: bool
+    slurm: Any, rehearsal: Callable[..., DrillRun], with_signal: bool
 ) -> None:
     """With `preempt_send_user_signal` the ranks hear USR2; without it TERM, as at a cancellation."""
     slurm.up(preempt_signal=with_signal)
@@ -63,12 +64,12 @@ def test_preemption_loses_and_repeats_no_step(
 
 def test_ranks_save_though_all_processes_hear_term(loud_slurm: Any, tmp_path: Path) -> None:
     """srun too would hear it, and kill them while they save."""
-    (cancel,) = drill.choose(PROFILE, ["cancel"])
-    result = drill.rehearse(cancel, tmp_path / "cancel", PROFILE)
-    assert result.passed, drill.table([result])
+    (cancel,) = drills.choose(PROFILE, ["cancel"])
+    result = drills.rehearse(cancel, tmp_path / "cancel", PROFILE)
+    assert result.passed, drills.table([result])
 
 
-def test_a_node_without_power_brings_the_run_back_elsewhere(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+def test_a_node_without_power_brings_the_run_back_elsewhere(slurm: Any, rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "200", "--step-s", "0.05", "--every", "10")
     run.launch(PROFILE.model_copy(update={"nodes": 1}))
     run.wait_for(lambda: run.step() >= 15, 120)
@@ -101,7 +102,7 @@ def processes_of(job: str) -> list[int]:
     return daemons + others
 
 
-def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "20")
     cluster = PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour"}, "environment": {"A": "b c"}})
     described = submit.describe(run.request(cluster))
@@ -118,7 +119,7 @@ def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: C
     assert now.state == "lost"
 
 
-def test_what_the_cluster_refuses_is_one_clear_line(slurm: Any, rehearsal: Callable[..., Rehearsal]) -> None:
+def test_what_the_cluster_refuses_is_one_clear_line(slurm: Any, rehearsal: Callable[..., DrillRun]) -> None:
     run = rehearsal("--steps", "20")
     with pytest.raises(BadInput, match=r"the job was not submitted: .*invalid partition specified: nope"):
         run.launch(PROFILE.model_copy(update={"partition": "nope"}))

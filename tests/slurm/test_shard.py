@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from vjepa.cli import main
-from vjepa_data.build.shard import shard
-from vjepa_data.corpus.shards import read_manifest
-from vjepa_data.settings_files import load_settings
+from vjepa_data.builder.shard import shard
+from vjepa_data.config_files import load_settings
+from vjepa_data.corpus.format import read_manifest
 from vjepa_data.spec import Spec
-from vjepa_data.synthetic import write_corpus
+from vjepa_data.synthetic.physics import write_corpus
 from vjepa_launch import status
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_launch.drill.drill_run import DrillRun
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
@@ -33,7 +33,7 @@ def test_an_array_that_lost_a_task_is_finished_by_the_same_command(
     assert not corpus.exists()
 
     assert main(command) == 0
-    lost, other = tasks = [Rehearsal.of(tmp_path / "corpus.jobs" / f"task-0000{number}") for number in range(2)]
+    lost, other = tasks = [DrillRun.of(tmp_path / "corpus.jobs" / f"task-0000{number}") for number in range(2)]
     lost.wait_for((corpus / "status" / "task-00000-of-00002.json").exists, 300)
     lost.cancel()
     for task in tasks:
@@ -41,7 +41,7 @@ def test_an_array_that_lost_a_task_is_finished_by_the_same_command(
     assert (lost.outcomes(), other.outcomes()) == (["cancelled"], ["done"]), lost.log()
 
     assert main(command) == 0
-    assert Rehearsal.of(lost.folder).wait(300)["outcome"] == "done"
+    assert DrillRun.of(lost.folder).wait(300)["outcome"] == "done"
     assert main(["shard", "--status", "--out", str(corpus)]) == 0
     assert "task 0 of 2" in capsys.readouterr().out
     assert main(command) == 2  # nothing is left to do

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from vjepa.config import Run
-from vjepa_data.settings_files import dump_settings
-from vjepa_launch import scheduler, submit
-from vjepa_launch.rehearsal import Rehearsal
+from vjepa_data.config_files import dump_settings
+from vjepa_launch import slurm, submit
+from vjepa_launch.drill.drill_run import DrillRun
 from vjepa_launch.request import Request, train_command
 from vjepa_launch.settings import Cluster
 
@@ -36,7 +36,7 @@ def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
     after_steps(disturbed, 10, attempt=2)
     os.kill(loader_worker(disturbed.folder, rank=1), signal.SIGKILL)
     after_steps(disturbed, 30, attempt=2)
-    assert scheduler.requeue(disturbed.job)  # all processes hear TERM, loader workers too
+    assert slurm.requeue(disturbed.job)  # all processes hear TERM, loader workers too
     assert disturbed.wait(600)["outcome"] == "done", disturbed.log()
     assert whole.wait(600)["outcome"] == "done", whole.log()
 
@@ -56,19 +56,19 @@ def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
     }
 
 
-def launch(run: Run, folder: Path) -> Rehearsal:
+def launch(run: Run, folder: Path) -> DrillRun:
     submit.launch(Request(folder, PROFILE, train_command(folder), config=dump_settings(run), name=folder.name))
-    return Rehearsal.of(folder)
+    return DrillRun.of(folder)
 
 
-def after_steps(run: Rehearsal, steps: int, *, attempt: int = 1) -> None:
+def after_steps(run: DrillRun, steps: int, *, attempt: int = 1) -> None:
     """Wait until the attempt has made so many steps."""
     run.wait_for(lambda: len(run.events("start")) == attempt, 300)
     first = run.events("start")[-1]["checkpoint"] or 0
     run.wait_for(lambda: run.step() >= first + steps, 300)
 
 
-def numbers(run: Rehearsal) -> list[dict[str, float]]:
+def numbers(run: DrillRun) -> list[dict[str, float]]:
     """All that was recorded of every step, but for times and speeds."""
     return [
         {name: value for name, value in row.items() if name.startswith(("step", "loss/", "optim/", "masks/"))}

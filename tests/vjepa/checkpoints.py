@@ -8,21 +8,21 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from vjepa.checkpoints.checkpoint import CheckpointMetadata, resolve
+from vjepa.checkpoints.manager import CheckpointManager
+from vjepa.checkpoints.storage import open_reader
 from vjepa.config import Checkpoint
-from vjepa.parallel import World
-from vjepa.run.checkpoint import Facts, resolve
-from vjepa.run.place import reader_of
-from vjepa.run.saver import Saver
+from vjepa.distributed.world import World
 
 
-def facts(step: int) -> Facts:
+def facts(step: int) -> CheckpointMetadata:
     """What a checkpoint of a step says of itself."""
-    return Facts(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"})
+    return CheckpointMetadata(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"})
 
 
-def saved(folder: Path, world: World, steps: range, **settings: Any) -> Saver:
+def saved(folder: Path, world: World, steps: range, **settings: Any) -> CheckpointManager:
     """Save a checkpoint for each of some steps, all of whose weights are the step."""
-    saver = Saver(folder, Checkpoint.model_validate(settings), world)
+    saver = CheckpointManager(folder, Checkpoint.model_validate(settings), world)
     for step in steps:
         saver.save(
             {"target.weight": torch.full((300,), float(step)), "optimizer.step.x": torch.tensor(1.0)}, facts(step)
@@ -32,7 +32,7 @@ def saved(folder: Path, world: World, steps: range, **settings: Any) -> Saver:
 
 def load_weights(path: Path, part: str = "target") -> dict[str, torch.Tensor]:
     """One model of a checkpoint, or of a run's newest intact one, by its names: `encoder`, `predictor` or `target`."""
-    reader = reader_of(resolve(path))
+    reader = open_reader(resolve(path))
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from vjepa.config import Run
-from vjepa.parallel import World, join
+from vjepa.distributed.world import World, join
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vjepa.config import Run
-from vjepa.masks import sample_masks
-from vjepa.model.grid import Grid
-from vjepa.objective import Loss, Models, Puzzle, build, jepa_loss, update_target
-from vjepa.optimizer import build_optimizer, update_weights
-from vjepa.parallel import join, shard
-from vjepa.schedule import rates_at
-from vjepa_data.draws import generator
+from vjepa.distributed.world import join, shard
+from vjepa.engine.optimizer import build_optimizer, update_weights
+from vjepa.engine.schedule import rates_at
+from vjepa.methods import Loss, MaskedClips, Models, build, jepa_loss, update_target
+from vjepa.methods.masking import sample_masks
+from vjepa.nn.grid import Grid
+from vjepa_data.rng import generator
 
 PX, FRAMES, PATCH = 32, 8, 8
 
@@ -65,13 +65,13 @@ def toy_run(**changes: Any) -> Run:
     return Run.model_validate(values)
 
 
-def puzzle_of(run: Run, step: int) -> Puzzle:
+def puzzle_of(run: Run, step: int) -> MaskedClips:
     frames = scenes(step, run.batch_size)
     if run.data.sources[0].frames == 1:
         frames = frames[:, :, :1].expand(-1, -1, run.model.tubelet_frames, -1, -1)
     grid = Grid.of(frames.shape[2], PX, PX, run.model)
     masks = sample_masks(run.masks, grid, seed=run.seed, step=step, slots=range(run.batch_size))
-    return Puzzle(frames, grid, masks, step, tuple(range(run.batch_size)))
+    return MaskedClips(frames, grid, masks, step, tuple(range(run.batch_size)))
 
 
 def learn(run: Run, *, stop_gradient: bool = True) -> list[Loss]:

@@ -1,7 +1,7 @@
 """How calls are held to their signatures in tests, shapes included (jaxtyping, beartype).
 
 An int is a float. A `Path` may be a path into an object store, which has its methods and is none: see
-`vjepa.run.place.path_of`.
+`vjepa.checkpoints.storage.path_of`.
 """
 
 from pathlib import Path

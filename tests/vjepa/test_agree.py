@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from vjepa.config import Run
-from vjepa.run.agree import first_batch
-from vjepa_data.batch import Batch
-from vjepa_data.loader import ClipLoader, open_plan
+from vjepa.engine.rank_consistency import first_batch
+from vjepa_data.reader.batch import Batch
+from vjepa_data.reader.loader import ClipLoader, open_plan
 
 MakeRun = Callable[..., Run]
 

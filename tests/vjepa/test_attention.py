@@ -16,8 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import varlen
 from torch.nn.utils.rnn import pad_sequence
 
-from vjepa.model import attention as module
-from vjepa.model.attention import Backend, Segments, attention, choose, refusal
+from vjepa.nn import attention as module
+from vjepa.nn.attention import Backend, Segments, attention, choose, refusal
 from vjepa_data.settings import BadInput
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_xformers_objects_to_nothing_but_the_device(width: int) -> None:
 
 
 def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="vjepa.model.attention"):
+    with caplog.at_level(logging.INFO, logger="vjepa.nn.attention"):
         assert choose("auto", CPU, torch.float32) == "sdpa"
     assert "varlen does not work here: it needs a CUDA device, got cpu" in caplog.text
     assert "xformers does not work here" in caplog.text

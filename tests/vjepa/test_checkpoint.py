@@ -13,20 +13,20 @@ import torch
 from checkpoints import facts, flip_a_bit, load_weights, saved
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from vjepa.config import Run
-from vjepa.parallel import World
-from vjepa.release.sharded import Sharded
-from vjepa.run.checkpoint import (
-    damage,
+from vjepa.checkpoints.checkpoint import (
     digest,
+    find_corruption,
     find_newest,
-    folder_of,
     latest,
     list_checkpoints,
     load_into,
-    read_facts,
+    read_metadata,
     resolve,
+    step_dir,
 )
+from vjepa.config import Run
+from vjepa.distributed.world import World
+from vjepa.weights.sharded import Sharded
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -37,7 +37,7 @@ def test_what_is_saved_is_what_is_loaded_with_or_without_ranks(world: World, tmp
     newest = find_newest(tmp_path / "checkpoints", world)
     assert newest is not None
     assert newest == tmp_path / "checkpoints" / "step_00000003"
-    assert read_facts(newest) == facts(3)
+    assert read_metadata(newest) == facts(3)
     tensor = torch.zeros(300)
     load_into({"target.weight": tensor}, newest, world)
     assert tensor.eq(3).all()
@@ -60,11 +60,11 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning_and_set_aside(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, break_it: Callable[[Path], object], says: str
 ) -> None:
     saved(tmp_path, world, range(1, 3))
-    newest = folder_of(tmp_path / "checkpoints", 2)
+    newest = step_dir(tmp_path / "checkpoints", 2)
     break_it(newest)
-    assert says in str(damage(newest))
+    assert says in str(find_corruption(newest))
     with caplog.at_level(logging.WARNING):
-        assert find_newest(tmp_path / "checkpoints", world) == folder_of(tmp_path / "checkpoints", 1)
+        assert find_newest(tmp_path / "checkpoints", world) == step_dir(tmp_path / "checkpoints", 1)
     assert says in caplog.text
     assert not newest.exists()
     assert newest.with_name("damaged_step_00000002").exists()
@@ -86,15 +86,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_quietly_start_anew(wor
     with pytest.raises(BadInput, match="no complete checkpoint"):
         resolve(tmp_path)
     with pytest.raises(BadInput, match="is damaged"):
-        Sharded(folder_of(tmp_path / "checkpoints", 2), {"encoder": "target"})
+        Sharded(step_dir(tmp_path / "checkpoints", 2), {"encoder": "target"})
 
 
 def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 2))
-    file = folder_of(tmp_path / "checkpoints", 1) / "state.json"
+    file = step_dir(tmp_path / "checkpoints", 1) / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0, "versions": {"vjepa": "0.0.9"}}))
     with pytest.raises(BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9:"):
-        read_facts(folder_of(tmp_path / "checkpoints", 1))
+        read_metadata(step_dir(tmp_path / "checkpoints", 1))
 
 
 class Trap:
@@ -110,7 +110,7 @@ class Trap:
 @pytest.mark.parametrize("trap", [Trap, lambda _: BytesStorageMetadata()])
 def test_a_checkpoint_of_strangers_runs_nothing(world: World, tmp_path: Path, trap: Callable[[Path], Any]) -> None:
     saved(tmp_path, world, range(1, 2))
-    path = folder_of(tmp_path / "checkpoints", 1)
+    path = step_dir(tmp_path / "checkpoints", 1)
     metadata = pickle.loads((path / ".metadata").read_bytes())
     metadata.planner_data = trap(tmp_path / "fallen into")
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_strangers_runs_nothing(world: World, tmp_path: Path, tr
 
 def test_a_checkpoint_of_another_model_is_one_clear_line(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 2))
-    path = folder_of(tmp_path / "checkpoints", 1)
+    path = step_dir(tmp_path / "checkpoints", 1)
     for tensors, reason in (
         ({"target.weight": torch.zeros(7)}, r"Size mismatch .* for target\.weight"),
         ({"target.bias": torch.zeros(7)}, r"Missing key in checkpoint state_dict: target\.bias"),

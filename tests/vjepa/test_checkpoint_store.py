@@ -11,15 +11,15 @@ import torch
 from checkpoints import load_weights
 from object_store import ObjectStore, Trouble
 
-from vjepa import train as training
+from vjepa.checkpoints import checkpoint, storage
+from vjepa.checkpoints.checkpoint import CheckpointMetadata, step_of
+from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.cli import main
 from vjepa.config import Checkpoint, Run
-from vjepa.parallel import World, join
-from vjepa.release.read import read_weights
-from vjepa.run import checkpoint, place
-from vjepa.run.checkpoint import Facts, step_of
-from vjepa.run.saver import Saver
-from vjepa.train import train
+from vjepa.distributed.world import World, join
+from vjepa.engine import trainer as training
+from vjepa.engine.trainer import train
+from vjepa.weights.load import read_weights
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -40,11 +40,11 @@ def world(tiny_run: MakeRun) -> Iterator[World]:
         yield world
 
 
-def facts(step: int) -> Facts:
-    return Facts(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"}, ((2, 3),))
+def facts(step: int) -> CheckpointMetadata:
+    return CheckpointMetadata(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"}, ((2, 3),))
 
 
-def save(saver: Saver, step: int) -> None:
+def save(saver: CheckpointManager, step: int) -> None:
     saver.save({"target.weight": torch.full((300,), float(step))}, facts(step))
     saver.wait()
 
@@ -58,16 +58,16 @@ def test_what_is_saved_is_what_is_loaded_and_old_ones_go(
     store: ObjectStore, world: World, tmp_path: Path, background: bool
 ) -> None:
     settings = Checkpoint(folder=HOME, background=background, milestones=(2,))
-    saver = Saver(tmp_path, settings, world)
+    saver = CheckpointManager(tmp_path, settings, world)
     for step in range(1, 6):
         save(saver, step)
     assert names(store) == {"step_00000002", "step_00000004", "step_00000005", "latest"}
     assert store.objects["bucket/runs/x/latest"] == b"step_00000005\n"
-    home = checkpoint.home_of(tmp_path, settings)
+    home = checkpoint.checkpoint_dir(tmp_path, settings)
     newest = checkpoint.find_newest(home, world)
     assert newest is not None
     assert str(newest) == f"{HOME}/step_00000005"
-    assert checkpoint.read_facts(newest) == facts(5)
+    assert checkpoint.read_metadata(newest) == facts(5)
     tensor = torch.zeros(300)
     checkpoint.load_into({"target.weight": tensor}, newest, world)
     assert tensor.eq(5).all()
@@ -78,7 +78,7 @@ def test_what_is_saved_is_what_is_loaded_and_old_ones_go(
 def test_files_larger_than_one_request_arrive_whole(store: ObjectStore, tmp_path: Path) -> None:
     data = torch.randint(256, (110_000_000,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "large").write_bytes(data)
-    place.upload(tmp_path / "large", place.path_of(f"{HOME}/large"))
+    storage.upload(tmp_path / "large", storage.to_path(f"{HOME}/large"))
     assert store.objects["bucket/runs/x/large"] == data
     assert store.count(method="POST") == 2  # its parts were announced, and put together
 
@@ -87,7 +87,7 @@ def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
     store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Checkpoint(folder=HOME)
-    saver = Saver(tmp_path, settings, world)
+    saver = CheckpointManager(tmp_path, settings, world)
     save(saver, 1)
     store.trouble = lambda asked: (
         Trouble(status=403) if asked.method == "PUT" and asked.key.endswith("state.json") else None
@@ -96,16 +96,16 @@ def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
         save(saver, 2)
     assert "bucket/runs/x/step_00000002/__0_0.distcp" in store.objects
     store.trouble = lambda asked: None
-    home = checkpoint.home_of(tmp_path, settings)
+    home = checkpoint.checkpoint_dir(tmp_path, settings)
     assert checkpoint.find_newest(home, world) == home / "step_00000001"
-    Saver(tmp_path, settings, world)
+    CheckpointManager(tmp_path, settings, world)
     assert names(store) == {"step_00000001", "latest"}
 
 
 def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
     store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saver = Saver(tmp_path, Checkpoint(folder=HOME), world)
+    saver = CheckpointManager(tmp_path, Checkpoint(folder=HOME), world)
     # s3fs tries a few times by itself, before we do.
     store.trouble = lambda asked: (
         Trouble(status=503) if asked.method == "PUT" and "trying again" not in caplog.text else None
@@ -113,10 +113,10 @@ def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
     with caplog.at_level(logging.WARNING):
         save(saver, 1)
     assert "trying again" in caplog.text
-    assert checkpoint.latest(checkpoint.home_of(tmp_path, saver.settings)) is not None
+    assert checkpoint.latest(checkpoint.checkpoint_dir(tmp_path, saver.settings)) is not None
 
     store.trouble = lambda asked: Trouble(status=503)
-    monkeypatch.setattr(place, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
     with pytest.raises(BadInput, match=r"cannot be reached for .* then resume"):
         checkpoint.list_checkpoints(saver.home)
     store.trouble = lambda asked: Trouble(status=403)
@@ -127,10 +127,10 @@ def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
 def test_a_damaged_one_is_set_aside_but_an_outage_is_no_damage(
     store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Saver(tmp_path, Checkpoint(folder=HOME), world)
+    saver = CheckpointManager(tmp_path, Checkpoint(folder=HOME), world)
     for step in (1, 2):
         save(saver, step)
-    monkeypatch.setattr(place, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
     store.trouble = lambda asked: Trouble(status=503) if asked.key.endswith(".distcp") else None
     with pytest.raises(BadInput, match="cannot be reached"):
         checkpoint.find_newest(saver.home, world)
@@ -139,7 +139,7 @@ def test_a_damaged_one_is_set_aside_but_an_outage_is_no_damage(
     assert checkpoint.find_newest(saver.home, world) == saver.home / "step_00000001"
     assert "bucket/runs/x/step_00000002/damaged_state.json" in store.objects
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(saver.home)] == [1]
-    save(Saver(tmp_path, saver.settings, world), 2)
+    save(CheckpointManager(tmp_path, saver.settings, world), 2)
     assert checkpoint.find_newest(saver.home, world) == saver.home / "step_00000002"
 
 
@@ -182,7 +182,7 @@ def test_going_back_sets_checkpoints_in_a_store_aside_and_takes_the_same_steps_a
         assert train(run, tmp_path / name) == 0
     assert (tmp_path / "store" / "passed_over.json").read_text() == "[[4, 2]]\n"
     # The one of step 5 was of a skipped step; when its step was made again, it was written anew.
-    assert [step_of(path) for path in checkpoint.list_checkpoints(place.path_of(HOME))] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step_of(path) for path in checkpoint.list_checkpoints(storage.to_path(HOME))] == [1, 2, 3, 4, 5, 6, 7]
     assert "bucket/runs/x/step_00000005/unhealthy_state.json" in store.objects
     ours, theirs = (load_weights(tmp_path / name) for name in ("store", "disk"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

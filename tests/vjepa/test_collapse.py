@@ -6,16 +6,16 @@ import pytest
 from drifting_shapes import OBJECTIVES, learn, toy_run
 
 from vjepa.config import Health
-from vjepa.objective import Loss
-from vjepa.watch.health import Collapsed, Nurse
-from vjepa.watch.monitors import monitor
+from vjepa.methods import Loss
+from vjepa.monitoring.collapse import monitor
+from vjepa.monitoring.health import Collapsed, HealthMonitor
 
 EVERY_STEPS = 10
 
 
 def is_collapse_seen(losses: list[Loss]) -> bool:
     """Whether the spread of features, looked at as a run does, falls below a quarter of what it was."""
-    nurse = Nurse(Health(on_collapse="stop"), alert=lambda title, text: None)
+    nurse = HealthMonitor(Health(on_collapse="stop"), alert=lambda title, text: None)
     for step in range(EVERY_STEPS, len(losses) + 1, EVERY_STEPS):
         std = monitor(losses[step - 1].features, lambda x: x)["std"].item()
         record = {"step": step, "loss/prediction": losses[step - 1].numbers[0].item(), "optim/applied": 1.0}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vjepa.config import Model
-from vjepa.model.encoder import Encoder, View, normalise
+from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa_data.settings import BadInput
 
 SMALL = Model.model_validate(

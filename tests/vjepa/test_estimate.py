@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vjepa import estimate as arithmetic
 from vjepa.config import ENCODERS, Encoder, Run
+from vjepa.distributed.world import World, join, shard
+from vjepa.engine.optimizer import build_optimizer
+from vjepa.engine.trainer import build_models, open_clips
 from vjepa.estimate import (
     ACCELERATORS,
     accelerator_of,
@@ -26,12 +29,10 @@ from vjepa.estimate import (
     count_tokens,
     estimate,
 )
-from vjepa.objective import build, draw_masks, jepa_loss
-from vjepa.optimizer import build_optimizer, named_parameters
-from vjepa.parallel import World, join, shard
-from vjepa.train import build_models, open_clips
-from vjepa_data.loader import open_plan
-from vjepa_data.plan import Plan
+from vjepa.methods import build, jepa_loss, prepare_batch
+from vjepa.methods.base import named_parameters
+from vjepa_data.reader.loader import open_plan
+from vjepa_data.reader.plan import Plan
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -102,7 +103,7 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
     tokens = count_tokens(run)
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
         models = build_models(run, world)
-        puzzles = draw_masks(run, next(clips), world.device)
+        puzzles = prepare_batch(run, next(clips), world.device)
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,7 +130,7 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
         models = build_models(run, world)
         optimizer = build_optimizer(models.learning, run.optim)
-        jepa_loss(models, draw_masks(run, next(clips), world.device), run, step=0).value.backward()
+        jepa_loss(models, prepare_batch(run, next(clips), world.device), run, step=0).value.backward()
         optimizer.step()
         learning = named_parameters(models.learning).values()
         held = {
@@ -180,7 +181,7 @@ def test_messages_are_as_large_as_counted(tiny_run: MakeRun, tmp_path: Path, mon
         shard(models, run.parallel, mesh=mesh, dtype=torch.float32)
         world = World(0, size, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
         with open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
-            loss = jepa_loss(models, draw_masks(run, next(clips), world.device), run, step=0)
+            loss = jepa_loss(models, prepare_batch(run, next(clips), world.device), run, step=0)
             loss.value.backward()
     expected = estimate(run, gpus=size).messages
     # Roots that learn stay gathered between forward and backward: a little less than counted; slices are padded: more.

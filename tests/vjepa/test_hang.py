@@ -13,8 +13,8 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from vjepa.config import Health, Run
-from vjepa.parallel import World
-from vjepa.watch.hang import joined_collectives, name_the_late, watchdog
+from vjepa.distributed.world import World
+from vjepa.monitoring.stall_watchdog import joined_collectives, name_the_late, watchdog
 
 MakeRun = Callable[..., Run]
 

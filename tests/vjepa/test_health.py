@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 
 from vjepa.config import Health
-from vjepa.watch.health import Collapsed, Nurse, Unhealthy, telling
+from vjepa.monitoring.health import Collapsed, HealthMonitor, Unhealthy, read_history
 
 
 def record(step: int, loss: float = 0.7, applied: float = 1.0, **more: float) -> dict[str, Any]:
     return {"step": step, "loss/prediction": loss, "optim/applied": applied, "optim/grad_norm": 1.0, **more}
 
 
-def a_nurse(**settings: Any) -> tuple[Nurse, list[str]]:
+def a_nurse(**settings: Any) -> tuple[HealthMonitor, list[str]]:
     alerts: list[str] = []
-    return Nurse(Health(**settings), lambda title, text: alerts.append(f"{title}: {text}")), alerts
+    return HealthMonitor(Health(**settings), lambda title, text: alerts.append(f"{title}: {text}")), alerts
 
 
 def test_one_skipped_step_is_an_alert_and_three_in_a_row_are_an_end() -> None:
@@ -58,7 +58,7 @@ def test_a_collapse_is_seen_across_a_restart_and_leads_back_to_before_it(tmp_pat
     file = tmp_path / "metrics.jsonl"
     healthy = [record(step, **({"monitor/rankme": 20.0} if step == 1 else {})) for step in range(1, 401)]
     file.write_text("".join(json.dumps(one) + "\n" for one in healthy))
-    past = telling(file)
+    past = read_history(file)
     assert len(past) == 201  # the last losses, and the one monitor long before
     nurse, _ = a_nurse(on_collapse="roll_back", max_loss_ratio=2.0)
     nurse.recall(past)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from vjepa.config import ENCODERS, Model, Transformer
-from vjepa.model.encoder import Encoder
-from vjepa.model.grid import Grid
-from vjepa.model.layers import Block, PatchEmbed, axis_channels, rotate, rotations
-from vjepa.model.predictor import Predictor
+from vjepa.nn.blocks import Block, PatchEmbed, axis_channels, rotate, rotations
+from vjepa.nn.encoder import Encoder
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import Predictor
 from vjepa_data.settings import BadInput
 
 GRID = Grid(64, 32, 32)
@@ -164,9 +164,9 @@ COMPILE = """
 import torch
 from torch._dynamo import explain
 from vjepa.config import Transformer
-from vjepa.model.attention import Segments
-from vjepa.model.grid import Grid
-from vjepa.model.layers import Block, rotations
+from vjepa.nn.attention import Segments
+from vjepa.nn.grid import Grid
+from vjepa.nn.blocks import Block, rotations
 
 index, grid = torch.arange(8)[None].expand(2, -1), Grid(2, 2, 2)
 rotation = rotations([(grid, index), (grid, index[:1, :5])], head_width=16, form="tiled")

@@ -12,12 +12,12 @@ import pytest
 
 from vjepa.config import load
 from vjepa.demo import CORPUS
-from vjepa.evals.probe import probe
-from vjepa.train import train
-from vjepa_data.build.shard import shard
-from vjepa_data.settings_files import load_settings
+from vjepa.engine.trainer import train
+from vjepa.evals.linear import probe
+from vjepa_data.builder.shard import shard
+from vjepa_data.config_files import load_settings
 from vjepa_data.spec import Spec
-from vjepa_data.synthetic import Rules, write_corpus
+from vjepa_data.synthetic.physics import Rules, write_corpus
 
 # One worker makes the corpus once for all.
 pytestmark = [pytest.mark.xdist_group("learning"), pytest.mark.timeout(900)]

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from vjepa.config import Run
-from vjepa.masks import sample_masks
-from vjepa.model.grid import Grid
-from vjepa.report.mask_sheet import draw_mask_sheet, mask_states
+from vjepa.methods.masking import sample_masks
+from vjepa.nn.grid import Grid
+from vjepa.viz.mask_plot import draw_mask_sheet, mask_states
 
 
 def run(*masks: dict[str, object]) -> Run:

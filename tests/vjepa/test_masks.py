@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from vjepa.config import BLOCKS, BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
 from vjepa.config import Mask as Kind
-from vjepa.masks import Mask, sample_masks
-from vjepa.model.grid import Grid
+from vjepa.methods.masking import Mask, sample_masks
+from vjepa.nn.grid import Grid
 from vjepa_data.settings import BadInput
 
 GRIDS = st.builds(Grid, st.sampled_from([1, 2, 4, 8, 32]), st.integers(3, 24), st.integers(3, 24))

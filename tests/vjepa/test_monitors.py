@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vjepa.watch.monitors import drift, monitor
+from vjepa.monitoring.collapse import drift, monitor
 
 
 def alone(x: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vjepa.config import VJEPA21
-from vjepa.model.encoder import Encoder, View
-from vjepa.model.grid import Grid
-from vjepa.model.layers import rotations
-from vjepa.model.predictor import Guess
-from vjepa.objective import build, draw_masks, jepa_loss, levjepa, vjepa2_1
-from vjepa.objective.variety import barlow, directions, sigreg, vicreg
-from vjepa_data.batch import Batch, Clips
+from vjepa.methods import build, jepa_loss, prepare_batch
+from vjepa.methods.levjepa import method as levjepa
+from vjepa.methods.regularizers import barlow, directions, sigreg, vicreg
+from vjepa.methods.vjepa2_1 import method as vjepa2_1
+from vjepa.nn.blocks import rotations
+from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import PredictorInput
+from vjepa_data.reader.batch import Batch, Clips
 
 # --- V-JEPA 2.1 ---------------------------------------------------------------------------------------------------
 
@@ -59,7 +61,7 @@ def test_dense_loss_is_the_formula() -> None:
         h = torch.cat([F.layer_norm(part, (48,)) for part in h.split(48, dim=-1)], dim=-1)
         for mask in puzzle.masks:
             (context,) = models.encoder([View(puzzle.frames, mask.visible)], levels=True)
-            z, y = models.predictor([Guess(context, mask.visible, mask.hidden, puzzle.grid, mask.kind)])
+            z, y = models.predictor([PredictorInput(context, mask.visible, mask.hidden, puzzle.grid, mask.kind)])
             near = vjepa2_1.distance_weights(mask.visible, mask.hidden, puzzle.grid)
             for clip in range(2):
                 expected += (z[clip] - h[clip, mask.hidden[clip]]).abs().mean().item() / 4
@@ -131,7 +133,7 @@ def batch_of(frames: int) -> Batch:
 
 def test_a_still_picture_fills_a_tubelet() -> None:
     run = toy_run()
-    (puzzle,) = draw_masks(run, batch_of(1), torch.device("cpu"))
+    (puzzle,) = prepare_batch(run, batch_of(1), torch.device("cpu"))
     assert puzzle.frames.shape == (2, 3, 2, PX, PX)
     assert torch.equal(puzzle.frames[:, :, 0], puzzle.frames[:, :, 1])
     assert puzzle.grid == Grid(1, 4, 4)
@@ -140,7 +142,10 @@ def test_a_still_picture_fills_a_tubelet() -> None:
 
 def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
     run = toy_run(model={"still_tokens": True})
-    puzzles = [*draw_masks(run, batch_of(1), torch.device("cpu")), *draw_masks(run, batch_of(8), torch.device("cpu"))]
+    puzzles = [
+        *prepare_batch(run, batch_of(1), torch.device("cpu")),
+        *prepare_batch(run, batch_of(8), torch.device("cpu")),
+    ]
     assert [puzzle.frames.shape[2] for puzzle in puzzles] == [1, 8]
     models = build(run)
     jepa_loss(models, puzzles, run, step=0).value.backward()
@@ -154,7 +159,7 @@ def test_a_batch_without_pictures_gives_their_tokenizer_a_gradient_of_zero() -> 
     """None would let FSDP2 mix up the gradients of ranks with pictures and ranks without."""
     run = toy_run(model={"still_tokens": True})
     models = build(run)
-    jepa_loss(models, draw_masks(run, batch_of(8), torch.device("cpu")), run, step=0).value.backward()
+    jepa_loss(models, prepare_batch(run, batch_of(8), torch.device("cpu")), run, step=0).value.backward()
     for name, parameter in [*models.encoder.named_parameters(), *models.predictor.named_parameters()]:
         assert parameter.grad is not None, name
     assert isinstance(models.encoder, Encoder)

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from vjepa.config import Run
-from vjepa.model.encoder import Encoder
-from vjepa.run.stop import Stop
-from vjepa.train import train
-from vjepa.watch.pictures import look
-from vjepa.watch.stragglers import Stragglers
-from vjepa_data.batch import Batch, Clips
+from vjepa.engine.signals import Stop
+from vjepa.engine.trainer import train
+from vjepa.monitoring.sample_pictures import look
+from vjepa.monitoring.stragglers import Stragglers
+from vjepa.nn.encoder import Encoder
+from vjepa_data.reader.batch import Batch, Clips
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from vjepa.config import Optim
-from vjepa.optimizer import build_optimizer, update_weights
-from vjepa.schedule import Rates
+from vjepa.engine.optimizer import build_optimizer, update_weights
+from vjepa.engine.schedule import Rates
 
 RATES = Rates(lr=0.1, weight_decay=0.5, ema=0.99)
 

@@ -13,13 +13,13 @@ from torch.nn.attention import varlen  # registers its operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.config import Run
-from vjepa.masks import sample_masks
-from vjepa.model.grid import Grid
-from vjepa.objective import Puzzle, build, jepa_loss
-from vjepa.parallel import PRODUCTS, join, shard
-from vjepa.train import open_clips
+from vjepa.distributed.world import PRODUCTS, join, shard
+from vjepa.engine.trainer import open_clips
+from vjepa.methods import MaskedClips, build, jepa_loss
+from vjepa.methods.masking import sample_masks
+from vjepa.nn.grid import Grid
+from vjepa_data.reader.pipeline import open_plan
 from vjepa_data.settings import BadInput
-from vjepa_data.stream import open_plan
 
 MakeRun = Callable[..., Run]
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -44,7 +44,7 @@ def attentions(run: Run) -> int:
         shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
     grid = Grid.of(4, 32, 32, run.model)
     masks = sample_masks(run.masks, grid, seed=0, step=0, slots=(0, 1))
-    puzzle = Puzzle(torch.randn(2, 3, 4, 32, 32), grid, masks, 0, (0, 1))
+    puzzle = MaskedClips(torch.randn(2, 3, 4, 32, 32), grid, masks, 0, (0, 1))
     with Counting() as counting:
         jepa_loss(models, [puzzle], run, step=0).value.backward()
     return counting.counts[ATTENTION]

@@ -3,8 +3,8 @@
 import torch
 
 from vjepa.config import Model
-from vjepa.model.grid import Grid
-from vjepa.model.predictor import Guess, Predictor
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import Predictor, PredictorInput
 
 GRID = Grid(2, 4, 4)
 SMALL = Model.model_validate(
@@ -24,13 +24,13 @@ def perturbed(tokens: int = 2) -> Predictor:
     return predictor
 
 
-def some_guesses() -> list[Guess]:
+def some_guesses() -> list[PredictorInput]:
     generator = torch.Generator().manual_seed(1)
     guesses = []
     for token, (visible, hidden) in enumerate([(12, 20), (20, 7)]):
         order = torch.stack([torch.randperm(32, generator=generator) for _ in range(3)])
         context = torch.randn(3, visible, 64, generator=generator)
-        guesses.append(Guess(context, order[:, :visible], order[:, visible : visible + hidden], GRID, token))
+        guesses.append(PredictorInput(context, order[:, :visible], order[:, visible : visible + hidden], GRID, token))
     return guesses
 
 
@@ -64,10 +64,10 @@ def test_a_guess_depends_on_where_and_not_on_the_order() -> None:
     predictor, guess = perturbed(), some_guesses()[0]
     (before,) = predictor([guess])
     seen, asked = torch.randperm(12), torch.randperm(20)
-    shuffled = Guess(guess.context[:, seen], guess.visible[:, seen], guess.hidden[:, asked], GRID, guess.token)
+    shuffled = PredictorInput(guess.context[:, seen], guess.visible[:, seen], guess.hidden[:, asked], GRID, guess.token)
     (after,) = predictor([shuffled])
     torch.testing.assert_close(after, before[:, asked], rtol=0, atol=1e-5)
-    moved = Guess(guess.context, guess.visible.roll(1, 1), guess.hidden, GRID, guess.token)
+    moved = PredictorInput(guess.context, guess.visible.roll(1, 1), guess.hidden, GRID, guess.token)
     assert (predictor([moved])[0] - before).abs().max() > 1e-3
 
 
@@ -76,6 +76,6 @@ def test_clips_do_not_see_each_other() -> None:
     (before,) = predictor([guess])
     context = guess.context.clone()
     context[0] = 5.0
-    (after,) = predictor([Guess(context, guess.visible, guess.hidden, GRID, guess.token)])
+    (after,) = predictor([PredictorInput(context, guess.visible, guess.hidden, GRID, guess.token)])
     assert torch.equal(before[1:], after[1:])
     assert not torch.equal(before[0], after[0])

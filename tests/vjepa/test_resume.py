@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from vjepa.config import Run
-from vjepa.run.resume import check_changes
+from vjepa.engine.resume import check_changes
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from checkpoints import facts, flip_a_bit, saved
 
+from vjepa.checkpoints import manager as module
+from vjepa.checkpoints.checkpoint import CheckpointMetadata, find_newest, list_checkpoints, step_dir, step_of
+from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.config import Checkpoint, Run
-from vjepa.parallel import World
-from vjepa.run import saver as module
-from vjepa.run.checkpoint import Facts, find_newest, folder_of, list_checkpoints, step_of
-from vjepa.run.saver import Saver
+from vjepa.distributed.world import World
 
 MakeRun = Callable[..., Run]
 
@@ -22,8 +22,8 @@ MakeRun = Callable[..., Run]
 def test_a_save_that_was_cut_short_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 2))
     part = tmp_path / "checkpoints" / ".step_00000002.part"
-    shutil.copytree(folder_of(tmp_path / "checkpoints", 1), part)
-    assert find_newest(tmp_path / "checkpoints", world) == folder_of(tmp_path / "checkpoints", 1)
+    shutil.copytree(step_dir(tmp_path / "checkpoints", 1), part)
+    assert find_newest(tmp_path / "checkpoints", world) == step_dir(tmp_path / "checkpoints", 1)
     saved(tmp_path, world, range(2, 3))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
@@ -39,12 +39,12 @@ def test_milestones_are_saved_and_kept_and_nothing_goes_while_fewer_than_two_are
     world: World, tmp_path: Path
 ) -> None:
     home = tmp_path / "checkpoints"
-    saver = Saver(tmp_path, Checkpoint(every_steps=2, milestones=(1, 5)), world)
+    saver = CheckpointManager(tmp_path, Checkpoint(every_steps=2, milestones=(1, 5)), world)
     assert [step for step in range(1, 8) if saver.is_due(step)] == [1, 2, 4, 5, 6]
     saved(tmp_path, world, range(1, 4), milestones=(1,))
     assert [step_of(path) for path in list_checkpoints(home)] == [1, 2, 3]
-    flip_a_bit(folder_of(home, 1))
-    flip_a_bit(folder_of(home, 3))
+    flip_a_bit(step_dir(home, 1))
+    flip_a_bit(step_dir(home, 3))
     saved(tmp_path, world, range(4, 5), milestones=(1,))  # another attempt: it has not seen the third written
     assert [step_of(path) for path in list_checkpoints(home)] == [1, 2, 3, 4]
     saved(tmp_path, world, range(5, 6), milestones=(1,))
@@ -55,7 +55,7 @@ def test_the_checkpoint_that_an_attempt_goes_on_from_is_not_read_again_to_be_kep
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, world, range(1, 3))
-    saver = Saver(tmp_path, Checkpoint(), world, newest=find_newest(tmp_path / "checkpoints", world))
+    saver = CheckpointManager(tmp_path, Checkpoint(), world, newest=find_newest(tmp_path / "checkpoints", world))
     monkeypatch.setattr(module, "damage", lambda path: pytest.fail(f"{path} was read again"))
     save_and_wait(saver, facts(3))
     assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
@@ -74,7 +74,7 @@ def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_sta
         saver.settings = Checkpoint(background=background)
         with pytest.raises(OSError, match="No space left"):
             save_and_wait(saver, facts(2 + background))
-    assert find_newest(tmp_path / "checkpoints", world) == folder_of(tmp_path / "checkpoints", 1)
+    assert find_newest(tmp_path / "checkpoints", world) == step_dir(tmp_path / "checkpoints", 1)
 
 
 def test_slices_that_cannot_be_written_are_an_error_of_the_disk(
@@ -85,13 +85,13 @@ def test_slices_that_cannot_be_written_are_an_error_of_the_disk(
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
     for background in (False, True):
-        saver = Saver(tmp_path, Checkpoint(background=background), world)
+        saver = CheckpointManager(tmp_path, Checkpoint(background=background), world)
         with pytest.raises(OSError, match=r"could not be written: rank 0: .*No space left"):
             save_and_wait(saver, facts(1))
     assert list_checkpoints(tmp_path / "checkpoints") == []
 
 
-def save_and_wait(saver: Saver, of: Facts) -> None:
+def save_and_wait(saver: CheckpointManager, of: CheckpointMetadata) -> None:
     saver.save({"target.weight": torch.ones(3)}, of)
     saver.wait()
 

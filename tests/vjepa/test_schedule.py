@@ -1,7 +1,7 @@
 import pytest
 
 from vjepa.config import Optim, Run, load
-from vjepa.schedule import rates_at
+from vjepa.engine.schedule import rates_at
 from vjepa_data.settings import Crop, Data, Source
 
 

@@ -5,13 +5,13 @@ import torch
 from jaxtyping import TypeCheckError
 
 from vjepa.config import BLOCKS, Transformer
-from vjepa.masks import Mask, sample_masks
-from vjepa.model.attention import Segments, attention
-from vjepa.model.encoder import normalise
-from vjepa.model.grid import Grid
-from vjepa.model.layers import MLP
-from vjepa.objective.variety import vicreg
-from vjepa.watch.monitors import monitor
+from vjepa.methods.masking import Mask, sample_masks
+from vjepa.methods.regularizers import vicreg
+from vjepa.monitoring.collapse import monitor
+from vjepa.nn.attention import Segments, attention
+from vjepa.nn.blocks import MLP
+from vjepa.nn.encoder import normalise
+from vjepa.nn.grid import Grid
 
 
 def test_a_missing_axis_is_an_error() -> None:

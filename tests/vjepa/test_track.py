@@ -16,10 +16,10 @@ import torch
 import wandb
 from PIL import Image
 
+from vjepa.checkpoints.storage import to_path
 from vjepa.config import Run
-from vjepa.parallel import World
-from vjepa.run.place import path_of
-from vjepa.watch.track import Track
+from vjepa.distributed.world import World
+from vjepa.monitoring.logger import RunLogger
 
 MakeRun = Callable[..., Run]
 
@@ -63,7 +63,7 @@ def test_every_step_has_a_line_and_a_resumed_run_drops_those_it_will_make_again(
     tiny_run: MakeRun, world: World, tmp_path: Path
 ) -> None:
     run = tiny_run(steps=10, track={"every_steps": 2})
-    track = Track(run, tmp_path, world, step=0, wandb_id=None)
+    track = RunLogger(run, tmp_path, world, step=0, wandb_id=None)
     for step in range(1, 6):
         track.add(step, measures(step))
         if track.is_due(step):
@@ -73,7 +73,7 @@ def test_every_step_has_a_line_and_a_resumed_run_drops_those_it_will_make_again(
     assert [line.get("speed/clips_per_s") for line in lines(tmp_path)] == [None, 7.0, None, 7.0]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss/pred')  # torn
-    again = Track(run, tmp_path, world, step=3, wandb_id=None)
+    again = RunLogger(run, tmp_path, world, step=3, wandb_id=None)
     for step in (4, 5, 6):
         again.add(step, {"loss/prediction": torch.tensor(float("nan"))})
     again.write({})
@@ -96,7 +96,7 @@ class OnGPU(torch.Tensor):
 
 
 def test_numbers_of_two_devices_are_one_record(tiny_run: MakeRun, world: World, tmp_path: Path) -> None:
-    track = Track(tiny_run(), tmp_path, world, step=0, wandb_id=None)
+    track = RunLogger(tiny_run(), tmp_path, world, step=0, wandb_id=None)
     track.add(1, {"loss/prediction": torch.tensor(0.5).as_subclass(OnGPU), "optim/grad_norm": torch.tensor(2.0)})
     track.write({})
     track.close(0)
@@ -112,7 +112,7 @@ def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_netw
     run = tiny_run(steps=10, track={"wandb": "auto", "every_steps": 1})
     ids = []
     for first in (0, 2):
-        track = Track(run, tmp_path, world, step=first, wandb_id=None)
+        track = RunLogger(run, tmp_path, world, step=first, wandb_id=None)
         for step in range(first + 1, first + 4):
             track.add(step, measures(step))
             track.write({})
@@ -131,12 +131,12 @@ def test_wandb_gets_pictures_the_commit_of_the_code_and_where_checkpoints_are(
     tiny_run: MakeRun, world: World, tmp_path: Path
 ) -> None:
     run = tiny_run(steps=10, track={"wandb": "offline", "every_steps": 1})
-    track = Track(run, tmp_path, world, step=0, wandb_id=None)
+    track = RunLogger(run, tmp_path, world, step=0, wandb_id=None)
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg")
     track.show(tmp_path / "picture.jpg", 1)
     first = tmp_path / "checkpoints" / "step_00000001"
     track.refer_to(first)
-    track.refer_to(path_of("memory://bucket/step_00000002"))
+    track.refer_to(to_path("memory://bucket/step_00000002"))
     track.close(0)
     found: list[Any] = []
     deadline = time.monotonic() + 20
@@ -162,7 +162,7 @@ def test_a_dead_server_and_a_killed_service_do_not_stop_a_run(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     caplog.set_level(logging.WARNING)
     run = tiny_run(steps=10, track={"wandb": "auto", "every_steps": 1, "wandb_timeout_s": 2})
-    track = Track(run, tmp_path, world, step=0, wandb_id=None)
+    track = RunLogger(run, tmp_path, world, step=0, wandb_id=None)
     assert "W&B cannot be used online" in caplog.text
     track.add(1, measures(1))
     track.write({})

@@ -16,11 +16,11 @@ import torch
 import yaml
 from checkpoints import load_weights
 
+from vjepa.checkpoints import checkpoint
 from vjepa.config import Run
-from vjepa.run import checkpoint
-from vjepa.run.stop import Stop
-from vjepa.train import train
-from vjepa.watch.health import Unhealthy
+from vjepa.engine.signals import Stop
+from vjepa.engine.trainer import train
+from vjepa.monitoring.health import Unhealthy
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -40,7 +40,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    path = checkpoint.folder_of(folder / "checkpoints", step)
+    path = checkpoint.step_dir(folder / "checkpoints", step)
     return {
         f"{part}.{name}": tensor
         for part in ("encoder", "predictor", "target")
@@ -110,7 +110,7 @@ def test_steps_after_a_checkpoint_are_made_again_bit_for_bit_and_a_damaged_one_i
     straight: Path, tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train(tiny_run(), tmp_path) == 0
-    shard = next(checkpoint.folder_of(tmp_path / "checkpoints", 6).glob("*.distcp"))
+    shard = next(checkpoint.step_dir(tmp_path / "checkpoints", 6).glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
@@ -183,7 +183,7 @@ def test_half_precision_learns_nearly_the_same_and_keeps_its_weights_in_fp32(
 def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
     tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vjepa import train as module
+    from vjepa.engine import trainer as module
 
     jepa_loss, bad_calls, calls = module.jepa_loss, {4}, 0
 
@@ -211,7 +211,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
 def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
     tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vjepa import train as module
+    from vjepa.engine import trainer as module
 
     jepa_loss, used, made = module.jepa_loss, list[int](), list[int]()
 
@@ -231,11 +231,11 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
     assert json.loads((tmp_path / "straight" / "passed_over.json").read_text()) == [[4, 2]]
     home = tmp_path / "straight" / "checkpoints"
     assert [path.name for path in home.glob("unhealthy_*")] == ["unhealthy_step_00000005"]
-    assert checkpoint.read_facts(checkpoint.resolve(tmp_path / "straight")).passed_over == ((4, 2),)
+    assert checkpoint.read_metadata(checkpoint.resolve(tmp_path / "straight")).passed_over == ((4, 2),)
 
     shutil.copytree(tmp_path / "straight", tmp_path / "again")
     for step in (4, 5, 6, 7):
-        shutil.rmtree(checkpoint.folder_of(tmp_path / "again" / "checkpoints", step))
+        shutil.rmtree(checkpoint.step_dir(tmp_path / "again" / "checkpoints", step))
     used.clear()
     assert train(run, tmp_path / "again") == 0
     assert used == [3, 6, 7, 8]
@@ -244,7 +244,7 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
 
 
 def test_a_full_device_says_what_to_change(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vjepa import train as module
+    from vjepa.engine import trainer as module
 
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -13,9 +13,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import vjepa
 from vjepa.cli import datasets, models, runs
 from vjepa.cli.verb import Parser, Verbs, nearest
+from vjepa.version import __version__
 from vjepa_data.settings import BadInput as BadData
 from vjepa_launch.settings import BadInput as BadLaunch
 
@@ -69,7 +69,7 @@ def parsers() -> tuple[Parser, Verbs]:
         description="Raw video in, a pretrained video world model out.",
         epilog="`vjepa VERB --help` says more. Settings are given as name=value: `vjepa train demo optim.lr=1e-3`.",
     )
-    whole.add_argument("--version", action="version", version=f"vjepa-pretrain {vjepa.__version__}")
+    whole.add_argument("--version", action="version", version=f"vjepa-pretrain {__version__}")
     verbs = Verbs(whole.add_subparsers(dest="verb", required=True, metavar="VERB"))
     for room in (runs, datasets, models):
         room.add_verbs(verbs)

@@ -25,7 +25,7 @@ def on_cluster(verb: argparse.ArgumentParser) -> None:
 def profile(on: str, nodes: int | None = None) -> "Cluster":
     """The profile of `--on`: a file, or the name of one that ships with the project."""
     import vjepa_launch
-    from vjepa_data.settings_files import find_file, load_settings
+    from vjepa_data.config_files import find_file, load_settings
     from vjepa_launch.request import with_nodes
     from vjepa_launch.settings import Cluster
 
@@ -54,7 +54,7 @@ def launch_array(asked: "Array", *, dry_run: bool) -> None:
 
 def shard_on_cluster(args: argparse.Namespace, spec: "Spec") -> None:
     """Spread a shard build over an array of jobs, each of which does what the others leave."""
-    from vjepa_data.settings_files import dump_settings
+    from vjepa_data.config_files import dump_settings
     from vjepa_launch.array import Array, Element
 
     on = profile(args.on)

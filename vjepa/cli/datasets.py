@@ -94,11 +94,11 @@ def task(text: str) -> tuple[int, int]:
 
 
 def shard(args: argparse.Namespace) -> None:
-    from vjepa_data.build.shard import shard
-    from vjepa_data.build.status import counted, lasting, refusals, status
-    from vjepa_data.build.survey import survey
+    from vjepa_data.builder.shard import shard
+    from vjepa_data.builder.status import counted, lasting, refusals, status
+    from vjepa_data.builder.survey import survey
+    from vjepa_data.config_files import load_settings
     from vjepa_data.settings import BadInput
-    from vjepa_data.settings_files import load_settings
     from vjepa_data.spec import Spec
 
     if args.status:
@@ -125,7 +125,7 @@ def shard(args: argparse.Namespace) -> None:
 
 
 def index(args: argparse.Namespace) -> None:
-    from vjepa_data.build.admit import admit
+    from vjepa_data.builder.index_foreign import admit
     from vjepa_data.settings import BadInput
 
     splits = {}
@@ -172,13 +172,13 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
 def verify(args: argparse.Namespace) -> int:
     folder = Path(args.place)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
-        from vjepa.run.checkpoint import damage, home_of, list_checkpoints
+        from vjepa.checkpoints.checkpoint import checkpoint_dir, find_corruption, list_checkpoints
 
-        found = [(path, damage(path)) for path in list_checkpoints(home_of(folder))]
+        found = [(path, find_corruption(path)) for path in list_checkpoints(checkpoint_dir(folder))]
         problems = [f"{path}: {wrong}" for path, wrong in found if wrong]
         what = f"{len(found)} checkpoints"
     else:
-        from vjepa_data.build.verify import verify as verify_corpus
+        from vjepa_data.builder.verify import verify as verify_corpus
 
         with bar("reading shards") as advance:
             verdict = verify_corpus(args.place, deep=args.deep, workers=args.workers, advance=advance)
@@ -191,7 +191,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> None:
-    from vjepa_data.mixture import merge, write_mixture
+    from vjepa_data.corpus.merge import merge, write_mixture
 
     found = merge(args.corpora, split=args.split, by=args.by, weights=args.weights)
     write_mixture(found, args.out, base=args.base)
@@ -202,6 +202,6 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def synthesize(args: argparse.Namespace) -> None:
-    from vjepa_data.synthetic import write_corpus
+    from vjepa_data.synthetic.physics import write_corpus
 
     write_corpus(args.out, videos=args.videos, seed=args.seed)

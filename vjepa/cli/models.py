@@ -211,7 +211,7 @@ def _part(verb: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from vjepa.release.export import export
+    from vjepa.export.export import export
 
     export(
         args.source,
@@ -227,8 +227,8 @@ def export(args: argparse.Namespace) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    from vjepa.release.adopt import adopt
-    from vjepa.release.released import Sizes
+    from vjepa.weights.fair_checkpoints import Sizes
+    from vjepa.weights.import_checkpoint import import_checkpoint
 
     sizes = Sizes(
         heads=args.heads,
@@ -238,7 +238,7 @@ def import_(args: argparse.Namespace) -> None:
         fps=args.fps,
         mask_tokens=tuple(args.mask_tokens) if args.mask_tokens else None,
     )
-    print(adopt(args.source, args.out, sizes, overwrite=args.overwrite))
+    print(import_checkpoint(args.source, args.out, sizes, overwrite=args.overwrite))
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -281,7 +281,7 @@ def _checked(device: str | None) -> str | None:
 
 
 def probe(args: argparse.Namespace) -> None:
-    from vjepa.evals.probe import probe
+    from vjepa.evals.linear import probe
 
     result = probe(
         args.model,
@@ -343,6 +343,6 @@ def _tell(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from vjepa.report.write import report
+    from vjepa.report.build import report
 
     print(report(args.source, args.out, clips=args.clips, results=args.results, overwrite=args.overwrite))

@@ -183,17 +183,17 @@ def demo(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> None:
     from vjepa.config import load
-    from vjepa_data.settings_files import flatten, one_line
+    from vjepa_data.config_files import flatten, one_line
 
     loaded = load(args.config, args.overrides)
     run = loaded.settings
     if args.masks:
-        from vjepa.report.mask_sheet import draw_mask_sheet
+        from vjepa.viz.mask_plot import draw_mask_sheet
 
         draw_mask_sheet(run, args.masks, step=args.step)
         print(args.masks)
     if args.stream:
-        from vjepa_data.show import stream
+        from vjepa_data.reader.show import stream
 
         print(stream(run.data, seed=run.seed, batch_size=run.batch_size, step=args.step, slots=args.stream))
     if not args.masks and not args.stream:
@@ -217,8 +217,8 @@ def estimate(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from vjepa.config import load
-    from vjepa.train import train
-    from vjepa.watch.health import Collapsed, Unhealthy
+    from vjepa.engine.trainer import train
+    from vjepa.monitoring.health import Collapsed, Unhealthy
 
     run = load(args.config, args.overrides).settings
     try:
@@ -230,7 +230,7 @@ def train(args: argparse.Namespace) -> int:
 
 def launch(args: argparse.Namespace) -> None:
     from vjepa.config import load
-    from vjepa_data.settings_files import dump_settings, load_settings
+    from vjepa_data.config_files import dump_settings, load_settings
     from vjepa_launch import array, submit, sweep
     from vjepa_launch.request import Request, train_command
 
@@ -319,9 +319,9 @@ def runs_requeue(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> int:
     from vjepa.config import load
-    from vjepa_data.settings_files import dump_settings
-    from vjepa_launch import visit
-    from vjepa_launch.doctor import examine, table
+    from vjepa_data.config_files import dump_settings
+    from vjepa_launch.doctor import cluster
+    from vjepa_launch.doctor.machine import examine, table
 
     run = load(args.config, args.overrides).settings if args.config else None
     if args.on:
@@ -329,8 +329,8 @@ def doctor(args: argparse.Namespace) -> int:
         about = [str(folder / "config.yaml")] if run else []
         command = ["python", "-m", "vjepa", "doctor", *about, "--visit", str(folder)]
         config = dump_settings(run) if run else "name: doctor\n"
-        found = visit.visit(folder, profile(args.on, args.nodes), command, config=config)
-        findings = visit.compare(found)
+        found = cluster.examine_cluster(folder, profile(args.on, args.nodes), command, config=config)
+        findings = cluster.compare(found)
     else:
         from vjepa import doctor
 
@@ -340,7 +340,7 @@ def doctor(args: argparse.Namespace) -> int:
             findings = examine(args.visit, doctor.looks(run)) if os.environ["LOCAL_RANK"] == "0" else []
             findings += doctor.exchange_between_ranks()
             if os.environ["LOCAL_RANK"] == "0":
-                visit.report(args.visit, findings)
+                cluster.report(args.visit, findings)
             return 0
     print(table(findings))
     return 1 if any(finding.level == "bad" for finding in findings) else 0
@@ -348,7 +348,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def bench_loader(args: argparse.Namespace) -> None:
     from vjepa.config import load
-    from vjepa_data import bench
+    from vjepa_data.reader import bench
 
     run = load(args.config, args.overrides).settings
     of = {"seed": run.seed, "batch_size": run.batch_size}
@@ -358,14 +358,14 @@ def bench_loader(args: argparse.Namespace) -> None:
 
 
 def drill(args: argparse.Namespace) -> int:
-    from vjepa_launch import drill
+    from vjepa_launch.drill import drills
 
-    cluster = drill.with_two_ranks(profile(args.on, args.nodes))
-    chosen = drill.choose(cluster, args.only)
+    cluster = drills.with_two_ranks(profile(args.on, args.nodes))
+    chosen = drills.choose(cluster, args.only)
     results = []
-    for result in drill.rehearse_all(chosen, args.out, cluster, at_once=args.at_once):
+    for result in drills.rehearse_all(chosen, args.out, cluster, at_once=args.at_once):
         results.append(result)
         what = "as expected" if result.passed else "not as expected"
         print(f"{len(results)} of {len(chosen)}: {result.drill.name}, {what}", file=sys.stderr)
-    print(drill.table(results))
+    print(drills.table(results))
     return 0 if all(result.passed for result in results) else 1

@@ -29,20 +29,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vjepa.evals.embed import TOGETHER, CorpusVideos, Job, fingerprint, write_features
+from vjepa.atomic import check_free, new_file
+from vjepa.distributed.world import World, join
+from vjepa.evals.embed import TOGETHER, CorpusVideos, EmbedRequest, fingerprint, write_features
 from vjepa.evals.features import PixelEncoder, clips_for
-from vjepa.evals.pooler import AttentiveProbe, save_classifier
-from vjepa.evals.readout import wilson
 from vjepa.evals.results import about_model, score_row
-from vjepa.output import check_free, new_file
-from vjepa.parallel import World, join
-from vjepa.release.native import VideoEncoder
-from vjepa.release.read import load_encoder
-from vjepa.release.tensors import read_json
-from vjepa.release.weights import Part, random_encoder
+from vjepa.evals.ridge import wilson
+from vjepa.nn.attentive_probe import AttentiveProbe, save_classifier
+from vjepa.weights.load import load_encoder
+from vjepa.weights.native import VideoEncoder
+from vjepa.weights.tensors import read_json
+from vjepa.weights.weights import Part, random_encoder
+from vjepa_data.corpus.format import read_manifest
 from vjepa_data.corpus.index import Index
-from vjepa_data.corpus.shards import read_manifest
-from vjepa_data.draws import generator
+from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Clips:
+class EncodedClips:
     """Tokens of some clips, with the video and the class of each."""
 
     tokens: Float[np.ndarray, "all N D"]
@@ -96,7 +96,7 @@ class Clips:
 
 
 def fit_probe(
-    clips: Clips,
+    clips: EncodedClips,
     classes: int,
     heads: int,
     recipe: Recipe,
@@ -126,7 +126,7 @@ def fit_probe(
 
 
 @torch.no_grad()
-def accuracy(probe: AttentiveProbe, clips: Clips, *, batch: int = 64) -> float:
+def accuracy(probe: AttentiveProbe, clips: EncodedClips, *, batch: int = 64) -> float:
     """Share of videos whose class is right; the probabilities of a video's clips are averaged."""
     groups = np.split(np.arange(len(clips)), range(batch, len(clips), batch))
     device = next(probe.parameters()).device
@@ -152,7 +152,7 @@ class Fitted:
 
 
 def fit_grid(
-    sides: Mapping[str, Clips], classes: int, heads: int, recipe: Recipe, world: World, *, seed: int
+    sides: Mapping[str, EncodedClips], classes: int, heads: int, recipe: Recipe, world: World, *, seed: int
 ) -> Fitted:
     """Train a probe for each point of the grid, shared out among the ranks.
 
@@ -220,7 +220,7 @@ def attentive(
     """
     check_free(out, overwrite=overwrite)
     train_split = None if train_split == split else train_split
-    asked = Question(shards, label, split, train_split, clips_per_video, views, seed)
+    asked = ProbeTask(shards, label, split, train_split, clips_per_video, views, seed)
     encoder = load_encoder(model, part)
     encoders = {"pretrained": encoder}
     if baselines:
@@ -260,7 +260,7 @@ def attentive(
 
 
 @dataclass(frozen=True)
-class Question:
+class ProbeTask:
     """What is asked of frozen features, and of which clips."""
 
     shards: Path
@@ -275,7 +275,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Splits:
     """Which videos fit, choose and report; keys of each, with their classes."""
 
     classes: list[str]
@@ -283,7 +283,7 @@ class Cut:
     """For each side its split, and the class of each key."""
 
 
-def _cut(asked: Question) -> Cut:
+def _cut(asked: ProbeTask) -> Splits:
     shards, split, train_split, label, seed = asked.shards, asked.split, asked.train_split, asked.label, asked.seed
     report = _labels(shards, split, label)
     keys = generator(seed, "attentive cut").permutation(sorted(report)).tolist()
@@ -305,7 +305,7 @@ def _cut(asked: Question) -> Cut:
     if len(classes) < 2:
         raise BadInput(f"{shards}: all videos to fit on have the same {label!r} ({classes[0]!r}); give another label")
     number = {name: i for i, name in enumerate(classes)}
-    return Cut(
+    return Splits(
         classes,
         {side: (of, {key: number.get(labels[key], -1) for key in chosen}) for side, (of, chosen) in named.items()},
     )
@@ -329,7 +329,9 @@ def _labels(shards: Path, split: str, label: str) -> dict[str, str]:
     return found
 
 
-def _load(out: Path, model: str, encoder: VideoEncoder, asked: Question, cut: Cut, world: World) -> dict[str, Clips]:
+def _load(
+    out: Path, model: str, encoder: VideoEncoder, asked: ProbeTask, cut: Splits, world: World
+) -> dict[str, EncodedClips]:
     """The tokens of all clips, computed once by all ranks together and mapped from files beside the result."""
     # Named by all that decides the tokens, so that those of another model or corpus are never taken for these.
     many = f"{asked.clips_per_video}x{asked.views}"
@@ -339,7 +341,7 @@ def _load(out: Path, model: str, encoder: VideoEncoder, asked: Question, cut: Cu
         if not world.first((cache / f"{split}.npy").exists):
             of = {"per_video": asked.clips_per_video, "views": asked.views}
             clips = clips_for(encoder, asked.shards, split=split, **of)
-            job = Job(CorpusVideos(clips), "token", model, asked.clips_per_video, asked.views)
+            job = EmbedRequest(CorpusVideos(clips), "token", model, asked.clips_per_video, asked.views)
             write_features(world, encoder, job, cache / f"{split}.npy")
     sides = {}
     for side, (split, classes) in cut.sides.items():
@@ -352,7 +354,7 @@ def _load(out: Path, model: str, encoder: VideoEncoder, asked: Question, cut: Cu
         keep = np.array([number for number, row in enumerate(rows) if row["key"] in place], int)
         video = np.array([place[rows[number]["key"]] for number in keep], int)
         label = np.array([classes[keys[one]] for one in video], int)
-        sides[side] = Clips(tokens.reshape(len(tokens), -1, tokens.shape[-1]), keep, video, label)
+        sides[side] = EncodedClips(tokens.reshape(len(tokens), -1, tokens.shape[-1]), keep, video, label)
     return sides
 
 
@@ -363,7 +365,7 @@ def _findings(
     fitted: Fitted,
     grid: Sequence[tuple[float, float]],
     classes: Sequence[str],
-    sides: Mapping[str, Clips],
+    sides: Mapping[str, EncodedClips],
 ) -> dict[str, Any]:
     """What the chosen probe is worth, beside all others of the grid and the answer given without looking."""
     scores, best = fitted.scores, fitted.best
@@ -382,7 +384,7 @@ def _findings(
     }
 
 
-def _protocol(asked: Question, cut: Cut, recipe: Recipe, heads: int) -> dict[str, Any]:
+def _protocol(asked: ProbeTask, cut: Splits, recipe: Recipe, heads: int) -> dict[str, Any]:
     """How it was measured."""
     return {
         "shards": str(asked.shards),

@@ -31,16 +31,16 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vjepa.atomic import check_free, new_file
 from vjepa.config import Parallel
-from vjepa.evals.clips import EvalClips
-from vjepa.evals.files import TIMEOUT_S, FileClip, FileVideos, find_videos
-from vjepa.output import check_free, new_file
-from vjepa.parallel import World, join
-from vjepa.release.native import VideoEncoder
-from vjepa.release.read import load_encoder
-from vjepa.release.tensors import read_json
-from vjepa.release.weights import Part
-from vjepa_data.faults import Unreadable
+from vjepa.distributed.world import World, join
+from vjepa.weights.load import load_encoder
+from vjepa.weights.native import VideoEncoder
+from vjepa.weights.tensors import read_json
+from vjepa.weights.weights import Part
+from vjepa_data.errors import Unreadable
+from vjepa_data.evaluation.clips import EvalClips
+from vjepa_data.evaluation.video_files import TIMEOUT_S, FileClip, FileVideos, find_videos
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 
@@ -139,7 +139,7 @@ def embed(
             files = FileVideos(find_videos(videos), workers=workers, timeout_s=timeout_s, **form)
             found = stack.enter_context(files)
         encoder.to(device or world.device)
-        job = Job(found, what, str(model), clips_per_video, views, batch)
+        job = EmbedRequest(found, what, str(model), clips_per_video, views, batch)
         return write_features(world, encoder, job, out, overwrite=overwrite)
 
 
@@ -148,7 +148,7 @@ TOGETHER = Parallel(timeout_s=86_400)
 
 
 @dataclass(frozen=True)
-class Job:
+class EmbedRequest:
     """What to encode, and how."""
 
     videos: Videos
@@ -160,7 +160,9 @@ class Job:
     batch: int = 8
 
 
-def write_features(world: World, encoder: VideoEncoder, job: Job, out: Path, *, overwrite: bool = False) -> Summary:
+def write_features(
+    world: World, encoder: VideoEncoder, job: EmbedRequest, out: Path, *, overwrite: bool = False
+) -> Summary:
     """Write the features of videos, all ranks together: parts of some videos each, then one file.
 
     Raises:
@@ -258,7 +260,7 @@ def fingerprint(encoder: VideoEncoder) -> str:
 # ---- the work
 
 
-def _rows(encoder: VideoEncoder, job: Job, videos: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+def _rows(encoder: VideoEncoder, job: EmbedRequest, videos: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     """Rows of some videos, in order; the next are decoded while the encoder is busy."""
     seconds = encoder.frames / encoder.fps
     waiting: list[dict[str, Any]] = []

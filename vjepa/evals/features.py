@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vjepa.config import Model
-from vjepa.evals.clips import EvalClip, EvalClips
-from vjepa.evals.tracks import TokenLabels, mean_velocity, token_labels
-from vjepa.model.grid import Grid
-from vjepa.release.native import VideoEncoder
+from vjepa.evals.object_labels import TokenLabels, mean_velocity, token_labels
+from vjepa.nn.grid import Grid
+from vjepa.weights.native import VideoEncoder
+from vjepa_data.evaluation.clips import EvalClip, EvalClips
 
 
 @runtime_checkable
@@ -91,11 +91,11 @@ class Features:
 
     pooled: Float[Tensor, "clips d"]
     tokens: Float[Tensor, "n D"]
-    """Of the labelled tokens only, in the order of `Seen.labels`."""
+    """Of the labelled tokens only, in the order of `ReadClips.labels`."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReadClips:
     """The clips that were read, in order."""
 
     keys: tuple[str, ...]
@@ -110,7 +110,9 @@ class Seen:
     features: dict[str, Features]
 
 
-def read_features(readers: Mapping[str, Reader], clips: Iterable[EvalClip], model: Model, *, batch: int = 8) -> Seen:
+def read_features(
+    readers: Mapping[str, Reader], clips: Iterable[EvalClip], model: Model, *, batch: int = 8
+) -> ReadClips:
     """Let every reader look at the same clips, each decoded once.
 
     Args:
@@ -137,7 +139,9 @@ def read_features(readers: Mapping[str, Reader], clips: Iterable[EvalClip], mode
         velocities += [mean_velocity(clip) for clip in group]
         labels += found
     features = {name: Features(torch.cat(pooled[name]), torch.cat(tokens[name])) for name in readers}
-    return Seen(tuple(keys), np.array(videos), tuple(scalars), np.stack(velocities), TokenLabels.join(labels), features)
+    return ReadClips(
+        tuple(keys), np.array(videos), tuple(scalars), np.stack(velocities), TokenLabels.join(labels), features
+    )
 
 
 def clips_for(

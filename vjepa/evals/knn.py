@@ -20,16 +20,16 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from vjepa.evals.clips import EvalClips
+from vjepa.atomic import check_free, new_file
 from vjepa.evals.embed import reduce_tokens
 from vjepa.evals.features import EncoderReader, PixelReader, Reader, batches, clips_for
-from vjepa.evals.files import FileVideos
-from vjepa.evals.readout import wilson
 from vjepa.evals.results import about_model, score_row
-from vjepa.output import check_free, new_file
-from vjepa.release.read import load_encoder
-from vjepa.release.weights import Part, random_encoder
-from vjepa.report import page, pictures
+from vjepa.evals.ridge import wilson
+from vjepa.viz import html, plots
+from vjepa.weights.load import load_encoder
+from vjepa.weights.weights import Part, random_encoder
+from vjepa_data.evaluation.clips import EvalClips
+from vjepa_data.evaluation.video_files import FileVideos
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 
@@ -40,7 +40,7 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 @dataclass(frozen=True)
-class Near:
+class Neighbourhood:
     """A corpus in feature space."""
 
     seen: tuple[tuple[str, int], ...]
@@ -198,18 +198,18 @@ def nearest_page(
         key, video = near.seen[place]
         (clip,) = clips.read(video)
         blocks.append(_figure(f"{key} at {clip.start_s:.1f} s", f"{likeness[place]:.3f}", clip.frames))
-    text = page.render(
+    text = html.render(
         "Nearest clips",
         f"{len(order)} of {len(near.seen)} clips of {shards} ({split}), by the cosine of their features",
         [],
-        [page.Section("Asked for", "", blocks[0]), page.Section("Found", "", "".join(blocks[1:]))],
+        [html.Section("Asked for", "", blocks[0]), html.Section("Found", "", "".join(blocks[1:]))],
     )
     with new_file(out, overwrite=overwrite) as beside:
         beside.write_text(text)
     return [(near.seen[place][0], float(likeness[place])) for place in order]
 
 
-def read_corpus(readers: Mapping[str, Reader], clips: EvalClips, *, label: str | None) -> dict[str, Near]:
+def read_corpus(readers: Mapping[str, Reader], clips: EvalClips, *, label: str | None) -> dict[str, Neighbourhood]:
     """Where the clips of a corpus lie for each reader; each clip is decoded once.
 
     Raises:
@@ -230,10 +230,10 @@ def read_corpus(readers: Mapping[str, Reader], clips: EvalClips, *, label: str |
     return {name: _centred(np.concatenate(parts), tuple(seen), tuple(labels)) for name, parts in features.items()}
 
 
-def _centred(every: Float[ndarray, "n D"], seen: tuple[tuple[str, int], ...], labels: tuple[Any, ...]) -> Near:
+def _centred(every: Float[ndarray, "n D"], seen: tuple[tuple[str, int], ...], labels: tuple[Any, ...]) -> Neighbourhood:
     mean = every.mean(0)
     every = every - mean
-    return Near(seen, labels, every / np.linalg.norm(every, axis=1, keepdims=True).clip(1e-12), mean)
+    return Neighbourhood(seen, labels, every / np.linalg.norm(every, axis=1, keepdims=True).clip(1e-12), mean)
 
 
 class _Mean(EncoderReader):
@@ -247,4 +247,4 @@ class _Mean(EncoderReader):
 
 def _figure(caption: str, name: str, frames: UInt8[Tensor, "T H W C"]) -> str:
     shown = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
-    return page.strips(caption, [(name, pictures.jpeg(pictures.strip(frames.numpy()[shown], height=96)))])
+    return html.strips(caption, [(name, plots.jpeg(plots.strip(frames.numpy()[shown], height=96)))])

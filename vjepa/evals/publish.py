@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa import config
-from vjepa.watch.track import Wandb
+from vjepa.wandb_client import WandbRun
 from vjepa_data.settings import BadInput
 
 
@@ -29,6 +29,6 @@ def publish(result: Mapping[str, Any], model: Path) -> None:
         "/".join(("eval", result["kind"], row["task"], row["metric"], row["features"])).replace(" ", "_"): row["value"]
         for row in result["rows"]
     }
-    client = Wandb(run, folder, (folder / "wandb" / "id").read_text().strip())
+    client = WandbRun(run, folder, (folder / "wandb" / "id").read_text().strip())
     client.log({"step": result["model"]["step"], **numbers})
     client.close(0)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vjepa.release.native import VideoEncoder
-from vjepa.release.tensors import read_json
+from vjepa.weights.native import VideoEncoder
+from vjepa.weights.tensors import read_json
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from vjepa import config
-from vjepa.evals.clips import EvalClip
 from vjepa.evals.features import clips_for
-from vjepa.evals.files import FileClip, FileVideos, find_videos
-from vjepa.release.native import VideoEncoder
-from vjepa.release.tensors import read_json
-from vjepa.release.weights import random_encoder
-from vjepa.report import page, pictures
-from vjepa.report.page import Section
+from vjepa.viz import html, plots
+from vjepa.viz.html import Section
+from vjepa.weights.native import VideoEncoder
+from vjepa.weights.tensors import read_json
+from vjepa.weights.weights import random_encoder
+from vjepa_data.evaluation.clips import EvalClip
+from vjepa_data.evaluation.video_files import FileClip, FileVideos, find_videos
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 
@@ -32,18 +32,18 @@ def features_section(encoder: VideoEncoder, clips: Sequence[Named]) -> Section:
     frames = torch.stack([clip.frames for _, clip in clips])
     with torch.no_grad():
         coloured = {
-            "pretrained": pictures.feature_colours(encoder(frames)),
-            "random init": pictures.feature_colours(random_encoder(encoder, 0)(frames)),
+            "pretrained": plots.feature_colours(encoder(frames)),
+            "random init": plots.feature_colours(random_encoder(encoder, 0)(frames)),
         }
     t = coloured["pretrained"].shape[1]
-    shown = pictures.evenly(t)
+    shown = plots.evenly(t)
     rows = []
     for number, (name, clip) in enumerate(clips):
         tubelets = clip.frames.numpy()[:: encoder.model.tubelet_frames][:t]
-        strips = [("clip", pictures.jpeg(pictures.strip(tubelets[shown], height=pictures.STRIP_PX)))]
+        strips = [("clip", plots.jpeg(plots.strip(tubelets[shown], height=plots.STRIP_PX)))]
         for whose, colours in coloured.items():
-            strips.append((whose, pictures.png(pictures.strip(colours[number][shown], height=pictures.STRIP_PX))))
-        rows.append(page.strips(f"{name} at {clip.start_s:.1f} s", strips))
+            strips.append((whose, plots.png(plots.strip(colours[number][shown], height=plots.STRIP_PX))))
+        rows.append(html.strips(f"{name} at {clip.start_s:.1f} s", strips))
     return Section(
         "What its features look like",
         "The three main directions of the features of all tokens, as red, green and blue, over time: tokens of one "

@@ -6,13 +6,13 @@ from html import escape
 from pathlib import Path
 
 from vjepa.evals.results import find_results, read_result
-from vjepa.release.card import card_rows, parameters_m
-from vjepa.release.read import read_weights
-from vjepa.release.weights import Weights
-from vjepa.report import page
+from vjepa.export.model_card import card_rows, parameters_m
 from vjepa.report.features import clips_of, features_section
-from vjepa.report.page import Section
 from vjepa.report.results import results_section
+from vjepa.viz import html
+from vjepa.viz.html import Section
+from vjepa.weights.load import read_weights
+from vjepa.weights.weights import Weights
 
 
 def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path] = ()) -> str:
@@ -40,17 +40,17 @@ def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path
     found = [*find_results(path), *map(read_result, results)]
     how = "No results here: vjepa eval probe MODEL SHARDS --out probe.json, then --results probe.json"
     sections = [
-        Section("What it is", "", page.table(rows)),
+        Section("What it is", "", html.table(rows)),
         *_features(weights, clips),
         results_section(found, how=how),
         _provenance(weights),
     ]
-    return page.render(where.get("run", path.name), f"{encoder.name}, in {path}", facts, sections)
+    return html.render(where.get("run", path.name), f"{encoder.name}, in {path}", facts, sections)
 
 
 def _features(weights: Weights, clips: Sequence[Path]) -> Iterator[Section]:
     if not clips:
-        yield page.note("What its features look like", "Give videos with --clips to see.")
+        yield html.note("What its features look like", "Give videos with --clips to see.")
         return
     encoder = weights.encoder()
     yield features_section(encoder, clips_of(clips, encoder))
@@ -58,7 +58,7 @@ def _features(weights: Weights, clips: Sequence[Path]) -> Iterator[Section]:
 
 def _provenance(weights: Weights) -> Section:
     if not weights.provenance:
-        return page.note("Where it came from", "Nothing is recorded: it was not exported by this program.")
+        return html.note("Where it came from", "Nothing is recorded: it was not exported by this program.")
     text = escape(json.dumps(weights.provenance, indent=1))
     return Section(
         "Where it came from",

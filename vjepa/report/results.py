@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from vjepa.evals.results import TITLES, Result, Row, tasks_of, uncertainty
-from vjepa.report import page, pictures
-from vjepa.report.page import Section
+from vjepa.viz import html, plots
+from vjepa.viz.html import Section
 
 TITLE = "What the features are worth"
 
@@ -18,7 +18,7 @@ def results_section(results: Sequence[Result], *, how: str) -> Section:
         how: what to say if there are none.
     """
     if not results:
-        return page.note(TITLE, how)
+        return html.note(TITLE, how)
     body = "".join(_one(result) for result in results)
     text = (
         "In brackets: the interval that stands below each table; for an untrained encoder probed several times, the "
@@ -38,12 +38,12 @@ def _one(result: Result) -> str:
         lines.append([escape(task), escape(metric), *texts])
     title = TITLES.get(result["kind"]) or str(result["kind"])
     bars = _bars(columns, tasks) if result["kind"] == "probe" else ""
-    return f"<h3>{escape(title)}</h3>{bars}{page.table(lines)}<p>{escape(_protocol(result))}</p>"
+    return f"<h3>{escape(title)}</h3>{bars}{html.table(lines)}<p>{escape(_protocol(result))}</p>"
 
 
 def _bars(columns: Sequence[str], tasks: dict[tuple[str, str], dict[str, Row]]) -> str:
     whole = {key: cells for key, cells in tasks.items() if set(columns) <= cells.keys()}
-    return pictures.bars(
+    return plots.bars(
         [f"{task}\n{metric}".replace(" ", "\n") for task, metric in whole],
         {
             name: [(row["value"], row["low"], row["high"]) for row in (cells[name] for cells in whole.values())]

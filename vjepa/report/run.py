@@ -16,18 +16,18 @@ import numpy as np
 from jaxtyping import Float
 
 from vjepa import config
+from vjepa.checkpoints.checkpoint import resolve
 from vjepa.evals.results import Result, find_results
-from vjepa.release.read import load_encoder
-from vjepa.release.tensors import read_json
-from vjepa.report import page, pictures
 from vjepa.report.features import features_section, held_out_clips
-from vjepa.report.page import Section
-from vjepa.report.pictures import Curve
 from vjepa.report.results import results_section
-from vjepa.report.seen import what_it_sees
-from vjepa.run.checkpoint import resolve
+from vjepa.report.training_clips import training_clips_section
+from vjepa.viz import html, plots
+from vjepa.viz.html import Section
+from vjepa.viz.plots import Curve
+from vjepa.weights.load import load_encoder
+from vjepa.weights.tensors import read_json
+from vjepa_data.config_files import flatten
 from vjepa_data.settings import BadInput
-from vjepa_data.settings_files import flatten
 
 Record = dict[str, Any]
 
@@ -53,7 +53,7 @@ def run_page(folder: Path) -> str:
         BadInput: it is not the folder of a run, or its files are damaged.
     """
     story = read_story(folder)
-    return page.render(story.run.name, _subtitle(story), _facts(story), list(_sections(story)))
+    return html.render(story.run.name, _subtitle(story), _facts(story), list(_sections(story)))
 
 
 def read_story(folder: Path) -> Story:
@@ -128,7 +128,7 @@ def _facts(story: Story) -> list[tuple[str, str]]:
 
 def _sections(story: Story) -> Iterator[Section]:
     yield _learning(story)
-    yield what_it_sees(story.run)
+    yield training_clips_section(story.run)
     yield _features(story)
     yield results_section(story.results, how="No probe yet: vjepa eval probe RUN SHARDS --out RUN/probe.json")
     yield _data(story)
@@ -140,7 +140,7 @@ def _features(story: Story) -> Section:
         encoder = load_encoder(resolve(story.folder))
         return features_section(encoder, held_out_clips(story.run, encoder))
     except BadInput as error:
-        return page.note("What its features look like", f"Features cannot be shown: {error}")
+        return html.note("What its features look like", f"Features cannot be shown: {error}")
 
 
 # ---- curves
@@ -155,9 +155,9 @@ def series(records: Sequence[Record], name: str) -> tuple[Float[np.ndarray, " n"
 
 def _learning(story: Story) -> Section:
     if not story.records:
-        return page.note("Learning", "Nothing is recorded yet.")
+        return html.note("Learning", "Nothing is recorded yet.")
     marks = [float(attempt["step"]) for attempt in story.attempts[1:]]
-    plots = []
+    drawn = []
     for title, names, is_log in (
         ("Loss: L1 of predicted features", {"loss/prediction": "all masks", **_mask_names(story)}, False),
         ("Explained L1: 0 is no better than the mean", {"loss/explained": ""}, False),
@@ -173,14 +173,14 @@ def _learning(story: Story) -> Section:
         curves = [Curve(label, *series(story.records, name)) for name, label in names.items()]
         curves = [curve for curve in curves if np.isfinite(curve.y).any()]
         if curves:
-            plots.append(pictures.plot(curves, title=title, marks=marks, log=is_log))
+            drawn.append(plots.plot(curves, title=title, marks=marks, log=is_log))
     text = (
         "The loss of an encoder that chases its own average need not fall; explained L1 and RankMe say more. "
         "A run whose features collapse has RankMe near 1."
     )
     if marks:
         text += " Dashed lines mark where a new attempt went on."
-    return Section("Learning", text, f'<div class="grid">{"".join(plots)}</div>')
+    return Section("Learning", text, f'<div class="grid">{"".join(drawn)}</div>')
 
 
 def _mask_names(story: Story) -> dict[str, str]:
@@ -190,7 +190,7 @@ def _mask_names(story: Story) -> dict[str, str]:
 def _times(story: Story) -> dict[str, str]:
     names = sorted({name for one in story.records for name in one if name.startswith("time/") and name.endswith("_s")})
     order = ["time/step_s", *(name for name in names if name not in ("time/step_s", "time/slowest_data_s"))]
-    return {name: name.removeprefix("time/").removesuffix("_s") for name in order[: len(pictures.COLOURS)]}
+    return {name: name.removeprefix("time/").removesuffix("_s") for name in order[: len(plots.COLOURS)]}
 
 
 # ---- the run itself
@@ -209,7 +209,7 @@ def _data(story: Story) -> Section:
         reasons[one.get("reason", "?")] = reasons.get(one.get("reason", "?"), 0) + 1
     why = "; ".join(f"{escape(reason)}: {count:,}" for reason, count in sorted(reasons.items(), key=lambda x: -x[1]))
     text = f"Rejected and replaced: {why}." if why else "No sample was rejected."
-    return Section("Data", text, page.table(rows))
+    return Section("Data", text, html.table(rows))
 
 
 def _attempts(story: Story) -> Section:
@@ -221,7 +221,7 @@ def _attempts(story: Story) -> Section:
         cells = (number, one["step"], one.get("time", ""), place, one.get("world", ""), commit)
         rows.append([escape(str(cell)) for cell in cells])
     settings = "\n".join(f"{name} = {value}" for name, value in flatten(story.run))
-    body = _timeline(story) + (page.table(rows) if len(rows) > 1 else "")
+    body = _timeline(story) + (html.table(rows) if len(rows) > 1 else "")
     body += f"<details><summary>All settings</summary><pre>{escape(settings)}</pre></details>"
     return Section("The run", f"In {escape(str(story.folder))}.", body)
 
@@ -243,8 +243,8 @@ def _timeline(story: Story) -> str:
         mine = (seconds >= edges[number]) & (seconds < edges[number + 1])
         if mine.any():
             curves.append(Curve(f"attempt {number + 1}", (seconds[mine] - starts[0]) / unit, steps[mine]))
-    return pictures.plot(
-        curves[-len(pictures.COLOURS) :],
+    return plots.plot(
+        curves[-len(plots.COLOURS) :],
         title="Steps made over time",
         marks=[(start - starts[0]) / unit for start in starts[1:]],
         across=f"{name} since the first attempt began",

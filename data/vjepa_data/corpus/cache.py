@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from vjepa_data.corpus.remote import Gone, Unreachable, read_range
+from vjepa_data.corpus.remote import Gone, StoreUnreachable, read_range
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _fetch_wanted(cache: Cache, wanted: "queue.Queue[tuple[str, int, str] | None
         url, size, sha256 = one
         try:
             cache.fetch(url, size, sha256)
-        except Unreachable as e:  # whoever needs a sample of it finds that out too, and says so
+        except StoreUnreachable as e:  # whoever needs a sample of it finds that out too, and says so
             log.warning("%s", e)
         except OSError as e:  # of the disk; this thread has other shards to fetch
             log.warning("%s: no copy in %s: %s", url, cache.folder, e)

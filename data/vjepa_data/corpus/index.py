@@ -25,11 +25,11 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import xxhash
 
+from vjepa_data.atomic import remove_leftovers, temporary_name, write_whole
 from vjepa_data.corpus.cache import Cache
+from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, read_manifest
 from vjepa_data.corpus.remote import Gone, is_remote, read_range
-from vjepa_data.corpus.shards import Manifest, ShardEntry, is_ours, read_manifest
-from vjepa_data.corpus.whole import remove_leftovers, temporary_name, write_whole
-from vjepa_data.faults import Unreadable
+from vjepa_data.errors import Unreadable
 from vjepa_data.settings import BadInput
 
 MAPPED_FROM = 200_000  # samples; below, reading the parquet takes less than 0.1 s and 40 MB (measured once)

@@ -32,7 +32,7 @@ class Gone(Exception):
     """There is no such file, or we may not read it: trying again would not help."""
 
 
-class Unreachable(BadInput):
+class StoreUnreachable(BadInput):
     """The store did not answer for so long that the run must stop."""
 
 
@@ -65,7 +65,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
         except (OSError, http.client.HTTPException, _Busy) as e:
             waited_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
             if waited_s > PATIENCE_S:
-                raise Unreachable(
+                raise StoreUnreachable(
                     f"{url} cannot be reached for {waited_s:.0f} s ({e}); see to the network or the store, then resume"
                 ) from e
             log.log(logging.WARNING if attempt % 10 == 3 else logging.DEBUG, "%s: %s, trying again", url, e)

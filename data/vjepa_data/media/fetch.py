@@ -35,7 +35,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class FileRef:
     """A file: a local path or an address, or a run of bytes in it (a member of a tar)."""
 
     path: str
@@ -49,7 +49,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def local(place: Place) -> Iterator[Path]:
+def local(place: FileRef) -> Iterator[Path]:
     """Have a file under a local path as long as the context lasts.
 
     Raises:
@@ -67,7 +67,7 @@ def local(place: Place) -> Iterator[Path]:
         yield Path(f"/proc/self/fd/{copy.fileno()}")
 
 
-def _extract(place: Place, copy: BinaryIO) -> None:
+def _extract(place: FileRef, copy: BinaryIO) -> None:
     size = place.size or 0
     if size > MAX_BYTES:
         raise Refused(Reason.TOO_LARGE, f"{size} bytes, at most {MAX_BYTES} are copied to memory")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vjepa_data.media.transcode import Clip, stored_size
-from vjepa_data.media.video import MAX_PIXELS, Probe, Reason, Refused, Stored
-from vjepa_data.picture import upright_rgb
+from vjepa_data.decoding.picture import upright_rgb
+from vjepa_data.media.transcode import StoredClip, stored_size
+from vjepa_data.media.video import MAX_PIXELS, Reason, Refused, Stored, VideoInfo
 from vjepa_data.spec import Encode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -17,7 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error)
 
 
-def probe_image(path: Path) -> Probe:
+def probe_image(path: Path) -> VideoInfo:
     """Read what an image file says of itself.
 
     Raises:
@@ -27,10 +27,10 @@ def probe_image(path: Path) -> Probe:
         width, height = _shown_size(image)
         kind = (image.format or "").lower()
         size = path.stat().st_size
-        return Probe(size, kind, kind, image.mode, width, height, (1, 1), 0.0, 1, 0.0, False)
+        return VideoInfo(size, kind, kind, image.mode, width, height, (1, 1), 0.0, 1, 0.0, False)
 
 
-def store_image(path: Path, *, encode: Encode) -> Clip:
+def store_image(path: Path, *, encode: Encode) -> StoredClip:
     """Encode an image as it is stored.
 
     Raises:
@@ -45,7 +45,7 @@ def store_image(path: Path, *, encode: Encode) -> Clip:
             picture.save(file, "JPEG", quality=encode.jpeg_quality, subsampling=0)
         except DAMAGE as error:
             raise Refused(Reason.NOT_IMAGE, str(error)) from None
-    return Clip(file.getvalue(), Stored(1, (1, 1), width, height))
+    return StoredClip(file.getvalue(), Stored(1, (1, 1), width, height))
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class _Job:
     is_done: bool = False
 
 
-class Pool(Generic[Task, Answer]):
+class WorkerPool(Generic[Task, Answer]):
     """A few children that each run `work(task)` of one module.
 
     Args:
@@ -76,7 +76,7 @@ class Pool(Generic[Task, Answer]):
         self._children: list[_Child] = []
         self._workers = workers
 
-    def __enter__(self) -> "Pool[Task, Answer]":
+    def __enter__(self) -> "WorkerPool[Task, Answer]":
         return self
 
     def __exit__(

@@ -45,7 +45,7 @@ Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True)
-class Box:
+class PictureBox:
     """A part of a picture, in pixels of the frame as it is shown."""
 
     left: int
@@ -55,7 +55,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Clip:
+class StoredClip:
     """A stored clip: its bytes and its form."""
 
     data: bytes
@@ -123,8 +123,8 @@ def transcode(
     end_s: float | None,
     encode: Encode,
     accept: Filter,
-    box: Box | None = None,
-) -> Clip:
+    box: PictureBox | None = None,
+) -> StoredClip:
     """Store a video, or a part of it, in the canonical form.
 
     Args:
@@ -194,8 +194,8 @@ def _encode(
     rate: Fraction,
     encode: Encode,
     accept: Filter,
-    box: Box | None,
-) -> Clip:
+    box: PictureBox | None,
+) -> StoredClip:
     first = next(frames, None)
     if first is None:
         raise Refused(Reason.DAMAGED, "no frame in the part to use")
@@ -225,7 +225,7 @@ def _encode(
             "flags": "+bitexact+cgop",
             "x264-params": "mbtree=0",
         }
-        look = Look(rate)
+        look = ContentStats(rate)
         count = 0
         for count, frame in enumerate(_filtered(graph, itertools.chain([first], frames)), start=1):
             look.at(frame)
@@ -236,7 +236,7 @@ def _encode(
         file.seek(0)
         data = file.read()
     look.judge(accept)
-    return Clip(data, Stored(count, (rate.numerator, rate.denominator), width, height))
+    return StoredClip(data, Stored(count, (rate.numerator, rate.denominator), width, height))
 
 
 def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -251,7 +251,7 @@ def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterat
             yield filtered
 
 
-def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: Box) -> str:
+def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: PictureBox) -> str:
     """Options of the filter that cuts a box out of a frame, which is upright by then, but may have oblong pixels."""
     size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     across, down = (Fraction(now, side) for now, side in zip(size, shown, strict=True))
@@ -286,7 +286,7 @@ def _graph(frame: av.VideoFrame, width: int, height: int, *, crop: str | None) -
     return graph
 
 
-class Look:
+class ContentStats:
     """How bright the frames of a clip are and how much changes within a second, in grey levels of 255."""
 
     def __init__(self, rate: Fraction) -> None:

@@ -107,7 +107,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Probe:
+class VideoInfo:
     """What a video file says of itself."""
 
     bytes: int
@@ -199,7 +199,7 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     return stream
 
 
-def probe(path: Path) -> Probe:
+def probe(path: Path) -> VideoInfo:
     """Read what a file says of itself, and decode one frame to learn what it shows.
 
     Raises:
@@ -219,7 +219,7 @@ def probe(path: Path) -> Probe:
             rate = stream.guessed_rate if stream.guessed_rate and 0 < stream.guessed_rate <= 1000 else Fraction(25)
         rate = Fraction(rate).limit_denominator(1001)
         duration = _duration(container, stream, rate)
-        return Probe(
+        return VideoInfo(
             bytes=path.stat().st_size,
             container=container.format.name,
             codec=stream.codec_context.name,

@@ -1,0 +1,186 @@
+"""Is a corpus what its manifest says? Every byte is read once; with `deep`, every clip is decoded as well."""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from vjepa_data.builder.tars import local_tar
+from vjepa_data.corpus.format import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
+from vjepa_data.corpus.index import mirror, user_cache
+from vjepa_data.corpus.remote import is_remote
+from vjepa_data.decoding.backends import Expect
+from vjepa_data.media.fetch import FileRef
+from vjepa_data.media.pool import WorkerPool
+from vjepa_data.media.tasks import CheckTask
+from vjepa_data.media.video import Refused
+from vjepa_data.settings import BadInput
+
+KEY = re.compile(r"[a-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in a corpus."""
+
+    manifest: Manifest
+    problems: tuple[str, ...]
+    """One line each; empty if all is well."""
+    bytes: int
+    """Bytes that were read."""
+    samples: int
+    decoded: int
+    """Clips that were decoded from first to last frame."""
+
+
+def verify(
+    place: str | Path,
+    *,
+    deep: bool = False,
+    workers: int = 1,
+    timeout_s: float = 120.0,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Verdict:
+    """Check a corpus against its manifest: tables, sizes, sha256, and each sample at its recorded place.
+
+    Args:
+        place: folder or address of the corpus; remote shards are copied here one by one.
+        deep: decode every clip from first to last frame as well.
+        workers: processes that decode.
+        timeout_s: after which a clip that is still being decoded counts as bad.
+        advance: called with the bytes that were read, and the bytes that there are.
+
+    Raises:
+        BadInput: there is no manifest, or it was changed.
+    """
+    folder = mirror(str(place), user_cache()) if is_remote(str(place)) else Path(place)
+    manifest = read_manifest(folder)
+    table = _read_table(folder, manifest)
+    problems = list(_check_table(table, manifest))
+    total = sum(shard.bytes for shard in manifest.shards)
+    done = decoded = 0
+    root = manifest.root(str(place))
+    with WorkerPool[CheckTask, None]("vjepa_data.media.tasks", workers=workers, timeout_s=timeout_s) as pool:
+        for number, shard in enumerate(manifest.shards):
+            own = table.filter(pc.field("shard") == number).to_pylist()
+            with local_tar(root, shard.file, scratch=folder) as path:
+                found = list(_check_shard(path, shard, own, is_foreign=bool(manifest.spec.get("foreign"))))
+                if deep and path is not None and not found:
+                    decoded += len(own)
+                    found.extend(_decode_all(path, shard.file, own, pool))
+            problems.extend(found)
+            done += shard.bytes
+            advance(done, total)
+    return Verdict(manifest, tuple(problems), done, table.num_rows, decoded)
+
+
+def _read_table(folder: Path, manifest: Manifest) -> pa.Table:
+    path = folder / "samples.parquet"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); build the corpus again") from None
+    if hashlib.sha256(data).hexdigest() != manifest.samples_sha256:
+        raise BadInput(f"{path}: it is not the table that the manifest names (sha256 differs); build the corpus again")
+    table = pq.read_table(path)
+    missing = set(SAMPLE_COLUMNS.names) - set(table.column_names)
+    if missing:
+        raise BadInput(f"{path}: no column {min(missing)!r}; build the corpus again")
+    return table
+
+
+def _check_table(table: pa.Table, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the samples' table as a whole."""
+    repeated = table.num_rows - len(table["key"].unique())
+    if repeated:
+        yield f"samples.parquet: {repeated} keys are not unique"
+    place = table.select(["split", "shard", "position"])
+    if not place.equals(place.sort_by([(name, "ascending") for name in place.column_names])):
+        yield "samples.parquet: rows are not in the order of split, shard and position"
+    splits = table.group_by("group").aggregate([("split", "count_distinct")])
+    torn = splits.filter(pc.field("split_count_distinct") > 1)["group"].to_pylist()
+    if torn:
+        yield f"samples.parquet: {len(torn)} groups are in several splits, the first {min(torn)!r}"
+    for split, totals in manifest.splits.items():
+        count = table.filter(pc.field("split") == split).num_rows
+        if count != totals["samples"]:
+            yield f"samples.parquet: {count} samples of {split}, the manifest says {totals['samples']}"
+
+
+def _check_shard(
+    path: Path | None, shard: ShardEntry, rows: list[dict[str, Any]], *, is_foreign: bool
+) -> Iterator[str]:
+    if path is None:
+        yield f"{shard.file}: it is not there"
+        return
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            yield f"{shard.file}: {size} bytes, the manifest says {shard.bytes}"
+            return
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            yield f"{shard.file}: its sha256 differs from the manifest's"
+        if len(rows) != shard.samples:
+            yield f"{shard.file}: {len(rows)} samples in samples.parquet, the manifest says {shard.samples}"
+        names = _member_names(file)
+        expected = [name for row in rows for name in (f"{row['key']}.json", f"{row['key']}.{row['suffix']}")]
+        if names is None or (names != expected and not is_foreign):
+            yield f"{shard.file}: its members are not those of samples.parquet"
+        for row in rows:
+            problems = _check_bytes(file, row) if is_foreign else _check_sample(file, row)
+            yield from (f"{shard.file}: {row['key']}: {problem}" for problem in problems)
+
+
+def _member_names(file: BinaryIO) -> list[str] | None:
+    """Names of a tar's members in order, or None if it is damaged."""
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            return [member.name for member in tar]
+    except tarfile.TarError:
+        return None
+
+
+def _check_sample(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the sample at its recorded place."""
+    if not KEY.fullmatch(row["key"]):
+        yield "a key may hold only a-z, 0-9, _ and -, at most 64"
+    yield from _check_bytes(file, row)
+    file.seek(row["json_offset"])
+    try:
+        facts = json.loads(file.read(row["json_size"]))
+    except ValueError:
+        yield "the json cannot be read"
+        return
+    if not isinstance(facts, dict) or facts.get("key", row["key"]) != row["key"]:
+        yield "the json belongs to another sample"
+
+
+def _check_bytes(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
+    file.seek(row["video_offset"])
+    if xxhash.xxh64_hexdigest(file.read(row["video_size"])) != row["xxh64"]:
+        yield f"the {row['suffix']} is not the one that was stored (xxh64 differs)"
+
+
+def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: WorkerPool[CheckTask, None]) -> Iterator[str]:
+    tasks = [
+        CheckTask(
+            key=row["key"],
+            place=FileRef(str(path), row["video_offset"], row["video_size"]),
+            suffix=row["suffix"],
+            expect=Expect(row["frames"], row["width"], row["height"]),
+        )
+        for row in rows
+    ]
+    for task, answer in pool.map(tasks):
+        if isinstance(answer, Refused):
+            yield f"{name}: {task.key}: {answer.reason}: {answer.detail}"

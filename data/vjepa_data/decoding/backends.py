@@ -1,0 +1,157 @@
+"""One seam to three decoders: bytes and frame numbers in, uint8 frames out.
+
+On the canonical form that `vjepa shard` writes (H.264, yuv420p, constant rate, closed groups of pictures) all three
+give the same bits. Never imports torch by itself, so that a servant that decodes with decord or PyAV starts fast and
+small.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vjepa_data.errors import Unreadable
+
+Undecodable = Unreadable  # the name under which other modules know what a decoder raises
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What the index says of a video; a decoder that finds something else has the wrong bytes or miscounts."""
+
+    frames: int
+    width: int
+    height: int
+
+
+def decode(video: bytes, frames: Sequence[int], *, backend: str, expect: Expect) -> np.ndarray:
+    """Decode some frames of a video.
+
+    Args:
+        video: the file's bytes.
+        frames: numbers of the frames, not falling; a number may repeat.
+        backend: "decord", "torchcodec", "pyav", or "image" for a picture, which is a video of one frame.
+        expect: what the index says of it.
+
+    Returns:
+        uint8 [len(frames) H W 3], RGB.
+
+    Raises:
+        Unreadable: the bytes are damaged or not what the index says.
+    """
+    unique, back = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
+    if len(unique) == 0 or unique[0] < 0 or unique[-1] >= expect.frames:
+        raise Unreadable("frames", f"frames {list(frames)[:3]}... asked of a video of {expect.frames}")
+    pictures = BACKENDS[backend](video, unique, expect)
+    if pictures.shape != (len(unique), expect.height, expect.width, 3) or pictures.dtype != np.uint8:
+        want = f"{len(unique)}x{expect.height}x{expect.width}x3"
+        raise Unreadable("frames", f"{backend} gave {'x'.join(map(str, pictures.shape))}, expected {want}")
+    return pictures if len(back) == len(unique) else pictures[back]
+
+
+def _check_length(backend: str, found: int | None, expect: Expect) -> None:
+    if found is not None and found != expect.frames:
+        raise Unreadable("frames", f"{backend} counts {found} frames, the index {expect.frames}")
+
+
+def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
+    import decord
+
+    try:
+        # fault_tol=1: an error at the first frame that cannot be had, where 0 and -1 repeat another in its place.
+        reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
+        _check_length("decord", len(reader), expect)
+        return np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
+    except (decord.DECORDError, RuntimeError, IndexError) as e:
+        raise Unreadable("error", f"decord: {e}") from e
+
+
+class _Frames:
+    """decord's array as numpy takes it without a copy, which `asnumpy` would make; it stays alive with the result."""
+
+    def __init__(self, array) -> None:
+        self.array = array
+
+    def __dlpack__(self, **_: object):
+        return self.array.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the CPU
+
+
+def _torchcodec(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
+    from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
+
+    try:
+        reader = VideoDecoder(video, seek_mode="exact", num_ffmpeg_threads=1, dimension_order="NHWC")
+        _check_length("torchcodec", reader.metadata.num_frames, expect)
+        return reader.get_frames_at(frames.tolist()).data.numpy()
+    except (RuntimeError, ValueError, IndexError) as e:
+        raise Unreadable("error", f"torchcodec: {e}") from e
+
+
+def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(io.BytesIO(video)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            _check_length("pyav", stream.frames or None, expect)
+            return _walk(container, stream, frames)
+    except (FFmpegError, ValueError, IndexError) as e:
+        raise Unreadable("error", f"pyav: {e}") from e
+
+
+def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
+    """Decode from the key frame before the first frame to the last, and convert only those asked for.
+
+    Of H.264, frames that no other is predicted from are not even decoded, unless asked for: same bits, a seventh less
+    time. In AV1 and VP9 a packet may hold frames of several times.
+    """
+    period = 1 / (stream.average_rate * stream.time_base)
+    start = stream.start_time or 0
+    container.seek(int(start + int(frames[0]) * period), stream=stream, backward=True)
+    wanted = set(frames.tolist())
+    may_skip = stream.codec_context.name == "h264"
+    pictures = []
+    for packet in container.demux(stream):
+        if may_skip:
+            is_wanted = packet.pts is None or round((packet.pts - start) / period) in wanted
+            stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        for frame in packet.decode():
+            number = round((frame.pts - start) / period)
+            if number in wanted:
+                pictures.append(frame.to_ndarray(format="rgb24"))
+            if number >= int(frames[-1]):
+                break
+        if len(pictures) == len(frames):
+            break
+    if len(pictures) != len(frames):
+        raise Unreadable("frames", f"pyav found {len(pictures)} of {len(frames)} frames by their times")
+    return np.stack(pictures)
+
+
+def _image(image: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    from vjepa_data.decoding.picture import upright_rgb
+
+    try:
+        picture = Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP"))
+        pixels = np.asarray(upright_rgb(picture))[None]
+    except UnidentifiedImageError as e:
+        raise Unreadable("error", "pillow: neither JPEG, PNG nor WEBP") from e
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise Unreadable("error", f"pillow: {e}") from e
+    return pixels
+
+
+BACKENDS: dict[str, Callable[[bytes, np.ndarray, Expect], np.ndarray]] = {
+    "decord": _decord,
+    "torchcodec": _torchcodec,
+    "pyav": _pyav,
+    "image": _image,
+}

@@ -1,0 +1,316 @@
+"""Physics scenes with known truth, as real mp4 files: what the demo learns from, and can be asked about afterwards.
+
+One or two flat shapes move in a box: under gravity or without, bouncing off the walls and off each other, now and then
+behind a pillar. Shape, colour, size, speed and direction are drawn for each video and kept as labels, with the path of
+every object beside them. A video is a function of (seed, its number).
+
+Two choices keep the questions honest (a probe must not be able to answer from the colour of a pixel):
+colours come in complementary pairs around mid-grey, so an object is as often darker than the background as it is
+brighter, in every channel, and a linear readout of pixels averages to nothing; and objects are flat, so that a patch
+inside of one looks the same wherever it lies. One choice makes the demo short: the wall behind is plain. With a wall of
+another shade and slope in each video a tiny model spends its minutes on walls.
+
+Letters: F frames, K objects, P height and width in pixels. Lengths are in sides of the frame, x to the right, y down.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+from numpy import ndarray
+
+from vjepa_data.rng import generator
+from vjepa_data.settings import BadInput
+
+SHAPES = ("disc", "square", "triangle", "ring")
+
+# Complementary pairs: red + cyan = green + magenta = blue + yellow = white + black = (1, 1, 1).
+COLOURS = {
+    "red": (0.88, 0.18, 0.18),
+    "cyan": (0.12, 0.82, 0.82),
+    "green": (0.15, 0.75, 0.20),
+    "magenta": (0.85, 0.25, 0.80),
+    "blue": (0.15, 0.30, 0.88),
+    "yellow": (0.85, 0.70, 0.12),
+    "white": (0.95, 0.95, 0.95),
+    "black": (0.05, 0.05, 0.05),
+}
+
+SUBSTEPS = 8  # of the simulation in each frame: an object moves at most 1 % of the frame in one
+WALL = 0.5
+PILLAR_SHADE = (0.3, 0.7)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What scenes are drawn from. Ranges are uniform."""
+
+    objects: tuple[int, int] = (1, 2)
+    """Fewest and most objects."""
+
+    size: tuple[float, float] = (0.18, 0.28)
+    """Radius of the circle around an object; a fifth less where there are two, a third where there are more."""
+
+    speed: tuple[float, float] = (0.25, 0.9)
+    """At the start, in sides per second."""
+
+    gravity: tuple[float, float] = (0.3, 1.2)
+    """In sides per second squared, where there is any."""
+
+    gravity_share: float = 0.4
+    """Scenes with gravity."""
+
+    pillar_share: float = 0.2
+    """Scenes with a pillar in front."""
+
+    spin: float = 1.0
+    """Fastest rotation, in radians per second, either way."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One video, before it is drawn."""
+
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    sizes: Float[ndarray, " K"]
+    centres: Float[ndarray, "F K 2"]
+    angles: Float[ndarray, "F K"]
+    speed: float
+    """Of the first object at the start, in sides per second."""
+
+    direction: float
+    """Of the first object at the start, in radians: 0 is right, a quarter turn is down."""
+
+    gravity: float
+    pillar: tuple[float, float] | None
+    """Left and right end of what stands in front."""
+
+    pillar_shade: float
+
+    @property
+    def visible(self) -> Bool[ndarray, "F K"]:
+        """Whether the centre of an object is in sight."""
+        if self.pillar is None:
+            return np.ones(self.centres.shape[:2], dtype=bool)
+        left, right = self.pillar
+        x = self.centres[..., 0]
+        return (x < left) | (x > right)
+
+
+def draw_scene(seed: int, number: int, *, frames: int, fps: float, rules: Rules = Rules()) -> Scene:
+    """Draw what is in a video and let it move.
+
+    Args:
+        seed: of the corpus.
+        number: of the video.
+        frames: length of the video.
+        fps: frames per second.
+        rules: what scenes are drawn from.
+    """
+    draw = generator(seed, "scene", number)
+    count = int(draw.integers(rules.objects[0], rules.objects[1], endpoint=True))
+    shapes = tuple(SHAPES[i] for i in draw.integers(0, len(SHAPES), count))
+    colours = tuple(list(COLOURS)[i] for i in draw.choice(len(COLOURS), count, replace=False))
+    sizes = draw.uniform(*rules.size, count) * (1, 0.8, 0.65)[min(count, 3) - 1]
+    direction = draw.uniform(0, 2 * np.pi, count)
+    speed = draw.uniform(*rules.speed, count)
+    gravity = draw.uniform(*rules.gravity) if draw.random() < rules.gravity_share else 0.0
+    velocity = speed[:, None] * np.stack((np.cos(direction), np.sin(direction)), axis=1)
+    centres = _move(_place(draw, sizes), velocity, sizes, gravity=gravity, frames=frames, fps=fps)
+    turned = (
+        draw.uniform(0, 2 * np.pi, count) + np.arange(frames)[:, None] / fps * draw.uniform(-1, 1, count) * rules.spin
+    )
+    width = draw.uniform(0.12, 0.2)
+    left = draw.uniform(0.1, 0.9 - width)
+    pillar = (left, left + width) if draw.random() < rules.pillar_share else None
+    return Scene(
+        shapes=shapes,
+        colours=colours,
+        sizes=sizes,
+        centres=centres,
+        angles=turned,
+        speed=float(speed[0]),
+        direction=float(direction[0]),
+        gravity=float(gravity),
+        pillar=pillar,
+        pillar_shade=draw.uniform(*PILLAR_SHADE),
+    )
+
+
+def _place(draw: np.random.Generator, sizes: Float[ndarray, " K"]) -> Float[ndarray, "K 2"]:
+    """Places in the box where objects do not touch; the last try if a hundred fail (they then push each other away)."""
+    centres = np.empty((len(sizes), 2))
+    for _ in range(100):
+        centres = draw.uniform(sizes[:, None], 1 - sizes[:, None], (len(sizes), 2))
+        apart = np.hypot(*np.moveaxis(centres[:, None] - centres[None], 2, 0)) + 9 * np.eye(len(sizes))
+        if (apart > sizes[:, None] + sizes[None]).all():
+            break
+    return centres
+
+
+def _move(
+    centres: Float[ndarray, "K 2"],
+    velocity: Float[ndarray, "K 2"],
+    sizes: Float[ndarray, " K"],
+    *,
+    gravity: float,
+    frames: int,
+    fps: float,
+) -> Float[ndarray, "F K 2"]:
+    """Follow the objects: they fall, and bounce without loss off the walls and, as discs, off each other."""
+    centres, velocity = centres.copy(), velocity.copy()
+    low, high = sizes[:, None], 1 - sizes[:, None]
+    step_s = 1 / fps / SUBSTEPS
+    path = np.empty((frames, *centres.shape))
+    for frame in range(frames):
+        path[frame] = centres
+        for _ in range(SUBSTEPS):
+            velocity[:, 1] += gravity * step_s
+            centres += velocity * step_s
+            velocity = np.where(centres < low, abs(velocity), np.where(centres > high, -abs(velocity), velocity))
+            np.clip(centres, low, high, out=centres)
+            for i in range(len(sizes)):
+                for j in range(i):
+                    _bounce(centres, velocity, sizes, i, j)
+    return path
+
+
+def _bounce(
+    centres: Float[ndarray, "K 2"], velocity: Float[ndarray, "K 2"], sizes: Float[ndarray, " K"], i: int, j: int
+) -> None:
+    """Let two objects that touch bounce off each other, in place; their masses are as their areas."""
+    apart = centres[i] - centres[j]
+    distance = math.hypot(*apart)
+    overlap = sizes[i] + sizes[j] - distance
+    if overlap <= 0:
+        return
+    normal = apart / distance if distance > 0 else np.array([1.0, 0.0])
+    closing = float((velocity[i] - velocity[j]) @ normal)
+    if closing < 0:
+        push = 2 * closing / (sizes[i] ** -2 + sizes[j] ** -2)
+        velocity[i] -= push / sizes[i] ** 2 * normal
+        velocity[j] += push / sizes[j] ** 2 * normal
+    centres[i] += normal * overlap / 2
+    centres[j] -= normal * overlap / 2
+
+
+def draw_frames(scene: Scene, px: int) -> UInt8[ndarray, "F P P 3"]:
+    """Draw a scene with smooth edges: the objects in front of a plain wall, behind the pillar if there is one.
+
+    Args:
+        scene: what to draw.
+        px: height and width of a frame.
+    """
+    grid = ((np.arange(px) + 0.5) / px).astype(np.float32)
+    x, y = grid[None, None, :], grid[None, :, None]
+    picture = np.full((len(scene.centres), px, px, 3), WALL, dtype=np.float32)
+    for k, (shape, colour) in enumerate(zip(scene.shapes, scene.colours, strict=True)):
+        centre = scene.centres[:, k, :, None, None].astype(np.float32)
+        cos, sin = (f(scene.angles[:, k, None, None]).astype(np.float32) for f in (np.cos, np.sin))
+        right, down = x - centre[:, 0], y - centre[:, 1]
+        outside = _distance(shape, cos * right + sin * down, cos * down - sin * right, float(scene.sizes[k]))
+        cover = np.clip(0.5 - outside * px, 0, 1)[..., None]
+        picture += cover * (np.array(COLOURS[colour], dtype=np.float32) - picture)
+    if scene.pillar:
+        left, right = scene.pillar
+        cover = np.clip(0.5 - (abs(grid - (left + right) / 2) - (right - left) / 2) * px, 0, 1)[:, None]
+        bricks = scene.pillar_shade + 0.06 * np.sign(np.sin(grid * 50)).astype(np.float32)[:, None, None]
+        picture += cover * (bricks - picture)
+    return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+
+
+def _distance(
+    shape: str, x: Float32[ndarray, "F P P"], y: Float32[ndarray, "F P P"], radius: float
+) -> Float32[ndarray, "F P P"]:
+    """How far outside of a shape a point lies, negative inside; `radius` is that of the circle around it, roughly."""
+    match shape:
+        case "disc":
+            return np.hypot(x, y) - radius
+        case "square":
+            return np.maximum(abs(x), abs(y)) - 0.8 * radius
+        case "triangle":
+            return np.maximum(abs(x) * np.float32(math.sqrt(3) / 2) + y / 2, -y) - 0.58 * radius
+        case "ring":
+            return abs(np.hypot(x, y) - 0.72 * radius) - 0.28 * radius
+    raise AssertionError(shape)
+
+
+def describe(scene: Scene) -> dict[str, Any]:
+    """The labels of a video: what it shows, and where every object is in every frame."""
+    tracks = [
+        {
+            "shape": scene.shapes[k],
+            "shape_id": SHAPES.index(scene.shapes[k]),
+            "colour": scene.colours[k],
+            "size": round(float(scene.sizes[k]), 4),
+            "x": [round(float(x), 4) for x in scene.centres[:, k, 0]],
+            "y": [round(float(y), 4) for y in scene.centres[:, k, 1]],
+            "visible": [bool(seen) for seen in scene.visible[:, k]],
+        }
+        for k in range(len(scene.shapes))
+    ]
+    return {
+        "shape": scene.shapes[0],
+        "colour": scene.colours[0],
+        "speed": round(scene.speed, 4),
+        "direction": round(scene.direction, 4),
+        "objects": len(scene.shapes),
+        "gravity": round(scene.gravity, 4),
+        "pillar": scene.pillar is not None,
+        "tracks": tracks,
+    }
+
+
+def write_corpus(
+    out: Path, *, videos: int, seed: int, px: int = 64, seconds: float = 4.0, fps: int = 12, rules: Rules = Rules()
+) -> list[Path]:
+    """Write a corpus: for each video an mp4 (H.264) and, beside it, a json with its labels.
+
+    Args:
+        out: folder; made if it is not there.
+        videos: how many.
+        seed: of the corpus; video n of a seed is the same in a corpus of any length.
+        px: height and width, even.
+        seconds: length of a video.
+        fps: frames per second.
+        rules: what scenes are drawn from.
+
+    Returns:
+        The videos.
+
+    Raises:
+        BadInput: no video, or one that H.264 cannot hold.
+    """
+    if videos < 1:
+        raise BadInput(f"videos must be at least 1, got {videos}; 400 are enough for the demo")
+    if px % 2 or px < 16:
+        raise BadInput(f"px must be even and at least 16, got {px}; try 64")
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(videos):
+        scene = draw_scene(seed, number, frames=round(seconds * fps), fps=fps, rules=rules)
+        paths.append(out / f"scene_{number:06d}.mp4")
+        _write_video(paths[-1], draw_frames(scene, px), fps=fps)
+        paths[-1].with_suffix(".json").write_text(json.dumps(describe(scene)) + "\n")
+    return paths
+
+
+def _write_video(
+    path: Path, frames: Sequence[UInt8[ndarray, "P P 3"]] | UInt8[ndarray, "F P P 3"], *, fps: int
+) -> None:
+    """Encode at high quality, since the builder encodes once more. One thread: same frames, same bytes."""
+    options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,58 @@
+"""DCP's `.metadata` is a pickle, which may run whatever it names. A checkpoint may be a stranger's: so it is looked at
+first, and one that names anything but the few classes of its own format is not read.
+
+Bytes among the tensors are refused too, since DCP would unpickle them.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+from vjepa.checkpoints import storage
+from vjepa_data.settings import BadInput
+
+HARMLESS = {
+    "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # its place in Python 3.13
+}
+
+
+def check_metadata(checkpoint: Path) -> None:
+    """Make sure that reading a checkpoint runs nothing that it brings along.
+
+    Raises:
+        BadInput: its metadata name something else than tensors, or are no metadata.
+    """
+    file = checkpoint / ".metadata"
+    try:
+        _Harmless(io.BytesIO(storage.with_retries(file.read_bytes, file))).load()
+    except _Strange as error:
+        raise BadInput(
+            f"{file} names {error}, which no checkpoint of ours does, and is not read: that might run foreign code"
+        ) from None
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+        raise BadInput(f"{file} cannot be read ({error}); choose another checkpoint") from None
+
+
+class _Strange(Exception):
+    """A name that is not expected."""
+
+
+class _Harmless(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in HARMLESS.get(module_name, ()):
+            raise _Strange(f"{module_name}.{global_name}")
+        return super().find_class(module_name, global_name)

@@ -1,0 +1,80 @@
+"""The update of the weights: which parameters decay, and when nothing must move."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vjepa.config import Optim
+from vjepa.engine.schedule import Rates
+from vjepa.methods.base import named_parameters
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one step, still on the device: reading it is for those who can wait."""
+
+    grad_norm: Float[Tensor, ""]
+    """Global norm of the gradient, before clipping; not finite when the step was skipped."""
+
+    applied: Float[Tensor, ""]
+    """1 when the weights moved, 0 when the step was skipped."""
+
+
+def build_optimizer(learning: dict[str, nn.Module], optim: Optim) -> torch.optim.AdamW:
+    """AdamW over models that are already sharded, with its state in place.
+
+    Matrices decay; biases, norms and other vectors do not. Mask tokens count as a matrix, as in V-JEPA 2.
+
+    Source: facebookresearch/vjepa2, `init_opt`: no decay for biases and for what has one dimension.
+    """
+    named = named_parameters(learning)
+    vectors = [p for name, p in named.items() if p.ndim < 2 or name.endswith(".bias")]
+    matrices = [p for name, p in named.items() if not (p.ndim < 2 or name.endswith(".bias"))]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}],
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,  # also the one that can skip a step, its counter included, without asking the host
+    )
+    for parameter in named.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def update_weights(
+    optimizer: torch.optim.AdamW, loss: Float[Tensor, ""], rates: Rates, *, clip_norm: float | None
+) -> Update:
+    """Move the weights once, or not at all when the loss or a gradient is not finite anywhere.
+
+    All ranks decide alike, without a word from the host: the norm is a sum over all slices and the loss a sum over
+    all ranks, so that one bad number on one rank makes them bad on every rank.
+
+    Args:
+        optimizer: with gradients in place, already averaged over ranks.
+        loss: of the whole step, summed over ranks.
+        rates: learning rate and weight decay of this step.
+        clip_norm: largest norm of the gradient; None leaves it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    finite = torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)  # the host, for weights that are offloaded
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+    for group in optimizer.param_groups:
+        group["lr"] = rates.lr
+        group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
+    # The words by which a gradient scaler tells a fused optimizer to skip.
+    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.found_inf = (~finite).to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Update(grad_norm=norm, applied=finite.to(torch.float32))

@@ -1,0 +1,230 @@
+"""A trained model to others.
+
+    vjepa export RUN --out DIR --format hf        loads with `transformers.AutoModel.from_pretrained(DIR)`
+    vjepa export RUN --out DIR --format native    loads with `vjepa.load_encoder(DIR)`
+    vjepa export RUN --out DIR --format pt2       loads with `torch.export.load("DIR/model.pt2")`, without our code
+
+An export is not finished before it was loaded again, by the program that it is meant for, and gave the same features
+and the same predictions, bit for bit, in fp32 on the CPU. Tensors are read, written and freed one at a time.
+"""
+
+import importlib.util
+import json
+import logging
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vjepa.atomic import check_free, new_folder
+from vjepa.evals.results import Result, find_results, read_result
+from vjepa.export.model_card import model_card
+from vjepa.export.torch_export import write_program
+from vjepa.export.verify import check_classifier, check_hf, check_native
+from vjepa.nn.attentive_probe import Classifier, hf_probe_tensors, load_classifier
+from vjepa.nn.predictor import Predictor
+from vjepa.version import __version__
+from vjepa.weights.huggingface import hf_config, hf_names, hf_processor, mask_token_order
+from vjepa.weights.load import read_weights
+from vjepa.weights.native import FORMAT
+from vjepa.weights.tensors import InMemory, write_safetensors
+from vjepa.weights.weights import Part, Weights
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+Format = Literal["hf", "native", "pt2"]
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    format: Format = "hf",
+    part: Part = "target",
+    mask_kind: int | None = None,
+    probe: Path | None = None,
+    results: Sequence[Path] = (),
+    licence: str = "other",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a model to a folder of its own, load it back, and compare.
+
+    Args:
+        source: a run, a checkpoint, or an earlier export.
+        out: the new folder.
+        format: `hf` for stock transformers, `native` for what it cannot express, `pt2` for a program of the encoder
+            alone: uint8 frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
+        part: whose features: `target` (the moving average, as V-JEPA 2 evaluates) or `encoder`.
+        mask_kind: which kind of mask the predictor of an `hf` export answers to. `VJEPA2Model` can use one mask
+            token only, the one at place 1, so that kind's token is put there. By default kind 1 (with the usual
+            masks: the large blocks), or 0 where there is only one.
+        probe: a probe that `vjepa eval attentive` trained on this model; an `hf` export is then a classifier, a
+            `VJEPA2ForVideoClassification`, of which `AutoModel` still loads the encoder.
+        results: files that `vjepa eval` wrote about this model, for the card, besides those in the folder of a run.
+        licence: of the weights, for the model card; yours to decide.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The provenance that was written, with the result of the comparison under `check`.
+
+    Raises:
+        BadInput: no such model; the format cannot express it; transformers is missing; the place is taken.
+        ValueError: what was written does not give the same features; nothing is left behind.
+    """
+    check_free(out, overwrite=overwrite)
+    weights = read_weights(source, part)
+    classifier = None if probe is None else _read_probe(probe, weights, format)
+    if format == "hf":
+        _require_transformers()
+        _require_expressible(weights)
+        weights = _with_predictor(weights)
+    order = mask_token_order(weights.mask_tokens, _mask_kind(weights, mask_kind)) if weights.mask_tokens else []
+    measured = [*_own_results(source, weights), *map(read_result, results)]
+    provenance = {
+        **weights.provenance,
+        "results": [*weights.provenance.get("results", ()), *measured],
+        "format": 1,
+        "layout": format,
+        "rope": weights.model.rope,
+        "masks": [mask.model_dump(mode="json") for mask in weights.masks],
+        "mask_token_order": order if format == "hf" else list(range(weights.mask_tokens)),
+        "fps": weights.fps,
+        "exported_by": {"vjepa": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    with new_folder(out, overwrite=overwrite, ours="provenance.json") as folder:
+        if format == "hf":
+            write_safetensors(folder / "model.safetensors", _with_probe(_hf_tensors(weights, order), classifier))
+            _write_json(folder / "config.json", {**hf_config(weights), **_probe_config(classifier)})
+            _write_json(folder / "video_preprocessor_config.json", hf_processor(weights.px))
+            provenance["check"] = check_hf(folder, weights, order)
+            if classifier is not None:
+                provenance["classes"] = list(classifier.classes)
+                provenance["check"] |= check_classifier(folder, weights, classifier)
+        elif format == "pt2":
+            provenance["check"] = write_program(folder / "model.pt2", weights)
+        else:
+            write_safetensors(folder / "model.safetensors", weights.tensors.items())
+            _write_json(folder / "model.json", _model_json(weights))
+            provenance["check"] = check_native(folder, weights)
+        _write_json(folder / "provenance.json", provenance)
+        (folder / "README.md").write_text(model_card(weights, provenance, licence))
+    log.info("exported %s to %s (%s), loaded back and compared", source, out, format)
+    return provenance
+
+
+def _own_results(source: Path, weights: Weights) -> list[Result]:
+    """What was found of these very weights, and lies in the folder of their run."""
+    same = {key: weights.provenance.get(key) for key in ("run", "step", "part")}
+    return [one for one in find_results(source) if same.items() <= one["model"].items()]
+
+
+# ---- what Hugging Face's model can express
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise BadInput(
+            "an hf export is loaded back with transformers, which is not installed; "
+            "pip install 'vjepa-pretrain[hf]', or take --format native"
+        )
+
+
+# Settings of a model that `config.json` has words for; the others must be as they are by default, which is V-JEPA 2.
+EXPRESSIBLE = ("encoder", "predictor", "patch_px", "tubelet_frames", "init_std")
+
+
+def _require_expressible(weights: Weights) -> None:
+    """Refuse what `VJEPA2Model` would load without a word and compute differently."""
+    model = weights.model
+    reasons = [
+        f"model.{name} is {getattr(model, name)!r}, and VJEPA2Model has {field.default!r}"
+        for name, field in type(model).model_fields.items()
+        if name not in EXPRESSIBLE and getattr(model, name) != field.default
+    ]
+    if reasons:
+        raise BadInput(f"format hf cannot express this model: {'; '.join(reasons)}. Take --format native")
+
+
+def _with_predictor(weights: Weights) -> Weights:
+    """`VJEPA2Model` always has a predictor; a model without one gets one that is not trained, and the card says so."""
+    if weights.mask_tokens:
+        return weights
+    log.warning("the model has no predictor; the export gets one that is not trained, only its features mean something")
+    fresh = {f"predictor.{name}": tensor for name, tensor in Predictor(weights.model, 1).state_dict().items()}
+    encoder = {f"encoder.{name}": tensor for name, tensor in weights.tensors.part("encoder").items()}
+    return replace(
+        weights,
+        tensors=InMemory({**encoder, **fresh}),
+        provenance={**weights.provenance, "predictor": "not trained"},
+    )
+
+
+def _mask_kind(weights: Weights, kind: int | None) -> int:
+    count = weights.mask_tokens
+    if kind is None:
+        return 1 % count
+    if not 0 <= kind < count:
+        raise BadInput(f"mask_kind is {kind}, and the model has mask tokens 0 to {count - 1}; choose one of them")
+    return kind
+
+
+def _hf_tensors(weights: Weights, order: list[int]) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs in hf_names(weights.model).items():
+        tensor = weights.tensors[ours]
+        if ours == "predictor.mask_tokens":
+            tensor = tensor[order].reshape(len(order), 1, 1, -1)
+        yield from zip(theirs, tensor.chunk(len(theirs)), strict=True)
+
+
+def _read_probe(path: Path, weights: Weights, format: Format) -> Classifier:
+    if format != "hf":
+        raise BadInput(f"a probe is exported with format hf only, not {format}; leave --probe out")
+    classifier, encoder = load_classifier(path), weights.model.encoder
+    if (width := classifier.probe.linear.in_features) != encoder.width:
+        raise BadInput(f"{path} was trained on features of width {width}, this model has {encoder.width}")
+    if classifier.heads != encoder.heads:
+        raise BadInput(
+            f"{path} has {classifier.heads} heads, and VJEPA2ForVideoClassification gives a probe those of the encoder "
+            f"({encoder.heads}); train it with as many"
+        )
+    return classifier
+
+
+def _with_probe(tensors: Iterable[tuple[str, Tensor]], classifier: Classifier | None) -> Iterator[tuple[str, Tensor]]:
+    if classifier is None:
+        yield from tensors
+        return
+    yield from ((f"vjepa2.{name}", tensor) for name, tensor in tensors)
+    yield from hf_probe_tensors(classifier.probe).items()
+
+
+def _probe_config(classifier: Classifier | None) -> dict[str, Any]:
+    if classifier is None:
+        return {}
+    return {
+        "architectures": ["VJEPA2ForVideoClassification"],
+        "num_pooler_layers": len(classifier.probe.pooler.blocks),
+        "id2label": {str(number): name for number, name in enumerate(classifier.classes)},
+        "label2id": {name: number for number, name in enumerate(classifier.classes)},
+    }
+
+
+def _model_json(weights: Weights) -> dict[str, Any]:
+    """What `model.json` holds beside the tensors."""
+    return {
+        "format": FORMAT,
+        "model": weights.model.model_dump(mode="json"),
+        "px": weights.px,
+        "frames": weights.frames,
+        "fps": weights.fps,
+        "masks": [mask.model_dump(mode="json") for mask in weights.masks],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,103 @@
+"""How fast a run goes and what it really saw: counted in every step, read when the record is written."""
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vjepa.config import Run
+from vjepa.distributed.world import World
+from vjepa.estimate import accelerator_of, count_flops, count_tokens
+from vjepa.methods import Loss
+from vjepa.monitoring.stragglers import Pulse, Stragglers
+from vjepa.monitoring.timers import Clock
+from vjepa_data.reader.loader import Batch
+
+GIB = 2**30
+
+
+class Meter:
+    """Counts of this rank since the last reading."""
+
+    def __init__(self, run: Run, world: World) -> None:
+        self._run, self._world = run, world
+        self._since_s = time.perf_counter()
+        self._peak_clips_per_s = _peak_clips_per_s(run, world)
+        self._pulse, self._stragglers = Pulse(world.device), Stragglers(run.health.straggler_ratio)
+        self._reset()
+
+    def count(self, batch: Batch, losses: Sequence[Loss]) -> None:
+        """Count a step: this rank's clips, and what became of them."""
+        self._steps += 1
+        self._rejected += len(batch.rejected)
+        self._fell_back.update(batch.fell_back)
+        self._sources.update(source for clips in batch.groups for source in clips.sources)
+        for loss in losses:
+            self._tokens += loss.tokens
+            self._visible += loss.visible
+            self._hidden += loss.hidden
+
+    def read(self, clock: Clock) -> dict[str, float]:
+        """Numbers of the steps since the last reading; waits for the device. All ranks must call it together."""
+        seconds = clock.read()
+        now_s = time.perf_counter()
+        wall_s, self._since_s = now_s - self._since_s, now_s
+        steps = self._steps
+        spent = {f"time/{name}_s": value / steps for name, value in seconds.items()}
+        mine = (seconds.get("data", 0.0) / steps, self._pulse.measure_s(), socket.gethostname())
+        everyone = self._world.gather((*mine, self._rejected, dict(self._fell_back), dict(self._sources)))
+        waits, pulses, hosts, rejected, fell_back, sources = zip(*everyone, strict=True)
+        seen = _total(sources)
+        if self._world.is_first:
+            self._stragglers.see("waiting for data", waits, hosts, at_least_s=0.1 * wall_s / steps)
+            self._stragglers.see("a matrix product", pulses, hosts, at_least_s=0.0)
+        clips_per_s = self._run.batch_size * steps / wall_s
+        numbers = {
+            "speed/clips_per_s": clips_per_s,
+            "time/step_s": wall_s / steps,
+            **spent,
+            "time/slowest_data_s": max(waits),
+            "time/slowest_data_rank": waits.index(max(waits)),
+            "time/slowest_pulse_s": max(pulses),
+            "time/slowest_pulse_rank": pulses.index(max(pulses)),
+            "data/rejected": sum(rejected),
+            **{f"data/fell_back_{reason}": count for reason, count in sorted(_total(fell_back).items())},
+            "masks/visible_share": self._visible / self._tokens,
+            "masks/hidden_share": self._hidden / self._tokens,
+            **{f"data/source_{source}_share": count / seen.total() for source, count in sorted(seen.items())},
+        }
+        if self._peak_clips_per_s:
+            numbers["speed/mfu"] = clips_per_s / self._peak_clips_per_s
+        if self._world.device.type == "cuda":
+            memory = torch.cuda.memory_stats(self._world.device)
+            numbers["memory/allocated_gib"] = memory["allocated_bytes.all.peak"] / GIB
+            numbers["memory/reserved_gib"] = memory["reserved_bytes.all.peak"] / GIB
+            numbers["memory/retries"] = memory["num_alloc_retries"]
+            torch.cuda.reset_peak_memory_stats(self._world.device)
+        self._reset()
+        return numbers
+
+    def _reset(self) -> None:
+        self._steps = self._rejected = self._tokens = self._visible = self._hidden = 0
+        self._sources: Counter[int] = Counter()
+        self._fell_back: Counter[str] = Counter()
+
+
+def _total(counts: Sequence[dict[Any, int]]) -> Counter[Any]:
+    return sum((Counter(each) for each in counts), Counter())
+
+
+def _peak_clips_per_s(run: Run, world: World) -> float | None:
+    """Clips per second at the peak of all devices together, by the formula of `vjepa.estimate`.
+
+    None where the share of it would say nothing: on a CPU, on a GPU whose peak we do not know, or in fp32.
+    """
+    if world.device.type != "cuda" or run.precision != "bf16":
+        return None
+    accelerator = accelerator_of(torch.cuda.get_device_name(world.device))
+    if accelerator is None:
+        return None
+    return world.size * accelerator.flops / sum(count_flops(run, count_tokens(run)).values())

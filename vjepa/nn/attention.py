@@ -1,0 +1,259 @@
+"""Attention over packed sequences: one seam, three backends.
+
+A step's sequences (every clip under every mask) lie one after another in one tensor, `[S H d]`, without padding. Which
+tokens may see each other is told by `Segments`: runs of equally long sequences.
+
+    runs ((2, 3), (1, 4))      | a a a | b b b | c c c c |      S = 10
+
+Within its own sequence a token sees all others, or, with `times`, only those of its own time and earlier.
+
+- `sdpa`: one call of torch's scaled_dot_product_attention for each run. Works everywhere. Masks with exact counts make
+  few runs, so little is left for the other two to gain.
+- `varlen`: torch's variable-length attention, one call for all. CUDA, half precision; knows no `times`.
+- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all. CUDA; knows no `times`.
+
+Letters: S tokens of all sequences, H heads, d channels of a head.
+"""
+
+import importlib
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vjepa.nn.shapes import Bool, Float, Int
+from vjepa_data.errors import BadInput
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["sdpa", "varlen", "xformers"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which tokens of a packed tensor belong together."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(sequences, tokens in each) of neighbours that are equally long."""
+
+    backend: Backend = "sdpa"
+    """Who computes attention when there is more than one run; a single run is a plain batch and goes to sdpa."""
+
+    starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
+    """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
+
+    longest: int = 0
+    """Tokens of the longest sequence. Only for `varlen`, where one compiled block then serves any mixture of runs."""
+
+    blocks: Any = field(default=None, repr=False)
+    """The same as a `BlockDiagonalMask`, on the device. Only for `xformers`."""
+
+    seen: tuple[Bool[Tensor, "_sequences 1 _length _length"], ...] | None = field(default=None, repr=False)
+    """For each run which tokens [.. query key] may be seen; None: all of the sequence. Only for `sdpa`."""
+
+    @classmethod
+    def of(
+        cls,
+        runs: Sequence[tuple[int, int]],
+        *,
+        backend: Backend = "sdpa",
+        device: torch.device,
+        times: Int[Tensor, " S"] | None = None,
+    ) -> "Segments":
+        """Join neighbours of equal length and prepare what the backend wants.
+
+        Args:
+            runs: (sequences, tokens in each), in the order of the packed tensor.
+            backend: as `choose` said.
+            device: of the packed tensor.
+            times: when each token is; it then sees tokens of its own time and of earlier ones only.
+        """
+        joined: list[tuple[int, int]] = []
+        for count, length in runs:
+            if joined and joined[-1][1] == length:
+                joined[-1] = (joined[-1][0] + count, length)
+            else:
+                joined.append((count, length))
+        starts, longest, blocks = None, 0, None
+        if backend != "sdpa" and len(joined) > 1:  # a list as long as the batch would end `torch.export` before 2.13
+            lengths = [length for count, length in joined for _ in range(count)]
+            if backend == "varlen":
+                longest, ends = max(lengths), itertools.accumulate(lengths)
+                starts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
+            else:
+                blocks = _load_xformers().attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
+        seen = None
+        if times is not None:
+            assert backend == "sdpa", "`choose` lets no other backend through"
+            of_run = times.split([count * length for count, length in joined])
+            shaped = (each.unflatten(0, run) for each, run in zip(of_run, joined, strict=True))
+            seen = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
+        return Segments(tuple(joined), backend, starts, longest, blocks, seen)
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return sum(count * length for count, length in self.runs)
+
+
+def attention(
+    q: Float[Tensor, "S H d"], k: Float[Tensor, "S H d"], v: Float[Tensor, "S H d"], segments: Segments
+) -> Float[Tensor, "S H d"]:
+    """Let every token look at the tokens of its own sequence.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        segments: where sequences begin and end, and who computes.
+
+    Returns:
+        softmax(q k' / sqrt(d)) v within each sequence.
+    """
+    if len(segments.runs) == 1 or segments.backend == "sdpa":
+        return _sdpa(q, k, v, segments)
+    if segments.backend == "varlen":
+        return _varlen(q, k, v, segments)
+    return _xformers(q, k, v, segments)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    outputs, start = [], 0
+    for number, (count, length) in enumerate(segments.runs):
+        q_run, k_run, v_run = (
+            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+        )  # [count H length d]
+        seen = segments.seen[number] if segments.seen is not None else None
+        run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=seen)
+        outputs.append(run.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = segments.starts, segments.longest
+    assert starts is not None, "Segments.of prepares the starts"
+    out = varlen_attn(q, k, v, starts, starts, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@torch.compiler.disable(reason="xformers picks its kernel in Python")
+def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    return _load_xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=segments.blocks)[0]
+
+
+def _load_xformers() -> ModuleType:
+    """xformers' attention, loaded only when asked for: a wheel fits one torch and complains beside others."""
+    return importlib.import_module("xformers.ops.fmha")
+
+
+def choose(
+    backend: Literal["auto"] | Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_widths: Sequence[int] = (64,),
+    compiled: bool = False,
+    causal: bool = False,
+) -> Backend:
+    """Say who will compute attention here, after trying it forward and backward against sdpa.
+
+    `auto` takes the first of varlen, xformers, sdpa that works; the order is fixed, so that all ranks and all attempts
+    of a run agree.
+
+    Args:
+        backend: what the settings ask for.
+        device: where the model is.
+        dtype: of activations.
+        head_widths: channels of a head, of every stack that will use it.
+        compiled: whether blocks are compiled as a whole.
+        causal: whether tokens must not see later times.
+
+    Raises:
+        BadInput: an explicit choice does not work here; says why.
+    """
+    if backend == "sdpa":
+        return "sdpa"
+    for name in ("varlen", "xformers") if backend == "auto" else (backend,):
+        reason = refusal(name, device, dtype, head_widths=head_widths, compiled=compiled, causal=causal)
+        if not reason:
+            log.info("attention: %s agrees with sdpa, forward and backward, on %s in %s", name, device.type, dtype)
+            return name
+        if backend != "auto":
+            raise BadInput(f"parallel.attention ({name}) does not work here: {reason}; try auto")
+        log.info("attention: %s does not work here: %s", name, reason)
+    log.info("attention: sdpa")
+    return "sdpa"
+
+
+def refusal(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_widths: Sequence[int],
+    compiled: bool = False,
+    causal: bool = False,
+) -> str | None:
+    """Why a backend cannot be used here, in one line; None if it can.
+
+    Args:
+        backend: one of the backends.
+        device: where it would run.
+        dtype: of queries, keys and values.
+        head_widths: channels of a head to try.
+        compiled: whether it would have to be compiled.
+        causal: whether tokens must not see later times.
+    """
+    if backend != "sdpa" and causal:
+        return "it cannot keep later times out of sight, and model.causal is set"
+    if backend != "sdpa" and device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    if backend == "varlen" and dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bf16, got {str(dtype).removeprefix('torch.')}"
+    if backend == "xformers" and compiled:
+        return "it cannot be compiled, and parallel.compile is set"
+    for width in head_widths:
+        try:
+            error = _disagreement(backend, device, dtype, width)
+        except _REFUSALS as caught:
+            return f"{type(caught).__name__}: {(str(caught).strip() or 'no message').splitlines()[0]}"
+        if not error <= _TOLERANCE.get(dtype, 5e-2):
+            return f"it differs from sdpa by {error:.2g} with heads of {width} channels"
+    return None
+
+
+# What a package built for another torch, driver or card raises when it is imported, dispatched or launched.
+_REFUSALS = (
+    ImportError, AttributeError, AssertionError, NotImplementedError, RuntimeError, OSError, ValueError, TypeError,
+)  # fmt: skip
+
+# Largest difference of outputs and gradients of order 1; where nothing is said, 5e-2: rounding to bf16 gives up to
+# 1.5e-2 (sdpa on a CPU, heads of 32 to 128 channels, 200 seeds each), one token of another sequence in sight 0.4 at
+# least.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+def _disagreement(backend: Backend, device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Largest difference to sdpa in fp32, of output and gradients, on three short sequences."""
+    generator = torch.Generator().manual_seed(0)
+    runs = [(2, 24), (1, 17)]
+    packed = Segments.of(runs, device=device, backend=backend)
+    drawn = torch.randn(packed.tokens, 3, 2, width, generator=generator).to(device, dtype)  # strides as in a block
+    change = torch.randn(packed.tokens, 2, width, generator=generator).to(device, dtype)
+    results = []
+    for segments, cast in ((packed, dtype), (replace(packed, backend="sdpa"), torch.float32)):
+        q, k, v = (x.detach().to(cast).requires_grad_() for x in drawn.unbind(1))
+        out = attention(q, k, v, segments)
+        gradients = torch.autograd.grad(out, (q, k, v), change.to(cast))
+        results.append(torch.stack([out, *gradients]).float())
+    return (results[0] - results[1]).abs().max().item()

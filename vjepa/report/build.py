@@ -1,0 +1,66 @@
+"""One page about whatever a path means, in one file: no script, nothing from elsewhere, under 5 MB.
+
+vjepa report runs/X                       a run: writes runs/X/report.html
+vjepa report MODEL --clips VIDEOS...      an export or a checkpoint: writes MODEL/report.html
+vjepa report SHARDS                       a corpus: writes SHARDS/report.html
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from vjepa.atomic import check_free, new_file
+from vjepa.report.model import model_page
+from vjepa.report.run import run_page
+from vjepa_data.builder.report import report_corpus
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+
+def report(
+    source: Path,
+    out: Path | None = None,
+    *,
+    clips: Sequence[Path] = (),
+    results: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write the page of a run, a model or a corpus.
+
+    Args:
+        source: its folder.
+        out: file to write; by default `report.html` in that folder, where an earlier page is replaced.
+        clips: of a model: videos to show features of.
+        results: of a model: files that evaluations wrote.
+        overwrite: replace a file at `out`.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        BadInput: there is none of these, it is damaged, or the place is taken.
+    """
+    path = out or source / "report.html"
+    check_free(path, overwrite=overwrite or out is None)
+    is_run, is_corpus = (source / "config.yaml").is_file(), (source / "manifest.json").is_file()
+    is_model = any((source / name).is_file() for name in ("model.json", "config.json", "state.json"))
+    if out is None and (source / "state.json").is_file():
+        raise BadInput(f"{source} is a checkpoint, and nothing is added to it; say with --out where the page goes")
+    if (clips or results) and not is_model:
+        raise BadInput(f"{source} is no model, and --clips and --results are of models; leave them out")
+    if is_corpus:
+        text = report_corpus(source)
+    elif is_run:
+        text = run_page(source)
+    elif is_model:
+        text = model_page(source, clips=clips, results=results)
+    else:
+        raise BadInput(
+            f"{source} is no run (config.yaml), no model (model.json, config.json, state.json) and no corpus "
+            "(manifest.json); give the folder of one of these"
+        )
+    with new_file(path, overwrite=True) as file:
+        file.write_text(text)
+    log.info("%s: %.1f MB", path, len(text) / 1e6)
+    return path
