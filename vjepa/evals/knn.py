@@ -25,9 +25,10 @@ from vjepa.evals.embed import reduce_tokens
 from vjepa.evals.features import EncoderReader, PixelReader, Reader, batches, clips_for
 from vjepa.evals.results import about_model, score_row
 from vjepa.evals.ridge import wilson
-from vjepa.viz import html, plots
+from vjepa.viz import plots
 from vjepa.weights.load import load_encoder
 from vjepa.weights.weights import Part, random_encoder
+from vjepa_data import html
 from vjepa_data.evaluation.clips import EvalClips
 from vjepa_data.evaluation.video_files import FileVideos
 from vjepa_data.media.video import Refused

@@ -8,13 +8,14 @@ import torch
 
 from vjepa import config
 from vjepa.evals.features import clips_for
-from vjepa.viz import html, plots
-from vjepa.viz.html import Section
+from vjepa.viz import plots
 from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import read_json
 from vjepa.weights.weights import random_encoder
+from vjepa_data import html
 from vjepa_data.evaluation.clips import EvalClip
 from vjepa_data.evaluation.video_files import FileClip, FileVideos, find_videos
+from vjepa_data.html import Section
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 

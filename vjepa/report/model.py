@@ -9,10 +9,10 @@ from vjepa.evals.results import find_results, read_result
 from vjepa.export.model_card import card_rows, parameters_m
 from vjepa.report.features import clips_of, features_section
 from vjepa.report.results import results_section
-from vjepa.viz import html
-from vjepa.viz.html import Section
 from vjepa.weights.load import read_weights
 from vjepa.weights.weights import Weights
+from vjepa_data import html
+from vjepa_data.html import Section
 
 
 def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path] = ()) -> str:

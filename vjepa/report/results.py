@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from html import escape
 
 from vjepa.evals.results import TITLES, Result, Row, tasks_of, uncertainty
-from vjepa.viz import html, plots
-from vjepa.viz.html import Section
+from vjepa.viz import plots
+from vjepa_data import html
+from vjepa_data.html import Section
 
 TITLE = "What the features are worth"
 

@@ -21,12 +21,13 @@ from vjepa.evals.results import Result, find_results
 from vjepa.report.features import features_section, held_out_clips
 from vjepa.report.results import results_section
 from vjepa.report.training_clips import training_clips_section
-from vjepa.viz import html, plots
-from vjepa.viz.html import Section
+from vjepa.viz import plots
 from vjepa.viz.plots import Curve
 from vjepa.weights.load import load_encoder
 from vjepa.weights.tensors import read_json
+from vjepa_data import html
 from vjepa_data.config_files import flatten
+from vjepa_data.html import Section
 from vjepa_data.settings import BadInput
 
 Record = dict[str, Any]

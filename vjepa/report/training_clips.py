@@ -8,8 +8,9 @@ from jaxtyping import Bool
 from vjepa import config
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.grid import Grid
-from vjepa.viz import html, plots
-from vjepa.viz.html import Section
+from vjepa.viz import plots
+from vjepa_data import html
+from vjepa_data.html import Section
 from vjepa_data.reader.batch import Clips
 from vjepa_data.reader.loader import ClipLoader, open_plan
 from vjepa_data.settings import BadInput, Loader
