@@ -50,7 +50,7 @@ def test_the_page_shows_all_and_needs_nothing_else(story: Path, scenes: Path) ->
     probe(story, scenes, out=story / "probe.json", random_seeds=1)
     page = report(story).read_text()
     assert len(page) < 5e6
-    for words in ("Learning", "What it sees", "look like", "are worth", "Data", "The run"):
+    for words in ("Learning", "Training clips", "look like", "are worth", "Data", "The run"):
         assert words in page
     assert page.count("<figure>") == 6
     assert "17.2" in page
@@ -61,6 +61,17 @@ def test_the_page_shows_all_and_needs_nothing_else(story: Path, scenes: Path) ->
     assert "optim.lr = 0.001" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert "<script" not in page
+
+
+def test_a_run_on_still_images_has_a_page(story: Path) -> None:
+    """Clips of one frame are repeated to fill a tubelet of two, so the page shows them with their masks."""
+    settings = yaml.safe_load((story / "config.yaml").read_text())
+    settings["data"]["clip"]["frames"] = 1
+    settings["masks"] = [{"mode": "balanced", "blocks": 2, "block_share": 0.2}]
+    (story / "config.yaml").write_text(yaml.safe_dump(settings))
+    page = report(story).read_text()
+    assert "balanced) shows" in page
+    assert "mask 0" in page
 
 
 def test_the_same_run_gives_the_same_page(story: Path) -> None:
@@ -75,7 +86,7 @@ def test_what_cannot_be_shown_is_said(story: Path) -> None:
     (story / "metrics.jsonl").unlink()
     page = report(story).read_text()
     assert "Nothing is recorded yet" in page
-    assert "The clips cannot be shown from here" in page
+    assert "The clips cannot be shown" in page
     assert "Features cannot be shown" in page
     assert "No probe yet" in page
 

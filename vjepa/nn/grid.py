@@ -1,4 +1,4 @@
-"""Where a token sits: the grid of a clip's tokens in time, height and width. Never imports torch."""
+"""The grid of a clip's tokens in time, height and width. Never imports torch."""
 
 from dataclasses import dataclass
 
@@ -54,3 +54,20 @@ class Grid:
     def cells(self) -> int:
         """Tokens of one tubelet: places in the picture, each the foot of a tube through time."""
         return self.h * self.w
+
+
+def clip_grid(frames: int, px: int, model: Model) -> Grid:
+    """Return the token grid of a square clip as the encoder receives it.
+
+    A still image (one frame) is repeated until it fills a tubelet, unless the model embeds still images separately.
+
+    Args:
+        frames: frames of the clip as it was loaded.
+        px: height and width of the frames.
+        model: patch and tubelet size.
+
+    Raises:
+        BadInput: the clip is not a whole number of tokens.
+    """
+    is_repeated = frames == 1 and not model.still_tokens
+    return Grid.of(model.tubelet_frames if is_repeated else frames, px, px, model)

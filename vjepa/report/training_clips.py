@@ -1,13 +1,13 @@
-"""The clips of a run as training saw them, and through each kind of mask."""
+"""The training clips of a run, with the masks that were applied to them."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
 
 from vjepa import config
 from vjepa.methods.masking import sample_masks
-from vjepa.nn.grid import Grid
+from vjepa.nn.grid import clip_grid
 from vjepa.viz import plots
 from vjepa_data import html
 from vjepa_data.html import Section
@@ -19,29 +19,31 @@ CLIPS = 3
 
 
 def training_clips_section(run: config.Run) -> Section:
-    """Clips of the first step with their masks; a note where the corpora cannot be read."""
-    title = "What it sees"
+    """Show clips of the first step with their masks, or a note if the corpora cannot be read."""
+    title = "Training clips"
     try:
-        clips = training_clips(run, step=0)
+        groups = training_clips(run, step=0)
+        figures = [_masked_strips(run, clips, row) for clips in groups for row in range(len(clips))][:CLIPS]
+        shares = _shares(run, groups[0])
     except BadInput as error:
-        return html.note(title, f"The clips cannot be shown from here: {error}")
-    blocks = [_masked_strips(run, one, slot) for one in clips for slot in range(len(one))][:CLIPS]
-    shares = _shares(run, clips[0])
+        return html.note(title, f"The clips cannot be shown: {error}")
     return Section(
         title,
-        "Clips of the first step, cropped as the run saw them, and through each kind of mask. The encoder gets the "
-        "tokens that are left in colour; the predictor guesses the features of the orange ones. " + shares,
-        "".join(blocks),
+        "Clips of the first step, cropped as in training, and the same clips under each kind of mask. Visible tokens "
+        "keep their colours. Hidden tokens are orange. " + shares,
+        "".join(figures),
     )
 
 
 def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[Clips]:
-    """Some clips of a step exactly as training sees them, which is a function of the settings.
+    """Load some clips of a step exactly as training loads them.
+
+    They are a function of the settings, so the same run always gives the same clips.
 
     Args:
-        run: the run.
-        step: which one.
-        groups: of lanes to show, of one or a few clips each.
+        run: settings of the run.
+        step: training step.
+        groups: number of lanes to load. Each lane gives one or a few clips.
 
     Raises:
         BadInput: the corpora cannot be read.
@@ -64,34 +66,44 @@ def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[C
     return found
 
 
-def _masks(
-    run: config.Run, clips: Clips, row: int
-) -> Iterator[tuple[int, Bool[np.ndarray, "t h w"], Bool[np.ndarray, "t h w"]]]:
-    """For each kind of mask: its number, and which tokens of one clip are visible and hidden."""
-    _, frames, height, width, _ = clips.frames.shape
-    grid = Grid.of(frames, height, width, run.model)
+@dataclass(frozen=True)
+class MaskedTokens:
+    """The tokens of one clip that one kind of mask shows and hides."""
+
+    kind: int
+    """Position in `run.masks`."""
+    visible: Bool[np.ndarray, "t h w"]
+    hidden: Bool[np.ndarray, "t h w"]
+
+
+def _masks_of(run: config.Run, clips: Clips, row: int) -> list[MaskedTokens]:
+    grid = clip_grid(clips.frames.shape[1], clips.frames.shape[2], run.model)
+    found = []
     for mask in sample_masks(run.masks, grid, seed=run.seed, step=0, slots=clips.slots[row : row + 1]):
-        sides = []
-        for ids in (mask.visible[0], mask.hidden[0]):
-            side = np.zeros(grid.tokens, bool)
-            side[ids.numpy()] = True
-            sides.append(side.reshape(grid.t, grid.h, grid.w))
-        yield mask.kind, sides[0], sides[1]
+        visible, hidden = (
+            np.isin(np.arange(grid.tokens), ids).reshape(grid.t, grid.h, grid.w)
+            for ids in (mask.visible[0].numpy(), mask.hidden[0].numpy())
+        )
+        found.append(MaskedTokens(mask.kind, visible, hidden))
+    return found
 
 
 def _masked_strips(run: config.Run, clips: Clips, row: int) -> str:
     frames = clips.frames[row].numpy()
     shown = plots.evenly(len(frames))
     strips = [("clip", frames[shown])]
-    for kind, visible, hidden in _masks(run, clips, row):
-        strips.append((f"mask {kind}", plots.draw_masks(frames, visible, hidden)[shown]))
+    for mask in _masks_of(run, clips, row):
+        strips.append((f"mask {mask.kind}", plots.draw_masks(frames, mask.visible, mask.hidden)[shown]))
     caption = f"{clips.keys[row]} at {clips.start_s[row]:.1f} s"
-    return html.strips(caption, [(name, plots.jpeg(plots.strip(one, height=plots.STRIP_PX))) for name, one in strips])
+    return html.strips(
+        caption, [(name, plots.jpeg(plots.strip(strip, height=plots.STRIP_PX))) for name, strip in strips]
+    )
 
 
 def _shares(run: config.Run, clips: Clips) -> str:
     words = [
-        f"mask {kind} ({run.masks[kind].mode}) shows {visible.mean():.0%} and asks for {hidden.mean():.0%}"
-        for kind, visible, hidden in _masks(run, clips, 0)
+        f"mask {mask.kind} ({run.masks[mask.kind].mode}) shows {mask.visible.mean():.0%} of the tokens "
+        f"and hides {mask.hidden.mean():.0%}"
+        for mask in _masks_of(run, clips, 0)
     ]
-    return f"Of these tokens, {', '.join(words)}."
+    return f"In the first clip, {', '.join(words)}." if words else ""
