@@ -26,29 +26,33 @@ TASKS = ("token centre", "objects", "token shape", "clip velocity", "token direc
 VIEWS = "name: levjepa, local_views: 4, local_px: 24, local_scale: [0.1, 0.5], projector: [256, 64], slices: 256"
 LEVJEPA = (
     "data.clip.fps=12",
-    "masks=[{mode: random, visible_share: 0.5}]",
+    "objective.masks=[{mode: random, visible_share: 0.5}]",
     "batch_size=32",
     "optim.ema=0.99",
     "optim.final_ema=0.99",
 )
 # All but the demo's own hide rectangles, through all of time.
 RECTANGLE = "{mode: balanced, blocks: 3, block_share: 0.2, visible_share: 0.35}"
-RECTANGLES = ("data.clip.fps=12", f"masks=[{RECTANGLE}, {RECTANGLE}]")
+RECTANGLES = ("data.clip.fps=12", f"objective.masks=[{RECTANGLE}, {RECTANGLE}]")
 RECIPES: dict[str, tuple[str, ...]] = {
     "vjepa2": RECTANGLES,
     "vjepa2, causal": (),
     "vjepa2_1": (
         *RECTANGLES,
         "model.levels=[0, 1, 2, 3]",
-        "model.guess_visible=true",
+        "model.predict_context=true",
         "model.rope=interleaved",
-        "objective={name: vjepa2_1}",
+        "objective.name=vjepa2_1",
     ),
-    "levjepa, sigreg": (f"objective={{{VIEWS}, variety: sigreg, weight: 0.2}}", *LEVJEPA),
-    "levjepa, vicreg": (f"objective={{{VIEWS}, variety: vicreg, weight: 1.0}}", *LEVJEPA),
-    "levjepa, barlow": (f"objective={{{VIEWS}, variety: barlow, weight: 0.05}}", *LEVJEPA),
+    "levjepa, sigreg": (f"objective={{{VIEWS}, regularizer: sigreg, weight: 0.2}}", *LEVJEPA),
+    "levjepa, vicreg": (f"objective={{{VIEWS}, regularizer: vicreg, weight: 1.0}}", *LEVJEPA),
+    "levjepa, barlow": (f"objective={{{VIEWS}, regularizer: barlow, weight: 0.05}}", *LEVJEPA),
     # As the I-JEPA run file: single frames, four rectangles.
-    "stills": ("data.clip.fps=12", "masks=[{mode: balanced, blocks: 4, block_share: 0.175}]", "batch_size=32"),
+    "stills": (
+        "data.clip.fps=12",
+        "objective.masks=[{mode: balanced, blocks: 4, block_share: 0.175}]",
+        "batch_size=32",
+    ),
 }
 
 

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vjepa.config import BalancedMask, Model, ReferenceMask, Run, load
-from vjepa.distributed.world import join, shard
+from vjepa.distributed.sharding import shard
+from vjepa.distributed.world import join
 from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import Rates
-from vjepa.methods import MaskedClips, Models, jepa_loss, update_target
+from vjepa.methods.base import MaskedClips
 from vjepa.methods.masking import Mask, reference_masks
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
@@ -270,21 +271,24 @@ def our_steps(rates: list[Rates]) -> Numbers:
     numbers: Numbers = {}
     with join(run.parallel) as world:
         encoder, predictor = our_network()
-        models = Models(encoder=encoder, predictor=predictor, target=copy.deepcopy(encoder).requires_grad_(False))
-        shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
-        optimizer = build_optimizer(models.learning, run.optim)
+        method = create_method(run)
+        target = copy.deepcopy(encoder).requires_grad_(False)
+        trained = {"encoder": encoder, "predictor": predictor}
+        networks = Networks(trained, averages={"target": Average(target, of="encoder")}, exported="target")
+        shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
+        optimizer = build_optimizer(networks.trained, run.optim)
         for step in range(STEPS):
             frames = some_frames(step)
             masks = [Mask(kind, (0, 1, 2, 3), *ids) for kind, ids in enumerate(some_masks(step))]
-            loss = jepa_loss(models, [MaskedClips(frames, GRID, masks, step, (0, 1, 2, 3))], run, step=step)
+            loss = method.loss(networks, [MaskedClips(frames, GRID, masks, step, (0, 1, 2, 3))], step=step)
             loss.value.backward()
             gradients = {name: whole(p.grad) for name, p in _named(encoder, predictor) if p.grad is not None}
             numbers[f"{step}-loss"] = np.array(loss.value.item())
             numbers[f"{step}-gradients"] = project(gradients)
             update = update_weights(optimizer, loss.value.detach(), rates[step], clip_norm=None)
-            update_target(models, rates[step].ema, applied=update.applied)
+            method.after_update(networks, ema=rates[step].ema, applied=update.applied)
             numbers[f"{step}-weights"] = project({name: whole(p) for name, p in _named(encoder, predictor)})
-            target = {f"encoder.{name}": whole(p) for name, p in models.target.named_parameters()}
+            target = {f"encoder.{name}": whole(p) for name, p in networks["target"].named_parameters()}
             numbers[f"{step}-target"] = project(target)
     return numbers
 
@@ -393,7 +397,7 @@ def our_settings() -> Numbers:
         run = load(name).settings
         published = yaml.safe_load(_commented_masks(name))["masks"]
         masks = [ReferenceMask.model_validate(mask) for mask in published]
-        for ours, theirs in zip(run.masks, masks, strict=True):
+        for ours, theirs in zip(run.objective.mask_kinds, masks, strict=True):
             assert isinstance(ours, BalancedMask)
             assert (ours.blocks, ours.block_share, ours.aspect) == (
                 theirs.blocks,

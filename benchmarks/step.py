@@ -25,14 +25,15 @@ from torch import Tensor
 from vjepa.checkpoints.checkpoint import collect_tensors
 from vjepa.config import ReferenceMask, Run
 from vjepa.distributed.world import World, join
+from vjepa.engine.loop import sum_metrics
 from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import rates_at
-from vjepa.engine.trainer import build_models
+from vjepa.engine.trainer import build_networks
 from vjepa.estimate import Tokens as Counted
 from vjepa.estimate import accelerator_of, count_flops, count_parameters
-from vjepa.methods import MaskedClips, jepa_loss, update_target
+from vjepa.methods.base import MaskedClips
 from vjepa.methods.masking import Mask, reference_masks
-from vjepa.monitoring.timers import Clock
+from vjepa.monitoring.timers import StepTimer
 from vjepa.nn.grid import Grid
 
 KINDS = (ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)))
@@ -94,25 +95,26 @@ def draw_masks(run: Run, grid: Grid, device: torch.device) -> list[tuple[Tensor,
 @contextmanager
 def ours(
     run: Run, world: World, frames: Tensor, grid: Grid, masks: list[tuple[Tensor, ...]]
-) -> Iterator[tuple[Step, Clock, dict[str, Tensor]]]:
-    """Our step, as in `vjepa.engine.trainer.learn`; where its time goes; and what a checkpoint of it would hold."""
-    models = build_models(run, world)
-    optimizer = build_optimizer(models.learning, run.optim)
-    clock = Clock(models, optimizer, world.device)
+) -> Iterator[tuple[Step, StepTimer, dict[str, Tensor]]]:
+    """Our step, as in `vjepa.engine.loop.train_steps`; where its time goes; and what a checkpoint of it would hold."""
+    method, networks = build_networks(run, world)
+    optimizer = build_optimizer(networks.trained, run.optim)
+    timer = StepTimer(world.device)
     rows = tuple(range(run.batch_size))
-    puzzle = MaskedClips(frames, grid, [Mask(kind, rows, *ids) for kind, ids in enumerate(masks)], 0, rows)
+    clips = MaskedClips(frames, grid, [Mask(kind, rows, *ids) for kind, ids in enumerate(masks)], 0, rows)
 
     def step() -> float:
         rates = rates_at(0, run)
-        loss = jepa_loss(models, [puzzle], run, step=0)
-        loss.value.backward()
-        total = world.sum(loss.numbers)
-        update = update_weights(optimizer, total[0], rates, clip_norm=None)
-        update_target(models, rates.ema, applied=update.applied)
+        with timer.part("forward"):
+            loss = method.loss(networks, [clips], step=0)
+        with timer.part("backward"):
+            loss.value.backward()
+        metrics = sum_metrics([loss], world)
+        update = update_weights(optimizer, metrics["total"], rates, clip_norm=None)
+        method.after_update(networks, ema=rates.ema, applied=update.applied)
         return 0.0  # nothing is read: the record does that every few steps
 
-    yield step, clock, collect_tensors(models, optimizer)
-    clock.close()
+    yield step, timer, collect_tensors(networks, optimizer)
 
 
 def their_step(run: Run, device: torch.device, frames: Tensor, masks: list[tuple[Tensor, ...]]) -> Step:
@@ -159,7 +161,7 @@ def their_step(run: Run, device: torch.device, frames: Tensor, masks: list[tuple
     return step
 
 
-def measure(steps: dict[str, Step], count: int, device: torch.device, clock: Clock) -> dict[str, list[float]]:
+def measure(steps: dict[str, Step], count: int, device: torch.device, clock: StepTimer) -> dict[str, list[float]]:
     """Seconds of each step, a step of each in turn, so that a busy machine is equally busy for both."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM_UP + count):

@@ -109,10 +109,12 @@ def maker_of_runs(corpus: Path) -> Callable[..., Run]:
                 "predictor": {"width": 12, "depth": 1, "heads": 1},
                 "patch_px": 8,
             },
-            "masks": [
-                {"mode": "balanced", "blocks": 2, "block_share": 0.15},
-                {"mode": "balanced", "blocks": 1, "block_share": 0.5},
-            ],
+            "objective": {
+                "masks": [
+                    {"mode": "balanced", "blocks": 2, "block_share": 0.15},
+                    {"mode": "balanced", "blocks": 1, "block_share": 0.5},
+                ]
+            },
             "optim": {"lr": 1e-2, "warmup_steps": 1, "decay": "constant", "ema": 0.9},
             "loader": {"workers": 0, "decoder": "pyav"},
             "checkpoint": {"every_steps": 3},

@@ -1,260 +1,31 @@
-"""Run: every setting of a run, gathered from the rooms. Never imports torch.
+"""Run: all settings of a training run. Never imports torch.
 
-Grouped by consequence. What changes the result: `seed steps batch_size data model masks objective optim
-precision`. What only changes the speed, the company or the record: `parallel loader checkpoint track health`.
+Settings are grouped by consequence. These change the result: `seed steps batch_size data model objective optim
+precision`. These affect only speed, process layout or logging: `parallel loader checkpoint track health`.
+
+Settings live beside the code that they configure: `vjepa_data.settings` (data, loader), `vjepa.nn.settings` (networks),
+`vjepa.methods.*.settings` (one file per method). This module adds the trainer's own and puts them together.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from vjepa_data.config_files import Loaded, find_file, load_settings
+from vjepa.methods.mask_settings import BLOCKS as BLOCKS
+from vjepa.methods.mask_settings import Mask as Mask
+from vjepa.methods.settings import MethodSettings, read_method_settings, settings_classes
+from vjepa.methods.vjepa2.settings import VJEPA2Settings
+from vjepa.nn.settings import ENCODERS as ENCODERS
+from vjepa.nn.settings import EncoderSize as EncoderSize
+from vjepa.nn.settings import Model
+from vjepa.nn.settings import Transformer as Transformer
+from vjepa_data.config_files import Loaded, Variants, find_file, load_settings, move_renamed
 from vjepa_data.settings import Data, Loader, Settings, Share
 
-# name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
-# the one with heads of 64 channels, and so are ours.
-ENCODERS: dict[str, tuple[int, int, int, float]] = {
-    "vit_tiny": (192, 12, 3, 4.0),
-    "vit_small": (384, 12, 6, 4.0),
-    "vit_base": (768, 12, 12, 4.0),
-    "vit_large": (1024, 24, 16, 4.0),
-    "vit_huge": (1280, 32, 16, 4.0),
-    "vit_giant": (1408, 40, 22, 48 / 11),
-    "vit_gigantic": (1664, 48, 26, 64 / 13),
-}
-
-
-class Transformer(Settings):
-    """Size of one stack of blocks."""
-
-    width: int = Field(ge=8)
-    """Channels of a token."""
-
-    depth: int = Field(ge=1)
-    """Blocks."""
-
-    heads: int = Field(ge=1)
-    """Attention heads; must divide the width."""
-
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    """Hidden channels of the MLP over the width."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> "Transformer":
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
-        if self.width // self.heads % 2 or self.width // self.heads < 6:
-            raise ValueError(
-                f"width / heads ({self.width} / {self.heads}) must be even and at least 6, so that its channels can "
-                "turn in pairs with time, height and width"
-            )
-        return self
-
-
-class Encoder(Transformer):
-    """Size of the encoder: a name from the registry, or any of its numbers by hand."""
-
-    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic", "custom"]
-    """Registry name, or `custom` with all numbers given."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_registry(cls, given: object) -> object:
-        if isinstance(given, str):
-            given = {"name": given}
-        if isinstance(given, dict) and given.get("name", "custom") not in (*ENCODERS, "custom"):
-            raise ValueError(f"expected {', '.join(ENCODERS)} or custom, got {given['name']!r}")
-        if isinstance(given, dict) and given.get("name") in ENCODERS:
-            sizes = dict(zip(("width", "depth", "heads", "mlp_ratio"), ENCODERS[given["name"]], strict=True))
-            given = {**sizes, **given}
-        return given
-
-
-class Model(Settings):
-    """Encoder and predictor."""
-
-    encoder: Encoder
-    """A registry name (`vit_large`), or `{name: custom, width: 96, depth: 4, heads: 3}`."""
-
-    predictor: Transformer = Transformer(width=384, depth=12, heads=12)
-    """The narrow transformer that guesses hidden tokens."""
-
-    patch_px: int = Field(default=16, ge=1)
-    """Height and width of a token, in pixels."""
-
-    tubelet_frames: int = Field(default=2, ge=1)
-    """Frames in a token."""
-
-    init_std: float = Field(default=0.02, gt=0)
-    """Deviation of the first weights. 0.02 is V-JEPA 2's, for widths around 1,024; a tiny model learns faster from
-    about 1 / sqrt(width)."""
-
-    rope: Literal["tiled", "interleaved", "sincos"] = "tiled"
-    """3-D positions. Rotary: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a true
-    rotation (V-JEPA 2.1). Not rotary: `sincos` adds the first V-JEPA's sines and cosines to the tokens."""
-
-    rope_cells: int | None = Field(default=None, ge=2)
-    """Stretch the rows and columns of any picture to a grid of so many, so that positions keep their meaning when the
-    resolution changes (V-JEPA 2.1: 16); by default positions are counted."""
-
-    levels: tuple[int, ...] = ()
-    """Blocks, counted from 0, whose features are learned and guessed side by side, the last block among them; by
-    default those of the last block alone. V-JEPA 2.1 takes the ends of quarters: [5, 11, 17, 23] of 24."""
-
-    guess_visible: bool = False
-    """Guess the features of visible tokens too, through an output layer of their own (V-JEPA 2.1)."""
-
-    still_tokens: bool = False
-    """Still pictures have a tokenizer of one frame, and pictures and clips each a mark that is learned (V-JEPA 2.1);
-    by default a still picture is repeated to fill a tubelet."""
-
-    causal: bool = False
-    """In the encoder a token sees its own tubelet and earlier ones only (LeVJEPA's block-causal attention); by default
-    all of the clip. Attention is then sdpa's."""
-
-    class_token: bool = False
-    """One more token in the encoder, which stands for the clip (LeVJEPA). With `causal` it sees all others and none
-    sees it."""
-
-    @model_validator(mode="after")
-    def _ends_at_the_last(self) -> "Model":
-        depth = self.encoder.depth
-        if self.levels and (list(self.levels) != sorted(set(self.levels)) or self.levels[-1] != depth - 1):
-            raise ValueError(
-                f"levels {list(self.levels)} must ascend and end at the last block ({depth - 1}); "
-                f"try {[(i + 1) * depth // 4 - 1 for i in range(4)] if depth >= 4 else [depth - 1]}"
-            )
-        return self
-
-
-class BalancedMask(Settings):
-    """Block masks with exact counts: whole spatial tubes are added or removed, nothing is truncated."""
-
-    mode: Literal["balanced"] = "balanced"
-    blocks: int = Field(ge=1)
-    """Rectangles whose union is hidden, through all of time."""
-
-    block_share: Share
-    """Area of one rectangle as a share of the frame."""
-
-    aspect: tuple[float, float] = (0.75, 1.5)
-    """Smallest and largest height / width of a rectangle."""
-
-    visible_share: Share | None = None
-    """Share of tokens that stay visible; by default what the rectangles leave free on average."""
-
-
-class ReferenceMask(Settings):
-    """V-JEPA 2's own sampler, its truncation to the batch minimum included, for parity and reproduction."""
-
-    mode: Literal["reference"] = "reference"
-    blocks: int = Field(ge=1)
-    spatial_scale: tuple[Share, Share]
-    temporal_scale: tuple[Share, Share] = (1.0, 1.0)
-    aspect: tuple[float, float] = (0.75, 1.5)
-    batch: int = Field(default=24, ge=1)
-    """Slots that are truncated together. In V-JEPA 2 this is the batch of one GPU, and decides the masking ratio."""
-
-
-class RandomMask(Settings):
-    """Every token hidden with equal chance, exact count (LeVJEPA's token drop)."""
-
-    mode: Literal["random"] = "random"
-    visible_share: Share
-
-
-class TubeMask(Settings):
-    """Whole spatial tubes hidden at random, exact count (VideoMAE)."""
-
-    mode: Literal["tube"] = "tube"
-    visible_share: Share
-
-
-class CausalMask(Settings):
-    """The future hidden: predict it from the first tubelets."""
-
-    mode: Literal["causal"] = "causal"
-    visible_tubelets: int = Field(ge=1)
-
-
-Mask = Annotated[BalancedMask | ReferenceMask | RandomMask | TubeMask | CausalMask, Field(discriminator="mode")]
-
-# V-JEPA and V-JEPA 2: eight small rectangles ("short range") and two large ones ("long range").
-BLOCKS = (BalancedMask(blocks=8, block_share=0.15), BalancedMask(blocks=2, block_share=0.7))
-
-
-class VJEPA2(Settings):
-    """Predict the target encoder's layer-normed features of hidden tokens (V-JEPA 2, arXiv:2506.09985)."""
-
-    name: Literal["vjepa2"] = "vjepa2"
-    loss_exponent: float = Field(default=1.0, gt=0)
-    """p of mean(|error|^p) / p."""
-
-
-class VJEPA21(Settings):
-    """Predict hidden and visible tokens, at several depths (V-JEPA 2.1, arXiv:2603.14482). Needs `model.guess_visible`,
-    and is meant for four `model.levels`."""
-
-    name: Literal["vjepa2_1"] = "vjepa2_1"
-    loss_exponent: float = Field(default=1.0, gt=0)
-    """p of mean(|error|^p) / p."""
-
-    context_weight: float = Field(default=0.5, ge=0)
-    """Weight of the error on visible tokens, at the end of its ramp."""
-
-    context_ramp: tuple[int, int] = (15_000, 30_000)
-    """Steps between which that weight grows from 0, linearly."""
-
-    by_distance: bool = True
-    """Let visible tokens far from any hidden one count less, as 1 / sqrt(distance). V-JEPA 2.1 stops it in cooldown."""
-
-    @model_validator(mode="after")
-    def _ramp_ascends(self) -> "VJEPA21":
-        start, end = self.context_ramp
-        if not 0 <= start <= end:
-            raise ValueError(f"context_ramp must be [start, end] with 0 <= start <= end, got [{start}, {end}]")
-        return self
-
-
-class LeVJEPA(Settings):
-    """Bring views of a clip together and keep embeddings spread (LeVJEPA, arXiv:2608.27395). No predictor, no target:
-    the moving average is for evaluation. Wants one kind of mask, `random` in the paper, with 5 % visible."""
-
-    name: Literal["levjepa"] = "levjepa"
-    local_views: int = Field(default=10, ge=1)
-    """Small crops of each clip, beside the whole one."""
-
-    local_px: int = Field(default=96, ge=1)
-    """Height and width of a small crop, in pixels; a multiple of `model.patch_px`."""
-
-    local_scale: tuple[Share, Share] = (0.02, 0.4)
-    """Smallest and largest area of a small crop, as a share of the whole one."""
-
-    jitter: Share = 0.8
-    """Probability that a small crop changes brightness, contrast and saturation."""
-
-    gray: Share = 0.2
-    """Probability that a small crop loses its colour."""
-
-    projector: tuple[int, int] = (2048, 256)
-    """Hidden channels of the projector, and channels of an embedding."""
-
-    variety: Literal["sigreg", "vicreg", "barlow"] = "sigreg"
-    """What keeps embeddings from collapsing."""
-
-    weight: float = Field(default=0.02, ge=0)
-    """Weight of that term. LeVJEPA: 0.02 with sigreg; VICReg's own proportions are 1 with vicreg."""
-
-    slices: int = Field(default=1024, ge=1)
-    """Directions along which sigreg looks."""
-
-    knots: int = Field(default=17, ge=2)
-    """Points at which it compares characteristic functions."""
-
-
-Objective = Annotated[VJEPA2 | VJEPA21 | LeVJEPA, Field(discriminator="name")]
+Objective = Annotated[SerializeAsAny[MethodSettings], BeforeValidator(read_method_settings), Variants(settings_classes)]
+"""Settings of any registered method; see `vjepa.methods.settings.METHODS`."""
 
 
 class Optim(Settings):
@@ -473,10 +244,9 @@ class Run(Settings):
 
     data: Data
     model: Model
-    masks: tuple[Mask, ...] = Field(default=BLOCKS, min_length=1)
-    """Kinds of mask; every clip is seen through each of them in every step."""
+    objective: Objective = VJEPA2Settings()
+    """The method that is trained, with its settings; `name` selects it."""
 
-    objective: Objective = VJEPA2()
     optim: Optim
 
     parallel: Parallel = Parallel()
@@ -484,6 +254,18 @@ class Run(Settings):
     checkpoint: Checkpoint = Checkpoint()
     track: Track = Track()
     health: Health = Health()
+
+    renamed: ClassVar[dict[str, str]] = {
+        "masks": "objective.masks",
+        "model.guess_visible": "model.predict_context",
+        "objective.variety": "objective.regularizer",
+    }
+    """Settings by the names that they had in version 0.1, which files and checkpoints may still use."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_renamed(cls, given: Any) -> Any:
+        return move_renamed(given, cls.renamed) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
@@ -495,32 +277,13 @@ class Run(Settings):
             raise ValueError(f"batch_size ({self.batch_size}) must be divisible by data.lanes ({lanes})")
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
-        if isinstance(self.objective, LeVJEPA):
-            self._fits_views(self.objective)
-        elif self.model.class_token:
-            raise ValueError(f"objective {self.objective.name} asks nothing of a class token; remove model.class_token")
-        if self.model.guess_visible != isinstance(self.objective, VJEPA21):
-            raise ValueError(
-                f"model.guess_visible ({self.model.guess_visible}) does not go with objective {self.objective.name}: "
-                f"an output layer would be {'left untrained' if self.model.guess_visible else 'missing'}; "
-                f"set it to {not self.model.guess_visible}"
-            )
+        self.objective.check(self)
         return self
 
-    def _fits_views(self, objective: LeVJEPA) -> None:
-        if objective.local_px % self.model.patch_px:
-            raise ValueError(
-                f"objective.local_px ({objective.local_px}) must be divisible by model.patch_px ({self.model.patch_px})"
-            )
-        if len(self.masks) != 1 or isinstance(self.masks[0], ReferenceMask):
-            raise ValueError("objective levjepa wants one kind of mask, with exact counts; try random")
-        if self.model.levels:
-            raise ValueError("objective levjepa learns the last block alone; remove model.levels")
-        if self.parallel.accumulate > 1:
-            raise ValueError(
-                f"objective levjepa compares all clips of a step, so parallel.accumulate ({self.parallel.accumulate}) "
-                "would change the result; use more ranks or a smaller batch_size"
-            )
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per step on each rank."""
+        return self.parallel.accumulate
 
 
 def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:

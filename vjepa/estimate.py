@@ -16,7 +16,8 @@ These are model FLOPs, what MFU is measured by; what is computed again to save m
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vjepa.config import LeVJEPA, Model, Run, Transformer
+from vjepa.config import Model, Run, Transformer
+from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.nn.grid import Grid
 from vjepa_data.settings import BadInput
 
@@ -136,7 +137,7 @@ class Estimate:
         if settings.replicate > 1:
             yield "replicate", 1
         # LeVJEPA compares all clips of a step, so its step is not cut.
-        per_gpu = 1 if isinstance(self.run.objective, LeVJEPA) else self.run.batch_size // self.gpus
+        per_gpu = 1 if isinstance(self.run.objective, LeVJEPASettings) else self.run.batch_size // self.gpus
         for accumulate in range(settings.accumulate + 1, per_gpu + 1):
             if per_gpu % accumulate == 0:
                 yield "accumulate", accumulate
@@ -239,7 +240,7 @@ def mean_frames(run: Run) -> float:
 
 def count_tokens(run: Run) -> list[Tokens]:
     """Draw masks for some slots and count, for each kind, or for LeVJEPA each size of view; an average over sources."""
-    if isinstance(run.objective, LeVJEPA):
+    if isinstance(run.objective, LeVJEPASettings):
         (whole,), (small,) = (_count_masked(run, px) for px in (run.data.crop.px, run.objective.local_px))
         return [whole, replace(small, views=run.objective.local_views)]
     return _count_masked(run, run.data.crop.px)
@@ -248,12 +249,12 @@ def count_tokens(run: Run) -> list[Tokens]:
 def _count_masked(run: Run, px: int) -> list[Tokens]:
     from vjepa.methods.masking import sample_masks
 
-    tokens = [Tokens(0, 0, 0) for _ in run.masks]
+    tokens = [Tokens(0, 0, 0) for _ in run.objective.mask_kinds]
     for frames, share in lengths(run):
         if not run.model.still_tokens:
             frames = max(frames, run.model.tubelet_frames)  # a still picture is repeated
         grid = Grid.of(frames, px, px, run.model)
-        drawn = sample_masks(run.masks, grid, seed=run.seed, step=0, slots=range(CHECKED_SLOTS))
+        drawn = sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=0, slots=range(CHECKED_SLOTS))
         for mask in drawn:
             part = share * len(mask.rows) / CHECKED_SLOTS
             old = tokens[mask.kind]
@@ -267,7 +268,7 @@ def _count_masked(run: Run, px: int) -> list[Tokens]:
 
 def count_parameters(run: Run) -> dict[str, int]:
     """Parameters of each network."""
-    model, masks = run.model, len(run.masks)
+    model, masks = run.model, len(run.objective.mask_kinds)
     d, p, levels = model.encoder.width, model.predictor.width, max(1, len(model.levels))
     patch = 3 * model.tubelet_frames * model.patch_px**2
     encoder = patch * d + d + stack_parameters(model.encoder) + levels * 2 * d
@@ -275,11 +276,11 @@ def count_parameters(run: Run) -> dict[str, int]:
         encoder += d
     if model.still_tokens:
         encoder += 3 * model.patch_px**2 * d + d + 2 * d
-    if isinstance(run.objective, LeVJEPA):
+    if isinstance(run.objective, LeVJEPASettings):
         hidden, embedding = run.objective.projector
         predictor = d * hidden + 3 * hidden + hidden * embedding + embedding
     else:
-        outputs = (1 + model.guess_visible) * (p * levels * d + levels * d)
+        outputs = (1 + model.predict_context) * (p * levels * d + levels * d)
         predictor = masks * p + stack_parameters(model.predictor) + 2 * p + outputs
         predictor += levels * d * d + d + d * p + p if levels > 1 else d * p + p
         predictor += 2 * p if model.still_tokens else 0
@@ -303,7 +304,7 @@ def count_flops(run: Run, tokens: Sequence[Tokens]) -> dict[str, float]:
     patch = 2 * 3 * model.tubelet_frames * model.patch_px**2 * d
     own = int(model.class_token)
     encoder = sum(t.views * (3 * stack_flops(t.visible + own, model.encoder) + 2 * t.visible * patch) for t in tokens)
-    if isinstance(run.objective, LeVJEPA):
+    if isinstance(run.objective, LeVJEPASettings):
         hidden, embedding = run.objective.projector
         return {"encoder": encoder, "predictor": 6.0 * sum(t.views for t in tokens) * hidden * (d + embedding)}
     whole = tokens[0].whole
@@ -320,7 +321,7 @@ def end_flops(model: Model, tokens: Tokens) -> float:
     """FLOPs of the forward pass of the predictor's linear maps from the encoder's width and back to it."""
     d, p, levels = model.encoder.width, model.predictor.width, max(1, len(model.levels))
     into = levels * d * d + d * p if levels > 1 else d * p
-    asked = tokens.hidden + tokens.visible * model.guess_visible
+    asked = tokens.hidden + tokens.visible * model.predict_context
     return 2 * (tokens.visible * into + asked * p * levels * d)
 
 
@@ -340,7 +341,7 @@ def count_memory(run: Run, tokens: Sequence[Tokens], parameters: dict[str, int],
     clips = run.batch_size / gpus / run.parallel.accumulate
     width = 2 if run.precision == "bf16" else 4
     model = run.model
-    has_predictor = not isinstance(run.objective, LeVJEPA)
+    has_predictor = not isinstance(run.objective, LeVJEPASettings)
     learning = parameters["encoder"] + parameters["predictor"]
     kept = (
         clips
@@ -360,9 +361,9 @@ def count_memory(run: Run, tokens: Sequence[Tokens], parameters: dict[str, int],
     target = has_predictor * clips * whole * d * (6 + 2 * model.encoder.mlp_ratio) * width
     targets = has_predictor * clips * whole * d * 4 * 2  # in fp32, before and after the layer norm
     pixels = clips * mean_frames(run) * 3 * run.data.crop.px**2 * (1 + 4)  # bytes, and normalised in fp32
-    if isinstance(run.objective, LeVJEPA):
+    if isinstance(run.objective, LeVJEPASettings):
         pixels += clips * mean_frames(run) * 3 * run.objective.local_px**2 * 4 * run.objective.local_views
-        if run.objective.variety == "sigreg":  # in fp32: slices, angles of every clip, what was observed of all
+        if run.objective.regularizer == "sigreg":  # in fp32: slices, angles of every clip, what was observed of all
             views, knots = sum(t.views for t in tokens), run.objective.knots
             kept += 4 * run.objective.slices * (run.objective.projector[1] + views * knots * (clips + 2))
     here = (0 if run.parallel.offload else 1) / slices
@@ -407,7 +408,7 @@ def count_messages(run: Run, parameters: dict[str, int], gpus: int) -> dict[str,
     learning = parameters["encoder"] + parameters["predictor"]
     passes = run.parallel.accumulate
     share = (slices - 1) / slices
-    asked = 0 if isinstance(run.objective, LeVJEPA) else parameters["target"]
+    asked = 0 if isinstance(run.objective, LeVJEPASettings) else parameters["target"]
     return {
         "gather": share * width * passes * (2 * learning + asked),
         "scatter": share * 4 * learning,

@@ -4,12 +4,14 @@ No interpolation, no import by string, no environment: what a file says is what 
 record and, for every value, where it came from.
 """
 
+import copy
 import difflib
+import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -45,6 +47,13 @@ DEFAULT, COMMAND_LINE = "default", "command line"
 
 
 @dataclass(frozen=True)
+class Variants:
+    """Metadata of a field whose settings class is chosen at run time: the classes that it may hold."""
+
+    classes: Callable[[], Iterable[type[BaseModel]]]
+
+
+@dataclass(frozen=True)
 class Loaded(Generic[S]):
     """Settings, and the origin of each: dotted name to file name, `command line` or `default`."""
 
@@ -64,9 +73,10 @@ def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = (
         BadInput: the file is missing or no YAML mapping, or a setting is unknown, missing or out of range;
             one line for each, with the file and the nearest known name.
     """
-    values, origins = _read(path, ()) if path else ({}, {})
+    renamed: Mapping[str, str] = getattr(kind, "renamed", {})
+    values, origins = _read(path, (), renamed) if path else ({}, {})
     for override in overrides:
-        _override(values, origins, override)
+        _override(values, origins, override, renamed)
     try:
         settings = kind.model_validate(values)
     except ValidationError as error:
@@ -157,7 +167,7 @@ def _parse(text: str, where: str) -> Any:
         raise BadInput(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: Path, seen: tuple[Path, ...], renamed: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The merged values of a file and its bases, and the file that each leaf came from."""
     if path.resolve() in seen:
         raise BadInput(f"{path}: is its own base; remove one `base:` line")
@@ -172,9 +182,35 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     base = values.pop("base", None)
     if not isinstance(base, str | None):
         raise BadInput(f"{path}: base: expected the path of a YAML file, got {base!r}")
-    merged, origins = _read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
-    _merge(merged, values, origins, str(path), "")
+    merged, origins = _read(path.parent / base, (*seen, path.resolve()), renamed) if base else ({}, {})
+    _merge(merged, move_renamed(values, renamed), origins, str(path), "")
     return merged, origins
+
+
+def move_renamed(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values with settings that have old names under their new ones; a value under the new name wins.
+
+    Args:
+        values: a tree of settings, as read from YAML.
+        renamed: old dotted name to new dotted name.
+    """
+    for old, new in renamed.items():
+        (*parents, last), (*targets, name) = old.split("."), new.split(".")
+        group: Any = values
+        for parent in parents:
+            group = group.get(parent) if isinstance(group, dict) else None
+        if not isinstance(group, dict) or last not in group:
+            continue
+        values = copy.deepcopy(values)
+        group = functools.reduce(dict.__getitem__, parents, values)
+        value = group.pop(last)
+        into = values
+        for target in targets:
+            if isinstance(into.get(target), str):
+                into[target] = {"name": into[target]}  # an abbreviated group
+            into = into.setdefault(target, {})
+        into.setdefault(name, value)
+    return values
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any], origins: dict[str, str], where: str, prefix: str) -> None:
@@ -195,10 +231,13 @@ def _remember(origins: dict[str, str], name: str, where: str) -> None:
     origins[name] = where
 
 
-def _override(values: dict[str, Any], origins: dict[str, str], override: str) -> None:
+def _override(values: dict[str, Any], origins: dict[str, str], override: str, renamed: Mapping[str, str]) -> None:
     name, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
         raise BadInput(f"{override!r} is not a setting; write name=value, for example optim.lr=3e-4")
+    for old, new in renamed.items():
+        if name == old or name.startswith(f"{old}."):
+            name = new + name.removeprefix(old)
     at: Any = values
     *parents, last = name.split(".")
     for depth, part in enumerate(parents):
@@ -284,7 +323,8 @@ def names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted name of every setting and group of a kind; `*` stands for a position in a list."""
     for field, info in kind.model_fields.items():
         yield f"{prefix}{field}"
-        for model, is_list in _models(info.annotation):
+        chosen = [(model, False) for each in info.metadata if isinstance(each, Variants) for model in each.classes()]
+        for model, is_list in chosen or _models(info.annotation):
             yield from names(model, f"{prefix}{field}.{'*.' if is_list else ''}")
 
 

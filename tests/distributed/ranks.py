@@ -24,13 +24,13 @@ from vjepa.checkpoints import checkpoint
 from vjepa.checkpoints import manager as saving
 from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.config import Run
-from vjepa.distributed.world import join, send_gradients
+from vjepa.distributed.sharding import synchronise_gradients
+from vjepa.distributed.world import join
 from vjepa.engine import rank_consistency
 from vjepa.engine import trainer as training
 from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import rates_at
 from vjepa.engine.signals import Stop
-from vjepa.methods import jepa_loss, prepare_batch, update_target
 from vjepa.methods.base import named_parameters
 from vjepa.monitoring.health import Unhealthy
 from vjepa.nn.encoder import Encoder, View
@@ -59,7 +59,7 @@ def stopped_by_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 def poisoned_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank's loss is not a number in its third step."""
-    honest, calls = training.jepa_loss, Counter[str]()
+    honest, calls = VJEPA2.loss, Counter[str]()
 
     def poison(*args: Any, **named: Any) -> Any:
         loss = honest(*args, **named)
@@ -68,7 +68,7 @@ def poisoned_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
             object.__setattr__(loss, "value", loss.value * float("nan"))
         return loss
 
-    training.jepa_loss = poison
+    VJEPA2.loss = poison
     return training.train(run, out / "run")
 
 
@@ -120,7 +120,7 @@ def odd_pixels(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 def sleeps_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """The last rank falls asleep in its third step."""
-    honest, calls = training.jepa_loss, Counter[str]()
+    honest, calls = VJEPA2.loss, Counter[str]()
 
     def doze(*args: Any, **named: Any) -> Any:
         calls["loss"] += 1
@@ -128,7 +128,7 @@ def sleeps_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
             time.sleep(LIMIT_S)
         return honest(*args, **named)
 
-    training.jepa_loss = doze
+    VJEPA2.loss = doze
     return training.train(run, out / "run")
 
 
@@ -160,34 +160,34 @@ def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """Take a few steps by hand; count messages, follow the average, and compare with an unsharded target."""
     counts = count_messages()
     with join(run.parallel) as world:
-        models = training.build_models(run, world)
-        optimizer = build_optimizer(models.learning, run.optim)
-        average = {name: p.full_tensor() for name, p in models.target.named_parameters()}  # pyright: ignore[reportAttributeAccessIssue]
+        method, networks = training.build_networks(run, world)
+        optimizer = build_optimizer(networks.trained, run.optim)
+        average = {name: p.full_tensor() for name, p in networks["target"].named_parameters()}  # pyright: ignore[reportAttributeAccessIssue]
         worst_average, per_step, view = 0.0, [], View(torch.empty(0))
         plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
         with training.open_clips(run, plan, out, world, 0) as clips:
             for step in range(3):
                 batch, rates = next(clips), rates_at(step, run)
                 counts.clear()
-                puzzles = prepare_batch(run, batch, world.device)
-                loss = jepa_loss(models, puzzles, run, step=step)
-                send_gradients(models, now=True)
+                inputs = method.prepare(batch, world.device)
+                loss = method.loss(networks, inputs, step=step)
+                synchronise_gradients(networks, now=True)
                 (loss.value * world.size).backward()
-                total = world.sum(loss.numbers)
-                update = update_weights(optimizer, total[0], rates, clip_norm=run.optim.clip_norm)
-                update_target(models, rates.ema, applied=update.applied)
+                total = world.sum(loss.value.detach())
+                update = update_weights(optimizer, total, rates, clip_norm=run.optim.clip_norm)
+                method.after_update(networks, ema=rates.ema, applied=update.applied)
                 per_step.append(dict(counts))
-                for name, p in models.encoder.named_parameters():
+                for name, p in networks["encoder"].named_parameters():
                     average[name] = average[name].lerp(p.full_tensor(), 1 - rates.ema)  # pyright: ignore[reportAttributeAccessIssue]
-                for name, p in models.target.named_parameters():
+                for name, p in networks["target"].named_parameters():
                     whole = p.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
                     worst_average = max(worst_average, float((whole - average[name]).abs().max()))
-                view = View(puzzles[0].frames)
+                view = View(inputs[0].frames)
         alone = Encoder(run.model)
-        alone.load_state_dict({name: p.full_tensor() for name, p in models.target.state_dict().items()})
+        alone.load_state_dict({name: p.full_tensor() for name, p in networks["target"].state_dict().items()})
         with torch.no_grad():
-            difference = float((models.target([view])[0] - alone([view])[0]).abs().max())
-        gathered = [name for name, p in named_parameters(models.all).items() if not hasattr(p, "full_tensor")]
+            difference = float((networks["target"]([view])[0] - alone([view])[0]).abs().max())
+        gathered = [name for name, p in named_parameters(networks.saved).items() if not hasattr(p, "full_tensor")]
         return {"average": worst_average, "forward": difference, "messages": per_step, "gathered": gathered}
 
 
@@ -199,9 +199,9 @@ def sums(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
 def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """Save in the background and change every weight at once: what was saved is what was there."""
     with join(run.parallel) as world:
-        models = training.build_models(run, world)
-        optimizer = build_optimizer(models.learning, run.optim)
-        tensors = checkpoint.collect_tensors(models, optimizer)
+        _, networks = training.build_networks(run, world)
+        optimizer = build_optimizer(networks.trained, run.optim)
+        tensors = checkpoint.collect_tensors(networks, optimizer)
         before = sums(tensors)
         saver = CheckpointManager(out / "run", run.checkpoint.model_copy(update={"background": True}), world)
         facts = checkpoint.CheckpointMetadata(1, world.size, {}, "", [], None, {})

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from vjepa.config import Run
-from vjepa.distributed.world import join, shard
-from vjepa.methods import MaskedClips, build, jepa_loss
+from vjepa.distributed.sharding import shard
+from vjepa.distributed.world import join
+from vjepa.methods.base import MaskedClips, create_method
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.grid import Grid
 from vjepa_data.rng import generator
@@ -31,19 +32,19 @@ LEVJEPA: dict[str, Any] = {
         "projector": [16, 8],
         "slices": 16,
         "weight": 1.0,
+        "masks": [{"mode": "random", "visible_share": 0.5}],
     },
-    "masks": [{"mode": "random", "visible_share": 0.5}],
 }
 CASES: dict[str, dict[str, Any]] = {
     "vjepa2": {},
     "vjepa2_1": {
-        "model": {"levels": [0, 1], "guess_visible": True},
+        "model": {"levels": [0, 1], "predict_context": True},
         "objective": {"name": "vjepa2_1", "context_ramp": [0, 0]},
     },
     # Rank 0 has pictures only and rank 1 clips only: each would leave parameters unused.
     "pictures and clips": {"model": {"still_tokens": True}},
     **{
-        f"levjepa {variety}": {**LEVJEPA, "objective": {**LEVJEPA["objective"], "variety": variety}}
+        f"levjepa {variety}": {**LEVJEPA, "objective": {**LEVJEPA["objective"], "regularizer": variety}}
         for variety in ("sigreg", "vicreg", "barlow")
     },
     "levjepa class token": {**LEVJEPA, "model": {"class_token": True, "causal": True}},
@@ -62,15 +63,17 @@ def settings(case: str) -> Run:
             "predictor": {"width": 12, "depth": 1, "heads": 1},
             "patch_px": 4,
         },
-        "masks": [{"mode": "balanced", "blocks": 2, "block_share": 0.25}, {"mode": "tube", "visible_share": 0.3}],
+        "objective": {
+            "masks": [{"mode": "balanced", "blocks": 2, "block_share": 0.25}, {"mode": "tube", "visible_share": 0.3}]
+        },
         "optim": {"lr": 1e-3},
     }
     for name, change in CASES[case].items():
-        values[name] = {**values[name], **change} if name == "model" else change
+        values[name] = {**values[name], **change} if name in ("model", "objective") else change
     return Run.model_validate(values)
 
 
-def puzzles(run: Run, slots: range) -> list[MaskedClips]:
+def masked_clips(run: Run, slots: range) -> list[MaskedClips]:
     """Clips of some slots; with pictures the first half of all slots are pictures."""
     found = []
     stills = range(CLIPS // 2) if run.model.still_tokens else range(0)
@@ -78,7 +81,7 @@ def puzzles(run: Run, slots: range) -> list[MaskedClips]:
         if own:
             drawn = [generator(0, "frames", slot).standard_normal((3, frames, PX, PX), dtype="float32") for slot in own]
             grid = Grid.of(frames, PX, PX, run.model)
-            masks = sample_masks(run.masks, grid, seed=0, step=0, slots=own)
+            masks = sample_masks(run.objective.mask_kinds, grid, seed=0, step=0, slots=own)
             found.append(MaskedClips(torch.from_numpy(np.stack(drawn)), grid, masks, 0, tuple(own)))
     return found
 
@@ -91,13 +94,17 @@ def main(out: Path) -> None:
         share = CLIPS // world.size
         for case in CASES:
             run = settings(case)
-            models = build(run)
-            shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+            method = create_method(run)
+            networks = method.build()
+            shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
             mine = range(world.rank * share, (world.rank + 1) * share)
-            loss = jepa_loss(models, puzzles(run, mine), run, step=0)
+            loss = method.loss(networks, masked_clips(run, mine), step=0)
             (loss.value * world.size).backward()
-            found[case] = {"loss": world.sum(loss.value.detach()), "numbers": world.sum(loss.numbers)}
-            for part, model in models.learning.items():
+            found[case] = {
+                "loss": world.sum(loss.value.detach()),
+                "metrics": world.sum(torch.stack(list(loss.metrics.values()))),
+            }
+            for part, model in networks.trained.items():
                 for name, parameter in model.named_parameters():
                     assert parameter.grad is not None, f"{case}: {part}.{name} has no gradient"
                     found[case][f"{part}.{name}"] = getattr(

@@ -37,7 +37,7 @@ def make_run(corpus: Path, **model: object) -> config.Run:
         batch_size=4,
         data=Data.model_validate(data),
         model=config.Model.model_validate({**sizes, **model}),
-        objective=config.VJEPA21() if model.get("guess_visible") else config.VJEPA2(),
+        objective={"name": "vjepa2_1" if model.get("predict_context") else "vjepa2"},
         optim=config.Optim(lr=1e-3),
     )
 
@@ -47,7 +47,7 @@ def make_tensors(run: config.Run) -> dict[str, torch.Tensor]:
     parts = {
         "encoder": Encoder(run.model, seed=1),
         "target": Encoder(run.model, seed=2),
-        "predictor": Predictor(run.model, len(run.masks), seed=3),
+        "predictor": Predictor(run.model, len(run.objective.mask_kinds), seed=3),
     }
     noise = torch.Generator().manual_seed(4)
     return {

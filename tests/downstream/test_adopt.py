@@ -142,7 +142,13 @@ def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, mon
 
 
 def test_a_file_of_vjepa_2_1_tells_its_levels(make_trained: Callable[..., Path], tmp_path: Path) -> None:
-    settings = {"levels": (0, 1), "still_tokens": True, "guess_visible": True, "rope": "interleaved", "rope_cells": 16}
+    settings = {
+        "levels": (0, 1),
+        "still_tokens": True,
+        "predict_context": True,
+        "rope": "interleaved",
+        "rope_cells": 16,
+    }
     run = make_trained(tmp_path / "run", **settings)
     torch.save(as_released(run), tmp_path / "vit.pt")
     import_checkpoint(tmp_path / "vit.pt", tmp_path / "out", SIZES)

@@ -3,6 +3,7 @@
 A disc or a square of random contrast (bright or dark, so that no pixel's mean tells anything) moves over noise.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vjepa.config import Run
-from vjepa.distributed.world import join, shard
+from vjepa.distributed.sharding import shard
+from vjepa.distributed.world import join
 from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import rates_at
-from vjepa.methods import Loss, MaskedClips, Models, build, jepa_loss, update_target
+from vjepa.methods.base import Average, Loss, MaskedClips, create_method
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.grid import Grid
 from vjepa_data.rng import generator
@@ -53,10 +55,12 @@ def toy_run(**changes: Any) -> Run:
             "predictor": {"width": 24, "depth": 2, "heads": 2},
             "patch_px": PATCH,
         },
-        "masks": [
-            {"mode": "balanced", "blocks": 2, "block_share": 0.25},
-            {"mode": "balanced", "blocks": 1, "block_share": 0.6},
-        ],
+        "objective": {
+            "masks": [
+                {"mode": "balanced", "blocks": 2, "block_share": 0.25},
+                {"mode": "balanced", "blocks": 1, "block_share": 0.6},
+            ]
+        },
         "optim": {"lr": 2e-3, "warmup_steps": 30, "decay": "constant", "ema": 0.99},
     }
     for name, value in changes.items():
@@ -65,12 +69,12 @@ def toy_run(**changes: Any) -> Run:
     return Run.model_validate(values)
 
 
-def puzzle_of(run: Run, step: int) -> MaskedClips:
+def masked_clips(run: Run, step: int) -> MaskedClips:
     frames = scenes(step, run.batch_size)
     if run.data.sources[0].frames == 1:
         frames = frames[:, :, :1].expand(-1, -1, run.model.tubelet_frames, -1, -1)
     grid = Grid.of(frames.shape[2], PX, PX, run.model)
-    masks = sample_masks(run.masks, grid, seed=run.seed, step=step, slots=range(run.batch_size))
+    masks = sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=step, slots=range(run.batch_size))
     return MaskedClips(frames, grid, masks, step, tuple(range(run.batch_size)))
 
 
@@ -83,20 +87,21 @@ def learn(run: Run, *, stop_gradient: bool = True) -> list[Loss]:
             does that.
     """
     with join(run.parallel) as world:
-        models = build(run)
-        shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+        method = create_method(run)
+        networks = method.build()
+        shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
         if not stop_gradient:
-            models = Models(models.encoder, models.predictor, target=models.encoder)
-        optimizer = build_optimizer(models.learning, run.optim)
+            networks = dataclasses.replace(networks, averages={"target": Average(networks["encoder"], of="encoder")})
+        optimizer = build_optimizer(networks.trained, run.optim)
         losses = []
         for step in range(run.steps):
             rates = rates_at(step, run)
             with nullcontext() if stop_gradient else _gradients_everywhere():
-                loss = jepa_loss(models, [puzzle_of(run, step)], run, step=step)
+                loss = method.loss(networks, [masked_clips(run, step)], step=step)
             loss.value.backward()
             update = update_weights(optimizer, loss.value.detach(), rates, clip_norm=run.optim.clip_norm)
             if stop_gradient:
-                update_target(models, rates.ema, applied=update.applied)
+                method.after_update(networks, ema=rates.ema, applied=update.applied)
             losses.append(loss)
         return losses
 
@@ -111,7 +116,7 @@ def _gradients_everywhere() -> Iterator[None]:
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "vjepa2": {},
     "vjepa2_1": {
-        "model": {"levels": [0, 1, 2, 3], "guess_visible": True, "rope": "interleaved"},
+        "model": {"levels": [0, 1, 2, 3], "predict_context": True, "rope": "interleaved"},
         "objective": {"name": "vjepa2_1", "context_ramp": [20, 60]},
     },
     "stills": {"data": {"sources": [{"shards": "none", "frames": 1}]}},
@@ -124,7 +129,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             "projector": [64, 16],
             "slices": 64,
             "weight": 0.2,
+            "masks": [{"mode": "random", "visible_share": 0.5}],
         },
-        "masks": [{"mode": "random", "visible_share": 0.5}],
     },
 }

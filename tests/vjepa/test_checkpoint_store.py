@@ -17,8 +17,8 @@ from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.cli import main
 from vjepa.config import Checkpoint, Run
 from vjepa.distributed.world import World, join
-from vjepa.engine import trainer as training
 from vjepa.engine.trainer import train
+from vjepa.methods.vjepa2.method import VJEPA2
 from vjepa.weights.load import read_weights
 from vjepa_data.settings import BadInput
 
@@ -168,13 +168,13 @@ def test_a_run_goes_on_from_a_store_and_is_verified_there(
 def test_going_back_sets_checkpoints_in_a_store_aside_and_takes_the_same_steps_as_on_a_disk(
     store: ObjectStore, tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = training.jepa_loss
+    loss_of = VJEPA2.loss
 
-    def of_bad_data(models: Any, puzzles: Any, *args: Any, **more: Any) -> Any:
-        loss = honest(models, puzzles, *args, **more)
-        return replace(loss, value=loss.value * float("nan")) if puzzles[0].step in (4, 5) else loss
+    def of_bad_data(method: Any, networks: Any, inputs: Any, *, step: int) -> Any:
+        loss = loss_of(method, networks, inputs, step=step)
+        return replace(loss, value=loss.value * float("nan")) if inputs[0].step in (4, 5) else loss
 
-    monkeypatch.setattr(training, "jepa_loss", of_bad_data)
+    monkeypatch.setattr(VJEPA2, "loss", of_bad_data)
     health = {"max_skipped_in_a_row": 2, "after_roll_back": "pass_over"}
     often = {"every_steps": 1, "keep_last": 9}
     for name, checkpoints in (("disk", often), ("store", {**often, "folder": HOME})):

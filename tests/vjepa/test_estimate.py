@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vjepa import estimate as arithmetic
 from vjepa.config import ENCODERS, Encoder, Run
-from vjepa.distributed.world import World, join, shard
+from vjepa.distributed.sharding import shard
+from vjepa.distributed.world import World, join
 from vjepa.engine.optimizer import build_optimizer
-from vjepa.engine.trainer import build_models, open_clips
+from vjepa.engine.trainer import build_networks, open_clips
 from vjepa.estimate import (
     ACCELERATORS,
     accelerator_of,
@@ -29,8 +30,7 @@ from vjepa.estimate import (
     count_tokens,
     estimate,
 )
-from vjepa.methods import build, jepa_loss, prepare_batch
-from vjepa.methods.base import named_parameters
+from vjepa.methods.base import create_method, named_parameters
 from vjepa_data.reader.loader import open_plan
 from vjepa_data.reader.plan import Plan
 from vjepa_data.settings import BadInput
@@ -64,25 +64,38 @@ def test_parameters_are_those_of_the_model(tiny_run: MakeRun, name: str) -> None
         model={"encoder": Encoder.model_validate(name), "predictor": {"width": 384, "depth": 12, "heads": 12}}
     )
     with torch.device("meta"):
-        models = build(run)
-    real = {part: sum(p.numel() for p in model.parameters()) for part, model in models.all.items()}
+        method = create_method(run)
+        networks = method.build()
+    real = {part: sum(p.numel() for p in model.parameters()) for part, model in networks.saved.items()}
     assert count_parameters(run) == real
 
 
+RANDOM_QUARTER = [{"mode": "random", "visible_share": 0.25}]
+RANDOM_HALF = [{"mode": "random", "visible_share": 0.5}]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "vjepa2": {},
     "vjepa2_1": {
-        "model": {"levels": [0, 1, 2], "guess_visible": True, "still_tokens": True},
+        "model": {"levels": [0, 1, 2], "predict_context": True, "still_tokens": True},
         "objective": {"name": "vjepa2_1"},
     },
     "levjepa": {
-        "objective": {"name": "levjepa", "local_views": 3, "local_px": 16, "projector": [512, 128]},
-        "masks": [{"mode": "random", "visible_share": 0.25}],
+        "objective": {
+            "name": "levjepa",
+            "local_views": 3,
+            "local_px": 16,
+            "projector": [512, 128],
+            "masks": [{"mode": "random", "visible_share": 0.25}],
+        },
     },
     "levjepa, causal": {
         "model": {"class_token": True, "causal": True},
-        "objective": {"name": "levjepa", "local_views": 2, "local_px": 16, "projector": [512, 128]},
-        "masks": [{"mode": "random", "visible_share": 0.5}],
+        "objective": {
+            "name": "levjepa",
+            "local_views": 2,
+            "local_px": 16,
+            "projector": [512, 128],
+            "masks": [{"mode": "random", "visible_share": 0.5}],
+        },
     },
 }
 
@@ -102,22 +115,22 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
     )
     tokens = count_tokens(run)
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
-        models = build_models(run, world)
-        puzzles = prepare_batch(run, next(clips), world.device)
+        method, networks = build_networks(run, world)
+        inputs = method.prepare(next(clips), world.device)
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            gathered = [p for p in named_parameters(models.learning).values() if not isinstance(p, DTensor)]
+            gathered = [p for p in named_parameters(networks.trained).values() if not isinstance(p, DTensor)]
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in gathered}:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            jepa_loss(models, puzzles, run, step=0).value.backward()
+            method.loss(networks, inputs, step=0).value.backward()
         # The counter knows attention only when it is spelled out as products.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            jepa_loss(models, puzzles, run, step=0).value.backward()
+            method.loss(networks, inputs, step=0).value.backward()
     assert sum(count_flops(run, tokens).values()) * run.batch_size == pytest.approx(counter.get_total_flops(), rel=0.02)
     memory = count_memory(run, tokens, count_parameters(run), gpus=1)
     assert memory["activations"] == pytest.approx(sum(kept.values()), rel=0.15)
@@ -128,16 +141,16 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun
     encoder = {"name": "custom", "width": 24, "depth": 3, "heads": 2}
     run = tiny_run(**{**OBJECTIVES[name], "model": {"encoder": encoder, **OBJECTIVES[name].get("model", {})}})
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
-        models = build_models(run, world)
-        optimizer = build_optimizer(models.learning, run.optim)
-        jepa_loss(models, prepare_batch(run, next(clips), world.device), run, step=0).value.backward()
+        method, networks = build_networks(run, world)
+        optimizer = build_optimizer(networks.trained, run.optim)
+        method.loss(networks, method.prepare(next(clips), world.device), step=0).value.backward()
         optimizer.step()
-        learning = named_parameters(models.learning).values()
+        learning = named_parameters(networks.trained).values()
         held = {
             "weights": sum(p.nbytes for p in learning),
             "gradients": sum(p.grad.nbytes for p in learning if p.grad is not None),
             "moments": sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim),
-            "target": sum(p.nbytes for p in models.target.parameters()),
+            "target": sum(p.nbytes for p in networks["target"].parameters()),
         }
     memory = count_memory(run, count_tokens(run), count_parameters(run), gpus=1)
     assert {part: memory[part] for part in held} == held
@@ -156,10 +169,11 @@ def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) ->
     )
     expected = estimate(run, gpus=size)
     with pretended(size) as mesh, torch.device("meta"):
-        models = build(run)
-        shard(models, run.parallel, mesh=mesh, dtype=torch.bfloat16)
+        method = create_method(run)
+        networks = method.build()
+        shard(networks, run.parallel, mesh=mesh, dtype=torch.bfloat16)
         ours = Counter[str]()
-        for name, parameter in named_parameters(models.all).items():
+        for name, parameter in named_parameters(networks.saved).items():
             ours[name.split(".")[0]] += parameter.to_local().numel() * 4  # pyright: ignore[reportAttributeAccessIssue]
     # Slices are cut along the first dimension, so the last rank's are smaller and rank 0's larger than the mean: by a
     # third for the 1,408 rows of ViT-g's maps on 1,024 ranks.
@@ -177,11 +191,12 @@ def test_messages_are_as_large_as_counted(tiny_run: MakeRun, tmp_path: Path, mon
         name = next(name for name in names if hasattr(dist, name))
         monkeypatch.setattr(dist, name, measured(getattr(dist, name), kind, received, size))
     with pretended(size) as mesh:
-        models = build(run)
-        shard(models, run.parallel, mesh=mesh, dtype=torch.float32)
+        method = create_method(run)
+        networks = method.build()
+        shard(networks, run.parallel, mesh=mesh, dtype=torch.float32)
         world = World(0, size, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
         with open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
-            loss = jepa_loss(models, prepare_batch(run, next(clips), world.device), run, step=0)
+            loss = method.loss(networks, method.prepare(next(clips), world.device), step=0)
             loss.value.backward()
     expected = estimate(run, gpus=size).messages
     # Roots that learn stay gathered between forward and backward: a little less than counted; slices are padded: more.
@@ -258,8 +273,12 @@ def test_a_model_that_no_slicing_makes_fit_may_be_offloaded(tiny_run: MakeRun) -
     run = tiny_run(
         batch_size=1,
         precision="bf16",
-        objective={"name": "levjepa", "local_views": 2, "local_px": 16},
-        masks=[{"mode": "random", "visible_share": 0.25}],
+        objective={
+            "name": "levjepa",
+            "local_views": 2,
+            "local_px": 16,
+            "masks": [{"mode": "random", "visible_share": 0.25}],
+        },
         model={"encoder": {"name": "custom", "width": 4096, "depth": 40, "heads": 32}},
     )
     found = estimate(run, gpus=1)

@@ -61,7 +61,7 @@ def test_a_collapse_is_seen_across_a_restart_and_leads_back_to_before_it(tmp_pat
     past = read_history(file)
     assert len(past) == 201  # the last losses, and the one monitor long before
     nurse, _ = a_nurse(on_collapse="roll_back", max_loss_ratio=2.0)
-    nurse.recall(past)
+    nurse.restore(past)
     nurse.check([record(450, **{"monitor/rankme": 10.0}), record(451)])
     with pytest.raises(Unhealthy, match="monitor/rankme fell to 3, from 20") as caught:
         nurse.check([record(500, **{"monitor/rankme": 3.0})])

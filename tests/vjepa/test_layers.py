@@ -129,7 +129,7 @@ def test_first_weights_are_those_of_v_jepa_2() -> None:
 
 
 def test_every_norm_starts_as_no_change_and_marks_start_next_to_nothing() -> None:
-    changes = {"levels": [0, 1, 2], "guess_visible": True, "still_tokens": True}
+    changes = {"levels": [0, 1, 2], "predict_context": True, "still_tokens": True}
     settings = Model.model_validate({**small().model_dump(), **changes})
     for module in (Encoder(settings), Predictor(settings, mask_tokens=2)):
         norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]

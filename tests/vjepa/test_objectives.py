@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from drifting_shapes import FRAMES, OBJECTIVES, PX, puzzle_of, scenes, toy_run
+from drifting_shapes import FRAMES, OBJECTIVES, PX, masked_clips, scenes, toy_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vjepa.config import VJEPA21
-from vjepa.methods import build, jepa_loss, prepare_batch
+from vjepa.config import Run
+from vjepa.methods.base import MaskedClips, create_method
 from vjepa.methods.levjepa import method as levjepa
+from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.methods.regularizers import barlow, directions, sigreg, vicreg
 from vjepa.methods.vjepa2_1 import method as vjepa2_1
+from vjepa.methods.vjepa2_1.settings import VJEPA21Settings
 from vjepa.nn.blocks import rotations
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
@@ -44,25 +46,26 @@ def test_distance_weights_are_those_to_the_nearest_hidden_token(t: int, h: int, 
 
 
 def test_the_weight_of_visible_tokens_ramps_linearly() -> None:
-    objective = VJEPA21(context_weight=0.5, context_ramp=(10, 20))
+    objective = VJEPA21Settings(context_weight=0.5, context_ramp=(10, 20))
     weights = [vjepa2_1.context_weight(step, objective) for step in (0, 9, 10, 15, 20, 1000)]
     assert weights == [0, 0, 0, 0.25, 0.5, 0.5]
-    assert vjepa2_1.context_weight(0, VJEPA21(context_ramp=(0, 0))) == 0.5
+    assert vjepa2_1.context_weight(0, VJEPA21Settings(context_ramp=(0, 0))) == 0.5
 
 
 def test_dense_loss_is_the_formula() -> None:
     """Written out with loops over clips, tokens and levels."""
     run = toy_run(**{**OBJECTIVES["vjepa2_1"], "batch_size": 2})
-    models, puzzle = build(run), puzzle_of(run, 7)  # some batches were passed over
-    loss = jepa_loss(models, [puzzle], run, step=40)
+    method = create_method(run)
+    networks, clips = method.build(), masked_clips(run, 7)  # some batches were passed over
+    loss = method.loss(networks, [clips], step=40)
     expected = 0.0
     with torch.no_grad():
-        (h,) = models.target([View(puzzle.frames)], levels=True)
+        (h,) = networks["target"]([View(clips.frames)], levels=True)
         h = torch.cat([F.layer_norm(part, (48,)) for part in h.split(48, dim=-1)], dim=-1)
-        for mask in puzzle.masks:
-            (context,) = models.encoder([View(puzzle.frames, mask.visible)], levels=True)
-            z, y = models.predictor([PredictorInput(context, mask.visible, mask.hidden, puzzle.grid, mask.kind)])
-            near = vjepa2_1.distance_weights(mask.visible, mask.hidden, puzzle.grid)
+        for mask in clips.masks:
+            (context,) = networks["encoder"]([View(clips.frames, mask.visible)], levels=True)
+            z, y = networks["predictor"]([PredictorInput(context, mask.visible, mask.hidden, clips.grid, mask.kind)])
+            near = vjepa2_1.distance_weights(mask.visible, mask.hidden, clips.grid)
             for clip in range(2):
                 expected += (z[clip] - h[clip, mask.hidden[clip]]).abs().mean().item() / 4
                 apart = (y[clip] - h[clip, mask.visible[clip]]).abs().mean(-1)
@@ -71,7 +74,7 @@ def test_dense_loss_is_the_formula() -> None:
 
 
 def test_levels_are_the_features_after_their_blocks() -> None:
-    run = toy_run(model={"levels": [1, 3], "guess_visible": True}, objective={"name": "vjepa2_1"})
+    run = toy_run(model={"levels": [1, 3], "predict_context": True}, objective={"name": "vjepa2_1"})
     encoder = Encoder(run.model)
     assert {name.split(".")[0] for name, _ in encoder.named_parameters()} == {"patch_embed", "blocks", "norms_block"}
     seen: dict[int, Tensor] = {}
@@ -87,8 +90,9 @@ def test_levels_are_the_features_after_their_blocks() -> None:
 
 def test_names_are_those_of_v_jepa_2_1() -> None:
     run = toy_run(model={**OBJECTIVES["vjepa2_1"]["model"], "still_tokens": True}, objective={"name": "vjepa2_1"})
-    models = build(run)
-    encoder, predictor = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in models.learning.values())
+    method = create_method(run)
+    networks = method.build()
+    encoder, predictor = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in networks.trained.values())
     assert encoder["patch_embed_img.proj.weight"] == (48, 3, 1, 8, 8)
     assert encoder["img_mod_embed"] == encoder["video_mod_embed"] == (1, 1, 48)
     assert encoder["norms_block.3.bias"] == (48,)
@@ -108,9 +112,9 @@ def test_stretched_positions_keep_their_meaning_at_another_resolution() -> None:
 
 
 def test_an_output_layer_that_nothing_trains_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"guess_visible \(True\) does not go with objective vjepa2"):
-        toy_run(model={"guess_visible": True})
-    with pytest.raises(ValueError, match=r"guess_visible \(False\) does not go with objective vjepa2_1"):
+    with pytest.raises(ValueError, match=r"predict_context \(True\) does not fit objective vjepa2"):
+        toy_run(model={"predict_context": True})
+    with pytest.raises(ValueError, match=r"predict_context \(False\) does not fit objective vjepa2_1"):
         toy_run(objective={"name": "vjepa2_1"})
 
 
@@ -133,24 +137,26 @@ def batch_of(frames: int) -> Batch:
 
 def test_a_still_picture_fills_a_tubelet() -> None:
     run = toy_run()
-    (puzzle,) = prepare_batch(run, batch_of(1), torch.device("cpu"))
-    assert puzzle.frames.shape == (2, 3, 2, PX, PX)
-    assert torch.equal(puzzle.frames[:, :, 0], puzzle.frames[:, :, 1])
-    assert puzzle.grid == Grid(1, 4, 4)
-    assert torch.isfinite(jepa_loss(build(run), [puzzle], run, step=0).value)
+    method = create_method(run)
+    (clips,) = method.prepare(batch_of(1), torch.device("cpu"))
+    assert clips.frames.shape == (2, 3, 2, PX, PX)
+    assert torch.equal(clips.frames[:, :, 0], clips.frames[:, :, 1])
+    assert clips.grid == Grid(1, 4, 4)
+    assert torch.isfinite(method.loss(method.build(), [clips], step=0).value)
 
 
 def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
     run = toy_run(model={"still_tokens": True})
-    puzzles = [
-        *prepare_batch(run, batch_of(1), torch.device("cpu")),
-        *prepare_batch(run, batch_of(8), torch.device("cpu")),
+    method = create_method(run)
+    inputs = [
+        *method.prepare(batch_of(1), torch.device("cpu")),
+        *method.prepare(batch_of(8), torch.device("cpu")),
     ]
-    assert [puzzle.frames.shape[2] for puzzle in puzzles] == [1, 8]
-    models = build(run)
-    jepa_loss(models, puzzles, run, step=0).value.backward()
-    assert isinstance(models.encoder, Encoder)
-    for parameter in (models.encoder.patch_embed_img.proj.weight, models.encoder.patch_embed.proj.weight):
+    assert [clips.frames.shape[2] for clips in inputs] == [1, 8]
+    networks = method.build()
+    method.loss(networks, inputs, step=0).value.backward()
+    assert isinstance(networks["encoder"], Encoder)
+    for parameter in (networks["encoder"].patch_embed_img.proj.weight, networks["encoder"].patch_embed.proj.weight):
         assert parameter.grad is not None
         assert parameter.grad.any()
 
@@ -158,12 +164,13 @@ def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
 def test_a_batch_without_pictures_gives_their_tokenizer_a_gradient_of_zero() -> None:
     """None would let FSDP2 mix up the gradients of ranks with pictures and ranks without."""
     run = toy_run(model={"still_tokens": True})
-    models = build(run)
-    jepa_loss(models, prepare_batch(run, batch_of(8), torch.device("cpu")), run, step=0).value.backward()
-    for name, parameter in [*models.encoder.named_parameters(), *models.predictor.named_parameters()]:
+    method = create_method(run)
+    networks = method.build()
+    method.loss(networks, method.prepare(batch_of(8), torch.device("cpu")), step=0).value.backward()
+    for name, parameter in [*networks["encoder"].named_parameters(), *networks["predictor"].named_parameters()]:
         assert parameter.grad is not None, name
-    assert isinstance(models.encoder, Encoder)
-    assert not models.encoder.patch_embed_img.proj.weight.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
+    assert isinstance(networks["encoder"], Encoder)
+    assert not networks["encoder"].patch_embed_img.proj.weight.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 # --- LeVJEPA ------------------------------------------------------------------------------------------------------
@@ -215,16 +222,21 @@ def test_vicreg_and_barlow_are_their_formulas() -> None:
     torch.testing.assert_close(barlow(a, b, count=50), expected, rtol=1e-3, atol=1e-4)
 
 
+def crops_of(clips: MaskedClips, run: Run) -> list[Tensor]:
+    assert isinstance(run.objective, LeVJEPASettings)
+    return levjepa.local_crops(clips, run.objective, seed=run.seed, flip=run.data.crop.flip)
+
+
 def test_small_crops_are_a_function_of_step_and_slot() -> None:
     run = toy_run(**{**OBJECTIVES["levjepa"], "batch_size": 4})
-    puzzle = puzzle_of(run, 5)
-    crops = levjepa.local_crops(puzzle, run)
+    clips = masked_clips(run, 5)
+    crops = crops_of(clips, run)
     assert [tuple(crop.shape) for crop in crops] == [(4, 3, FRAMES, 16, 16)] * 2
-    part = dataclasses.replace(puzzle, frames=puzzle.frames[2:], slots=(2, 3))
-    for whole, own in zip(crops, levjepa.local_crops(part, run), strict=True):
+    part = dataclasses.replace(clips, frames=clips.frames[2:], slots=(2, 3))
+    for whole, own in zip(crops, crops_of(part, run), strict=True):
         torch.testing.assert_close(own, whole[2:])
     assert not torch.equal(crops[0], crops[1])
-    later = levjepa.local_crops(dataclasses.replace(puzzle, step=6), run)
+    later = crops_of(dataclasses.replace(clips, step=6), run)
     assert not torch.equal(crops[0], later[0])
 
 
@@ -233,11 +245,10 @@ def test_small_crops_cover_the_share_of_the_picture_that_was_asked_for() -> None
     objective = {**OBJECTIVES["levjepa"]["objective"], "local_scale": [0.25, 0.25], "jitter": 0, "gray": 0}
     run = toy_run(**{**OBJECTIVES["levjepa"], "objective": objective, "batch_size": 64})
     ramps = torch.linspace(-1, 1, PX).expand(64, 3, 2, PX, PX)
-    both = [dataclasses.replace(puzzle_of(run, 0), frames=ramp) for ramp in (ramps, ramps.transpose(-1, -2))]
+    both = [dataclasses.replace(masked_clips(run, 0), frames=ramp) for ramp in (ramps, ramps.transpose(-1, -2))]
     width, height = (
-        levjepa.local_crops(puzzle, run)[0].flatten(1).max(1).values
-        - levjepa.local_crops(puzzle, run)[0].flatten(1).min(1).values
-        for puzzle in both
+        crops_of(clips, run)[0].flatten(1).max(1).values - crops_of(clips, run)[0].flatten(1).min(1).values
+        for clips in both
     )
     shares = width / 2 * height / 2 * (16 / 15) ** 2  # from the middle of the first pixel to that of the last
     assert shares.mean().item() == pytest.approx(0.25, rel=0.1)
@@ -246,20 +257,22 @@ def test_small_crops_cover_the_share_of_the_picture_that_was_asked_for() -> None
 def test_a_class_token_is_the_summary_of_a_view_where_there_is_one() -> None:
     """Its gradient tells: without one the mean of tokens is asked."""
     run = toy_run(**{**OBJECTIVES["levjepa"], "batch_size": 4}, model={"class_token": True, "causal": True})
-    models, puzzle = build(run), puzzle_of(run, 0)
-    loss = jepa_loss(models, [puzzle], run, step=0)
+    method = create_method(run)
+    networks, clips = method.build(), masked_clips(run, 0)
+    loss = method.loss(networks, [clips], step=0)
     loss.value.backward()
-    assert isinstance(models.encoder, Encoder)
-    assert models.encoder.cls_token.grad is not None
-    assert models.encoder.cls_token.grad.any()
-    (whole,) = models.encoder([View(puzzle.frames, puzzle.masks[0].visible)], class_token=True)
-    assert whole.shape[1] == puzzle.masks[0].visible.shape[1] + 1
+    assert isinstance(networks["encoder"], Encoder)
+    assert networks["encoder"].cls_token.grad is not None
+    assert networks["encoder"].cls_token.grad.any()
+    (whole,) = networks["encoder"]([View(clips.frames, clips.masks[0].visible)], class_token=True)
+    assert whole.shape[1] == clips.masks[0].visible.shape[1] + 1
 
 
 def test_what_would_change_the_result_is_refused() -> None:
-    with pytest.raises(ValueError, match="asks nothing of a class token"):
+    with pytest.raises(ValueError, match="does not train a class token"):
         toy_run(model={"class_token": True})
     with pytest.raises(ValueError, match="compares all clips of a step"):
         toy_run(**OBJECTIVES["levjepa"], parallel={"accumulate": 2})
-    with pytest.raises(ValueError, match="wants one kind of mask"):
-        toy_run(**{**OBJECTIVES["levjepa"], "masks": [{"mode": "random", "visible_share": 0.5}] * 2})
+    views = OBJECTIVES["levjepa"]["objective"]
+    with pytest.raises(ValueError, match="takes one kind of mask"):
+        toy_run(objective={**views, "masks": views["masks"] * 2})

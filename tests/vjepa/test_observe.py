@@ -14,7 +14,7 @@ from PIL import Image
 from vjepa.config import Run
 from vjepa.engine.signals import Stop
 from vjepa.engine.trainer import train
-from vjepa.monitoring.sample_pictures import look
+from vjepa.monitoring.sample_pictures import draw
 from vjepa.monitoring.stragglers import Stragglers
 from vjepa.nn.encoder import Encoder
 from vjepa_data.reader.batch import Batch, Clips
@@ -76,7 +76,7 @@ def test_a_picture_is_drawn_of_frames_that_are_on_the_device(tiny_run: MakeRun) 
     for given in (frames, frames.as_subclass(OnGPU)):
         clips = Clips(given, slots=(0, 1), keys=("a", "b"), sources=(0, 0), start_s=(0.0, 0.0))
         batch = Batch(step=0, groups=(clips,), rejected=())
-        drawn.append(look(Encoder(run.model), batch, run, torch.device("cpu")))
+        drawn.append(draw(Encoder(run.model), batch, run, torch.device("cpu")))
     assert (drawn[0] == drawn[1]).all()
 
 

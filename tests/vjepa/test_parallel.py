@@ -13,9 +13,10 @@ from torch.nn.attention import varlen  # registers its operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.config import Run
-from vjepa.distributed.world import PRODUCTS, join, shard
+from vjepa.distributed.sharding import PRODUCTS, shard
+from vjepa.distributed.world import join
 from vjepa.engine.trainer import open_clips
-from vjepa.methods import MaskedClips, build, jepa_loss
+from vjepa.methods.base import MaskedClips, create_method
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.grid import Grid
 from vjepa_data.reader.pipeline import open_plan
@@ -40,13 +41,14 @@ class Counting(TorchDispatchMode):
 def attentions(run: Run) -> int:
     """How often attention is computed in a forward and a backward pass."""
     with join(run.parallel) as world:
-        models = build(run)
-        shard(models, run.parallel, mesh=world.mesh, dtype=torch.float32)
+        method = create_method(run)
+        networks = method.build()
+        shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
     grid = Grid.of(4, 32, 32, run.model)
-    masks = sample_masks(run.masks, grid, seed=0, step=0, slots=(0, 1))
-    puzzle = MaskedClips(torch.randn(2, 3, 4, 32, 32), grid, masks, 0, (0, 1))
+    masks = sample_masks(run.objective.mask_kinds, grid, seed=0, step=0, slots=(0, 1))
+    clips = MaskedClips(torch.randn(2, 3, 4, 32, 32), grid, masks, 0, (0, 1))
     with Counting() as counting:
-        jepa_loss(models, [puzzle], run, step=0).value.backward()
+        method.loss(networks, [clips], step=0).value.backward()
     return counting.counts[ATTENTION]
 
 
@@ -68,7 +70,7 @@ def test_a_process_without_a_gpu_of_its_own_says_so(tiny_run: MakeRun, monkeypat
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(BadInput, match="number 2 of this machine, counted from 0, and sees 2 GPUs"),
+        pytest.raises(BadInput, match="local rank 2 sees 2 GPUs"),
         join(tiny_run().parallel),
     ):
         pass

@@ -31,13 +31,14 @@ def test_changes_that_leave_the_past_alone_are_told_and_others_refused(tiny_run:
     assert changes(old, tiny_run(steps=200)) == {"steps": [100, 200]}
     warm = tiny_run(steps=100, optim={"warmup_steps": 5})
     assert changes(warm, tiny_run(steps=100, optim={"warmup_steps": 5, "start_lr": 0.0, "final_lr": 0.1}))
+    blocks = {"mode": "balanced", "block_share": 0.15}
     for name, change in (
         ("seed", {"seed": 1}),
         ("precision", {"precision": "bf16"}),
         ("optim.lr", {"optim": {"lr": 1.0}}),
         ("optim.decay", {"optim": {"decay": "cosine"}}),
         ("data.crop.px", {"data": {"crop": {"px": 16}}}),
-        ("masks.0.blocks", {"masks": [{"mode": "balanced", "blocks": 5, "block_share": 0.15}, old.masks[1]]}),
+        ("objective.masks.0.blocks", {"objective": {"masks": [{**blocks, "blocks": 5}, old.objective.mask_kinds[1]]}}),
     ):
         with pytest.raises(BadInput, match=rf"^{name} was .* when step 10 was saved"):
             changes(old, tiny_run(**{"steps": 100, **change}))

@@ -20,6 +20,7 @@ from vjepa.checkpoints import checkpoint
 from vjepa.config import Run
 from vjepa.engine.signals import Stop
 from vjepa.engine.trainer import train
+from vjepa.methods.vjepa2.method import VJEPA2
 from vjepa.monitoring.health import Unhealthy
 from vjepa_data.settings import BadInput
 
@@ -183,17 +184,15 @@ def test_half_precision_learns_nearly_the_same_and_keeps_its_weights_in_fp32(
 def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
     tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vjepa.engine import trainer as module
-
-    jepa_loss, bad_calls, calls = module.jepa_loss, {4}, 0
+    loss_of, bad_calls, calls = VJEPA2.loss, {4}, 0
 
     def poisoned(*given: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss = jepa_loss(*given, **named)
+        loss = loss_of(*given, **named)
         return dataclasses.replace(loss, value=loss.value * float("nan")) if calls in bad_calls else loss
 
-    monkeypatch.setattr(module, "jepa_loss", poisoned)
+    monkeypatch.setattr(VJEPA2, "loss", poisoned)
     run = tiny_run(steps=4, checkpoint={"every_steps": 1, "keep_last": 4})
     assert train(run, tmp_path / "once") == 0
     records = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
@@ -205,23 +204,21 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
     with pytest.raises(Unhealthy, match="step 3 is the last of 3 bad ones in a row"):
         train(tiny_run(steps=8, track={"every_steps": 1}), tmp_path / "often")
     log = (tmp_path / "often" / "log.txt").read_text()
-    assert "going back to step 0: once more" in log
+    assert "going back to step 0: the same batches once more" in log
 
 
 def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
     tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vjepa.engine import trainer as module
+    loss_of, used, made = VJEPA2.loss, list[int](), list[int]()
 
-    jepa_loss, used, made = module.jepa_loss, list[int](), list[int]()
-
-    def of_bad_data(models: Any, puzzles: Any, run: Run, *, step: int) -> Any:
-        used.append(puzzles[0].step)
+    def of_bad_data(method: Any, networks: Any, inputs: Any, *, step: int) -> Any:
+        used.append(inputs[0].step)
         made.append(step)
-        loss = jepa_loss(models, puzzles, run, step=step)
-        return dataclasses.replace(loss, value=loss.value * float("nan")) if puzzles[0].step in (4, 5) else loss
+        loss = loss_of(method, networks, inputs, step=step)
+        return dataclasses.replace(loss, value=loss.value * float("nan")) if inputs[0].step in (4, 5) else loss
 
-    monkeypatch.setattr(module, "jepa_loss", of_bad_data)
+    monkeypatch.setattr(VJEPA2, "loss", of_bad_data)
     health = {"max_skipped_in_a_row": 2, "after_roll_back": "pass_over"}
     run = tiny_run(steps=7, health=health, track={"every_steps": 1}, checkpoint={"every_steps": 1, "keep_last": 9})
     assert train(run, tmp_path / "straight") == 0
@@ -244,12 +241,10 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
 
 
 def test_a_full_device_says_what_to_change(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vjepa.engine import trainer as module
-
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module, "jepa_loss", full)
+    monkeypatch.setattr(VJEPA2, "loss", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(tiny_run(), tmp_path)
     assert "parallel.accumulate=2" in caught.value.__notes__[0]
@@ -290,7 +285,9 @@ def test_more_steps_of_the_same_schedule_are_recorded_and_other_rates_are_refuse
     attempts = json.loads((tmp_path / "environment.json").read_text())["attempts"]
     assert attempts[1]["changes"] == {"steps": [3, 6]}
     assert losses(tmp_path) == losses(straight)
-    with pytest.raises(BadInput, match=r"optim\.lr was 0.01 when step 6 was saved and is 0.02 now: other rates"):
+    with pytest.raises(
+        BadInput, match=r"optim\.lr was 0.01 when step 6 was saved and is 0.02 now: past steps would have used"
+    ):
         train(tiny_run(optim={"lr": 2e-2}), tmp_path)
 
 

@@ -32,8 +32,7 @@ from vjepa.checkpoints import storage
 from vjepa.checkpoints.safe_unpickle import check_metadata
 from vjepa.config import Checkpoint
 from vjepa.distributed.world import World
-from vjepa.methods import Models
-from vjepa.methods.base import named_parameters
+from vjepa.methods.base import Networks, named_parameters
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -83,17 +82,17 @@ def step_dir(home: Path, step: int) -> Path:
     return home / f"step_{step:08d}"
 
 
-def collect_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that must survive, by name: with it and the step, a run goes on as if nothing had happened.
+def collect_tensors(networks: Networks, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return all tensors that a checkpoint stores, by name. With them and the step a run resumes exactly.
 
     encoder.*  predictor.*  target.*  optimizer.{step,exp_avg,exp_avg_sq}.{encoder,predictor}.*
     """
     state = {
         f"optimizer.{key}.{name}": value
-        for name, parameter in named_parameters(models.learning).items()
+        for name, parameter in named_parameters(networks.trained).items()
         for key, value in optimizer.state[parameter].items()
     }
-    return {**{name: p.detach() for name, p in named_parameters(models.all).items()}, **state}
+    return {**{name: p.detach() for name, p in named_parameters(networks.saved).items()}, **state}
 
 
 def list_checkpoints(home: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""Many ranks, one run: the process group, and networks sharded over it."""

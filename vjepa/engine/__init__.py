@@ -1,0 +1,1 @@
+"""The engine trains any method: loop, attempt, optimizer, schedule, resume, roll-back, stop signals."""

@@ -1,5 +1,6 @@
-"""The update of the weights: which parameters decay, and when nothing must move."""
+"""The optimizer step: which parameters decay, and when a step is skipped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from vjepa.methods.base import named_parameters
 
 @dataclass(frozen=True)
 class Update:
-    """What became of one step, still on the device: reading it is for those who can wait."""
+    """Result of one step, still on the device; reading it waits for the device."""
 
     grad_norm: Float[Tensor, ""]
     """Global norm of the gradient, before clipping; not finite when the step was skipped."""
@@ -23,14 +24,14 @@ class Update:
     """1 when the weights moved, 0 when the step was skipped."""
 
 
-def build_optimizer(learning: dict[str, nn.Module], optim: Optim) -> torch.optim.AdamW:
-    """AdamW over models that are already sharded, with its state in place.
+def build_optimizer(trained: Mapping[str, nn.Module], optim: Optim) -> torch.optim.AdamW:
+    """Return AdamW over networks that are already sharded, with its state allocated.
 
     Matrices decay; biases, norms and other vectors do not. Mask tokens count as a matrix, as in V-JEPA 2.
 
-    Source: facebookresearch/vjepa2, `init_opt`: no decay for biases and for what has one dimension.
+    Source: facebookresearch/vjepa2, `init_opt`: no decay for biases and one-dimensional parameters.
     """
-    named = named_parameters(learning)
+    named = named_parameters(trained)
     vectors = [p for name, p in named.items() if p.ndim < 2 or name.endswith(".bias")]
     matrices = [p for name, p in named.items() if not (p.ndim < 2 or name.endswith(".bias"))]
     optimizer = torch.optim.AdamW(
@@ -38,7 +39,7 @@ def build_optimizer(learning: dict[str, nn.Module], optim: Optim) -> torch.optim
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,
-        fused=True,  # also the one that can skip a step, its counter included, without asking the host
+        fused=True,  # the fused kernel can also skip a step, with its counter, without asking the host
     )
     for parameter in named.values():
         optimizer.state[parameter] = {
@@ -52,27 +53,27 @@ def build_optimizer(learning: dict[str, nn.Module], optim: Optim) -> torch.optim
 def update_weights(
     optimizer: torch.optim.AdamW, loss: Float[Tensor, ""], rates: Rates, *, clip_norm: float | None
 ) -> Update:
-    """Move the weights once, or not at all when the loss or a gradient is not finite anywhere.
+    """Update the weights, or skip the step if the loss or any gradient is not finite.
 
-    All ranks decide alike, without a word from the host: the norm is a sum over all slices and the loss a sum over
-    all ranks, so that one bad number on one rank makes them bad on every rank.
+    All ranks decide alike without the host: the norm is a sum over all shards and the loss a sum over all ranks, so one
+    number on one rank that is not finite makes them not finite on every rank.
 
     Args:
-        optimizer: with gradients in place, already averaged over ranks.
-        loss: of the whole step, summed over ranks.
+        optimizer: with gradients that are already averaged over ranks.
+        loss: loss of the whole step, summed over ranks.
         rates: learning rate and weight decay of this step.
-        clip_norm: largest norm of the gradient; None leaves it.
+        clip_norm: largest norm of the gradient; None does not clip.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    finite = torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)  # the host, for weights that are offloaded
+    finite = torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)  # on the host for offloaded weights
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = rates.lr
         group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
-    # The words by which a gradient scaler tells a fused optimizer to skip.
+    # The attributes by which a gradient scaler makes a fused optimizer skip.
     optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.found_inf = (~finite).to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

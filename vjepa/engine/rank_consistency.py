@@ -1,4 +1,4 @@
-"""Before the first step all ranks compare what they are about to do, by a few hashes, and name who differs."""
+"""Before the first step all ranks compare hashes of code, settings and data, and name the ranks that differ."""
 
 import hashlib
 import importlib
@@ -13,7 +13,7 @@ from vjepa.checkpoints.run_folder import settings_hash
 from vjepa.config import Run
 from vjepa.distributed.world import World
 from vjepa.methods.masking import sample_masks
-from vjepa.nn.grid import Grid
+from vjepa.nn.grid import clip_grid
 from vjepa_data.reader.clip_times import EligibleSamples
 from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.reader.plan import Plan
@@ -23,14 +23,14 @@ ROOMS = ("vjepa", "vjepa_data", "vjepa_launch")
 
 
 def check_alike(world: World, facts: Mapping[str, str]) -> None:
-    """Make sure that all ranks are about to do the same thing.
+    """Check that a set of facts is equal on all ranks.
 
     Args:
         world: the ranks.
-        facts: what must be equal everywhere, by what it is called.
+        facts: name of each fact and its value on this rank.
 
     Raises:
-        BadInput: on every rank, naming the ranks that differ from most others, and in what.
+        BadInput: on every rank, with the ranks that differ from the majority and the fact.
     """
     everyone = world.gather(dict(facts))
     for name in facts:
@@ -39,13 +39,13 @@ def check_alike(world: World, facts: Mapping[str, str]) -> None:
         odd = [rank for rank, value in enumerate(values) if value != usual]
         if odd:
             raise BadInput(
-                f"rank {', '.join(map(str, odd[:8]))} differs from the others in {name} "
-                f"({values[odd[0]]} where the others have {usual}); start all ranks with the same one"
+                f"rank {', '.join(map(str, odd[:8]))} differs from the other ranks in {name} "
+                f"({values[odd[0]]}, the others {usual}); start all ranks with the same one"
             )
 
 
 def check_program(run: Run, world: World) -> None:
-    """Make sure that all ranks have the same settings, code and torch.
+    """Check that all ranks have the same settings, code and torch.
 
     Raises:
         BadInput: see `check_alike`.
@@ -54,16 +54,16 @@ def check_program(run: Run, world: World) -> None:
 
 
 def check_data(run: Run, world: World, plan: Plan, *, number: int) -> list[str]:
-    """Make sure that all ranks see the same corpora, plan and first batch.
+    """Check that all ranks see the same corpora, plan and first batch.
 
     Args:
         run: the run.
         world: the ranks.
-        plan: of this rank.
-        number: of the first batch.
+        plan: plan of this rank.
+        number: number of the first batch.
 
     Returns:
-        Hash of the manifest of each source.
+        The hash of the manifest of each source.
 
     Raises:
         BadInput: see `check_alike`.
@@ -81,7 +81,7 @@ def check_data(run: Run, world: World, plan: Plan, *, number: int) -> list[str]:
 
 
 def code_digest() -> str:
-    """One word for all code of ours that this process would run, of the three rooms."""
+    """Return a hash of the code of the three packages that this process runs."""
     hasher = hashlib.blake2b(digest_size=8)
     for room in ROOMS:
         place = Path(str(importlib.import_module(room).__file__)).parent
@@ -93,12 +93,13 @@ def code_digest() -> str:
 def first_batch(run: Run, plan: Plan, *, number: int) -> str:
     """One word for a batch as this rank would see it: which samples, their pixels, what is hidden of them.
 
-    Pixels are those of the first lane alone, decoded by every rank: another version of a decoder or a scaler shows.
+    Pixels are those of the first lane alone, decoded by every rank, so that another version of a decoder or of the
+    resize shows.
 
     Args:
         run: the run.
-        plan: of its samples.
-        number: of the batch.
+        plan: the plan of samples.
+        number: number of the batch.
 
     Raises:
         BadInput: the data cannot be read.
@@ -108,14 +109,12 @@ def first_batch(run: Run, plan: Plan, *, number: int) -> str:
     with ClipLoader(
         run.data, loader, seed=run.seed, batch_size=run.batch_size, rank=0, world=plan.lanes, step=number, plan=plan
     ) as clips:
-        batch = next(clips).on(torch.device("cpu"))  # scaled there, whoever scales later
+        batch = next(clips).on(torch.device("cpu"))  # resized on the CPU, wherever training resizes
     hasher = hashlib.blake2b("\n".join(draws).encode(), digest_size=8)
     for group in batch.groups:
         hasher.update(group.frames.numpy().tobytes())
-        still = group.frames.shape[1] == 1 and not run.model.still_tokens
-        frames = run.model.tubelet_frames if still else group.frames.shape[1]
-        grid = Grid.of(frames, run.data.crop.px, run.data.crop.px, run.model)
-        for mask in sample_masks(run.masks, grid, seed=run.seed, step=number, slots=group.slots):
+        grid = clip_grid(group.frames.shape[1], run.data.crop.px, run.model)
+        for mask in sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=number, slots=group.slots):
             hasher.update(torch.cat((mask.visible, mask.hidden), dim=1).numpy().tobytes())
     return hasher.hexdigest()
 

@@ -1,4 +1,4 @@
-"""What may change between two attempts of one run: what leaves the steps already made as they were."""
+"""Settings that may change between two attempts of a run: those that leave the steps already made unchanged."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,11 +7,12 @@ from pydantic import ValidationError
 
 from vjepa.config import Run
 from vjepa.engine.schedule import rates_at
+from vjepa_data.config_files import move_renamed
 from vjepa_data.settings import BadInput
 
-# Who, where, how fast, how often recorded. Where shards lie may change too: their hash says whether they are the same.
+# Name, place, speed and logging. The folders of shards may change too: their hashes tell whether they are the same.
 HARMLESS = ("name", "parallel.", "loader.", "checkpoint.", "track.", "health.", "data.rejects.", "start")
-# Numbers of the schedule: harmless if they would have given the rates that were used.
+# Settings of the schedule: harmless if they give the rates that were used.
 SCHEDULE = (
     "steps",
     "optim.lr",
@@ -29,27 +30,28 @@ SCHEDULE = (
 def check_changes(
     then: Mapping[str, Any], run: Run, *, step: int, manifests: Sequence[str], manifests_then: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Compare the settings of a checkpoint with those that it should go on with.
+    """Compare the settings of a checkpoint with those of the resumed run.
 
     Args:
-        then: settings in the checkpoint, resolved.
+        then: resolved settings in the checkpoint.
         run: settings now.
         step: updates made until the checkpoint.
         manifests: hashes of the corpora now.
-        manifests_then: and then.
+        manifests_then: hashes of the corpora in the checkpoint.
 
     Returns:
-        Harmless changes, to be recorded: {name: [then, now]}.
+        Harmless changes, for the record: {name: [then, now]}.
 
     Raises:
-        BadInput: a change would make the steps already made those of another run.
+        BadInput: a change does not fit the steps already made.
     """
     if list(manifests) != list(manifests_then):
         raise BadInput(
             f"the corpora changed since step {step} (their manifests were {list(manifests_then)}, are "
-            f"{list(manifests)}); bring the old ones back, or give another folder with --out (and start=CHECKPOINT to "
-            f"begin it from these weights)"
+            f"{list(manifests)}); restore the old ones, or give another folder with --out (and start=CHECKPOINT to "
+            f"begin from these weights)"
         )
+    then = move_renamed(dict(then), Run.renamed)
     before, now = dict(_flatten(then)), dict(_flatten(run.model_dump(mode="json")))
     changes = {name: [before[name], now.get(name)] for name in before if before[name] != now.get(name)}
     for name, (old, new) in changes.items():
@@ -57,7 +59,7 @@ def check_changes(
             continue
         if name in SCHEDULE and _same_past(then, run, step):
             continue
-        why = "other rates would have been used" if name in SCHEDULE else "it would be another run"
+        why = "past steps would have used other rates" if name in SCHEDULE else "past steps would differ"
         raise BadInput(
             f"{name} was {old} when step {step} was saved and is {new} now: {why}; set it back, or give another folder "
             f"with --out (and start=CHECKPOINT to begin it from these weights)"
@@ -66,7 +68,7 @@ def check_changes(
 
 
 def _same_past(then: Mapping[str, Any], run: Run, step: int) -> bool:
-    """Whether both settings give the same rates for all steps that were made."""
+    """Return whether both settings give the same rates for all steps already made."""
     try:
         old = Run.model_validate(then)
     except ValidationError:  # written by another version

@@ -1,4 +1,4 @@
-"""Going back to before something went wrong: later checkpoints are set aside, and their batches perhaps passed over."""
+"""Roll back to the last healthy checkpoint: set later checkpoints aside and perhaps skip their batches."""
 
 import logging
 from pathlib import Path
@@ -13,16 +13,16 @@ log = logging.getLogger(__name__)
 
 
 def roll_back(run: Run, folder: Path, world: World, *, healthy: int, last: int) -> None:
-    """Make the run go on from its last healthy checkpoint, or from the start if it has none.
+    """Make the run resume from its last healthy checkpoint, or from the start if it has none.
 
-    Checkpoints after it are kept under another name, for whoever wants to know.
+    Later checkpoints are kept under another name, for inspection.
 
     Args:
         run: the run.
-        folder: its folder.
-        world: the ranks; all must call it.
-        healthy: updates after which all was well.
-        last: updates made until somebody noticed.
+        folder: folder of the run.
+        world: the ranks, all of which must call this.
+        healthy: last step known to be healthy.
+        last: step at which the problem was detected.
     """
 
     def go_back() -> int:
@@ -42,5 +42,7 @@ def roll_back(run: Run, folder: Path, world: World, *, healthy: int, last: int) 
     log.warning(
         "going back to step %d: %s",
         step,
-        f"its next {last - step} batches are passed over" if run.health.after_roll_back == "pass_over" else "once more",
+        f"its next {last - step} batches are skipped"
+        if run.health.after_roll_back == "pass_over"
+        else "the same batches once more",
     )

@@ -1,4 +1,4 @@
-"""Rates as functions of the step: numbers in, numbers out, nothing to store and nothing to restore."""
+"""Schedules of the rates: pure functions of the step, without state."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from vjepa.config import Optim, Run
 
 @dataclass(frozen=True)
 class Rates:
-    """What one optimizer update uses."""
+    """Rates of one optimizer update."""
 
     lr: float
     weight_decay: float
@@ -16,17 +16,17 @@ class Rates:
 
 
 def rates_at(step: int, run: Run) -> Rates:
-    """Rates of the update that is made in `step`, counted from 0.
+    """Return the rates of the update made in `step`, counted from 0.
 
         lr     start_lr /‾‾‾ cosine | linear | constant \\ final_lr
                0      warmup_steps                 steps - 1
 
-    The first update uses `start_lr`, the one after the warm-up `lr`, the last one `final_lr`: the ends are reached,
-    so that a schedule does what its numbers say (V-JEPA 2's stretches its schedules by 1.25, and never gets there).
+    The first update uses `start_lr`, the one after the warm-up `lr`, the last one `final_lr`: the ends
+    are reached, unlike in V-JEPA 2, which stretches its schedules by 1.25.
 
     Args:
         step: number of updates made before this one, in 0 .. steps - 1.
-        run: the run, for its length and `optim`.
+        run: the run, for `steps` and `optim`.
 
     Source: V-JEPA 2 (arXiv:2506.09985), section 2: linear warm-up, constant rate, linear cooldown; cosine is
     V-JEPA's (arXiv:2404.08471).

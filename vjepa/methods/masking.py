@@ -1,6 +1,6 @@
-"""Which tokens are visible and which are to be guessed: a function of (seed, step, slot).
+"""Masks: which tokens of a clip are visible and which are hidden, as a function of (seed, step, slot).
 
-A slot is masked the same whichever other slots are asked for, so ranks, micro-batches and resumed runs agree.
+The mask of a slot does not depend on the other slots requested with it, so ranks, micro-batches and resumed runs agree.
 
 Letters: B slots, V visible and K hidden tokens of a clip, t h w its grid.
 """
@@ -16,8 +16,8 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vjepa.config import BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
-from vjepa.config import Mask as Kind
+from vjepa.methods.mask_settings import BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
+from vjepa.methods.mask_settings import Mask as MaskKind
 from vjepa.nn.grid import Grid
 from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
@@ -28,38 +28,38 @@ ROUND_TOKENS = 64
 
 @dataclass(frozen=True)
 class Mask:
-    """What some clips show and what they hide, through one kind of mask."""
+    """Visible and hidden tokens of some clips, for one kind of mask."""
 
     kind: int
     """Index of the kind; also of its mask token."""
 
     rows: tuple[int, ...]
-    """Which of the slots asked for these are, in order. All of them, but for `reference`, whose counts differ between
-    the groups of slots that it truncates together."""
+    """Positions in the requested slots, ascending. `reference` masks may cover only some of them, because their counts
+    differ between the groups of slots that are truncated together."""
 
     visible: Int[Tensor, "B V"]
     """Sorted ids of visible tokens."""
 
     hidden: Int[Tensor, "B K"]
-    """Sorted ids of tokens to guess."""
+    """Sorted ids of hidden tokens, to predict."""
 
     def select(self, clips: Tensor) -> Tensor:
-        """The clips that this mask is for, out of one for each slot; no copy if it is for all."""
+        """Return the clips that this mask covers, given one for each slot; without a copy if it covers all."""
         if self.rows == tuple(range(len(clips))):
             return clips
         return clips[torch.tensor(self.rows).to(clips.device, non_blocking=True)]
 
     def to(self, device: torch.device) -> "Mask":
-        """The same, on a device; without waiting for it."""
+        """Return a copy on a device, without waiting for it."""
         visible, hidden = (x.to(device, non_blocking=True) for x in (self.visible, self.hidden))
         return Mask(self.kind, self.rows, visible, hidden)
 
 
-def sample_masks(kinds: Sequence[Kind], grid: Grid, *, seed: int, step: int, slots: Sequence[int]) -> list[Mask]:
-    """Mask some slots of a step through every kind.
+def sample_masks(kinds: Sequence[MaskKind], grid: Grid, *, seed: int, step: int, slots: Sequence[int]) -> list[Mask]:
+    """Draw a mask of every kind for some slots of a step.
 
     Args:
-        kinds: as in `run.masks`.
+        kinds: kinds of mask, as in the method's settings.
         grid: tokens of the clips.
         seed: of the run.
         step: optimizer step.
@@ -99,22 +99,24 @@ def sample_masks(kinds: Sequence[Kind], grid: Grid, *, seed: int, step: int, slo
 
 
 def visible_cells(share: float, grid: Grid) -> int:
-    """How many tubes stay visible: the share, rounded to a multiple of 64 tokens where that moves it little.
+    """Return the number of visible tubes: the share, rounded to a multiple of 64 tokens where that changes it little.
 
     Args:
-        share: of the clip that should stay visible.
+        share: share of the clip that stays visible.
         grid: tokens of the clip.
 
     Returns:
-        A count of places in the picture, at least 1 and below `grid.cells`.
+        A number of cells, at least 1 and below `grid.cells`.
     """
     return _round_count(share * grid.cells, grid.cells, ROUND_TOKENS // math.gcd(ROUND_TOKENS, grid.t))
 
 
 def _round_count(wanted: float, whole: int, multiple: int) -> int:
-    """A multiple of `multiple`, or of the largest half of it that stays within a sixteenth of what is wanted."""
+    """Round to `multiple`, or to the largest half of it that changes the number by at most a sixteenth."""
     if whole < 2:
-        raise BadInput(f"masks: a grid of {whole} cannot be both seen and hidden; use larger crops or smaller patches")
+        raise BadInput(
+            f"masks: a grid of {whole} cannot be split into visible and hidden; use larger crops or smaller patches"
+        )
     while multiple > 1:
         count = round(wanted / multiple) * multiple
         if 0 < count < whole and abs(count - wanted) <= wanted / 16:
@@ -124,17 +126,17 @@ def _round_count(wanted: float, whole: int, multiple: int) -> int:
 
 
 def _ids(chosen: NDArray[np.bool_]) -> Int[Tensor, "B V"]:
-    """Ids of chosen tokens, in order; every slot must have as many."""
+    """Return the ids of chosen tokens, ascending; every slot must have the same number."""
     return torch.from_numpy(np.nonzero(chosen)[1].reshape(len(chosen), -1))
 
 
 def _tubes(cells: NDArray[np.bool_], grid: Grid) -> NDArray[np.bool_]:
-    """The same places of the picture in every tubelet."""
+    """Repeat the same cells in every tubelet."""
     return np.tile(cells, (1, grid.t))
 
 
 def _lowest(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """Choose in each row the `count` lowest scores."""
+    """Mark the `count` lowest scores of each row."""
     chosen = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(chosen, np.argpartition(scores, count - 1, axis=1)[:, :count], True, axis=1)
     return chosen
@@ -144,12 +146,12 @@ def _lowest(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
 
 
 def _hide_rectangles(kind: BalancedMask, grid: Grid, draws: Sequence[np.random.Generator]) -> NDArray[np.bool_]:
-    """Hide an exact number of cells in the shape of rectangles that grow or shrink together until the number is met.
+    """Hide an exact number of cells, as rectangles that grow or shrink together until the number is met.
 
-    Each rectangle has its own aspect and place. A cell's score is by how much the nearest rectangle must be scaled
-    about its centre to reach it (1 on the border), so the cells of lowest score are the union of rectangles scaled by
-    one factor: hidden regions stay large and whole, and no speckle is left, which a model could fill in from next door.
-    A rectangle's last row is cut at one end, in a direction drawn for the slot.
+    Each rectangle has its own aspect and position. A cell's score is the factor by which the nearest rectangle must be
+    scaled about its centre to reach the cell (1 on the border). The cells of lowest score are therefore the union of
+    rectangles scaled by one factor. Hidden regions stay large and contiguous, without isolated cells that a model could
+    fill in from their neighbours. A rectangle's last row is cut at one end, in a direction drawn for the slot.
 
     Returns:
         [B cells], True where hidden.
@@ -174,7 +176,7 @@ def _hide_rectangles(kind: BalancedMask, grid: Grid, draws: Sequence[np.random.G
 def _rectangle(
     block_share: float, aspect: tuple[float, float], h: int, w: int, u: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Height and width in cells of a rectangle whose aspect lies at `u`, in [0, 1), of the way."""
+    """Return the height and width in cells of rectangles whose aspect lies at fraction `u`, in [0, 1), of its range."""
     ratio = aspect[0] + u * (aspect[1] - aspect[0])
     cells = block_share * h * w
     height = np.clip(np.round(np.sqrt(cells * ratio)), 1, h)
@@ -183,7 +185,7 @@ def _rectangle(
 
 
 def _free_share(kind: BalancedMask, grid: Grid) -> float:
-    """Share of the picture that stays visible: as set, or what the rectangles leave free on average."""
+    """Return the visible share of the picture: as set, or the average area outside the rectangles."""
     if kind.visible_share is not None:
         return kind.visible_share
     return _mean_free_share(kind.blocks, kind.block_share, kind.aspect, grid.h, grid.w)
@@ -191,7 +193,7 @@ def _free_share(kind: BalancedMask, grid: Grid) -> float:
 
 @functools.cache
 def _mean_free_share(blocks: int, block_share: float, aspect: tuple[float, float], h: int, w: int) -> float:
-    """Expected share that the rectangles leave free: exact in their places, by the midpoint rule in their aspect."""
+    """Return the expected share outside the rectangles: exact over positions, by the midpoint rule over aspects."""
     covered = np.zeros((h, w))  # chance that one rectangle covers a cell
     shapes = np.stack(_rectangle(block_share, aspect, h, w, (np.arange(64) + 0.5) / 64), axis=1)
     for height, width in shapes:
@@ -200,7 +202,7 @@ def _mean_free_share(blocks: int, block_share: float, aspect: tuple[float, float
 
 
 def _chance(cells: int, length: int) -> NDArray[np.float64]:
-    """Chance that a stretch of `length` out of `cells`, placed uniformly, covers each of them."""
+    """Return, for each cell, the probability that an interval of `length` placed uniformly covers it."""
     places = cells - length + 1
     starts = np.arange(places)
     at = np.arange(cells)[:, None]
@@ -213,7 +215,7 @@ def _chance(cells: int, length: int) -> NDArray[np.float64]:
 def _reference(
     kind: ReferenceMask, number: int, grid: Grid, *, seed: int, step: int, slots: Sequence[int]
 ) -> list[Mask]:
-    """Cut the global batch into groups of `kind.batch` slots, each masked as V-JEPA 2 masks the batch of one GPU."""
+    """Mask groups of `kind.batch` slots of the global batch as V-JEPA 2 masks the batch of one GPU."""
     masks = []
     for group in sorted({slot // kind.batch for slot in slots}):
         sizes, places = generator(seed, "reference mask", step, group, number).integers(2**63, size=2)
@@ -229,24 +231,24 @@ def _reference(
 def reference_masks(
     kind: ReferenceMask, grid: Grid, *, clips: int, size_seed: int, places: torch.Generator
 ) -> tuple[Int[Tensor, "B V"], Int[Tensor, "B K"]]:
-    """V-JEPA 2's sampler, draw by draw: with equal seeds, equal ids.
+    """Reproduce V-JEPA 2's sampler draw by draw: equal seeds give equal ids.
 
-    One size of block for all clips; a place for each block of each clip; visible is what no block covers. Then every
-    clip is cut to the fewest ids of any, first ids first. Time is outermost in an id, so the cut hides the end of the
-    clip from both sides, and how much is cut depends on `clips`.
+    All clips share one block size, and each block of each clip has its own position. Tokens outside all blocks are
+    visible. Then every clip is truncated to the fewest ids of any clip, first ids first. Time is outermost in an id, so
+    truncation removes the end of the clip from both sets, and its amount depends on `clips`.
 
     Args:
-        kind: blocks, their scale and aspect.
+        kind: number, scale and aspect of the blocks.
         grid: tokens of the clips.
-        clips: how many to mask, and to cut to the fewest ids among them.
-        size_seed: decides the block's size. V-JEPA 2 counts batches: 0, 1, 2 ...
-        places: decides where the blocks go. V-JEPA 2 uses the loader worker's global generator.
+        clips: clips that are masked and truncated together.
+        size_seed: seed of the block size. V-JEPA 2 counts batches: 0, 1, 2 ...
+        places: generator of the positions. V-JEPA 2 uses the loader worker's global generator.
 
     Returns:
         Sorted ids of visible and of hidden tokens.
 
     Raises:
-        BadInput: the blocks cover the whole clip again and again.
+        BadInput: the blocks cover the whole clip in 1,000 attempts.
 
     Source: V-JEPA 2 (arXiv:2506.09985) and its released sampler, described, not copied.
     """
@@ -276,7 +278,7 @@ def reference_masks(
 
 
 def _reference_size(kind: ReferenceMask, grid: Grid, seed: int) -> tuple[int, int, int]:
-    """Tubelets, rows and columns of a block."""
+    """Return the tubelets, rows and columns of a block."""
     rng = torch.Generator().manual_seed(seed)
     u = [float(torch.rand(1, generator=rng)) for _ in range(3)]
     (t0, t1), (s0, s1), (a0, a1) = kind.temporal_scale, kind.spatial_scale, kind.aspect

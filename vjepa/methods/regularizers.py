@@ -1,7 +1,7 @@
-"""What keeps embeddings from becoming all the same, without a target that moves slowly.
+"""Regularizers that prevent collapse without a slowly moving target: SIGReg, VICReg, Barlow Twins.
 
-Each term looks at the embeddings of the whole step: sums over clips are summed over ranks, with their gradient, so that
-a term is the same number, with the same gradient, on one rank and on many.
+Each term is a function of the embeddings of the whole step. Sums over clips are summed over ranks, with their gradient,
+so that the term and its gradient are the same on one rank and on many.
 
 Letters: n clips of this rank, d channels, k knots, s slices.
 """
@@ -17,7 +17,7 @@ from vjepa_data.rng import generator
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks. What every rank uses gets the gradient of every rank."""
+    """All-reduce (sum) whose backward pass sums the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def over_ranks(x: Tensor) -> Tensor:
-    """Sum over ranks, with its gradient. Alone, the same tensor."""
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Differentiable all-reduce (sum). Returns its input on one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     result = _Sum.apply(x)
@@ -42,17 +42,17 @@ def over_ranks(x: Tensor) -> Tensor:
 
 
 def directions(*, seed: int, step: int, width: int, slices: int, device: torch.device) -> Float[Tensor, "d s"]:
-    """Unit vectors on which to look at embeddings: a function of the step, the same on all ranks."""
+    """Return random unit vectors: a function of the seed and the step, the same on all ranks."""
     drawn = generator(seed, "slices", step).standard_normal((width, slices), dtype="float32")
     vectors = torch.from_numpy(drawn).to(device, non_blocking=True)
     return vectors / vectors.norm(dim=0, keepdim=True)
 
 
 def sigreg(z: Float[Tensor, "n d"], *, count: int, slices: Float[Tensor, "d s"], knots: int) -> Float[Tensor, ""]:
-    """How far embeddings are from a standard normal cloud, seen along many directions.
+    """Return the distance of embeddings from a standard normal distribution, along many directions.
 
     Along a direction u the numbers x = z u should be standard normal, whose characteristic function is exp(-t^2 / 2).
-    The Epps-Pulley statistic compares it with the one observed, at `knots` values of t in [0, 3]:
+    The Epps-Pulley statistic compares it with the empirical one, at `knots` values of t in [0, 3]:
 
         count * sum_t w(t) [ (mean cos(t x) - exp(-t^2 / 2))^2 + (mean sin(t x))^2 ]
 
@@ -65,7 +65,7 @@ def sigreg(z: Float[Tensor, "n d"], *, count: int, slices: Float[Tensor, "d s"],
         knots: values of t.
 
     Returns:
-        Mean over directions; about 1 for a normal cloud, whatever the count.
+        Mean over directions; about 1 for normal embeddings, at any count.
 
     Source: LeJEPA (arXiv:2511.08544).
     """
@@ -74,29 +74,29 @@ def sigreg(z: Float[Tensor, "n d"], *, count: int, slices: Float[Tensor, "d s"],
     weights = torch.full_like(t, 2 * 3 / (knots - 1))
     weights[0] = weights[-1] = 3 / (knots - 1)
     turned = (z.float() @ slices)[..., None] * t  # [n s k]
-    observed = over_ranks(torch.stack((turned.cos().sum(0), turned.sin().sum(0)))) / count  # [2 s k]
+    observed = sum_over_ranks(torch.stack((turned.cos().sum(0), turned.sin().sum(0)))) / count  # [2 s k]
     apart = (observed[0] - normal).square() + observed[1].square()
     return count * (apart * weights * normal).sum(-1).mean()
 
 
 def vicreg(z: Float[Tensor, "n d"], *, count: int) -> Float[Tensor, ""]:
-    """Channels should vary, by a deviation of at least 1, and tell different things.
+    """Return the variance and covariance terms: channels should have a standard deviation of 1 or more, uncorrelated.
 
         mean_i max(0, 1 - sqrt(var_i + 1e-4))  +  1/25 sum_{i != j} cov_ij^2 / d
 
-    Their weights to each other, and 1 to the error between views, are VICReg's 25, 1 and 25.
+    The weights of the two terms, and 1 for the error between views, are VICReg's 25, 1 and 25.
 
     Source: VICReg (arXiv:2105.04906), equations 1 to 3.
     """
     z = z.float()
     covariance = _moments(z, z, count)[2] * (count / (count - 1))
     variance = covariance.diagonal()
-    shy = torch.relu(1 - (variance + 1e-4).sqrt()).mean()
-    return shy + (covariance.square().sum() - variance.square().sum()) / len(variance) / 25
+    deficit = torch.relu(1 - (variance + 1e-4).sqrt()).mean()
+    return deficit + (covariance.square().sum() - variance.square().sum()) / len(variance) / 25
 
 
 def barlow(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, count: int) -> Float[Tensor, ""]:
-    """A channel should agree with itself in another view, and with no other channel.
+    """Return the redundancy term: a channel should correlate with itself in another view, and with no other channel.
 
         sum_i (1 - c_ii)^2  +  0.0051 sum_{i != j} c_ij^2        c: correlation of channels of two views
 
@@ -111,8 +111,8 @@ def barlow(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, count: int) -> F
 
 
 def _moments(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of two views over all ranks, and the covariance of their channels."""
+    """Return the means of two views over all ranks, and the covariance of their channels."""
     width = a.shape[1]
-    sums = over_ranks(torch.cat((a.sum(0), b.sum(0), (a.T @ b).flatten()))) / count
+    sums = sum_over_ranks(torch.cat((a.sum(0), b.sum(0), (a.T @ b).flatten()))) / count
     mean_a, mean_b, second = sums.split((width, width, width * width))
     return mean_a, mean_b, second.view(width, width) - torch.outer(mean_a, mean_b)

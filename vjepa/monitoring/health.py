@@ -44,15 +44,15 @@ class HealthMonitor:
         self._highest: dict[str, float] = {}
         self._warned: set[str] = set()
 
-    def recall(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Learn from earlier attempts what is usual, lest a collapse be forgotten by a restart.
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Learn from earlier attempts what is usual, so that collapse detection survives a restart.
 
         Args:
             records: what `read_history` found, equal on all ranks.
         """
         for record in records:
-            if record.get("loss/prediction") is not None:
-                self._losses.append(record["loss/prediction"])
+            if record.get("loss/total") is not None:
+                self._losses.append(record["loss/total"])
             for name in WATCHED:
                 if record.get(name) is not None:
                     self._highest[name] = max(record[name], self._highest.get(name, 0.0))
@@ -76,7 +76,7 @@ class HealthMonitor:
             self._watch_collapse(record)
 
     def _complaint(self, record: Mapping[str, Any]) -> str | None:
-        loss = record["loss/prediction"]
+        loss = record["loss/total"]
         if not record["optim/applied"]:
             return f"loss {loss}, gradient norm {record['optim/grad_norm']}; skipped on all ranks"
         usual = statistics.median(self._losses) if len(self._losses) >= HISTORY // 10 else None
@@ -114,7 +114,7 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     Args:
         file: `metrics.jsonl`, up to the step from which the run goes on.
     """
-    names = ("step", "loss/prediction", *WATCHED)
+    names = ("step", "loss/total", *WATCHED)
     found: list[dict[str, Any]] = []
     recent: deque[dict[str, Any]] = deque(maxlen=HISTORY)
     with file.open() as lines:

@@ -28,7 +28,7 @@ from vjepa.wandb_client import WandbRun
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-SHOWN = {"loss/prediction": "loss", "loss/explained": "explained", "optim/lr": "lr", "speed/clips_per_s": "clips/s"}
+SHOWN = {"loss/total": "loss", "loss/explained": "explained", "optim/lr": "lr", "speed/clips_per_s": "clips/s"}
 
 
 class RunLogger:

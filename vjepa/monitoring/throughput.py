@@ -11,15 +11,15 @@ import torch
 from vjepa.config import Run
 from vjepa.distributed.world import World
 from vjepa.estimate import accelerator_of, count_flops, count_tokens
-from vjepa.methods import Loss
+from vjepa.methods.base import Loss
 from vjepa.monitoring.stragglers import Pulse, Stragglers
-from vjepa.monitoring.timers import Clock
+from vjepa.monitoring.timers import StepTimer
 from vjepa_data.reader.loader import Batch
 
 GIB = 2**30
 
 
-class Meter:
+class Throughput:
     """Counts of this rank since the last reading."""
 
     def __init__(self, run: Run, world: World) -> None:
@@ -36,13 +36,13 @@ class Meter:
         self._fell_back.update(batch.fell_back)
         self._sources.update(source for clips in batch.groups for source in clips.sources)
         for loss in losses:
-            self._tokens += loss.tokens
-            self._visible += loss.visible
-            self._hidden += loss.hidden
+            self._tokens += loss.tokens.total
+            self._visible += loss.tokens.visible
+            self._hidden += loss.tokens.hidden
 
-    def read(self, clock: Clock) -> dict[str, float]:
+    def read(self, timer: StepTimer) -> dict[str, float]:
         """Numbers of the steps since the last reading; waits for the device. All ranks must call it together."""
-        seconds = clock.read()
+        seconds = timer.read()
         now_s = time.perf_counter()
         wall_s, self._since_s = now_s - self._since_s, now_s
         steps = self._steps
@@ -65,10 +65,11 @@ class Meter:
             "time/slowest_pulse_rank": pulses.index(max(pulses)),
             "data/rejected": sum(rejected),
             **{f"data/fell_back_{reason}": count for reason, count in sorted(_total(fell_back).items())},
-            "masks/visible_share": self._visible / self._tokens,
-            "masks/hidden_share": self._hidden / self._tokens,
             **{f"data/source_{source}_share": count / seen.total() for source, count in sorted(seen.items())},
         }
+        if self._tokens:
+            numbers["masks/visible_share"] = self._visible / self._tokens
+            numbers["masks/hidden_share"] = self._hidden / self._tokens
         if self._peak_clips_per_s:
             numbers["speed/mfu"] = clips_per_s / self._peak_clips_per_s
         if self._world.device.type == "cuda":

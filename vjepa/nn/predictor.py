@@ -70,7 +70,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
         self.predictor_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.predictor_proj = nn.Linear(size.width, levels * width)
-        if settings.guess_visible:
+        if settings.predict_context:
             self.predictor_proj_context = nn.Linear(size.width, levels * width)
         if not self.mask_tokens.is_meta:
             self.init_weights(seed)
@@ -90,7 +90,7 @@ class Predictor(nn.Module):
 
         Returns:
             For each guess the features of its hidden tokens, of all levels side by side; with
-            `settings.guess_visible` then, for each guess, those of its visible tokens.
+            `settings.predict_context` then, for each guess, those of its visible tokens.
         """
         sequences = [self._sequence(guess) for guess in guesses]
         x = torch.cat([each.flatten(0, 1) for each in sequences])  # [S P]
@@ -109,7 +109,7 @@ class Predictor(nn.Module):
         asked = [
             (self.predictor_proj, each[:, guess.visible.shape[1] :]) for each, guess in zip(clips, guesses, strict=True)
         ]
-        if self.settings.guess_visible:
+        if self.settings.predict_context:
             asked += [
                 (self.predictor_proj_context, each[:, : guess.visible.shape[1]])
                 for each, guess in zip(clips, guesses, strict=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
 
-    from vjepa.config import Model, Transformer
+    from vjepa.nn.settings import Model, Transformer
 else:
     try:
         from jaxtyping import Bool, Float, Int, UInt8
@@ -23,7 +23,7 @@ else:
 
         Bool = Float = Int = UInt8 = Shape
     try:
-        from vjepa.config import Model, Transformer
+        from vjepa.nn.settings import Model, Transformer
     except ModuleNotFoundError:
         Model = Transformer = Any
 

@@ -185,7 +185,7 @@ def _learning(story: Story) -> Section:
 
 
 def _mask_names(story: Story) -> dict[str, str]:
-    return {f"loss/mask_{kind}": f"mask {kind}" for kind in range(len(story.run.masks))}
+    return {f"loss/mask_{kind}": f"mask {kind}" for kind in range(len(story.run.objective.mask_kinds))}
 
 
 def _times(story: Story) -> dict[str, str]:

@@ -71,7 +71,7 @@ class MaskedTokens:
     """The tokens of one clip that one kind of mask shows and hides."""
 
     kind: int
-    """Position in `run.masks`."""
+    """Position in `run.objective.mask_kinds`."""
     visible: Bool[np.ndarray, "t h w"]
     hidden: Bool[np.ndarray, "t h w"]
 
@@ -79,7 +79,7 @@ class MaskedTokens:
 def _masks_of(run: config.Run, clips: Clips, row: int) -> list[MaskedTokens]:
     grid = clip_grid(clips.frames.shape[1], clips.frames.shape[2], run.model)
     found = []
-    for mask in sample_masks(run.masks, grid, seed=run.seed, step=0, slots=clips.slots[row : row + 1]):
+    for mask in sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=0, slots=clips.slots[row : row + 1]):
         visible, hidden = (
             np.isin(np.arange(grid.tokens), ids).reshape(grid.t, grid.h, grid.w)
             for ids in (mask.visible[0].numpy(), mask.hidden[0].numpy())
@@ -102,7 +102,7 @@ def _masked_strips(run: config.Run, clips: Clips, row: int) -> str:
 
 def _shares(run: config.Run, clips: Clips) -> str:
     words = [
-        f"mask {mask.kind} ({run.masks[mask.kind].mode}) shows {mask.visible.mean():.0%} of the tokens "
+        f"mask {mask.kind} ({run.objective.mask_kinds[mask.kind].mode}) shows {mask.visible.mean():.0%} of the tokens "
         f"and hides {mask.hidden.mean():.0%}"
         for mask in _masks_of(run, clips, 0)
     ]

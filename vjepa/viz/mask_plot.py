@@ -38,7 +38,7 @@ def draw_mask_sheet(run: Run, path: Path, *, step: int = 0) -> None:
     from matplotlib.figure import Figure
 
     lengths = sorted({source.frames or run.data.clip.frames for source in run.data.sources})
-    rows = [(kind, frames) for kind in range(len(run.masks)) for frames in lengths]
+    rows = [(kind, frames) for kind in range(len(run.objective.mask_kinds)) for frames in lengths]
     figure = Figure(figsize=(13, 0.5 + 2.6 * len(rows)), layout="constrained", dpi=110)
     grids = {frames: clip_grid(frames, run.data.crop.px, run.model) for frames in lengths}
     sizes = ", ".join(f"{frames} frames are {grid.t} x {grid.h} x {grid.w}" for frames, grid in grids.items())
@@ -60,7 +60,7 @@ def mask_states(run: Run, grid: Grid, kind: int, *, step: int) -> UInt8[ndarray,
     """Return the state of each token: 1 visible, 2 hidden, 0 unused."""
     slots = range(min(SLOTS, max(run.batch_size, CLIPS)))
     states = np.zeros((len(slots), grid.tokens), dtype=np.uint8)
-    for mask in sample_masks(run.masks, grid, seed=run.seed, step=step, slots=slots):
+    for mask in sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=step, slots=slots):
         if mask.kind != kind:
             continue
         for state, ids in ((1, mask.visible), (2, mask.hidden)):
@@ -69,7 +69,7 @@ def mask_states(run: Run, grid: Grid, kind: int, *, step: int) -> UInt8[ndarray,
 
 
 def _describe_kind(run: Run, number: int, states: UInt8[ndarray, "slots t h w"]) -> str:
-    kind = run.masks[number]
+    kind = run.objective.mask_kinds[number]
     settings = ", ".join(f"{k} {v}" for k, v in kind.model_dump(exclude_none=True).items() if k != "mode")
     unused, visible, hidden = ((states == state).mean() for state in (0, 1, 2))
     text = f"masks[{number}] {kind.mode}: {settings}    visible {visible:.1%}, hidden {hidden:.1%}"

@@ -153,7 +153,7 @@ def _infer(
         ends = LEVELS.get(depth, tuple((level + 1) * depth // levels - 1 for level in range(levels)))
         still = "patch_embed_img.proj.weight" in encoder
         settings |= {"levels": ends, "still_tokens": still, "rope": "interleaved", "rope_cells": 16}
-        settings["guess_visible"] = "predictor_proj_context.weight" in (predictor or {})
+        settings["predict_context"] = "predictor_proj_context.weight" in (predictor or {})
     if predictor is not None and "predictor_norm.weight" in predictor:
         narrow = predictor["predictor_norm.weight"].shape[0]
         fc1 = predictor.get("predictor_blocks.0.mlp.fc1.weight")

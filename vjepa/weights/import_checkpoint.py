@@ -98,7 +98,7 @@ def run_for_weights(model: config.Model, *, px: int, frames: int, fps: float, ki
             "data": data,
             "model": model,
             "masks": masks,
-            "objective": {"name": "vjepa2_1" if model.guess_visible else "vjepa2"},
+            "objective": {"name": "vjepa2_1" if model.predict_context else "vjepa2"},
             "optim": {"lr": 1e-4},
         }
     )

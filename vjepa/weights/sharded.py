@@ -44,7 +44,9 @@ def read_checkpoint(path: Path, part: Part) -> Weights:
     }
     tensors = Sharded(path, {"encoder": part, "predictor": "predictor"})
     data = run.data
-    return Weights(run.model, data.crop.px, data.clip.frames, data.clip.fps, run.masks, tensors, provenance)
+    return Weights(
+        run.model, data.crop.px, data.clip.frames, data.clip.fps, run.objective.mask_kinds, tensors, provenance
+    )
 
 
 class Sharded(Tensors):

@@ -54,12 +54,12 @@ def random_encoder(like: VideoEncoder, seed: int) -> VideoEncoder:
     return VideoEncoder(like.model, InMemory(tensors), **clip, provenance={"part": "random", "seed": seed})
 
 
-def sized_encoder(width: int, depth: int, heads: int, mlp_ratio: float) -> config.Encoder:
+def sized_encoder(width: int, depth: int, heads: int, mlp_ratio: float) -> config.EncoderSize:
     """An encoder by its numbers, under its registry name if it has one."""
     for name, numbers in config.ENCODERS.items():
         if numbers[:3] == (width, depth, heads) and int(width * numbers[3]) == int(width * mlp_ratio):
-            return config.Encoder.model_validate(name)
-    return config.Encoder(name="custom", width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
+            return config.EncoderSize.model_validate(name)
+    return config.EncoderSize(name="custom", width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
 
 
 def expected_shapes(model: config.Model, mask_tokens: int) -> dict[str, tuple[int, ...]]:

@@ -1,18 +1,19 @@
-"""The method, in the order of the paper: guess the features of what is hidden, in the target encoder's words.
+"""V-JEPA 2, in the order of the paper: predict the target encoder's features of hidden tokens.
 
-    frames --> target encoder --> layer norm --> h       (no gradient: the encoder's moving average sees everything)
+    frames --> target encoder --> layer norm --> h       (no gradient; the encoder's moving average sees all tokens)
     frames --> encoder, visible tokens only  --> c
-    c, where the hidden tokens are --> predictor --> z
+    c, positions of hidden tokens --> predictor --> z
     loss = mean |z - h| over the hidden tokens of a clip, then over clips and kinds of mask
 
-The last mean is over all clips of the step, whichever ranks and micro-batches they are in, and every clip counts the
-same however many of its tokens are hidden. Where counts are equal this is V-JEPA 2's loss.
+The last mean is over all clips of the step, in any rank and micro-batch. Every clip counts the same, whatever
+number of its tokens is hidden. Where the numbers are equal this is V-JEPA 2's loss.
 
 V-JEPA 2: Assran et al., arXiv:2506.09985, section 2.1; V-JEPA: Bardes et al., arXiv:2404.08471, section 3.
 
 B clips, T frames, Y X pixels, N tokens of a clip, V visible, K hidden, D width, M kinds of mask.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -20,58 +21,93 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vjepa.config import VJEPA2, Run
-from vjepa.methods.base import Loss, MaskedClips, Models, some_tokens
-from vjepa.nn.encoder import View
-from vjepa.nn.predictor import PredictorInput
+from vjepa.methods.base import Average, Loss, MaskedClips, MaskingMethod, Networks, TokenCounts, sample_tokens
+from vjepa.methods.masking import Mask
+from vjepa.methods.vjepa2.settings import MaskedPredictionSettings
+from vjepa.nn.attention import Backend
+from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.predictor import Predictor, PredictorInput
+
+Pairs = Sequence[tuple[MaskedClips, Mask]]
+"""Every group of clips with each of its masks."""
 
 
-def jepa_loss(models: Models, puzzles: Sequence[MaskedClips], run: Run) -> Loss:
-    """How wrong the predictor is about the features of hidden tokens.
+class VJEPA2(MaskingMethod):
+    """Masked prediction in the feature space of a slowly moving teacher."""
 
-    Args:
-        models: the three networks.
-        puzzles: this rank's clips, or some of them.
-        run: for the number of clips in the whole step, the kinds of mask and the objective.
-    """
-    with torch.no_grad():
-        seen_whole = models.target([View(puzzle.frames) for puzzle in puzzles])
-        targets = [F.layer_norm(h.float(), h.shape[-1:]) for h in seen_whole]
+    settings: MaskedPredictionSettings
 
-    pairs = [(number, mask) for number, puzzle in enumerate(puzzles) for mask in puzzle.masks]
-    contexts = models.encoder([View(mask.select(puzzles[n].frames), mask.visible) for n, mask in pairs])
-    guesses = models.predictor(
-        [
-            PredictorInput(context, mask.visible, mask.hidden, puzzles[n].grid, mask.kind, still=puzzles[n].is_still)
-            for context, (n, mask) in zip(contexts, pairs, strict=True)
-        ]
-    )
+    def build(self, attention: Backend = "sdpa") -> Networks:
+        """Return the encoder, the predictor and the target, which is the encoder's moving average."""
+        run = self.run
+        encoder = Encoder(run.model, seed=run.seed, attention=attention)
+        predictor = Predictor(run.model, len(self.settings.masks), seed=run.seed, attention=attention)
+        target = copy.deepcopy(encoder).requires_grad_(False)
+        return Networks(
+            trained={"encoder": encoder, "predictor": predictor},
+            averages={"target": Average(target, of="encoder")},
+            exported="target",
+        )
 
-    by_kind = [torch.zeros((), device=targets[0].device) for _ in run.masks]
-    baseline = torch.zeros((), device=targets[0].device)
-    for guess, (n, mask) in zip(guesses, pairs, strict=True):
-        wanted = mask.select(targets[n]).take_along_dim(mask.hidden[..., None], dim=1)  # [B K D]
-        by_kind[mask.kind] = by_kind[mask.kind] + _error(guess.float() - wanted, run)
+    def loss(self, networks: Networks, inputs: Sequence[MaskedClips], *, step: int) -> Loss:
+        """Return the mean error of the predicted features of hidden tokens."""
         with torch.no_grad():
-            baseline = baseline + _error(mask.select(targets[n]).mean(1, keepdim=True) - wanted, run)
-    kinds = torch.stack(by_kind) / run.batch_size
-    value = kinds.mean()
-    baseline = baseline / (run.batch_size * len(run.masks))
-    return Loss(
-        value=value,
-        numbers=torch.cat((torch.stack((value, baseline)), kinds)).detach(),
-        features=some_tokens(targets),
-        tokens=sum(len(mask.rows) * puzzles[n].grid.tokens for n, mask in pairs),
-        visible=sum(mask.visible.numel() for _, mask in pairs),
-        hidden=sum(mask.hidden.numel() for _, mask in pairs),
-    )
+            features = networks["target"]([View(clips.frames) for clips in inputs])
+            targets = [F.layer_norm(h.float(), h.shape[-1:]) for h in features]
+
+        pairs = [(clips, mask) for clips in inputs for mask in clips.masks]
+        wholes = [mask.select(h) for clips, h in zip(inputs, targets, strict=True) for mask in clips.masks]
+        contexts = networks["encoder"]([View(mask.select(clips.frames), mask.visible) for clips, mask in pairs])
+        predictions = networks["predictor"](predictor_inputs(contexts, pairs))
+
+        by_kind = [torch.zeros((), device=targets[0].device) for _ in self.settings.masks]
+        baseline = torch.zeros((), device=targets[0].device)
+        for z, whole, (_, mask) in zip(predictions, wholes, pairs, strict=True):
+            h = whole.take_along_dim(mask.hidden[..., None], dim=1)  # [B K D]
+            by_kind[mask.kind] = by_kind[mask.kind] + self.error(z.float() - h)
+            with torch.no_grad():
+                baseline = baseline + self.error(whole.mean(1, keepdim=True) - h)
+        return self.total(by_kind, baseline, pairs, features=sample_tokens(targets))
+
+    def error(self, difference: Float[Tensor, "B K D"]) -> Float[Tensor, ""]:
+        """Return |difference|^p / p, averaged over the tokens and channels of a clip and summed over clips."""
+        return self.power(difference).mean((1, 2)).sum()
+
+    def power(self, difference: Tensor) -> Tensor:
+        """Return |difference|^p / p for every number."""
+        p, error = self.settings.loss_exponent, difference.abs()
+        return error if p == 1 else error**p / p
+
+    def total(self, by_kind: Sequence[Tensor], baseline: Tensor, pairs: Pairs, *, features: Tensor) -> Loss:
+        """Return the mean over kinds of mask, with its metrics.
+
+        Args:
+            by_kind: error summed over clips, for each kind of mask.
+            baseline: the same for a constant prediction, summed over kinds.
+            pairs: clips and masks, to count tokens.
+            features: features for the collapse monitors.
+        """
+        kinds = torch.stack(list(by_kind)) / self.run.batch_size
+        value = kinds.mean()
+        return Loss(
+            value=value,
+            metrics={
+                "prediction": value.detach(),
+                "baseline": (baseline / (self.run.batch_size * len(by_kind))).detach(),
+                **{f"mask_{kind}": error.detach() for kind, error in enumerate(kinds)},
+            },
+            features=features,
+            tokens=TokenCounts(
+                total=sum(len(mask.rows) * clips.grid.tokens for clips, mask in pairs),
+                visible=sum(mask.visible.numel() for _, mask in pairs),
+                hidden=sum(mask.hidden.numel() for _, mask in pairs),
+            ),
+        )
 
 
-def _error(difference: Float[Tensor, "B K D"], run: Run) -> Float[Tensor, ""]:
-    """Mean over the tokens and channels of a clip, summed over clips."""
-    assert isinstance(run.objective, VJEPA2)
-    p = run.objective.loss_exponent
-    error = difference.abs()
-    if p != 1:
-        error = error**p / p
-    return error.mean((1, 2)).sum()
+def predictor_inputs(contexts: Sequence[Tensor], pairs: Pairs) -> list[PredictorInput]:
+    """Return the question to the predictor for each group of clips and mask."""
+    return [
+        PredictorInput(context, mask.visible, mask.hidden, clips.grid, mask.kind, still=clips.is_still)
+        for context, (clips, mask) in zip(contexts, pairs, strict=True)
+    ]

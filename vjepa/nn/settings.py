@@ -1,0 +1,122 @@
+"""Sizes of the networks and their variants. Never imports torch."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vjepa_data.settings import Settings
+
+# name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
+# the one with heads of 64 channels, and so are ours.
+ENCODERS: dict[str, tuple[int, int, int, float]] = {
+    "vit_tiny": (192, 12, 3, 4.0),
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+    "vit_large": (1024, 24, 16, 4.0),
+    "vit_huge": (1280, 32, 16, 4.0),
+    "vit_giant": (1408, 40, 22, 48 / 11),
+    "vit_gigantic": (1664, 48, 26, 64 / 13),
+}
+
+
+class Transformer(Settings):
+    """Size of one stack of blocks."""
+
+    width: int = Field(ge=8)
+    """Channels of a token."""
+
+    depth: int = Field(ge=1)
+    """Blocks."""
+
+    heads: int = Field(ge=1)
+    """Attention heads; must divide the width."""
+
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden channels of the MLP over the width."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Transformer":
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
+        if self.width // self.heads % 2 or self.width // self.heads < 6:
+            raise ValueError(
+                f"width / heads ({self.width} / {self.heads}) must be even and at least 6, so that its channels can "
+                "turn in pairs with time, height and width"
+            )
+        return self
+
+
+class EncoderSize(Transformer):
+    """Size of the encoder: a name from the registry, or any of its numbers by hand."""
+
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic", "custom"]
+    """Registry name, or `custom` with all numbers given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_registry(cls, given: object) -> object:
+        if isinstance(given, str):
+            given = {"name": given}
+        if isinstance(given, dict) and given.get("name", "custom") not in (*ENCODERS, "custom"):
+            raise ValueError(f"expected {', '.join(ENCODERS)} or custom, got {given['name']!r}")
+        if isinstance(given, dict) and given.get("name") in ENCODERS:
+            sizes = dict(zip(("width", "depth", "heads", "mlp_ratio"), ENCODERS[given["name"]], strict=True))
+            given = {**sizes, **given}
+        return given
+
+
+class Model(Settings):
+    """Encoder and predictor."""
+
+    encoder: EncoderSize
+    """A registry name (`vit_large`), or `{name: custom, width: 96, depth: 4, heads: 3}`."""
+
+    predictor: Transformer = Transformer(width=384, depth=12, heads=12)
+    """The narrow transformer that guesses hidden tokens."""
+
+    patch_px: int = Field(default=16, ge=1)
+    """Height and width of a token, in pixels."""
+
+    tubelet_frames: int = Field(default=2, ge=1)
+    """Frames in a token."""
+
+    init_std: float = Field(default=0.02, gt=0)
+    """Deviation of the first weights. 0.02 is V-JEPA 2's, for widths around 1,024; a tiny model learns faster from
+    about 1 / sqrt(width)."""
+
+    rope: Literal["tiled", "interleaved", "sincos"] = "tiled"
+    """3-D positions. Rotary: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a true
+    rotation (V-JEPA 2.1). Not rotary: `sincos` adds the first V-JEPA's sines and cosines to the tokens."""
+
+    rope_cells: int | None = Field(default=None, ge=2)
+    """Stretch the rows and columns of any picture to a grid of so many, so that positions keep their meaning when the
+    resolution changes (V-JEPA 2.1: 16); by default positions are counted."""
+
+    levels: tuple[int, ...] = ()
+    """Blocks, counted from 0, whose features are learned and guessed side by side, the last block among them; by
+    default those of the last block alone. V-JEPA 2.1 takes the ends of quarters: [5, 11, 17, 23] of 24."""
+
+    predict_context: bool = False
+    """Predict the features of visible tokens too, through a separate output layer (V-JEPA 2.1)."""
+
+    still_tokens: bool = False
+    """Still pictures have a tokenizer of one frame, and pictures and clips each a mark that is learned (V-JEPA 2.1);
+    by default a still picture is repeated to fill a tubelet."""
+
+    causal: bool = False
+    """In the encoder a token sees its own tubelet and earlier ones only (LeVJEPA's block-causal attention); by default
+    all of the clip. Attention is then sdpa's."""
+
+    class_token: bool = False
+    """One more token in the encoder, which stands for the clip (LeVJEPA). With `causal` it sees all others and none
+    sees it."""
+
+    @model_validator(mode="after")
+    def _ends_at_the_last(self) -> "Model":
+        depth = self.encoder.depth
+        if self.levels and (list(self.levels) != sorted(set(self.levels)) or self.levels[-1] != depth - 1):
+            raise ValueError(
+                f"levels {list(self.levels)} must ascend and end at the last block ({depth - 1}); "
+                f"try {[(i + 1) * depth // 4 - 1 for i in range(4)] if depth >= 4 else [depth - 1]}"
+            )
+        return self
