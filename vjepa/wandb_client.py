@@ -16,11 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """Weights & Biases: a copy of the record, never a reason to stop.
+    """One W&B run for all attempts: a copy of the metrics, never a reason to stop.
 
-    One run there for all attempts, with an axis of its own, because W&B drops what is logged for a step that it has
-    seen, which a resumed run must do. Whatever its client raises is caught, the only such place in this project: it has
-    raised five unrelated types of its own, none of them documented, and nothing depends on it.
+    The run has its own step axis, because W&B drops values for steps that it has seen, which a resumed run repeats. All
+    exceptions of the client are caught. It has raised five unrelated undocumented types, and nothing depends on it.
     """
 
     def __init__(self, run: Run, folder: Path, run_id: str) -> None:
@@ -45,7 +44,7 @@ class WandbRun:
                 )
             except Exception as error:  # noqa: BLE001  see the class
                 log.warning("W&B cannot be used %s (%s)", mode, _first_line(error))
-                wandb.teardown()  # or its service goes on believing that the run is in use
+                wandb.teardown()  # otherwise its service considers the run in use
                 continue
             self._run.define_metric("*", step_metric="trainer/step")
             where = (
@@ -55,23 +54,23 @@ class WandbRun:
             return
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Copy one record."""
+        """Log one record."""
         numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
         self._try(lambda run: run.log({"trainer/step": record["step"], **numbers}))
 
     def show(self, picture: Path, step: int) -> None:
-        """Copy a picture."""
+        """Log a picture."""
         import wandb
 
         self._try(lambda run: run.log({"trainer/step": step, "pictures": wandb.Image(str(picture))}))
 
     def refer_to(self, checkpoint: Path) -> None:
-        """Note where a checkpoint is; its files stay there."""
+        """Record the place of a checkpoint; its files are not uploaded."""
         import wandb
 
         def note(run: Any) -> None:
             artifact = wandb.Artifact(self._name, type="model", metadata={"where": str(checkpoint)})
-            # W&B's own references read every file that they point to, and for s3 need a client of their own.
+            # W&B's references read every file that they point to, and need a separate client for s3.
             with artifact.new_file("where.txt") as file:
                 file.write(f"{checkpoint}\n")
             run.log_artifact(artifact, aliases=["latest", checkpoint.name])
@@ -79,11 +78,11 @@ class WandbRun:
         self._try(note)
 
     def alert(self, title: str, text: str) -> None:
-        """Send a notice."""
+        """Send an alert."""
         self._try(lambda run: run.alert(title=title, text=text))
 
     def close(self, code: int) -> None:
-        """Say how it ended. A run that will go on is no failure."""
+        """Finish the run. A run that will be resumed is not a failure."""
         self._try(lambda run: run.finish(exit_code=0 if code == 75 else code))
         self._run = None
 
@@ -98,7 +97,7 @@ class WandbRun:
 
 
 def _has_key() -> bool:
-    """Whether someone has logged in, by either of the two ways that W&B knows."""
+    """Return whether W&B credentials exist, in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

@@ -1,1 +1,1 @@
-"""A run as a thing on disk: its folder, its checkpoints, how it is stopped and how it goes on."""
+"""A run on disk: its folder and its checkpoints."""

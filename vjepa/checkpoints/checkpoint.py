@@ -1,13 +1,13 @@
-"""What a checkpoint is, and how it is found and restored: it is complete and verified, or it is not there.
+"""The checkpoint format, and how checkpoints are found, verified and restored. A checkpoint is complete or absent.
 
-    checkpoints/.step_00001000.part/      being written: every rank its slices (DCP), then digests of all files
+    checkpoints/.step_00001000.part/      being written: the shards of every rank (DCP), then digests of all files
     checkpoints/step_00001000/            fsynced, then renamed: complete
         .metadata  __0_0.distcp ...       DCP, readable at any number of ranks
         state.json                        step, settings, corpora, and size and xxh3 of every file
-    checkpoints/latest                    name of the newest, for people; we look for ourselves
+    checkpoints/latest                    name of the newest, for people only
 
-DCP has no checksums (one flipped bit loads without complaint) and saving over an old checkpoint leaves, if it is cut
-short, a mixture that looks whole. Hence digests of our own, a fresh folder for every save, and a rename at the end.
+DCP has no checksums: a flipped bit loads without an error. An interrupted save over an old checkpoint would leave a
+mixture that looks complete. Therefore every save has its own digests and a fresh folder, and ends with a rename.
 
 In an object store (`checkpoint.folder: s3://...`) every rank writes its slices to a disk of its node and uploads them,
 and `state.json` is the last object: without it a `step_*` is no checkpoint. See `place`; who writes is `saver`.
@@ -43,33 +43,33 @@ NAME = re.compile(r"step_(\d{8,})")
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint says of itself beside its tensors."""
+    """Metadata of a checkpoint, stored beside its tensors."""
 
     step: int
-    """Updates made; the next one uses the data of this step."""
+    """Updates made. The next update uses the data of this step."""
 
     world: int
     """Ranks that wrote it."""
 
     settings: Mapping[str, Any]
-    """The run, resolved."""
+    """Resolved settings of the run."""
 
     settings_hash: str
     manifests: Sequence[str]
-    """Hash of the manifest of each source: which corpora were seen."""
+    """Hash of the manifest of each source."""
 
     wandb_id: str | None
     versions: Mapping[str, str]
     passed_over: Sequence[tuple[int, int]] = ()
-    """Batches that were never used: from which step on, and how many. See `vjepa.engine.skipped_batches`."""
+    """Skipped batches: from which step on, and how many. See `vjepa.engine.skipped_batches`."""
 
 
 def checkpoint_dir(run_folder: Path, settings: Checkpoint | None = None) -> Path:
-    """Where the checkpoints of a run lie.
+    """Return the folder of a run's checkpoints.
 
     Args:
-        run_folder: of the run.
-        settings: of the run; by default those in its `config.yaml`.
+        run_folder: folder of the run.
+        settings: settings of the run; by default those in its `config.yaml`.
     """
     written = run_folder / "config.yaml"
     if settings is None and written.is_file():
@@ -78,7 +78,7 @@ def checkpoint_dir(run_folder: Path, settings: Checkpoint | None = None) -> Path
 
 
 def step_dir(home: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be, among those of a run."""
+    """Return the folder of the checkpoint of a step."""
     return home / f"step_{step:08d}"
 
 
@@ -96,10 +96,10 @@ def collect_tensors(networks: Networks, optimizer: torch.optim.Optimizer) -> dic
 
 
 def list_checkpoints(home: Path) -> list[Path]:
-    """Folders that claim to be complete, oldest first. Whether they are is for `find_corruption` to say.
+    """Return the folders of complete checkpoints, oldest first; `find_corruption` verifies their contents.
 
     Raises:
-        BadInput: `home` may not be read.
+        BadInput: the folder cannot be read.
     """
     try:
         found = [path for path in storage.children(home) if NAME.fullmatch(path.name)]
@@ -111,17 +111,17 @@ def list_checkpoints(home: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     match = NAME.fullmatch(path.name)
     assert match, f"{path} is not the folder of a checkpoint"
     return int(match[1])
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
-    """What a checkpoint says of itself.
+    """Read the metadata of a checkpoint.
 
     Raises:
-        BadInput: there is no readable `state.json`, or another version of us wrote it.
+        BadInput: `state.json` is missing, unreadable or of another version.
     """
     try:
         state = json.loads(_read_text(path / "state.json"))
@@ -139,11 +139,11 @@ def read_metadata(path: Path) -> CheckpointMetadata:
 
 
 def find_corruption(path: Path, *, only: Sequence[str] | None = None) -> str | None:
-    """Say what is wrong with a checkpoint, in one line; None when every byte is what it was.
+    """Return what is wrong with a checkpoint, in one line, or None if all files match their digests.
 
     Args:
         path: folder of the checkpoint.
-        only: names of the files to check; all by default. Ranks share the reading in this way.
+        only: names of the files to check; all by default. Ranks divide the files among themselves.
     """
     try:
         files = json.loads(_read_text(path / "state.json"))["files"]
@@ -163,7 +163,7 @@ def find_corruption(path: Path, *, only: Sequence[str] | None = None) -> str | N
 
 
 def digest(file: Path) -> str:
-    """xxh3 of a file, 128 bits, in hex: 10 GB/s and more, so that the disk is the limit."""
+    """Return the 128-bit xxh3 of a file in hex. It runs at 10 GB/s or more, so the disk is the limit."""
     hasher = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while chunk := stream.read(16 << 20):
@@ -172,15 +172,15 @@ def digest(file: Path) -> str:
 
 
 def find_newest(home: Path, world: World) -> Path | None:
-    """The newest checkpoint whose every byte is as it was written; the ranks share the reading.
+    """Return the newest intact checkpoint; the ranks divide the verification.
 
-    Damaged ones that are newer are set aside under another name, since their steps will be made again.
+    Newer corrupted checkpoints are renamed, since their steps will be repeated.
 
     Returns:
-        Its folder, or None when the run has none yet.
+        Its folder, or None if the run has no checkpoint yet.
 
     Raises:
-        BadInput: there are checkpoints and all are damaged: starting anew would be a silent loss.
+        BadInput: all checkpoints are corrupted. Restarting from step 0 would lose the run silently.
     """
     candidates = world.first(lambda: list_checkpoints(home))
     damaged = []
@@ -188,7 +188,7 @@ def find_newest(home: Path, world: World) -> Path | None:
         try:
             names = sorted(json.loads(_read_text(path / "state.json"))["files"])
         except (OSError, ValueError, KeyError):
-            names = []  # `find_corruption` will say it
+            names = []  # `find_corruption` reports it
         wrong = [one for one in world.gather(find_corruption(path, only=names[world.rank :: world.size])) if one]
         if not wrong:
             world.first(lambda: [storage.set_aside(one, name="damaged") for one in damaged])
@@ -205,10 +205,10 @@ def find_newest(home: Path, world: World) -> Path | None:
 
 
 def check_moved(run_folder: Path, home: Path) -> None:
-    """Make sure that a run without checkpoints has none elsewhere: starting anew would be a silent loss.
+    """Check that a run without checkpoints has none elsewhere. Restarting from step 0 would lose them silently.
 
     Raises:
-        BadInput: its folder has some, or notes of some, and `home` has none.
+        BadInput: the run folder holds or mentions checkpoints and the configured place has none.
     """
     left = sorted((run_folder / "checkpoints").glob("step_*"))
     if left:
@@ -219,11 +219,11 @@ def check_moved(run_folder: Path, home: Path) -> None:
 
 
 def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
-    """Fill tensors in place from a checkpoint that any number of ranks wrote.
+    """Load a checkpoint written by any number of ranks into tensors, in place.
 
     Raises:
-        BadInput: on every rank, when it holds other tensors.
-        OSError: on every rank, when it cannot be read on one.
+        BadInput: on every rank, if the checkpoint holds other tensors.
+        OSError: on every rank, if one rank cannot read it.
     """
     check_metadata(path)
     try:
@@ -238,10 +238,10 @@ def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest intact one of a run.
+    """Return the checkpoint that a path denotes: itself, or the newest intact one of a run.
 
     Raises:
-        BadInput: it means none.
+        BadInput: there is no checkpoint.
     """
     if NAME.fullmatch(path.name) and path.is_dir():
         return path
@@ -255,7 +255,7 @@ def resolve(path: Path) -> Path:
 
 
 def latest(home: Path) -> Path | None:
-    """The newest intact checkpoint of a run, if there is any."""
+    """Return the newest intact checkpoint of a run, or None."""
     for path in reversed(list_checkpoints(home)):
         wrong = find_corruption(path)
         if not wrong:

@@ -1,8 +1,8 @@
-"""Writing the checkpoints of a run: at once or while training goes on, whole or not at all, and old ones go.
+"""Writing and pruning the checkpoints of a run, in the foreground or in the background.
 
-    save -> every rank its slices -> _commit: digests of all files -> _publish: state.json, sync, rename -> _prune
+    save -> shards of every rank -> _commit: digests of all files -> _publish: state.json, sync, rename -> _prune
 
-What a checkpoint is, on a disk and in a store, is said in `checkpoint`.
+The format, on disks and in object stores, is described in `checkpoint`.
 """
 
 import errno
@@ -41,11 +41,11 @@ from vjepa_data.settings import BadInput
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-LITTLE_BYTES = 1 << 20  # a disk with less room has none
+LITTLE_BYTES = 1 << 20  # a disk with less free space counts as full
 
 
 class CheckpointManager:
-    """Writes checkpoints of one run, at once or while training goes on, and prunes old ones."""
+    """Writes the checkpoints of one run, in the foreground or in the background, and prunes old ones."""
 
     def __init__(
         self,
@@ -56,14 +56,14 @@ class CheckpointManager:
         newest: Path | None = None,
         on_saved: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """Make ready to save, and remove what a save that was cut short left.
+        """Prepare to save, and remove the leftovers of an interrupted save.
 
         Args:
             run_folder: of the run.
-            settings: where, how often, what to keep.
-            world: the ranks; all must call it.
-            newest: the intact checkpoint that this attempt goes on from.
-            on_saved: told of every checkpoint when it is complete, by the thread that trains.
+            settings: place, cadence and retention.
+            world: the ranks, all of which must call this.
+            newest: the intact checkpoint from which this attempt resumed.
+            on_saved: called with every complete checkpoint, in the training thread.
         """
         self.settings, self.world = settings, world
         self.home = checkpoint_dir(run_folder, settings)
@@ -71,29 +71,29 @@ class CheckpointManager:
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._newest = step_of(newest) if newest else -1
-        """Step of the newest complete checkpoint that this attempt wrote or went on from."""
+        """Step of the newest complete checkpoint that this attempt wrote or resumed from."""
         self._intact = {newest} if newest else set[Path]()
-        """Those that were found intact in this attempt."""
+        """Checkpoints that were verified in this attempt."""
         self._on_saved = on_saved
         world.first(lambda: storage.sweep(self.home))
 
     def is_due(self, step: int) -> bool:
-        """Whether the cadence asks for a checkpoint after so many updates."""
+        """Return whether a checkpoint is due after `step` updates."""
         return step % self.settings.every_steps == 0 or step in self.settings.milestones
 
     def save(self, tensors: Mapping[str, Tensor], facts: CheckpointMetadata) -> None:
-        """Write one checkpoint, all ranks together.
+        """Write one checkpoint on all ranks together.
 
-        With `background`, only the copy to the host is waited for; the rest happens in a thread, on a process group of
-        its own (on the common one its messages and those of training would take each other's place).
+        With `background`, training waits only for the copy to the host. A thread does the rest on its own process
+        group, because messages of two threads on one group would be mixed up.
 
         Args:
-            tensors: sharded or replicated, by name. Equal names are taken for replicas: one rank's copy is kept.
-            facts: the rest.
+            tensors: sharded or replicated, by name. Equal names are replicas, of which one rank's copy is kept.
+            facts: the metadata.
         """
         self.wait()
         if facts.step == self._newest:
-            return  # stopped at once after a save or a start
+            return  # stopped right after a save or a start
         path = step_dir(self.home, facts.step)
         self._newest = facts.step
         part = storage.staging_folder(path, self.world.rank)
@@ -123,14 +123,14 @@ class CheckpointManager:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint is being written while training goes on."""
+        """Return whether a checkpoint is being written in the background."""
         return self._writing is not None and self._writing.is_alive()
 
     def wait(self) -> None:
         """Wait until the checkpoint being written is complete.
 
         Raises:
-            OSError: it could not be written, on any rank.
+            OSError: any rank could not write it.
         """
         if self._writing is not None:
             self._writing.join()
@@ -142,7 +142,7 @@ class CheckpointManager:
             raise failure
 
     def _commit(self, part: Path, path: Path, facts: CheckpointMetadata) -> None:
-        """Digest, list, sync, rename. Until the rename there is no checkpoint; after it, a whole one."""
+        """Write digests and metadata, sync, and rename. The checkpoint exists from the rename on."""
         rank = self.world.rank
 
         def finish_mine() -> dict[str, dict[str, Any]]:
@@ -180,7 +180,7 @@ class CheckpointManager:
         self._prune()
 
     def _note(self, path: Path) -> None:
-        """Leave the name of a checkpoint that lies elsewhere, for launchers that look how far a run folder is."""
+        """Write the name of a checkpoint stored elsewhere to the run folder, where launchers read the progress."""
         self._notes.mkdir(exist_ok=True)
         for old in self._notes.glob("step_*"):
             if old.is_file():
@@ -188,7 +188,7 @@ class CheckpointManager:
         (self._notes / path.name).write_text(f"{path}\n")
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """What an action gave on each rank. Its failure on one is one on all: nobody waits for who gave up.
+        """Run `action` on every rank and gather the results; if it fails on one rank, raise on all.
 
         Raises:
             OSError: on every rank.
@@ -206,7 +206,7 @@ class CheckpointManager:
         return [one for one, _ in everyone]
 
     def _prune(self) -> None:
-        """Delete what retention does not ask for, oldest first, once two that stay are found intact."""
+        """Delete checkpoints outside the retention policy, oldest first, once two remaining ones are verified."""
         every, found = self.settings.keep_every_steps, list_checkpoints(self.home)
         doomed = [
             path
@@ -233,9 +233,10 @@ class CheckpointManager:
 
 @contextmanager
 def _failing_plainly(part: Path) -> Iterator[None]:
-    """DCP's own exception is no `Exception`, and holds the stacks of all ranks; the first reason says enough.
+    """Turn DCP's exception into an OSError with the first reason.
 
-    Of a full disk torch's writer says no more than `unexpected pos`, so we look ourselves.
+    DCP's exception is not an `Exception` and holds the stacks of all ranks. On a full disk torch's writer reports only
+    `unexpected pos`, so free space is checked here.
     """
     try:
         yield

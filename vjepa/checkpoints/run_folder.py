@@ -1,7 +1,7 @@
-"""The folder of a run: one owner at a time, and a record of what ran where.
+"""The run folder: a lock, and a record of every attempt.
 
 runs/X/config.yaml        the settings, resolved
-       environment.json   every attempt: when, where, with which versions, from which step, what was changed
+       environment.json   every attempt: time, host, versions, first step, changed settings
        log.txt  metrics.jsonl  rejected.jsonl  checkpoints/  stacks/  wandb/
 """
 
@@ -35,13 +35,13 @@ LIBRARIES = ("numpy", "decord", "webdataset", "xformers", "wandb")
 
 @contextmanager
 def occupy(folder: Path, world: World) -> Iterator[None]:
-    """Own a run folder until the block or the process ends; make it if need be.
+    """Create a run folder if needed, and lock it until the block or the process ends.
 
-    The lock is the kernel's, on behalf of rank 0: it goes with the process however that dies, and with POSIX locks
-    neither forked workers keep it alive nor other nodes overlook it.
+    Rank 0 holds a POSIX lock of the kernel, which ends with the process. Forked workers do not keep it, and other nodes
+    see it.
 
     Raises:
-        BadInput: on every rank, when another process owns it or it cannot be written to.
+        BadInput: on every rank, if another process holds the lock or the folder is not writable.
     """
     handle = world.first(lambda: _lock(folder))
     try:
@@ -73,7 +73,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def write_settings(folder: Path, run: Run) -> None:
-    """Put the resolved settings into the run folder, whole or not at all."""
+    """Write the resolved settings to the run folder atomically."""
     _replace(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
 
 
@@ -86,10 +86,10 @@ def record_attempt(folder: Path, *, step: int, world: World, changes: Mapping[st
     """Add this attempt to `environment.json`.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         step: updates made before this attempt.
         world: the ranks.
-        changes: settings that differ from those of the checkpoint it goes on from: {name: [then, now]}.
+        changes: settings that differ from the checkpoint's: {name: [then, now]}.
     """
     file = folder / "environment.json"
     attempts = json.loads(file.read_text())["attempts"] if file.is_file() else []
@@ -113,8 +113,8 @@ def record_attempt(folder: Path, *, step: int, world: World, changes: Mapping[st
 
 
 def versions() -> dict[str, str]:
-    """Our version, and those of the libraries that numbers depend on."""
-    found = {"vjepa": __version__, "torch": str(torch.__version__)}  # with the build, as 2.11.0+cu130
+    """Return our version and those of the libraries on which results depend."""
+    found = {"vjepa": __version__, "torch": str(torch.__version__)}  # including the build, such as 2.11.0+cu130
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)
@@ -124,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> dict[str, str]:
-    """Commit of the code that runs, and whether files differ from it; nothing when it is no clone."""
+    """Return the git commit of the running code and whether files differ from it; empty outside a clone."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {"root": str(root)}

@@ -1,7 +1,7 @@
-"""DCP's `.metadata` is a pickle, which may run whatever it names. A checkpoint may be a stranger's: so it is looked at
-first, and one that names anything but the few classes of its own format is not read.
+"""Safe reading of DCP metadata, which is a pickle and could run arbitrary code.
 
-Bytes among the tensors are refused too, since DCP would unpickle them.
+The pickle is scanned first. A checkpoint whose metadata name anything but the few classes of the format is rejected. Raw
+bytes among the tensors are rejected too, because DCP would unpickle them.
 """
 
 import io
@@ -26,15 +26,15 @@ HARMLESS = {
         "_MEM_FORMAT_ENCODING",
     },
     "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # its place in Python 3.13
+    "pathlib._local": {"PosixPath"},  # its module in Python 3.13
 }
 
 
 def check_metadata(checkpoint: Path) -> None:
-    """Make sure that reading a checkpoint runs nothing that it brings along.
+    """Check that reading a checkpoint runs no code from it.
 
     Raises:
-        BadInput: its metadata name something else than tensors, or are no metadata.
+        BadInput: the metadata name other classes, or are not DCP metadata.
     """
     file = checkpoint / ".metadata"
     try:
@@ -48,7 +48,7 @@ def check_metadata(checkpoint: Path) -> None:
 
 
 class _Strange(Exception):
-    """A name that is not expected."""
+    """A class or function that the format does not use."""
 
 
 class _Harmless(pickle.Unpickler):

@@ -1,7 +1,7 @@
-"""Where checkpoints lie: on a disk, or in an object store that fsspec speaks to. Both are paths to all other code.
+"""Storage of checkpoints: a disk, or an object store through fsspec. Other code sees paths.
 
-An object store knows neither rename nor fsync nor folders, but an object appears there at once and whole. So what the
-rename is on a disk, writing `state.json` last is in a store: a `step_*` without it is no checkpoint.
+An object store has no rename, fsync or folders, but an object appears there atomically. Writing `state.json` last
+therefore takes the role of the rename: a `step_*` without it is not a checkpoint.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""How long a store may be out of reach."""
+"""Seconds for which a store may be unreachable."""
 
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""Failures that no patience mends."""
+"""Errors that are not retried."""
 
 
 def to_path(text: str | Path) -> Path:
-    """The path that a setting means.
+    """Return the path that a setting denotes.
 
     Args:
-        text: a path, or a URL that fsspec knows (`s3://bucket/folder`).
+        text: a path, or a URL that fsspec supports (`s3://bucket/folder`).
 
     Returns:
-        A path. Of a URL one of universal_pathlib, which has the methods of `pathlib.Path` that we use.
+        A path. A URL gives a path of universal_pathlib with the same methods as `pathlib.Path`.
 
     Raises:
         BadInput: the packages for this kind of URL are not installed.
@@ -46,7 +46,7 @@ def to_path(text: str | Path) -> Path:
     try:
         from upath import UPath
 
-        found = UPath(text, use_listings_cache=False)  # others write there too
+        found = UPath(text, use_listings_cache=False)  # other processes write there too
         found.fs  # noqa: B018  where a missing package shows
     except (ImportError, ValueError) as error:
         raise BadInput(f"{text} cannot be used ({error}); pip install 'vjepa-pretrain[s3]', or give a folder") from None
@@ -54,16 +54,16 @@ def to_path(text: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is in an object store."""
+    """Return whether a path is in an object store."""
     return "://" in str(path)
 
 
 def with_retries(action: Callable[[], T], path: Path) -> T:
-    """Do something with a path, again and again while its store is out of reach; on a disk, once.
+    """Run an action on a path, with retries while an object store is unreachable and without on a disk.
 
     Raises:
-        FileNotFoundError, PermissionError: at once.
-        Unreachable: the store did not answer for five minutes.
+        FileNotFoundError, PermissionError: without a retry.
+        BadInput: the store did not answer for five minutes.
     """
     if not is_remote(path):
         return action()
@@ -82,13 +82,13 @@ def with_retries(action: Callable[[], T], path: Path) -> T:
                     f"then resume"
                 ) from error
             log.warning("%s: %s: %s; trying again", path, type(error).__name__, error)
-        time.sleep(random.uniform(0.5, 1.0) * pause_s)  # lest all ranks come back in the same moment
+        time.sleep(random.uniform(0.5, 1.0) * pause_s)  # ranks retry at different times
         waited_s += pause_s
         pause_s = min(15.0, 2 * pause_s)
 
 
 def children(folder: Path) -> list[Path]:
-    """What is in a folder; nothing if it is not there."""
+    """Return the entries of a folder; empty if it does not exist."""
     if not is_remote(folder):
         return list(folder.iterdir()) if folder.is_dir() else []
     store: Any = folder
@@ -105,7 +105,7 @@ def children(folder: Path) -> list[Path]:
 
 
 def open_reader(path: Path) -> FileSystemReader:
-    """What DCP reads a checkpoint with."""
+    """Return DCP's reader for a checkpoint."""
     if not is_remote(path):
         return FileSystemReader(path)
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
@@ -114,10 +114,10 @@ def open_reader(path: Path) -> FileSystemReader:
 
 
 def staging_folder(path: Path, rank: int) -> Path:
-    """Where a rank writes its files of a checkpoint before it is one.
+    """Return the folder in which a rank writes the files of an incomplete checkpoint.
 
-    On a disk that is a folder beside it, for all ranks; before a store, one of the rank's own on a disk of its node,
-    with the same name in every attempt, so that what a killed one left there does not stay.
+    On a disk it is a folder beside the checkpoint, for all ranks. For a store it is the rank's own folder on a local
+    disk. Its name is the same in every attempt, so that leftovers of a killed attempt are removed.
     """
     if not is_remote(path):
         return path.with_name(f".{path.name}.part")
@@ -126,11 +126,11 @@ def staging_folder(path: Path, rank: int) -> Path:
 
 
 def upload(file: Path, to: Path) -> None:
-    """Bring one file into an object store, whole or not at all.
+    """Upload one file to an object store atomically.
 
     Raises:
-        PermissionError: we may not write there.
-        Unreachable: the store did not answer for five minutes.
+        PermissionError: the store denies writing.
+        BadInput: the store did not answer for five minutes.
     """
 
     def put() -> None:
@@ -141,7 +141,7 @@ def upload(file: Path, to: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint. It ceases to be one first: a deletion cut short leaves nothing under a good name."""
+    """Delete a checkpoint, after invalidating it so that an interrupted deletion leaves nothing complete."""
     if is_remote(path):
         withdraw(path)
         with_retries(lambda: _remove_objects(path), path)
@@ -152,20 +152,20 @@ def remove(path: Path) -> None:
 
 
 def withdraw(path: Path) -> None:
-    """Take from a `step_*` of an object store what makes it a checkpoint."""
+    """Invalidate a checkpoint in an object store by deleting its `state.json`."""
     with_retries(lambda: (path / "state.json").unlink(missing_ok=True), path)
 
 
 def set_aside(path: Path, *, name: str) -> None:
-    """Let something be a checkpoint no longer, without losing it.
+    """Rename a checkpoint so that it is no longer found, without deleting it.
 
     Args:
         path: the checkpoint.
-        name: what it is from now on, put before the name of its folder or, in a store, of its `state.json`.
+        name: prefix of the new name of its folder or, in a store, of its `state.json`.
     """
     if not is_remote(path):
         aside = path.with_name(f"{name}_{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)  # the same step of an earlier attempt
+        shutil.rmtree(aside, ignore_errors=True)  # left by an earlier attempt at the same step
         path.rename(aside)
         return
 
@@ -178,7 +178,7 @@ def set_aside(path: Path, *, name: str) -> None:
 
 
 def sweep(home: Path) -> None:
-    """Remove what an attempt that was killed left half done."""
+    """Remove the incomplete checkpoints of a killed attempt."""
     if is_remote(home):
         for path in children(home):
             if path.name.startswith("step_") and not any(one.name.endswith("state.json") for one in children(path)):

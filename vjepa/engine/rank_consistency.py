@@ -91,7 +91,7 @@ def code_digest() -> str:
 
 
 def first_batch(run: Run, plan: Plan, *, number: int) -> str:
-    """One word for a batch as this rank would see it: which samples, their pixels, what is hidden of them.
+    """Return a hash of a batch as this rank would see it: samples, pixels and masks.
 
     Pixels are those of the first lane alone, decoded by every rank, so that another version of a decoder or of the
     resize shows.

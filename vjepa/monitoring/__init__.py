@@ -1,1 +1,1 @@
-"""What is known about a run while it goes: what is recorded, and when it must not simply go on."""
+"""Metrics, health checks and diagnostics of a running training."""

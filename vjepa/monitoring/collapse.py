@@ -1,8 +1,7 @@
-"""Whether features still say something: numbers that fall, or rise, when a model collapses. Its loss does not tell.
+"""Collapse monitors: numbers that fall or rise when features collapse, which the loss does not show.
 
-All are tensors on the device. Over ranks they are those of all features together, by one sum over ranks of
-`1 + D + D * D` numbers, and then a decomposition that the host waits for. So they belong to every hundredth step or so,
-not to every step.
+All are tensors on the device. They are computed over the features of all ranks, with one sum over ranks of
+`1 + D + D * D` numbers and a decomposition for which the host waits. Compute them every hundred steps or so.
 
 Letters: n features, D channels.
 """
@@ -14,23 +13,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]
-"""Sum over ranks: `World.sum`, or the identity on one."""
+"""Sum over ranks: `World.sum`, or the identity on one rank."""
 
 
 def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Tensor, ""]]:
-    """Measure the variety of features.
+    """Measure the spread of features.
 
     Args:
-        features: of this rank, at least two over all ranks: pooled over a clip (they tell whether clips differ) or
-            tokens (they may differ by their place alone, when all else is lost).
+        features: features of this rank; at least two over all ranks. Features pooled over a clip show whether clips
+            differ. Tokens may differ by their position alone.
         total: sum over ranks.
 
     Returns:
-        `rankme`: how many directions features use, from 1 (collapsed) to D; exp of the entropy of singular values,
-            as shares of their sum, without centring (Garrido et al., RankMe, arXiv:2210.02885). At most n.
+        `rankme`: effective rank of the features, from 1 (collapsed) to D: exp of the entropy of the singular values
+            normalised to sum 1, without centring (Garrido et al., RankMe, arXiv:2210.02885). At most n.
         `std`: standard deviation of a channel, mean over channels; 0 when all features are the same.
-        `covariance`: share of the covariance's energy off its diagonal, from 0 (channels tell different things) to
-            1 - 1/D (they all tell the same). What VICReg (arXiv:2105.04906) presses down.
+        `covariance`: share of the covariance's energy off the diagonal, from 0 (uncorrelated channels) to 1 - 1/D
+            (identical channels). VICReg (arXiv:2105.04906) minimises it.
         All are NaN if a feature is not finite.
     """
     x = features.detach().double()
@@ -39,8 +38,8 @@ def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Ten
     count, first, second = total(ours).split((1, width, width * width))
     second = second.view(width, width)
 
-    # In double precision, since singular values are roots: in single, what is 0 would come out as 3e-4 of the largest.
-    # A decomposition of what is not finite would be an error, where the step is only skipped.
+    # In double precision, since singular values are square roots: in single precision 0 would be 3e-4 of the largest.
+    # A decomposition of non-finite numbers would raise, where the step is only skipped.
     is_finite = second.isfinite().all()
     energies = torch.linalg.eigvalsh(torch.where(is_finite, second, 0.0)).clamp_min(0)
     sizes = energies.sqrt()
@@ -60,14 +59,14 @@ def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Ten
 
 @torch.no_grad()
 def drift(target: Iterable[Tensor], encoder: Iterable[Tensor], total: Total) -> Float[Tensor, ""]:
-    """How far the target's weights are from the encoder's, as a share of the encoder's length.
+    """Return the distance between the weights of an average and of its network, relative to the norm of the network.
 
-    A target that follows too closely makes its own guesses come true; one that does not follow teaches nothing.
+    A target that follows too closely makes predictions trivially true. One that does not follow gives no new signal.
 
     Args:
-        target: this rank's part of its parameters, in any cut, as long as it is the same for both.
-        encoder: this rank's part of the encoder's, in the same order.
-        total: sum over ranks; parts that several ranks hold count several times, above and below the line.
+        target: this rank's shards of the average.
+        encoder: this rank's shards of the network, in the same order and sharding.
+        total: sum over ranks. Replicated shards count several times in numerator and denominator alike.
     """
     pairs = list(zip(target, encoder, strict=True))
     apart = torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum()

@@ -1,4 +1,4 @@
-"""When a run must not simply go on: numbers that are not finite, spikes, collapse."""
+"""Health checks: non-finite losses, spikes and collapse."""
 
 import json
 import logging
@@ -18,12 +18,12 @@ WATCHED = ("monitor/rankme", "monitor/std")
 
 
 class Unhealthy(RuntimeError):
-    """The last steps went wrong; going on from before them may help."""
+    """The last steps went wrong; resuming from an earlier checkpoint may help."""
 
     def __init__(self, text: str, *, healthy: int, last: int) -> None:
         """Args:
         text: what is wrong.
-        healthy: updates after which all was well.
+        healthy: last step known to be healthy.
         last: updates made.
         """
         super().__init__(text)
@@ -31,11 +31,11 @@ class Unhealthy(RuntimeError):
 
 
 class Collapsed(RuntimeError):
-    """The features lost their variety, and the settings say to stop."""
+    """The features collapsed, and the settings say to stop."""
 
 
 class HealthMonitor:
-    """Reads the record as it is written and says when something is wrong. Alike on all ranks, as the record is."""
+    """Checks the records as they are written. The result is the same on all ranks, as the records are."""
 
     def __init__(self, settings: Health, alert: Callable[[str, str], None]) -> None:
         self.settings, self._alert = settings, alert
@@ -45,10 +45,10 @@ class HealthMonitor:
         self._warned: set[str] = set()
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Learn from earlier attempts what is usual, so that collapse detection survives a restart.
+        """Restore the running statistics, so that collapse detection survives a restart.
 
         Args:
-            records: what `read_history` found, equal on all ranks.
+            records: result of `read_history`, equal on all ranks.
         """
         for record in records:
             if record.get("loss/total") is not None:
@@ -59,11 +59,11 @@ class HealthMonitor:
             self._good = self._varied = record["step"]
 
     def check(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Look at the lines of the last steps.
+        """Check the records of the last steps.
 
         Raises:
-            Unhealthy: too many steps in a row were skipped, or had a loss far above the ones before.
-            Collapsed: by setting, when a monitor of collapse fell far below what it was.
+            Unhealthy: too many steps in a row were skipped, or had a loss far above the previous ones.
+            Collapsed: a collapse monitor fell far below its earlier values, and the settings say to stop.
         """
         for record in records:
             what = self._complaint(record)
@@ -109,10 +109,10 @@ class HealthMonitor:
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """What a nurse wants to know of a record: the monitors of all its steps, and the losses of the last ones.
+    """Read the history that a `HealthMonitor` needs: the collapse monitors of all steps and the last losses.
 
     Args:
-        file: `metrics.jsonl`, up to the step from which the run goes on.
+        file: `metrics.jsonl`, up to the step from which the run resumes.
     """
     names = ("step", "loss/total", *WATCHED)
     found: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
-"""What is recorded of a run: a file that is the truth, a terminal, and Weights & Biases when it can be had.
+"""Metrics of a run: `metrics.jsonl`, which is authoritative, the terminal, and Weights & Biases where available.
 
-`metrics.jsonl` has a line for every step, with what is a function of the step (losses, rates, gradient norm: equal in a
-run that was killed and resumed); every `track.every_steps`, and at a checkpoint, the line also says how fast it went.
-Numbers stay on the device until then, so recording never makes it wait. Values that are not finite are written as null.
+`metrics.jsonl` has a line for every step with the values that are a function of the step: losses, rates and gradient
+norm, equal in a run that was killed and resumed. Every `track.every_steps`, and at a checkpoint, the line also has
+speeds. Numbers stay on the device until then, so recording does not synchronise. Non-finite values are written as null.
 """
 
 import json
@@ -32,17 +32,17 @@ SHOWN = {"loss/total": "loss", "loss/explained": "explained", "optim/lr": "lr", 
 
 
 class RunLogger:
-    """The record of one attempt. Every rank keeps it, rank 0 writes it."""
+    """Records the metrics of one attempt. Every rank keeps them; rank 0 writes them."""
 
     def __init__(self, run: Run, folder: Path, world: World, *, step: int, wandb_id: str | None) -> None:
-        """Open the record at the step from which the attempt goes on.
+        """Open the record at the step from which the attempt resumes.
 
         Args:
             run: the run.
-            folder: its folder.
+            folder: folder of the run.
             world: this rank.
-            step: updates already made; later lines, of an attempt that was killed, are dropped.
-            wandb_id: of the run at Weights & Biases, if a checkpoint knows it.
+            step: updates already made. Later lines, from a killed attempt, are dropped.
+            wandb_id: id of the run at Weights & Biases, if a checkpoint has it.
         """
         self.run, self.world = run, world
         self._buffer: list[Mapping[str, Tensor | float | int]] = []
@@ -56,35 +56,35 @@ class RunLogger:
                 self._wandb = WandbRun(run, folder, self.wandb_id)
 
     def add(self, step: int, measures: Mapping[str, Tensor | float | int]) -> None:
-        """Keep what was measured in a step; nothing is waited for.
+        """Keep the metrics of a step, without synchronising.
 
         Args:
             step: updates made, this one included.
-            measures: numbers, on the device or not, equal on all ranks.
+            measures: numbers, on the device or on the host, equal on all ranks.
         """
         self._buffer.append({"step": step, "time": time.time(), **measures})
 
     def amend(self, measures: Mapping[str, Tensor | float | int]) -> None:
-        """Add to what was kept of the last step."""
+        """Add metrics to the last step."""
         self._buffer[-1] = {**self._buffer[-1], **measures}
 
     def is_due(self, step: int) -> bool:
-        """Whether lines should be written after so many updates."""
+        """Return whether lines are due after `step` updates."""
         return step % self.run.track.every_steps == 0 or step == self.run.steps
 
     @property
     def is_behind(self) -> bool:
-        """Whether there are steps whose lines are not written."""
+        """Return whether some steps are not yet written."""
         return bool(self._buffer)
 
     def write(self, extra: Mapping[str, float]) -> list[Record]:
-        """Write the lines of all steps since the last time; waits for the device.
+        """Write the lines of all steps since the last call; waits for the device.
 
         Args:
-            extra: measured over these steps, added to the last line.
+            extra: metrics over these steps, added to the last line.
 
         Returns:
-            The records, equal on all ranks but for `extra`.
+            The records, equal on all ranks except for `extra`.
         """
         records = _to_host(self._buffer)
         self._buffer = []
@@ -100,24 +100,24 @@ class RunLogger:
         return records
 
     def show(self, picture: Path, step: int) -> None:
-        """Keep a picture where someone may see it."""
+        """Upload a picture to W&B."""
         if self._wandb:
             self._wandb.show(picture, step)
 
     def refer_to(self, checkpoint: Path) -> None:
-        """Say that a checkpoint is complete, and where."""
+        """Record the place of a complete checkpoint."""
         if self._wandb:
             self._wandb.refer_to(checkpoint)
 
     def alert(self, title: str, text: str) -> None:
-        """Shout, wherever someone may hear it."""
+        """Log a warning and send a W&B alert."""
         if self.world.is_first:
             log.warning("%s: %s", title, text)
             if self._wandb:
                 self._wandb.alert(title, text)
 
     def close(self, code: int) -> None:
-        """Close all records.
+        """Close all outputs.
 
         Args:
             code: exit code of the attempt.
@@ -131,7 +131,7 @@ class RunLogger:
 
 
 class Terminal:
-    """A bar where someone watches, lines where not."""
+    """A progress bar on a terminal, log lines elsewhere."""
 
     def __init__(self, run: Run, step: int) -> None:
         self._steps = run.steps
@@ -149,7 +149,7 @@ class Terminal:
             self._progress.start()
 
     def show(self, record: Record) -> None:
-        """The last numbers."""
+        """Show the last record."""
         numbers = "  ".join(f"{short} {_brief(record[name])}" for name, short in SHOWN.items() if name in record)
         if self._progress:
             self._progress.update(self._task, completed=record["step"], numbers=numbers)
@@ -157,14 +157,14 @@ class Terminal:
             log.info("step %d/%d  %s", record["step"], self._steps, numbers)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the progress bar."""
         if self._progress:
             self._progress.stop()
 
 
 @contextmanager
 def logging_to(file: Path, world: World) -> Iterator[None]:
-    """Copy the log of rank 0 to the run folder; other ranks only shout."""
+    """Copy the log of rank 0 to the run folder; other ranks log warnings only."""
     root, ours = logging.getLogger(), [logging.getLogger(room) for room in ("vjepa", "vjepa_data")]
     levels = [logger.level for logger in ours]
     handler = logging.FileHandler(file) if world.is_first else logging.NullHandler()
@@ -183,7 +183,7 @@ def logging_to(file: Path, world: World) -> Iterator[None]:
 
 
 def _open_truncated(file: Path, step: int) -> Any:
-    """Open for appending, without the lines of steps that will be made again and without a torn last line."""
+    """Open a file for appending, after dropping the lines of steps that will be repeated and a torn last line."""
     kept = []
     if file.is_file():
         for line in file.read_text().splitlines():
@@ -200,7 +200,7 @@ def _open_truncated(file: Path, step: int) -> Any:
 
 
 def _remembered_id(file: Path, known: str | None) -> str:
-    """The run's id at W&B, the same for all attempts."""
+    """Return the W&B id of the run, the same for all attempts."""
     if file.is_file():
         return file.read_text().strip()
     made = known or secrets.token_hex(4)
@@ -210,7 +210,7 @@ def _remembered_id(file: Path, known: str | None) -> str:
 
 
 def _to_host(buffer: list[Mapping[str, Tensor | float | int]]) -> list[Record]:
-    """Bring all numbers over, in one copy from each device: with offloaded weights some are on the host already."""
+    """Copy all numbers to the host, with one copy per device."""
     tensors = [value for measures in buffer for value in measures.values() if isinstance(value, Tensor)]
     numbers: dict[int, float] = {}
     for device in {tensor.device for tensor in tensors}:

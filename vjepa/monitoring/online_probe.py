@@ -1,7 +1,7 @@
-"""What a linear readout finds in the target's features while it learns: a few labelled videos, always the same.
+"""An online probe: a linear readout of one label from the exported encoder, on a fixed set of videos, during training.
 
-Every rank encodes its share of the clips; half of the videos are to fit on, the other half to score on. Scores of one
-run can be compared with each other; for others `vjepa eval probe` has the protocol, the intervals and the baselines.
+Every rank encodes its share of the clips. Half of the videos are for fitting, the other half for scoring. Scores are
+comparable within one run. Across runs use `vjepa eval probe`, with its protocol, intervals and baselines.
 """
 
 import logging
@@ -26,13 +26,13 @@ CLIPS_AT_ONCE = 8
 
 
 class ProbeRunner:
-    """Reads one label from the mean feature of a clip."""
+    """Predicts one label from the mean feature of a clip."""
 
     def __init__(self, settings: OnlineProbe, run: Run, world: World) -> None:
         """Read and decode this rank's share of the videos.
 
         Raises:
-            BadInput: no such corpus, split or label, or too few videos with it.
+            BadInput: the corpus, split or label does not exist, or too few videos have it.
         """
         self.settings, self.world = settings, world
         clip = run.data.clip
@@ -56,22 +56,22 @@ class ProbeRunner:
         are_numbers = all(isinstance(one, Real) and not isinstance(one, bool) for one in labels)
         self._kind: Kind = "number" if are_numbers else "class"
         self._labels = np.array(labels if self._kind == "number" else [str(one) for one in labels])
-        # All ranks run the network equally often, since its weights are gathered from all of them.
+        # All ranks run the network equally often, because its weights are sharded over all of them.
         self._rounds = max(world.gather(-(-len(labelled) // CLIPS_AT_ONCE)))
 
     def is_due(self, step: int) -> bool:
-        """Whether it should be asked after so many updates."""
+        """Return whether the probe is due after `step` updates."""
         return step % self.settings.every_steps == 0
 
     @torch.no_grad()
     def measure(self, encoder: nn.Module) -> dict[str, float]:
-        """Encode all clips and read the label out. All ranks must call it together.
+        """Encode all clips and fit the readout. All ranks must call it together.
 
         Args:
             encoder: takes a list of views, as `vjepa.nn.encoder.Encoder`.
 
         Returns:
-            `probe/score`, accuracy or R2; and `probe/prior`, what is reached without looking.
+            `probe/score`, accuracy or R2, and `probe/prior`, the score without features.
         """
         found: list[Tensor] = []
         for number in range(self._rounds):

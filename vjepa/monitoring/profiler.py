@@ -1,4 +1,4 @@
-"""A trace of a few steps, by torch's profiler: open it in https://ui.perfetto.dev."""
+"""Traces of a few steps by torch's profiler, to open in https://ui.perfetto.dev."""
 
 import logging
 from pathlib import Path
@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the steps that the settings ask for, on the ranks that they ask for."""
+    """Traces the steps and ranks in the settings."""
 
     def __init__(self, settings: Profile | None, folder: Path, world: World) -> None:
         """Args:
-        settings: which steps; None traces nothing.
-        folder: of the run.
+        settings: steps to trace; None traces nothing.
+        folder: folder of the run.
         world: this rank.
         """
         self._settings = settings if settings and world.rank < settings.ranks else None
@@ -27,7 +27,7 @@ class Profiler:
         self._trace: profile | None = None
 
     def after(self, step: int) -> None:
-        """Begin or end the trace, if it is time.
+        """Begin or end the trace if it is due.
 
         Args:
             step: updates made.
@@ -43,7 +43,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """End the trace and write it; nothing if there is none."""
+        """End the trace and write it, if there is one."""
         if self._trace is None or self._settings is None:
             return
         if self._on_device:

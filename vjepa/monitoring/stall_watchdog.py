@@ -1,10 +1,10 @@
-"""Steps that never end: what every thread was doing, which collective ranks wait in, and who has not come.
+"""Stall detection: stacks of all threads, the collective in which ranks wait, and the ranks that have not joined it.
 
     stacks/rank_00003.txt    stacks of all threads of a rank, at every stall
            rank_00003.json   torch's flight recorders: the last collectives that it joined
 
-There are two recorders, one that NCCL writes to and one for gloo, and a GPU's rank uses both. A rank that is stopped or
-gone leaves no file, and is named for that.
+There are two recorders, one for NCCL and one for gloo, and a rank with a GPU uses both. A rank that is stopped or dead
+writes no file and is reported for that.
 """
 
 import faulthandler
@@ -26,11 +26,11 @@ from vjepa.distributed.world import World
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
-"""Ranks notice a stall by their own clocks; so long after the first, all that can write have written."""
+"""Ranks detect a stall by their own clocks. After this many seconds all responsive ranks have written their files."""
 
 
 class Watchdog:
-    """A thread that notices when steps stop coming, and writes down what every thread was doing."""
+    """A thread that detects a stall and dumps the stacks of all threads."""
 
     def __init__(self, settings: Health, folder: Path, world: World) -> None:
         self._settings, self._rank, self._size = settings, world.rank, world.size
@@ -40,12 +40,12 @@ class Watchdog:
         self._over = threading.Event()
 
     def beat(self, doing: str, *, step: int | None = None) -> None:
-        """Say that there is progress, and what comes next."""
+        """Report progress and the next activity."""
         self._quiet_s, self._doing, self._dumped, self._told = 0.0, doing, False, False
         self._steps += step is not None
 
     def watch(self) -> None:
-        """The thread's work, until it is over. Time in which the whole job is suspended counts for nothing."""
+        """Run until closed. Time during which the whole job is suspended does not count."""
         settings = self._settings
         tick_s = min(1.0, settings.stall_s / 4)
         while not self._over.wait(tick_s):
@@ -54,14 +54,14 @@ class Watchdog:
             stall_s = settings.stall_s if self._steps else 10 * settings.stall_s
             try:
                 self._report(quiet_s, stall_s)
-            except (OSError, ValueError) as error:  # a full disk must not keep alive what hangs
+            except (OSError, ValueError) as error:  # a full disk must not keep a hanging process alive
                 log.error("rank %d: stacks cannot be written or compared: %s", self._rank, error)
             if quiet_s > max(settings.hang_s, stall_s):
                 log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
                 os._exit(1)
 
     def _report(self, quiet_s: float, stall_s: float) -> None:
-        """Write down what we do, and a little later who keeps all others waiting; each once in a stall."""
+        """Dump this rank's stacks and, a little later, name the late ranks; each once in a stall."""
         if quiet_s > stall_s and not self._dumped:
             self._dump(quiet_s)
         if quiet_s > stall_s + min(GRACE_S, self._settings.stall_s) and not self._told:
@@ -89,7 +89,7 @@ class Watchdog:
 
 @contextmanager
 def watchdog(settings: Health, folder: Path, world: World) -> Iterator[Watchdog]:
-    """Watch over the block."""
+    """Run a watchdog during the block."""
     dog = Watchdog(settings, folder, world)
     thread = threading.Thread(target=dog.watch, name="watchdog", daemon=True)
     thread.start()
@@ -101,21 +101,21 @@ def watchdog(settings: Health, folder: Path, world: World) -> Iterator[Watchdog]
 
 
 def joined_collectives() -> list[dict[str, Any]]:
-    """What torch's flight recorders remember of this process, oldest first for each of them."""
-    dumps = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the first is not there in a build without NCCL
+    """Return the entries of torch's flight recorders of this process, oldest first for each recorder."""
+    dumps = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # builds without NCCL lack the first
     texts = [getattr(c10d, name)() for name in dumps if hasattr(c10d, name)]
     return [entry for text in texts for entry in json.loads(text).get("entries", [])]
 
 
 def name_the_late(folder: Path, world: int, *, since: float | None = None) -> str:
-    """Compare the flight recorders of all ranks and say who keeps the others waiting, in which collective.
+    """Compare the flight recorders of all ranks and name the late ranks and the collective.
 
-    Collectives of a group are numbered, and all ranks must join each; who has joined fewer than another is late.
+    Collectives of a group are numbered and joined by all ranks. A rank that joined fewer than another is late.
 
     Args:
-        folder: where the recorders were written.
+        folder: folder of the recorder files.
         world: number of ranks.
-        since: files written before this time are of an earlier stall, seconds since the epoch; by default ten minutes
+        since: files older than this belong to an earlier stall, seconds since the epoch; by default ten minutes
             ago.
     """
     since = time.time() - 600 if since is None else since
@@ -127,7 +127,10 @@ def name_the_late(folder: Path, world: int, *, since: float | None = None) -> st
             joined[rank] = _last_of_each_group(record.get("entries", []))
     silent = [rank for rank in range(world) if rank not in joined]
     if silent:
-        return f"rank {_some(silent)} left no word: stopped, gone, or without this folder; look at its machine first"
+        return (
+            f"rank {_some(silent)} wrote no stack dump: it is stopped or dead, or cannot write to this folder; "
+            "check its node first"
+        )
     for group in sorted({group for last in joined.values() for group in last}):
         numbers = {rank: last[group]["collective_seq_id"] for rank, last in joined.items() if group in last}
         most = max(numbers.values())
@@ -139,14 +142,14 @@ def name_the_late(folder: Path, world: int, *, since: float | None = None) -> st
                 f"rank {_some(late)} has not joined {entry['profiling_name']} (number {most} of group {group}, "
                 f"{entry.get('input_sizes')}), in which rank {first} waits; see what it does in its stacks"
             )
-    return "all ranks have joined the same collectives: the device or the network keeps them, not one of us"
+    return "all ranks joined the same collectives, so no rank is late; suspect the GPUs or the network"
 
 
 def _last_of_each_group(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
     for entry in entries:
         if not entry.get("is_p2p"):
-            backend = entry["profiling_name"].partition(":")[0]  # one group may have two, each with its own count
+            backend = entry["profiling_name"].partition(":")[0]  # a group may have two, each with its own count
             last[" ".join(map(str, (*entry["process_group"], backend)))] = entry
     return last
 

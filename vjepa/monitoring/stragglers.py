@@ -1,7 +1,8 @@
-"""Ranks that keep the others waiting. A step takes as long as its slowest rank, and no rank's clock shows which.
+"""Straggler detection: ranks that make the others wait.
 
-What a rank does alone can be compared: its wait for data, and a pulse, one matrix product that nobody else takes part
-in (a GPU that throttles, or a core that others use, is slow at that too).
+A step takes as long as its slowest rank, and no rank's step time shows which rank that is. Work that a rank does alone
+can be compared: its wait for data, and a pulse, one local matrix product. A throttled GPU or a shared core is slow
+there.
 """
 
 import logging
@@ -14,27 +15,27 @@ import torch
 log = logging.getLogger(__name__)
 
 PATIENCE = 3
-"""Readings in a row before a rank is named: one may be chance."""
+"""Readings in a row before a rank is named; a single one may be chance."""
 
 
 class Stragglers:
-    """Names a rank once it was late a few times in a row."""
+    """Names a rank that was late several times in a row."""
 
     def __init__(self, ratio: float) -> None:
         """Args:
-        ratio: how many times the median is late.
+        ratio: multiple of the median from which a rank counts as late.
         """
         self._ratio = ratio
         self._late: dict[str, tuple[int, int]] = {}
 
     def see(self, what: str, seconds: Sequence[float], hosts: Sequence[str], *, at_least_s: float) -> None:
-        """Compare ranks.
+        """Compare the times of all ranks.
 
         Args:
-            what: they did.
-            seconds: that each took.
-            hosts: where each is.
-            at_least_s: the slowest must be behind the median by this, or it does not matter.
+            what: the activity.
+            seconds: time of each rank.
+            hosts: host of each rank.
+            at_least_s: smallest delay behind the median that matters.
         """
         usual, worst = statistics.median(seconds), max(seconds)
         rank, times = self._late.get(what, (-1, 0))
@@ -52,7 +53,7 @@ class Stragglers:
 
 
 class Pulse:
-    """A matrix product of always the same size, on this rank's device."""
+    """A matrix product of fixed size on this rank's device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type == "cuda"
@@ -61,7 +62,7 @@ class Pulse:
         self.measure_s()
 
     def measure_s(self) -> float:
-        """Seconds of the fastest of three; the device must be idle."""
+        """Return the seconds of the fastest of three runs; the device must be idle."""
         return min(self._once_s() for _ in range(3))
 
     def _once_s(self) -> float:

@@ -1,4 +1,4 @@
-"""How fast a run goes and what it really saw: counted in every step, read when the record is written."""
+"""Throughput and data statistics: counted in every step, read when the record is written."""
 
 import socket
 import time
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 class Throughput:
-    """Counts of this rank since the last reading."""
+    """Counters of this rank since the last reading."""
 
     def __init__(self, run: Run, world: World) -> None:
         self._run, self._world = run, world
@@ -30,7 +30,7 @@ class Throughput:
         self._reset()
 
     def count(self, batch: Batch, losses: Sequence[Loss]) -> None:
-        """Count a step: this rank's clips, and what became of them."""
+        """Count the clips and tokens of a step on this rank."""
         self._steps += 1
         self._rejected += len(batch.rejected)
         self._fell_back.update(batch.fell_back)
@@ -41,7 +41,7 @@ class Throughput:
             self._hidden += loss.tokens.hidden
 
     def read(self, timer: StepTimer) -> dict[str, float]:
-        """Numbers of the steps since the last reading; waits for the device. All ranks must call it together."""
+        """Return the metrics since the last reading; waits for the device. All ranks must call it together."""
         seconds = timer.read()
         now_s = time.perf_counter()
         wall_s, self._since_s = now_s - self._since_s, now_s
@@ -92,9 +92,9 @@ def _total(counts: Sequence[dict[Any, int]]) -> Counter[Any]:
 
 
 def _peak_clips_per_s(run: Run, world: World) -> float | None:
-    """Clips per second at the peak of all devices together, by the formula of `vjepa.estimate`.
+    """Return the clips per second at the peak of all devices, by `vjepa.estimate`.
 
-    None where the share of it would say nothing: on a CPU, on a GPU whose peak we do not know, or in fp32.
+    None where an MFU is meaningless: on a CPU, on a GPU of unknown peak, or in fp32.
     """
     if world.device.type != "cuda" or run.precision != "bf16":
         return None

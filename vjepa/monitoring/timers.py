@@ -1,4 +1,4 @@
-"""Seconds by part of the step, without waiting for the device.
+"""Step timers: seconds by part of the step, without synchronising with the device.
 
 On a GPU the host only queues work, so times are taken by events in the same queue and read when the record is written.
 """
