@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from reference import folder, reference, sampler
 
-from vjepa.config import BLOCKS, CausalMask, Mask, RandomMask, ReferenceMask, TubeMask
+from vjepa.methods.mask_settings import BLOCKS, CausalMask, Mask, RandomMask, ReferenceMask, TubeMask
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.grid import Grid
 

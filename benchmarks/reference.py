@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from vjepa.config import Model, ReferenceMask
+from vjepa.config import Model
+from vjepa.methods.mask_settings import ReferenceMask
 from vjepa.nn.grid import Grid
 
 UNUSED = {

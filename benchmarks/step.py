@@ -23,7 +23,7 @@ from reference import folder, networks, reference
 from torch import Tensor
 
 from vjepa.checkpoints.checkpoint import collect_tensors
-from vjepa.config import ReferenceMask, Run
+from vjepa.config import Run
 from vjepa.distributed.world import World, join
 from vjepa.engine.loop import sum_metrics
 from vjepa.engine.optimizer import build_optimizer, update_weights
@@ -32,6 +32,7 @@ from vjepa.engine.trainer import build_networks
 from vjepa.estimate import Tokens as Counted
 from vjepa.estimate import accelerator_of, count_flops, count_parameters
 from vjepa.methods.base import MaskedClips
+from vjepa.methods.mask_settings import ReferenceMask
 from vjepa.methods.masking import Mask, reference_masks
 from vjepa.monitoring.timers import StepTimer
 from vjepa.nn.grid import Grid

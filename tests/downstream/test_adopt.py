@@ -120,7 +120,7 @@ def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, mon
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     live = importlib.import_module("import_live")
     model = config.Model(
-        encoder=config.Encoder(name="custom", width=48, depth=2, heads=3),
+        encoder=config.EncoderSize(name="custom", width=48, depth=2, heads=3),
         predictor=config.Transformer(width=36, depth=1, heads=3),
         patch_px=8,
         rope="sincos",

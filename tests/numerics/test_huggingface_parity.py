@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vjepa.config import Encoder as EncoderSettings
-from vjepa.config import Model, Transformer
+from vjepa.config import EncoderSize, Model, Transformer
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
 from vjepa.nn.predictor import Predictor, PredictorInput
@@ -19,7 +18,7 @@ HEAD_WIDTHS = (64, 32, 80, 88)
 
 
 def settings(head_width: int) -> Model:
-    encoder = EncoderSettings(name="custom", width=3 * head_width, depth=3, heads=3, mlp_ratio=48 / 11)
+    encoder = EncoderSize(name="custom", width=3 * head_width, depth=3, heads=3, mlp_ratio=48 / 11)
     return Model(encoder=encoder, predictor=Transformer(width=2 * head_width, depth=2, heads=2))
 
 

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from vjepa import estimate as arithmetic
-from vjepa.config import ENCODERS, Encoder, Run
+from vjepa.config import ENCODERS, EncoderSize, Run
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import World, join
 from vjepa.engine.optimizer import build_optimizer
@@ -61,7 +61,7 @@ def pretended(size: int) -> Iterator[DeviceMesh]:
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_parameters_are_those_of_the_model(tiny_run: MakeRun, name: str) -> None:
     run = tiny_run(
-        model={"encoder": Encoder.model_validate(name), "predictor": {"width": 384, "depth": 12, "heads": 12}}
+        model={"encoder": EncoderSize.model_validate(name), "predictor": {"width": 384, "depth": 12, "heads": 12}}
     )
     with torch.device("meta"):
         method = create_method(run)
@@ -162,7 +162,7 @@ def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) ->
         batch_size=3072,
         precision="bf16",
         model={
-            "encoder": Encoder.model_validate("vit_giant"),
+            "encoder": EncoderSize.model_validate("vit_giant"),
             "predictor": {"width": 384, "depth": 12, "heads": 12},
             "patch_px": 16,
         },
@@ -220,7 +220,7 @@ def test_a_published_recipe_comes_out_as_published(tiny_run: MakeRun) -> None:
     run = tiny_run(
         data={"clip": {"frames": 16, "fps": 4}, "crop": {"px": 256}},
         model={
-            "encoder": Encoder.model_validate("vit_large"),
+            "encoder": EncoderSize.model_validate("vit_large"),
             "predictor": {"width": 384, "depth": 12, "heads": 12},
             "patch_px": 16,
         },
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_said_with_a_setting_that_helps(tiny_run: MakeRun) 
         precision="bf16",
         data={"clip": {"frames": 16, "fps": 4}, "crop": {"px": 256}},
         model={
-            "encoder": Encoder.model_validate("vit_large"),
+            "encoder": EncoderSize.model_validate("vit_large"),
             "predictor": {"width": 384, "depth": 12, "heads": 12},
             "patch_px": 16,
         },

@@ -116,6 +116,6 @@ def test_who_has_joined_fewer_collectives_than_others_is_named(tmp_path: Path) -
     )
     recorder(tmp_path, 1, 5, 9)
     assert "all ranks have joined the same" in name_the_late(tmp_path, 3)
-    assert name_the_late(tmp_path, 4).startswith("rank 3 left no word")
+    assert name_the_late(tmp_path, 4).startswith("rank 3 wrote no stack dump")
     recorder(tmp_path, 2, 5, 9, at=time.time() - 3600)
-    assert name_the_late(tmp_path, 3).startswith("rank 2 left no word")
+    assert name_the_late(tmp_path, 3).startswith("rank 2 wrote no stack dump")

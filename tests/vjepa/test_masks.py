@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa.config import BLOCKS, BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
 from vjepa.config import Mask as Kind
+from vjepa.methods.mask_settings import BLOCKS, BalancedMask, CausalMask, RandomMask, ReferenceMask, TubeMask
 from vjepa.methods.masking import Mask, sample_masks
 from vjepa.nn.grid import Grid
 from vjepa_data.settings import BadInput

@@ -1,7 +1,7 @@
 """Safe reading of DCP metadata, which is a pickle and could run arbitrary code.
 
-The pickle is scanned first. A checkpoint whose metadata name anything but the few classes of the format is rejected. Raw
-bytes among the tensors are rejected too, because DCP would unpickle them.
+The pickle is scanned first. A checkpoint whose metadata name anything but the few classes of the format is rejected.
+Raw bytes among the tensors are rejected too, because DCP would unpickle them.
 """
 
 import io
