@@ -20,7 +20,7 @@ from vjepa.config import Run
 from vjepa_data.corpus.index import Index
 from vjepa_data.reader.bench import measure_stages
 from vjepa_data.settings import BadInput
-from vjepa_launch.doctor.machine import SLOWER_THAN_THE_BEST, Finding, Look, Measure
+from vjepa_launch.doctor.machine import SLOWER_THAN_THE_BEST, Check, Finding, Measure
 
 GPU_MIB, CPU_MIB = 1024, 32
 """Large enough for the bandwidth to count and not the latency."""
@@ -33,7 +33,7 @@ READ_MIB, READ_S = 256, 10.0
 CLIPS = 20
 
 
-def looks(run: Run | None) -> list[Look]:
+def looks(run: Run | None) -> list[Check]:
     """What there is to look at on one machine, with the corpora of a run if there is one."""
     exchange = partial(exchange_between_devices, max(2, torch.cuda.device_count()))
     if run is None:

@@ -1,1 +1,1 @@
-"""A run folder to processes on machines. Knows no model and no data, and never imports torch."""
+"""Turn a run folder into processes on machines. This package knows no model and no data, and never imports torch."""

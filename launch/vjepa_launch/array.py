@@ -1,7 +1,7 @@
-"""Many jobs of a kind as one array: the elements of a sweep, the tasks of a shard build.
+"""Launch many similar jobs as an array: the runs of a sweep, or the tasks of a shard build.
 
 FOLDER/code/  FOLDER/launch/     shared by all elements
-FOLDER/003-.../                  an element: a run folder like any other; its code/ points to FOLDER/code
+FOLDER/003-.../                  an element: an ordinary run folder, whose code/ links to FOLDER/code
 """
 
 from collections.abc import Sequence
@@ -12,28 +12,28 @@ from vjepa_launch import history, job_control, submit
 from vjepa_launch.request import Request
 from vjepa_launch.settings import BadInput, Cluster
 
-MOST_ELEMENTS = 1000
+MAX_ELEMENTS = 1000
 """SLURM's MaxArraySize is 1001 by default."""
 
 
 @dataclass(frozen=True)
 class Element:
-    """One job of an array."""
+    """A job of an array."""
 
     name: str
-    """Of its folder."""
+    """Name of its run folder."""
     command: tuple[str, ...]
-    """What each of its ranks executes."""
+    """Command of each of its ranks."""
     config: str
     """Text of its resolved settings."""
 
 
 @dataclass(frozen=True)
 class Array:
-    """What is to be launched, and where."""
+    """An array of jobs to launch, and the cluster to launch it on."""
 
     folder: Path
-    """Absolute, on a disk that all nodes share; made if it is not there."""
+    """Absolute, on a disk that all nodes share. Created if missing."""
     cluster: Cluster
     """Each element gets as many nodes as a single job would."""
     elements: Sequence[Element]
@@ -41,14 +41,14 @@ class Array:
     at_once: int
     """Elements that run at a time."""
     refreeze: bool = False
-    """Freeze the present code, though the folder holds code already."""
+    """Freeze the current code, even if the folder has frozen code already."""
     replace_settings: bool = False
-    """Go on with these settings, though the folders of elements hold others."""
+    """Use these settings, even if the folders of elements have other settings."""
     makes_steps: bool = True
-    """Whether elements are training runs, which hang when they make no steps."""
+    """True if the elements record steps, so that a long time without a step is a stall."""
 
     def request(self, element: Element) -> Request:
-        """An element by itself."""
+        """Return the request for a single element."""
         return Request(
             self.folder / element.name,
             self.cluster,
@@ -61,22 +61,20 @@ class Array:
 
 
 def launch(array: Array) -> list[submit.Launched]:
-    """Start the elements of an array, or those that are neither done nor alive.
+    """Start the elements of an array that are neither done nor alive.
 
     Raises:
-        BadInput: all elements are done or alive; or as for a single run.
+        BadInput: all elements are done or alive, or for the same reasons as for a single run.
     """
     folder = array.folder
     with submit.locked(folder):
-        requests = _those_open([array.request(element) for element in array.elements])
+        requests = _unfinished([array.request(element) for element in array.elements])
         if not requests:
-            raise BadInput(
-                f"all {len(array.elements)} elements of {folder} are done or alive; there is nothing to launch"
-            )
+            raise BadInput(f"nothing to launch: all {len(array.elements)} elements of {folder} are done or alive")
         if array.cluster.executor == "local" and len(requests) > array.at_once:
             raise BadInput(
-                f"on this machine all {len(requests)} elements would start at once, and at_once is {array.at_once}; "
-                "use a SLURM profile, or a smaller array"
+                f"on this machine all {len(requests)} elements would start at once, but at_once is {array.at_once}; "
+                "use a SLURM profile or a smaller array"
             )
         code, note = submit.freeze_once(folder, array.refreeze)
         for request in requests:
@@ -84,38 +82,39 @@ def launch(array: Array) -> list[submit.Launched]:
             submit.write_config(request)
             if not (request.run / "code").exists():
                 (request.run / "code").symlink_to("../code")
-            submit.begin(request, code)
+            submit.record_launch(request, code)
         ids = submit.submit(folder, requests, at_once=array.at_once)
         return [
-            submit.note_owner(request, job, code, note, logs=folder) for request, job in zip(requests, ids, strict=True)
+            submit.record_owner(request, job, code, note, logs=folder)
+            for request, job in zip(requests, ids, strict=True)
         ]
 
 
 def describe(array: Array) -> str:
-    """What `launch` would do, as text: the array, and the settings of its first element in full. Touches nothing."""
+    """Return the text of a dry run: the elements, and the first of them in full. Writes nothing."""
     count = len(array.elements)
     first = array.request(array.elements[0])
-    listed = "\n".join(f"#   {element.name}" for element in array.elements)
+    names = "\n".join(f"#   {element.name}" for element in array.elements)
     return (
-        f"# Array of {count} elements, {array.at_once} at a time, each with a folder under {array.folder}:\n{listed}\n"
-        + submit.describe(first, home=array.folder, array=(count, array.at_once))
+        f"# Array of {count} elements, {array.at_once} at a time, each with a run folder in {array.folder}:\n{names}\n"
+        + submit.describe(first, folder=array.folder, array=(count, array.at_once))
     )
 
 
-def _those_open(requests: Sequence[Request]) -> list[Request]:
-    """Requests whose jobs are neither done nor alive."""
-    owners = {request.run: history.read_json(history.launch_folder(request.run) / "job.json") for request in requests}
-    launched: dict[str, set[str]] = {}
+def _unfinished(requests: Sequence[Request]) -> list[Request]:
+    """Return the requests whose jobs are neither done nor alive."""
+    owners = {request.run: history.read_owner(request.run) for request in requests}
+    jobs: dict[str, set[str]] = {}
     for owner in filter(None, owners.values()):
-        launched.setdefault(owner["executor"], set()).add(owner["job"])
-    alive = {(executor, job) for executor, ids in launched.items() for job in job_control.those_alive(executor, ids)}
+        jobs.setdefault(owner["executor"], set()).add(owner["job"])
+    alive = {(executor, job) for executor, ids in jobs.items() for job in job_control.alive_jobs(executor, ids)}
 
-    def is_open(run: Path) -> bool:
+    def is_unfinished(run: Path) -> bool:
         owner = owners[run]
         if owner is None:
             return True
-        ends = [event for event in history.read_events(run) if event["event"] == "end"]
+        ends = history.read_events(run, "end")
         is_done = bool(ends) and ends[-1]["outcome"] == "done"
         return not is_done and (owner["executor"], owner["job"]) not in alive
 
-    return [request for request in requests if is_open(request.run)]
+    return [request for request in requests if is_unfinished(request.run)]

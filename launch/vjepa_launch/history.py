@@ -1,88 +1,68 @@
-"""What happened to a run, on disk, and the rule that decides what happens next.
+"""The history of a run on disk.
 
     RUN/launch/job.json                       the job that owns the folder now
-    RUN/launch/attempts.jsonl                 its history: {"event": "launch" | "start" | "end", ...}, a line each
-    RUN/launch/ends/ATTEMPT/rank_0003.json    one file per rank that failed, and always one for rank 0
-    RUN/launch/stop                           asks that the run not be requeued after its next checkpoint
+    RUN/launch/attempts.jsonl                 {"event": "launch" | "start" | "end", ...}, an event per line
+    RUN/launch/ends/ATTEMPT/rank_0003.json    how a rank ended: every rank that failed, and always rank 0
+    RUN/launch/JOB_RANK_log.out               output of a rank (submitit's file name)
+    RUN/launch/stop                           present: do not requeue the run after its next checkpoint
 
-An attempt is one start of the processes of a run; a requeued job keeps its id and makes a new attempt.
+An attempt is a start of the processes of a run. A requeued job keeps its id and makes a new attempt.
 """
 
+import dataclasses
 import json
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from vjepa_launch import policy
+from vjepa_launch.atomic import read_json, write_json
+from vjepa_launch.policy import Decision, Outcome, RankExit, RankRecord
 from vjepa_launch.settings import Restart
-
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-
-Outcome = Literal["done", "stopped", "cancelled", "failed", "bad_input"]
-
-
-@dataclass(frozen=True)
-class End:
-    """How one rank ended."""
-
-    rank: int
-    node: str
-    code: int
-    """Exit code; the negative of a signal that killed it."""
-    outcome: Outcome
-    reason: str
-    """The same in words."""
-    echo: bool = False
-    """It fell because others had: it was told to end, and is not to blame."""
-    time: float = 0.0
-    """Unix seconds."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a run after an attempt."""
-
-    requeue: bool
-    why: str
-    exclude: tuple[str, ...] = ()
 
 
 def launch_folder(run: Path) -> Path:
+    """Return the folder of this package's files in a run folder."""
     return run / "launch"
 
 
 def stop_path(run: Path) -> Path:
+    """Return the path of the file that asks a run to stop after its next checkpoint."""
     return launch_folder(run) / "stop"
 
 
+def rank_log(launch: Path, job: str, rank: int) -> Path:
+    """Return the path of a rank's output in the launch folder of a run or sweep."""
+    return launch / f"{job}_{rank}_log.out"
+
+
+def log_path(run: Path, rank: int) -> Path:
+    """Return the path of a rank's output: of the last job, or of a trainer that was started by hand."""
+    owner = read_owner(run)
+    return rank_log(Path(owner["logs"]), owner["job"], rank) if owner else run / "log.txt"
+
+
 def newest_checkpoint(run: Path) -> int | None:
-    """Step of the newest checkpoint; a checkpoint folder that has its final name is complete."""
+    """Return the step of the newest checkpoint, or None. A folder with a final name is complete."""
     steps = [re.fullmatch(r"step_(\d+)", path.name) for path in (run / "checkpoints").glob("step_*")]
     return max((int(step[1]) for step in steps if step), default=None)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file in one piece, so that a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
+def read_owner(run: Path) -> dict[str, Any] | None:
+    """Return job.json: the job that owns a run folder, with its command and profile. None if it was never launched."""
+    return read_json(launch_folder(run) / "job.json")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a file, or None when it is not there (yet)."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+def write_owner(run: Path, owner: Mapping[str, Any]) -> None:
+    """Write job.json."""
+    write_json(launch_folder(run) / "job.json", owner)
 
 
 def append_event(run: Path, event: Mapping[str, Any]) -> None:
-    """Add one line to the history of a run, with the time."""
+    """Append an event to the history of a run, with the current time."""
     path = launch_folder(run) / "attempts.jsonl"
     with path.open("a") as file:
         file.write(json.dumps({**event, "time": time.time()}) + "\n")
@@ -90,8 +70,8 @@ def append_event(run: Path, event: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The history of a run, oldest first; a last line that was cut short by a crash is left out."""
+def read_events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the events of a run, oldest first, or only one kind. A line that a crash cut short is skipped."""
     path = launch_folder(run) / "attempts.jsonl"
     events = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -99,67 +79,56 @@ def read_events(run: Path) -> list[dict[str, Any]]:
             events.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return events
+    return [event for event in events if kind in (None, event["event"])]
 
 
-def write_end(run: Path, attempt: str, end: End) -> None:
-    write_json(launch_folder(run) / "ends" / attempt / f"rank_{end.rank:04d}.json", asdict(end))
+def write_rank_record(run: Path, attempt: str, record: RankRecord) -> None:
+    """Store how a rank of an attempt ended."""
+    path = launch_folder(run) / "ends" / attempt / f"rank_{record.exit.rank:04d}.json"
+    write_json(path, dataclasses.asdict(record))
 
 
-def read_ends(run: Path, attempt: str) -> list[End]:
-    """How ranks of an attempt ended: all that failed, and rank 0; the one to blame first.
-
-    Those told to end come last. Among the others a death by signal says more than an exit, which may be an unnoticed
-    echo of it (a lost connection); then the earlier one is to blame.
-    """
+def read_rank_records(run: Path, attempt: str) -> list[RankRecord]:
+    """Return the stored records of an attempt, most to blame first."""
     paths = sorted((launch_folder(run) / "ends" / attempt).glob("rank_*.json"))
-    ends = [End(**record) for record in map(read_json, paths) if record]
-    return sorted(ends, key=lambda one: (one.outcome not in ("failed", "bad_input"), one.echo, one.code >= 0, one.time))
+    stored = [values for values in map(read_json, paths) if values]
+    return policy.most_to_blame_first(RankRecord(**{**values, "exit": RankExit(**values["exit"])}) for values in stored)
 
 
-def decide(
-    events: Sequence[Mapping[str, Any]], rule: Restart, *, outcome: Outcome, progress: bool, stop_asked: bool = False
-) -> Decision:
-    """Say what becomes of a run after an attempt. Pure: reads the history and nothing else.
+def record_start(run: Path, attempt: str, *, nodes: Sequence[str], world: int) -> None:
+    """Record the start of an attempt, and the checkpoint that it resumes from."""
+    event = {"event": "start", "attempt": attempt, "nodes": list(nodes), "world": world}
+    append_event(run, {**event, "checkpoint": newest_checkpoint(run)})
+
+
+def record_end(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexplained: str = "") -> Decision:
+    """Decide what happens to a run after an attempt, and record the end and the decision.
 
     Args:
-        events: the history before this end.
-        rule: how patient to be.
-        outcome: how the attempt ended.
-        progress: whether it left a newer checkpoint than it found.
-        stop_asked: the user asked for a stop after the next checkpoint.
+        run: the run folder.
+        attempt: name of the attempt.
+        outcome: how it ended.
+        rule: how many failures are tolerated.
+        unexplained: reason to record if no rank reported any.
     """
-    if outcome == "done":
-        return Decision(False, "done")
-    if outcome == "bad_input":
-        return Decision(False, "refused its input; see the log, mend it and launch again")
-    if outcome == "cancelled":
-        return Decision(False, "cancelled")
-    if stop_asked:
-        return Decision(False, "stopped after a checkpoint, as asked")
-    if outcome == "stopped":
-        return Decision(True, "stopped in good order")
-    failed = 0 if progress else 1 + _failures_in_a_row(events)
-    if failed >= rule.attempts:
-        return Decision(
-            False, f"failed {failed} times in a row without a new checkpoint; see the log, mend it and launch again"
-        )
-    if progress:
-        return Decision(True, "failed, after a new checkpoint")
-    return Decision(True, f"failed; attempt {failed} of {rule.attempts} without a new checkpoint")
-
-
-def _failures_in_a_row(events: Sequence[Mapping[str, Any]]) -> int:
-    """Latest attempts that failed without a new checkpoint; a launch by hand starts the count anew."""
-    count = 0
-    for event in reversed(events):
-        if event["event"] == "launch" or (event["event"] == "end" and event["progress"]):
-            break
-        count += event["event"] == "end" and event["outcome"] == "failed"
-    return count
-
-
-def nodes_to_exclude(events: Sequence[Mapping[str, Any]], rule: Restart) -> tuple[str, ...]:
-    """Nodes on which failures began too often, over all attempts of a run."""
-    blamed = Counter(event["node"] for event in events if event["event"] == "end" and event.get("node"))
-    return tuple(sorted(node for node, count in blamed.items() if count >= rule.node_failures))
+    events = read_events(run)
+    starts = [event for event in events if event["event"] == "start" and event["attempt"] == attempt]
+    checkpoint = newest_checkpoint(run)
+    progress = bool(starts) and starts[-1]["checkpoint"] != checkpoint
+    records = [record for record in read_rank_records(run, attempt) if record.outcome == outcome]
+    culprit = records[0] if records and outcome in ("failed", "bad_input") else None
+    event = {
+        "event": "end",
+        "attempt": attempt,
+        "outcome": outcome,
+        "checkpoint": checkpoint,
+        "progress": progress,
+        "reason": f"rank {culprit.exit.rank} on {culprit.node}: {culprit.exit.reason}" if culprit else unexplained,
+        "node": culprit.node if culprit and outcome == "failed" else None,
+    }
+    stop_asked = stop_path(run).exists()
+    decision = policy.decide(events, rule, outcome=outcome, progress=progress, stop_asked=stop_asked)
+    if decision.requeue:
+        decision = dataclasses.replace(decision, exclude=policy.nodes_to_exclude([*events, event], rule))
+    append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
+    return decision

@@ -1,20 +1,20 @@
-"""The port on which the ranks of an attempt meet.
+"""Choose the port on which the ranks of an attempt meet.
 
-    python -m vjepa_launch.port     prints one that is free on this node
+    python -m vjepa_launch.port     prints a port that is free on this node
 
-The batch script runs this on the first node, which is that of rank 0, before srun: all ranks inherit the answer, and
-nothing has to be agreed on over the network or the disk.
+The batch script runs this before srun on the first node, where rank 0 will run. All ranks inherit the port, so they
+need no agreement over the network or the disk.
 """
 
 import random
 import socket
 
 PORTS = range(15000, 30000)
-"""Below 32768, where Linux takes the ports of outgoing connections from."""
+"""Below 32768, where Linux begins to assign ports to outgoing connections."""
 
 
 def free_port() -> int:
-    """Draw a port until nobody has it. A ghost of an earlier attempt that still calls at its port meets nobody."""
+    """Return a random free port. Random, so that late processes of an earlier attempt connect to nothing."""
     while True:
         port = random.choice(PORTS)
         with socket.socket() as probe:

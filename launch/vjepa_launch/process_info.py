@@ -1,4 +1,4 @@
-"""Where one process of a job stands: its rank, its node, and how to find rank 0."""
+"""The rank, node and environment variables of a process of a job."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import submitit
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Where a supervisor stands. On SLURM it has one rank to look after, on this machine all of them."""
+    """The position of a supervisor in its job. On SLURM it supervises one rank, on a single machine all of them."""
 
     job: str
     """Job id; `22_0` for an element of an array."""
@@ -22,18 +22,18 @@ class ProcessInfo:
     local_rank: int
     local_world: int
     node: str
-    """Name of this node, as the scheduler knows it."""
+    """Name of this node in the scheduler."""
     nodes: tuple[str, ...]
     slurm: bool
 
     @property
     def attempt(self) -> str:
-        """A name for this start of the job."""
+        """Name of this start of the job."""
         return f"{self.job}.{self.restart}"
 
     @staticmethod
-    def here() -> "ProcessInfo":
-        """Read the place from the variables that submitit and SLURM set."""
+    def from_environment() -> "ProcessInfo":
+        """Read the variables that submitit and SLURM set."""
         job = submitit.JobEnvironment()
         slurm = job.name() == "slurm"
         return ProcessInfo(
@@ -49,25 +49,25 @@ class ProcessInfo:
         )
 
 
-def address_of(node: str) -> str:
-    """An address under which other nodes reach the first node of a job.
+def reachable_address(first_node: str) -> str:
+    """Return an address of the job's first node that other nodes can connect to.
 
-    Names of nodes need not resolve: SLURM has its own table. The scheduler is not asked, which a thousand ranks would
-    do at once: the batch script runs on the first node, and srun tells its own address to every rank.
+    Node names need not resolve, because SLURM has its own table. srun gives its own address to every rank, and it runs
+    on the first node. So a thousand ranks need not query the scheduler at once.
     """
     try:
-        socket.getaddrinfo(node, None)
+        socket.getaddrinfo(first_node, None)
     except OSError:
-        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", node)
-    return node
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", first_node)
+    return first_node
 
 
 def common_environment(run: Path) -> dict[str, str]:
-    """Variables of every process of a run, beside those that say which rank it is.
+    """Return the variables that all ranks of a run share.
 
-    What is here has a reason: one thread per process, since loader workers multiply; memory that can grow in place;
-    a hang that ends with stacks and a record of collectives in place of silence; compiled kernels that outlive a
-    restart; a crash in native code that leaves a Python stack.
+    They give a single thread per process (loader workers multiply), GPU memory segments that can grow, stacks and a
+    record of collectives when NCCL times out, compiled kernels that survive a restart, and a Python stack for crashes
+    in native code.
     """
     return {
         "OMP_NUM_THREADS": "1",
@@ -83,21 +83,21 @@ def common_environment(run: Path) -> dict[str, str]:
     }
 
 
-def path_environment(code: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Variables that put the frozen code before anything else, the working folder included."""
+def code_environment(code: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that put the frozen code first on the path, before the working folder."""
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), inherited.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",
     }
 
 
-def rank_environment(place: ProcessInfo, rank: int, address: str, port: int) -> dict[str, str]:
-    """Variables that torch.distributed reads, for one rank on this node."""
+def rank_environment(info: ProcessInfo, rank: int, address: str, port: int) -> dict[str, str]:
+    """Return the variables that torch.distributed reads, for a rank on this node."""
     return {
         "RANK": str(rank),
-        "WORLD_SIZE": str(place.world),
-        "LOCAL_RANK": str(rank if not place.slurm else place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world),
+        "WORLD_SIZE": str(info.world),
+        "LOCAL_RANK": str(info.local_rank if info.slurm else rank),
+        "LOCAL_WORLD_SIZE": str(info.local_world),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }

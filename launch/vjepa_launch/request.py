@@ -1,4 +1,4 @@
-"""What is to be launched and where; and the same in words that submitit and SLURM understand."""
+"""Describe a job to launch, and translate it into the parameters of submitit and SLURM."""
 
 import os
 import shlex
@@ -8,54 +8,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.slurm.slurm import _make_sbatch_string
-
-from vjepa_launch import history
+from vjepa_launch import compat, history
 from vjepa_launch.job import Job
 from vjepa_launch.settings import BadInput, Cluster
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be launched, and where."""
+    """A job to launch, and the cluster to launch it on."""
 
     run: Path
-    """Run folder, absolute, on a disk that all nodes share; made if it is not there."""
+    """Run folder: absolute, on a disk that all nodes share. Created if missing."""
     cluster: Cluster
     command: Sequence[str]
-    """What each rank executes; `python` as the first word is the interpreter of the job."""
+    """Command of each rank. `python` as its first word stands for the interpreter of the job."""
     config: str
     """Text of the resolved settings, for RUN/config.yaml."""
     name: str
     """Name of the job."""
     refreeze: bool = False
-    """Freeze the present code, though the run folder holds code already."""
+    """Freeze the current code, even if the run folder has frozen code already."""
     replace_settings: bool = False
-    """Go on with these settings, though the run folder holds others; the trainer has the last word on which may
-    change."""
+    """Use these settings, even if the run folder has other settings. The trainer still checks which may change."""
     makes_steps: bool = True
-    """Whether it is a training run, which hangs when it makes no steps."""
+    """True if the command records steps, so that a long time without a step is a stall."""
 
     def __post_init__(self) -> None:
         assert self.run.is_absolute(), self.run
 
 
 def train_command(run: Path) -> list[str]:
-    """The command of every rank of a training run."""
+    """Return the command of each rank of a training run."""
     return ["python", "-m", "vjepa", "train", str(run / "config.yaml"), "--out", str(run)]
 
 
 def with_nodes(cluster: Cluster, nodes: int | None) -> Cluster:
-    """The profile with another number of nodes, checked like the profile itself."""
+    """Return the profile with another number of nodes (None: unchanged).
+
+    Raises:
+        BadInput: the cluster does not have so many nodes.
+    """
     if nodes is None:
         return cluster
     if nodes < 1 or (cluster.executor == "local" and nodes > 1):
-        raise BadInput(f"--nodes {nodes}: this cluster takes {'1' if cluster.executor == 'local' else 'at least 1'}")
+        allowed = "must be 1 on this machine" if cluster.executor == "local" else "must be at least 1"
+        raise BadInput(f"--nodes {nodes}: {allowed}")
     return cluster.model_copy(update={"nodes": nodes})
 
 
 def make_job(request: Request, *, code: Path) -> Job:
-    """What each node will execute."""
+    """Return the job for submitit to pickle."""
     cluster = request.cluster
     environment = dict(cluster.environment)
     if cluster.executor == "local" and cluster.gpus_per_node:
@@ -73,29 +75,26 @@ def make_job(request: Request, *, code: Path) -> Job:
     )
 
 
-SHIELD = (
-    "# TERM is for the ranks. This script lives on to decide, and srun, which would kill the ranks at once, must not",
-    "# hear it, as it would under ProctrackType=linuxproc; so it becomes nobody's child.",
-    "trap : TERM",
-    """srun() { { code=$( ( { command srun "$@" >&3; echo $?; } & ) ); } 3>&1; return "${code:-137}"; }""",
-)
-"""Lines of the batch script before the call of srun."""
+def slurm_parameters(folder: Path, request: Request) -> dict[str, Any]:
+    """Translate a request into the parameters of submitit's `SlurmExecutor`.
 
-
-def parameters(home: Path, request: Request) -> dict[str, Any]:
-    """A profile in submitit's words."""
+    Args:
+        folder: the run folder, or the folder of the array.
+        request: the job, or the first element of the array.
+    """
     cluster = request.cluster
     srun = ["--kill-on-bad-exit=1", *cluster.srun]
     if cluster.container_image:
         srun.append(f"--container-image={cluster.container_image}")
     if cluster.container_mounts:
         srun.append(f"--container-mounts={','.join(cluster.container_mounts)}")
-    code = shlex.quote(str(home / "code"))
-    # As `path_environment`. Nothing after the last colon would be the working folder.
+    code = shlex.quote(str(folder / "code"))
+    # The same as `code_environment`. An empty entry after a trailing colon would mean the working folder.
     paths = [f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"', "export PYTHONSAFEPATH=1"]
     port = f"export MASTER_PORT=$({shlex.join([sys.executable, '-m', 'vjepa_launch.port'])})"
-    after = [sys.executable, "-m", "vjepa_launch.finish_attempt", str(history.launch_folder(home))]
-    asked = {
+    shield = Path(__file__).with_name("srun_shield.sh").read_text().splitlines()
+    finish = [sys.executable, "-m", "vjepa_launch.finish_attempt", str(history.launch_folder(folder))]
+    parameters = {
         "job_name": request.name,
         "time": max(1, round(cluster.hours * 60)),
         "nodes": cluster.nodes,
@@ -111,28 +110,35 @@ def parameters(home: Path, request: Request) -> dict[str, Any]:
         "exclude": ",".join(cluster.exclude) or None,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [*cluster.setup, *paths, port, *SHIELD],
-        # The last word on a job: requeue it, or say why not. It is not cut short by a requeue, which sends TERM.
-        "teardown": ["code=$?", "trap '' TERM", f'{shlex.join(after)} "$code"', "exit $?"],
+        "setup": [*cluster.setup, *paths, port, *shield],
+        # A requeue sends TERM, which must not interrupt `finish_attempt`.
+        "teardown": ["code=$?", "trap '' TERM", f'{shlex.join(finish)} "$code"', "exit $?"],
         "additional_parameters": {"requeue": True, **cluster.sbatch},
     }
-    return {key: value for key, value in asked.items() if value is not None}
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 def interpreter(cluster: Cluster) -> str:
-    """The interpreter as words of a shell. It starts deaf to USR2, which would kill it before it can listen."""
-    deaf = 'trap \'\' USR2; exec "$0" "$@"'
-    return shlex.join(["sh", "-c", deaf, cluster.python or sys.executable])
+    """Return the interpreter as shell words. It starts with USR2 ignored, which would kill it during its imports."""
+    ignore_usr2 = 'trap \'\' USR2; exec "$0" "$@"'
+    return shlex.join(["sh", "-c", ignore_usr2, cluster.python or sys.executable])
 
 
-def batch_text(home: Path, request: Request, array: tuple[int, int] | None) -> list[str]:
+def batch_lines(folder: Path, request: Request, array: tuple[int, int] | None) -> list[str]:
+    """Return the lines of the batch script, for a dry run.
+
+    Args:
+        folder: the run folder, or the folder of the array.
+        request: the job, or the first element of the array.
+        array: number of elements, and how many run at a time.
+    """
     cluster = request.cluster
     if cluster.executor == "local":
         return [f"# ---- on this machine, in the background: one supervisor, {cluster.ranks_per_node} ranks", ""]
-    folder = history.launch_folder(home)
-    command = f"{interpreter(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    asked = parameters(home, request)
+    launch = history.launch_folder(folder)
+    command = f"{interpreter(cluster)} -u -m {compat.RANK_MODULE} {shlex.quote(str(launch))}"
+    parameters = slurm_parameters(folder, request)
     if array:
-        asked |= {"map_count": array[0], "array_parallelism": array[1]}
-    text = _make_sbatch_string(command=command, folder=folder, **asked)
+        parameters |= {"map_count": array[0], "array_parallelism": array[1]}
+    text = compat.batch_script(command=command, folder=launch, parameters=parameters)
     return ["# ---- batch script, submitted through submitit", *text.splitlines(), ""]

@@ -1,7 +1,7 @@
-"""Questions and orders to SLURM, each with a limit on its patience: a busy or absent slurmctld must not hang a run.
+"""Commands of SLURM, each with a time limit: a busy or absent slurmctld must not hang a run.
 
-Only squeue, scontrol and scancel are used. sacct needs a database that many clusters do not keep; submitit, which asks
-nothing else, reads UNKNOWN for ever there.
+Only squeue, scontrol, sinfo and scancel are used. sacct needs a database that many clusters do not keep. submitit asks
+only sacct, and reports UNKNOWN on such a cluster.
 """
 
 import logging
@@ -10,42 +10,36 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+from vjepa_launch.policy import JobFate
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
 FATE_TIMEOUT_S = 10.0
-"""Who asks for the fate of a job may have as little as KillWait (30 s by default) to act on it."""
-TRIES = 5
-
-
-Fate = Literal["runs", "preempted", "requeued", "out of time", "ends", "unknown"]
-"""What is to become of a job: it goes on; its nodes are wanted; they were taken and the job starts again; it ends, and
-why; or the scheduler does not say."""
+"""A batch script that asks for the fate of its job may have only KillWait (30 s by default) left to act on it."""
+REQUEUE_TRIES = 5
 
 
 class SchedulerUnreachable(RuntimeError):
-    """The scheduler is not there, or did not answer in time."""
+    """The scheduler is not installed, did not answer in time, or refused a command."""
 
 
 @dataclass(frozen=True)
-class State:
-    """What the scheduler says about a job."""
+class QueuedJob:
+    """A job as squeue shows it."""
 
-    name: str
+    state: str
     """PENDING, RUNNING, COMPLETING, ..."""
     reason: str
-    """Why it waits, or on which nodes it runs."""
-    nodes: int
-    elapsed: str
+    """Why it is pending, or the nodes it runs on."""
 
 
-def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
-    """Output of a command of SLURM.
+def run_command(*command: str, timeout_s: float = TIMEOUT_S) -> str:
+    """Run a command of SLURM and return its output.
 
     Raises:
-        Unreachable: it is not installed, did not answer in time, or refused.
+        SchedulerUnreachable: it is not installed, did not answer in time, or failed.
     """
     if shutil.which(command[0]) is None:
         raise SchedulerUnreachable(f"{command[0]} is not installed here; run this where jobs are submitted")
@@ -59,62 +53,52 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     return done.stdout
 
 
-def states(*, timeout_s: float = TIMEOUT_S) -> dict[str, State]:
-    """Our jobs that the scheduler still knows, by id; an element of an array is `22_0`."""
-    lines = ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R|%D|%M", timeout_s=timeout_s).splitlines()
-    found = {}
-    for line in lines:
-        job, name, reason, nodes, elapsed = line.split("|")
-        found[job.strip()] = State(name, reason, int(nodes), elapsed)
-    return found
-
-
-def state_of(job: str) -> State | None:
-    """A job that the scheduler still knows as waiting or running, or None."""
-    return states().get(job)
+def queued_jobs(*, timeout_s: float = TIMEOUT_S) -> dict[str, QueuedJob]:
+    """Return this user's pending and running jobs by id. An element of an array has an id like `22_0`."""
+    output = run_command("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R", timeout_s=timeout_s)
+    fields = (line.split("|") for line in output.splitlines())
+    return {job.strip(): QueuedJob(state, reason) for job, state, reason in fields}
 
 
 def show_job(job: str, *, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
-    """What the scheduler remembers of a job: `JobState`, `Reason`, `ExcNodeList`, ..."""
-    pairs = (
-        word.partition("=") for word in ask("scontrol", "show", "job", "--oneliner", job, timeout_s=timeout_s).split()
-    )
-    return {name: value for name, _, value in pairs}
+    """Return the fields of `scontrol show job`: `JobState`, `Reason`, `ExcNodeList`, ..."""
+    output = run_command("scontrol", "show", "job", "--oneliner", job, timeout_s=timeout_s)
+    return {name: value for name, _, value in (word.partition("=") for word in output.split())}
 
 
-def fate_of(job: str, *, restart: int) -> Fate:
-    """What is to become of a job.
+def job_fate(job: str, *, restarts: int) -> JobFate:
+    """Return what the scheduler plans for a job.
 
     Args:
         job: its id.
-        restart: how often it had been requeued when it started.
+        restarts: how often it had been requeued when it started.
 
     Raises:
-        Unreachable: the scheduler does not say.
+        SchedulerUnreachable: the scheduler did not answer.
     """
-    shown = show_job(job, timeout_s=FATE_TIMEOUT_S)
-    if shown.get("JobState") != "RUNNING":
-        if int(shown.get("Restarts", 0)) > restart:
+    fields = show_job(job, timeout_s=FATE_TIMEOUT_S)
+    if fields.get("JobState") != "RUNNING":
+        if int(fields.get("Restarts", 0)) > restarts:
             return "requeued"
-        return "out of time" if shown.get("Reason") == "TimeLimit" else "ends"
-    return "runs" if shown.get("PreemptTime", "None") == "None" else "preempted"
+        return "timed out" if fields.get("Reason") == "TimeLimit" else "ending"
+    return "running" if fields.get("PreemptTime", "None") == "None" else "preempted"
 
 
 def requeue(job: str, *, exclude: Sequence[str] = (), nodes: int = 1) -> bool:
-    """Requeue a job, away from some nodes if enough others remain.
+    """Requeue a job and exclude some nodes, if enough other nodes remain.
 
     Returns:
-        Whether the scheduler took it.
+        Whether the scheduler accepted it.
     """
-    for attempt in range(TRIES):
+    for attempt in range(REQUEUE_TRIES):
         try:
-            ask("scontrol", "requeue", job)
+            run_command("scontrol", "requeue", job)
             break
         except SchedulerUnreachable as error:
-            log.warning("requeue, try %d of %d: %s", attempt + 1, TRIES, error)
+            log.warning("requeue, try %d of %d: %s", attempt + 1, REQUEUE_TRIES, error)
             time.sleep(2**attempt)
     else:
-        log.error("job %s could not be requeued; `vjepa runs requeue` starts it again", job)
+        log.error("job %s could not be requeued; start it again with `vjepa runs requeue`", job)
         return False
     if exclude:
         try:
@@ -125,24 +109,25 @@ def requeue(job: str, *, exclude: Sequence[str] = (), nodes: int = 1) -> bool:
 
 
 def _exclude(job: str, exclude: Sequence[str], nodes: int) -> None:
-    shown = show_job(job)
-    usable = ask(
-        "sinfo", "--noheader", "--Node", "--format=%N", f"--partition={shown['Partition']}", "--states=idle,alloc,mix"
+    fields = show_job(job)
+    usable = run_command(
+        "sinfo", "--noheader", "--Node", "--format=%N", f"--partition={fields['Partition']}", "--states=idle,alloc,mix"
     )
-    left = set(usable.split()) - set(exclude)
-    if len(left) < nodes:
-        log.warning("nodes %s failed too often, but without them %d of %d nodes are left; they are used again",
-                    ",".join(exclude), len(left), nodes)  # fmt: skip
+    remaining = set(usable.split()) - set(exclude)
+    if len(remaining) < nodes:
+        log.warning("nodes %s failed too often, but without them only %d of the %d nodes needed remain; keeping them",
+                    ",".join(exclude), len(remaining), nodes)  # fmt: skip
         return
-    before = [] if shown.get("ExcNodeList") in (None, "(null)") else [shown["ExcNodeList"]]
-    ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *exclude])}")
+    before = [] if fields.get("ExcNodeList") in (None, "(null)") else [fields["ExcNodeList"]]
+    run_command("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *exclude])}")
     log.warning("nodes %s failed too often and are excluded from now on", ",".join(exclude))
 
 
 def cancel(job: str) -> None:
-    ask("scancel", job)
+    """Cancel a job."""
+    run_command("scancel", job)
 
 
 def send_signal(job: str, name: str) -> None:
-    """Send a signal to every process of the steps of a job."""
-    ask("scancel", f"--signal={name}", job)
+    """Send a signal to the tasks of a running job."""
+    run_command("scancel", f"--signal={name}", job)

@@ -1,11 +1,11 @@
-"""The code of a run, frozen in its folder: what was launched is what runs, after every restart, whatever is edited.
+"""Freeze the code of a run in its folder, so that every restart runs the code that was launched.
 
-The three rooms may lie in three places (an editable install) or side by side (a wheel). Frozen, they lie side by side
-under RUN/code, exactly as the wheel lays them, and RUN/code comes first on the path of every process. A half-frozen
-run, with one room from the copy and another from the live clone, would be two versions in one run, in silence.
+The three packages may lie in three places (an editable install) or side by side (a wheel). Frozen, they lie side by
+side under RUN/code, exactly as in the wheel, and RUN/code comes first on the path of every process. Freezing only some
+of the packages would silently mix two versions in a run.
 
-The files are copied rather than installed by pip: that would need a build backend, and so a network or luck, on the
-login node. A test holds the copy to the content of the wheel.
+The files are copied, not installed with pip, which would need a build backend and perhaps a network on the login node.
+A test compares the copy with the content of the wheel.
 """
 
 import hashlib
@@ -14,63 +14,68 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vjepa_launch.history import launch_folder, read_json, write_json
+from vjepa_launch.atomic import read_json, write_json
+from vjepa_launch.history import launch_folder
 from vjepa_launch.settings import BadInput
 
-ROOMS = ("vjepa", "vjepa_data", "vjepa_launch")
+PACKAGES = ("vjepa", "vjepa_data", "vjepa_launch")
 
 LARGEST_FILE_MIB = 10
-"""A larger file among the code is a data file that was dropped there; copying it to every run would go unnoticed."""
+"""A larger file in a package is a stray data file. Copying it into every run would go unnoticed."""
 
 
 @dataclass(frozen=True)
-class Code:
-    """Which code a run consists of."""
+class CodeSnapshot:
+    """The identity of the code of a run."""
 
     digest: str
-    """sha256 over the names and bytes of all files."""
+    """sha256 over the names and contents of all files."""
     files: int
     commit: str | None
-    """Commit of the clone that it came from, or None outside of one."""
+    """Commit of the clone that the code came from. None if it was not in a clone."""
     dirty: bool
-    """Whether the clone differed from that commit; the difference is in RUN/launch/code.diff."""
+    """True if the clone had uncommitted changes, which are stored in RUN/launch/code.diff."""
     source: dict[str, str]
-    """Room to the folder it was taken from."""
+    """The folder that each package was copied from."""
 
 
-def find_rooms() -> dict[str, Path]:
-    """Where each room would be imported from, without importing it."""
-    rooms = {}
-    for room in ROOMS:
-        spec = importlib.util.find_spec(room)
+def find_packages() -> dict[str, Path]:
+    """Return the folder that each package would be imported from, without importing it."""
+    folders = {}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise BadInput(f"package {room} cannot be found, so the code cannot be frozen; install vjepa-pretrain")
-        rooms[room] = Path(spec.origin).parent
-    return rooms
+            raise BadInput(f"cannot freeze the code: package {package} was not found; install vjepa-pretrain")
+        folders[package] = Path(spec.origin).parent
+    return folders
 
 
-def list_files(rooms: dict[str, Path]) -> dict[str, Path]:
-    """Name in the frozen tree (`vjepa/engine/trainer.py`) to the file it is taken from, in order."""
+def list_files(packages: dict[str, Path]) -> dict[str, Path]:
+    """Map each name in the frozen tree (`vjepa/engine/trainer.py`) to its source file, in order.
+
+    Raises:
+        BadInput: a file is too large to be code.
+    """
     files = {}
-    for room, folder in rooms.items():
+    for package, folder in packages.items():
         for path in sorted(folder.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
-                files[f"{room}/{path.relative_to(folder).as_posix()}"] = path
+                files[f"{package}/{path.relative_to(folder).as_posix()}"] = path
     for path in files.values():
         mib = path.stat().st_size / 2**20
         if mib > LARGEST_FILE_MIB:
             raise BadInput(
-                f"{path} is {mib:.0f} MiB, and code is frozen in files of at most {LARGEST_FILE_MIB} MiB; "
+                f"cannot freeze the code: {path} is {mib:.0f} MiB, and the limit for a file is {LARGEST_FILE_MIB} MiB; "
                 "move it out of the packages"
             )
     return files
 
 
 def digest_files(files: dict[str, Path]) -> str:
-    """sha256 over names and bytes."""
+    """Return the sha256 over the names and contents of files."""
     digest = hashlib.sha256()
     for name in sorted(files):
         content = files[name].read_bytes()
@@ -78,76 +83,77 @@ def digest_files(files: dict[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def describe() -> tuple[Code, dict[str, Path], str]:
-    """The live code: what it is, its files, and its difference from the commit. Writes nothing."""
-    rooms = find_rooms()
-    files = list_files(rooms)
-    # A virtual environment may lie inside some clone; only files that git knows are of its commit.
-    tracked = _git(rooms["vjepa"], "ls-files", "__init__.py").strip()
-    commit = _git(rooms["vjepa"], "rev-parse", "HEAD").strip() or None if tracked else None
+def describe() -> tuple[CodeSnapshot, dict[str, Path], str]:
+    """Return the identity of the installed code, its files, and its difference from the commit. Writes nothing."""
+    packages = find_packages()
+    files = list_files(packages)
+    # A virtual environment may lie inside an unrelated clone, so the commit counts only if git tracks the files.
+    tracked = _git(packages["vjepa"], "ls-files", "__init__.py").strip()
+    commit = _git(packages["vjepa"], "rev-parse", "HEAD").strip() or None if tracked else None
     diff = ""
     if commit:
-        diff = _git(rooms["vjepa"], "diff", "HEAD", "--", *map(str, rooms.values()))
-        untracked = _git(rooms["vjepa"], "ls-files", "--others", "--exclude-standard", "--", *map(str, rooms.values()))
+        folders = [str(folder) for folder in packages.values()]
+        diff = _git(packages["vjepa"], "diff", "HEAD", "--", *folders)
+        untracked = _git(packages["vjepa"], "ls-files", "--others", "--exclude-standard", "--", *folders)
         diff += "".join(f"# untracked: {name}\n" for name in untracked.splitlines())
-    source = {room: str(folder) for room, folder in rooms.items()}
-    return Code(digest_files(files), len(files), commit, bool(diff), source), files, diff
+    source = {package: str(folder) for package, folder in packages.items()}
+    return CodeSnapshot(digest_files(files), len(files), commit, bool(diff), source), files, diff
 
 
-def home(run: Path) -> Path:
-    """The folder that holds the frozen code of a run: its own, or that of its sweep."""
+def code_owner(run: Path) -> Path:
+    """Return the folder that holds the frozen code of a run: the run folder, or the folder of its sweep."""
     return (run / "code").resolve().parent
 
 
-def freeze(run: Path) -> Code:
-    """Copy the live code into a run folder: complete or absent.
+def freeze(run: Path) -> CodeSnapshot:
+    """Copy the installed code to RUN/code, which is complete or absent at any time.
 
     Returns:
-        What was frozen; also written to RUN/launch/code.json, with the difference from the commit in code.diff.
+        The snapshot. It is also written to RUN/launch/code.json, and the difference from the commit to code.diff.
     """
     code, files, diff = describe()
     run.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".code.", dir=run))
+    temporary = Path(tempfile.mkdtemp(prefix=".code.", dir=run))
     for name, path in files.items():
-        target = beside / name
+        target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    beside.chmod(0o755)
-    # Of the copies: a clone may be edited meanwhile.
-    code = replace(code, digest=digest_files(list_files({room: beside / room for room in ROOMS})))
+    temporary.chmod(0o755)
+    # Digest the copies, because the clone may have been edited in the meantime.
+    code = replace(code, digest=digest_files(list_files({package: temporary / package for package in PACKAGES})))
     frozen = run / "code"
-    if frozen.is_symlink():  # an element of a sweep that gets code of its own
+    if frozen.is_symlink():  # an element of a sweep gets its own code
         frozen.unlink()
     elif frozen.exists():
         shutil.rmtree(frozen)
-    beside.rename(frozen)
-    write_json(launch_folder(run) / "code.json", code.__dict__)
+    temporary.rename(frozen)
+    write_json(launch_folder(run) / "code.json", asdict(code))
     (launch_folder(run) / "code.diff").write_text(diff)
     return verify(run)
 
 
-def verify(run: Path) -> Code:
-    """Read what was frozen, and check that it still is what is there.
+def verify(run: Path) -> CodeSnapshot:
+    """Read the snapshot of a run and check that the frozen code still matches it.
 
     Raises:
-        BadInput: the frozen code is missing, or was changed.
+        BadInput: the frozen code is missing or was changed.
     """
     record = read_json(launch_folder(run) / "code.json")
     frozen = run / "code"
     if record is None or not frozen.is_dir():
-        raise BadInput(f"{run} holds no frozen code; launch it with --refreeze to freeze the present one")
-    code = Code(**record)
-    found = digest_files(list_files({room: frozen / room for room in ROOMS}))
+        raise BadInput(f"{run} has no frozen code; launch with --refreeze to freeze the current code")
+    code = CodeSnapshot(**record)
+    found = digest_files(list_files({package: frozen / package for package in PACKAGES}))
     if found != code.digest:
         raise BadInput(
             f"{frozen} was changed after it was frozen: digest {found[:12]}, expected {code.digest[:12]}; "
-            "launch with --refreeze to go on with the present code"
+            "launch with --refreeze to continue with the current code"
         )
     return code
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Output of git about the clone that holds a folder; empty outside of a clone, or without git."""
+    """Return the output of git for the clone that holds a folder; empty outside a clone or without git."""
     if shutil.which("git") is None:
         return ""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}

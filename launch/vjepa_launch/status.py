@@ -1,4 +1,4 @@
-"""How runs are doing, for people: from the run folders and one question to the scheduler. No torch, no sacct."""
+"""Show, follow, cancel and requeue runs, from their folders and a single query to the scheduler. No torch, no sacct."""
 
 import fcntl
 import json
@@ -14,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vjepa_launch import history, job_control, slurm, snapshot
+from vjepa_launch.atomic import read_json
+from vjepa_launch.history import log_path
 from vjepa_launch.settings import BadInput
 
 TAIL_BYTES = 65536
-"""Enough of the end of metrics.jsonl for a rate."""
+"""Bytes to read from the end of metrics.jsonl; enough to measure the pace."""
 
 SCHEDULER_TIMEOUT_S = 10.0
 COLOURS = {"running": "green", "queued": "cyan", "done": "blue", "failed": "red", "refused": "red", "lost": "red"}
@@ -25,62 +27,58 @@ COLOURS = {"running": "green", "queued": "cyan", "done": "blue", "failed": "red"
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run."""
+    """The state of a run."""
 
     folder: Path
     name: str
     state: str
     """queued, running, stopping, done, failed, refused, cancelled, stopped, lost, idle or unknown."""
     detail: str
-    """Why it waits, where it runs, or how it ended."""
+    """Why it is queued, where it runs, or how it ended."""
     job: str | None
     step: int | None
-    """Newest step that was recorded."""
+    """Newest recorded step."""
     steps: int | None
-    """Steps in the whole run."""
+    """Steps of the whole run."""
     loss: float | None
     age_s: float | None
-    """Seconds since that step."""
+    """Seconds since the newest recorded step."""
     checkpoint: int | None
     attempts: int
     eta_s: float | None
-    """Seconds to the last step, at the pace of this attempt."""
+    """Seconds to the last step at the pace of this attempt."""
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Run folders under a folder, and under the sweeps in it."""
+    """Return the run folders in a folder and in the sweeps in it."""
     found = {path.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for path in root.glob(pattern)}
     return sorted(found)
 
 
 def read_all(runs: Sequence[Path]) -> tuple[list[RunStatus], str]:
-    """The status of runs, with one question to the scheduler for all.
-
-    Returns:
-        The statuses, and a warning when the scheduler did not answer.
-    """
-    owners = {run: history.read_json(history.launch_folder(run) / "job.json") for run in runs}
-    states: dict[str, slurm.State] | None = {}
+    """Return the status of runs, with a single query to the scheduler, and a warning if it does not answer."""
+    owners = {run: history.read_owner(run) for run in runs}
+    jobs: dict[str, slurm.QueuedJob] | None = {}
     warning = ""
     if any(owner and owner["executor"] == "slurm" for owner in owners.values()):
         try:
-            states = slurm.states(timeout_s=SCHEDULER_TIMEOUT_S)
+            jobs = slurm.queued_jobs(timeout_s=SCHEDULER_TIMEOUT_S)
         except slurm.SchedulerUnreachable as error:
-            states, warning = None, f"the scheduler does not answer ({error}); states are taken from the run folders"
-    return [_read(run, owner, states) for run, owner in owners.items()], warning
+            jobs, warning = None, f"the scheduler does not answer ({error}); states come from the run folders"
+    return [_read(run, owner, jobs) for run, owner in owners.items()], warning
 
 
-def _read(run: Path, owner: Mapping[str, Any] | None, states: Mapping[str, slurm.State] | None) -> RunStatus:
+def _read(run: Path, owner: Mapping[str, Any] | None, jobs: Mapping[str, slurm.QueuedJob] | None) -> RunStatus:
     events = history.read_events(run)
     starts = [event for event in events if event["event"] == "start"]
     rows = _last_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
-    state, detail = _state(run, owner, events, states)
+    state, detail = _state(run, owner, events, jobs)
     steps, step, checkpoint = _steps(run), row.get("step"), history.newest_checkpoint(run)
     if state == "idle" and steps and checkpoint == steps:
         state = "done"
     eta_s = None
-    recent = [one for one in rows if not starts or one["time"] >= starts[-1]["time"]]
+    recent = [row for row in rows if not starts or row["time"] >= starts[-1]["time"]]
     if state == "running" and steps and len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
         pace_s = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
         eta_s = (steps - recent[-1]["step"]) * pace_s
@@ -104,19 +102,18 @@ def _state(
     run: Path,
     owner: Mapping[str, Any] | None,
     events: Sequence[Mapping[str, Any]],
-    states: Mapping[str, slurm.State] | None,
+    jobs: Mapping[str, slurm.QueuedJob] | None,
 ) -> tuple[str, str]:
-    """One word for how a run is, and a few more."""
+    """Return the state of a run in a word, and a detail."""
     if owner is None:
         return ("running", "not launched") if _is_locked(run / ".lock") else ("idle", "not launched")
     last = events[-1] if events else {}
-    if owner["executor"] == "slurm" and states is None:
+    if owner["executor"] == "slurm" and jobs is None:
         return "unknown", str(last.get("why", ""))
-    if owner["executor"] == "slurm" and states and owner["job"] in states:
-        known = states[owner["job"]]
+    if owner["executor"] == "slurm" and jobs and owner["job"] in jobs:
+        job = jobs[owner["job"]]
         words = {"PENDING": "queued", "RUNNING": "running", "COMPLETING": "stopping"}
-        reason = known.reason.strip("()")
-        return words.get(known.name, known.name.lower()), reason if known.name != "COMPLETING" else ""
+        return words.get(job.state, job.state.lower()), "" if job.state == "COMPLETING" else job.reason.strip("()")
     if owner["executor"] == "local" and job_control.is_alive("local", owner["job"]):
         return "running", "this machine"
     if last.get("event") == "end" and not last["requeue"]:
@@ -125,11 +122,11 @@ def _state(
             return outcome, ""
         detail = f"{last['reason']}; {last['why']}" if last["reason"] else str(last["why"])
         return {"bad_input": "refused"}.get(outcome, outcome), detail
-    return "lost", "the job is gone without a word; `vjepa runs requeue` goes on from the checkpoint"
+    return "lost", "the job ended without a record; `vjepa runs requeue` resumes from the checkpoint"
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last complete lines of a metrics file."""
+    """Return the last complete lines of a metrics file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -145,7 +142,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _steps(run: Path) -> int | None:
-    """Steps in the whole run, from its settings; a pattern, since a hundred YAML files take a second to parse."""
+    """Return the steps of the whole run. A pattern finds them, because parsing a hundred YAML files takes a second."""
     try:
         found = re.search(r"^steps: (\d+)\s*$", (run / "config.yaml").read_text(), re.MULTILINE)
     except FileNotFoundError:
@@ -154,44 +151,44 @@ def _steps(run: Path) -> int | None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a trainer holds the lock of its run folder. Asks without taking it."""
+    """Return whether a trainer holds the lock of its run folder, without taking the lock."""
     try:
         with path.open("r+") as file:
-            question = struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+            query = struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
     except OSError:
         return False
     return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
 
 
 def table(statuses: Sequence[RunStatus]) -> Table:
-    """Runs as a table, a line each."""
+    """Return runs as a table with a row each."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("run", "state", "step", "loss", "seen", "checkpoint", "attempts", "left", "job", ""):
-        right = title in ("step", "loss", "seen", "checkpoint", "attempts", "left")
+    for title in ("run", "state", "step", "loss", "age", "checkpoint", "attempts", "left", "job", ""):
+        right = title in ("step", "loss", "age", "checkpoint", "attempts", "left")
         shown.add_column(title, justify="right" if right else "left", no_wrap=title != "")
-    for one in statuses:
-        step = "-" if one.step is None else f"{one.step:,}" + (f" / {one.steps:,}" if one.steps else "")
+    for run in statuses:
+        step = "-" if run.step is None else f"{run.step:,}" + (f" / {run.steps:,}" if run.steps else "")
         shown.add_row(
-            one.name,
-            Text(one.state, COLOURS.get(one.state, "")),
+            Text(run.name),
+            Text(run.state, COLOURS.get(run.state, "")),
             step,
-            "-" if one.loss is None else f"{one.loss:.4f}",
-            _duration(one.age_s),
-            "-" if one.checkpoint is None else f"{one.checkpoint:,}",
-            str(one.attempts or "-"),
-            _duration(one.eta_s),
-            one.job or "-",
-            one.detail,
+            "-" if run.loss is None else f"{run.loss:.4f}",
+            _duration(run.age_s),
+            "-" if run.checkpoint is None else f"{run.checkpoint:,}",
+            str(run.attempts or "-"),
+            _duration(run.eta_s),
+            run.job or "-",
+            Text(run.detail),
         )
     return shown
 
 
 def describe(run: Path) -> str:
-    """All about one run, as text: its state, its attempts, its code, and where its output is."""
-    (status,), warning = read_all([_existing(run)])
-    owner = history.read_json(history.launch_folder(run) / "job.json") or {}
-    code = history.read_json(history.launch_folder(snapshot.home(run)) / "code.json")
+    """Return the state, attempts, code and output files of a run as text."""
+    (status,), warning = read_all([_check_run(run)])
+    owner = history.read_owner(run)
+    code = read_json(history.launch_folder(snapshot.code_owner(run)) / "code.json")
     lines = [
         f"{status.name}: {status.state}" + (f" ({status.detail})" if status.detail else ""),
         f"  step        {status.step if status.step is not None else '-'} of {status.steps or '?'}"
@@ -204,11 +201,10 @@ def describe(run: Path) -> str:
     if owner:
         lines += [f"  job         {owner['job']} on {owner['executor']}", f"  log         {log_path(run, 0)}"]
     if code:
-        commit = (
-            f"commit {code['commit'][:12]}{' and changes' if code['dirty'] else ''}" if code["commit"] else "no clone"
-        )
+        changes = " with uncommitted changes" if code["dirty"] else ""
+        commit = f"commit {code['commit'][:12]}{changes}" if code["commit"] else "not from a git clone"
         lines.append(f"  code        {commit}, sha256 {code['digest'][:12]}")
-    attempts = _attempts(history.read_events(run))
+    attempts = _describe_attempts(history.read_events(run))
     if attempts:
         lines += ["", *attempts]
     if warning:
@@ -216,46 +212,42 @@ def describe(run: Path) -> str:
     return "\n".join(lines)
 
 
-def _attempts(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each attempt: when it started, from where, how long it took and how it ended."""
+def _describe_attempts(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line per launch and attempt: when and where it started, from which step, and how it ended."""
     lines = []
     ends = {event["attempt"]: event for event in events if event["event"] == "end"}
     for event in events:
         if event["event"] == "launch":
             lines.append(f"{_clock(event['time'])}  launched")
         elif event["event"] == "start":
-            begin = event["checkpoint"] or 0
+            first = event["checkpoint"] or 0
             text = f"{_clock(event['time'])}  {event['attempt']}  {event['world']} ranks on {','.join(event['nodes'])}"
             end = ends.get(event["attempt"])
             if end:
                 lasted = _duration(end["time"] - event["time"])
                 reason = f": {end['reason']}" if end["reason"] else ""
                 text += (
-                    f", steps {begin} to {end['checkpoint'] or 0} in {lasted}, {end['outcome']}{reason} -> {end['why']}"
+                    f", steps {first} to {end['checkpoint'] or 0} in {lasted}, {end['outcome']}{reason} -> {end['why']}"
                 )
             else:
-                text += f", from step {begin}, no end noted"
+                text += f", from step {first}, no end recorded"
             lines.append(text)
     return lines
 
 
-def log_path(run: Path, rank: int) -> Path:
-    """Where the output of a rank is: of the run's last job, or of a trainer that was started by hand."""
-    owner = history.read_json(history.launch_folder(run) / "job.json")
-    if owner is None:
-        return run / "log.txt"
-    return Path(owner["logs"]) / f"{owner['job']}_{rank}_log.out"
-
-
 def read_log(run: Path, *, rank: int = 0, lines: int = 100, follow: bool = False) -> Iterator[str]:
-    """The end of what a rank wrote, and, if asked, what it goes on to write until the run is over."""
-    path = log_path(_existing(run), rank)
+    """Yield the last lines of a rank's output and, if `follow` is set, new output until the run has ended.
+
+    Raises:
+        BadInput: the folder is not a run, or the rank has no output.
+    """
+    path = log_path(_check_run(run), rank)
     if rank and path.name == "log.txt":
-        raise BadInput(f"{run} was not launched, so its one log is of rank 0; leave out --rank {rank}")
+        raise BadInput(f"{run} was not launched, so it has a log of rank 0 only; leave out --rank {rank}")
     if not path.exists() and not follow:
         known = sorted(path.parent.glob(path.name.replace(f"_{rank}_log", "_*_log")))
-        ranks = f"there are {len(known)} ranks with output" if known else "the job has not started"
-        raise BadInput(f"rank {rank} of {run} has written nothing to {path}; {ranks}")
+        ranks = f"{len(known)} ranks have output" if known else "the job has not started"
+        raise BadInput(f"rank {rank} of {run} has no output at {path}; {ranks}")
     while not path.exists():
         time.sleep(0.5)
     with path.open(errors="replace") as file:
@@ -264,42 +256,39 @@ def read_log(run: Path, *, rank: int = 0, lines: int = 100, follow: bool = False
             text = file.read()
             if text:
                 yield text
-            elif _is_over(run):
+            elif _has_ended(run):
                 return
             else:
                 time.sleep(0.5)
 
 
 def cancel(run: Path, *, after_checkpoint: bool = False) -> str:
-    """End a run for good.
+    """Cancel a run, and return a message for the user.
 
-    Its ranks save in the seconds that the cluster grants them, or, with `after_checkpoint`, for as long as it takes.
-
-    Returns:
-        What was done, for the user.
+    Its ranks save within the grace period of the cluster, or with `after_checkpoint` for as long as it takes.
     """
-    owner = _owner(run)
+    owner = _check_owner(run)
     if not job_control.is_alive(owner["executor"], owner["job"]):
-        raise BadInput(f"job {owner['job']} of {run} is over; there is nothing to cancel")
+        raise BadInput(f"nothing to cancel: job {owner['job']} of {run} has ended")
     (status,), _ = read_all([run])
     try:
         if after_checkpoint and status.state == "running":
             history.stop_path(run).touch()
             job_control.send_signal(owner["executor"], owner["job"], "USR2")
-            return f"job {owner['job']} was told to save and then to end"
+            return f"job {owner['job']} will save and end"
         job_control.cancel(owner["executor"], owner["job"])
     except slurm.SchedulerUnreachable as error:
-        raise BadInput(f"job {owner['job']} could not be told: {error}") from None
+        raise BadInput(f"job {owner['job']} could not be reached: {error}") from None
     return f"job {owner['job']} is cancelled"
 
 
 def requeue(run: Path) -> str | None:
-    """Have a running job save and come back.
+    """Ask a running job to save and requeue.
 
     Returns:
-        What was done, or None when the job is over, and the run must be launched again (see `owner_of`).
+        A message for the user. None if the job has ended, so that the run must be launched again.
     """
-    owner = _owner(run)
+    owner = _check_owner(run)
     if not job_control.is_alive(owner["executor"], owner["job"]):
         return None
     (status,), _ = read_all([run])
@@ -308,24 +297,26 @@ def requeue(run: Path) -> str | None:
     try:
         job_control.send_signal(owner["executor"], owner["job"], "USR2")
     except slurm.SchedulerUnreachable as error:
-        raise BadInput(f"job {owner['job']} could not be told: {error}") from None
-    return f"job {owner['job']} was told to save and to come back"
+        raise BadInput(f"job {owner['job']} could not be reached: {error}") from None
+    return f"job {owner['job']} will save and be requeued"
 
 
-def _owner(run: Path) -> dict[str, Any]:
-    owner = history.read_json(history.launch_folder(_existing(run)) / "job.json")
+def _check_owner(run: Path) -> dict[str, Any]:
+    """Return the record of the job that owns a run, or raise BadInput if the run was never launched."""
+    owner = history.read_owner(_check_run(run))
     if owner is None:
-        raise BadInput(f"{run} was not launched; a trainer that was started by hand is stopped with Ctrl-C")
+        raise BadInput(f"{run} was not launched; stop a trainer that was started by hand with Ctrl-C")
     return owner
 
 
-def _existing(run: Path) -> Path:
+def _check_run(run: Path) -> Path:
+    """Return a run folder, or raise BadInput otherwise."""
     if not (run / "config.yaml").exists():
-        raise BadInput(f"{run} is not a run folder: it holds no config.yaml; `vjepa runs list` shows those under runs/")
+        raise BadInput(f"{run} is not a run folder: config.yaml is missing; `vjepa runs list` shows the runs in runs/")
     return run
 
 
-def _is_over(run: Path) -> bool:
+def _has_ended(run: Path) -> bool:
     (status,), _ = read_all([run])
     return status.state not in ("queued", "running", "stopping", "unknown")
 

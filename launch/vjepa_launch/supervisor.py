@@ -1,10 +1,10 @@
-"""The processes of the ranks, and what is done with signals, failures and hangs.
+"""Start the processes of the ranks, pass stop signals on to them, and end ranks that stall or whose run has failed.
 
-The ranks are children of the supervisor that submitit starts, rather than functions in it, because then whatever a rank
-dies of (an exit, a fault in native code, `kill -9`, out of memory) somebody is left to say so, to end a process that
-hangs, and to decide. What SLURM signals depends on its ProctrackType: under `cgroup` the supervisor only, under
-`linuxproc` every process of a step. So a wish to stop is always passed on, and a child must take it for a flag that may
-be set twice.
+Ranks are child processes of the supervisor, not functions inside it. So the supervisor outlives any rank (an exit, a
+fault in native code, `kill -9`, out of memory), reports how it ended, and can kill a stalled rank.
+
+Which processes SLURM signals depends on its ProctrackType. Under `cgroup` only the supervisor is signalled, under
+`linuxproc` every process of a step. Stop signals are therefore always passed on, and a rank may receive them twice.
 """
 
 import contextlib
@@ -16,161 +16,142 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from vjepa_launch.history import DONE, STOPPED
+from vjepa_launch.policy import RankExit, is_failure
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 REPEAT_S = 2.0
-"""USR2 is repeated until it is heeded: a child that is still starting does not listen yet."""
+"""USR2 is repeated until the rank ends, because a rank that is still starting ignores it."""
 
-ECHO_S = 10.0
-"""Time for other ranks to end by themselves when one has failed, before they are told and then killed."""
+GRACE_S = 10.0
+"""Time that the other ranks get to end by themselves after a failure. Then they get ABRT, and later KILL."""
 
-LOOK_S = 1.0
-"""What lies between two looks counts for no more than this: who was suspended or starved together with its children (a
-laptop asleep, `scontrol suspend`) must not take them to hang."""
+LONGEST_POLL_S = 1.0
+"""The time between two polls counts as at most this much. If the supervisor was suspended or starved together with its
+ranks (a sleeping laptop, `scontrol suspend`), the ranks are not considered stalled."""
 
 SUSPENDED_S = 10.0
-"""A child that is suspended (SIGSTOP) for so long, while we are not, is taken to hang."""
+"""A rank that is suspended (SIGSTOP) for this long, while the supervisor is not, counts as stalled."""
 
 
-class StopSignals:
-    """Signals that asked this process to stop, in place of doing anything at the time.
+def catch_stop_signals() -> set[int]:
+    """Collect the stop signals of this process in the returned set, instead of acting on them.
 
-    USR2 means: save, and come back (time limit or preemption is near). TERM means: save, and the scheduler decides
-    (it is a cancellation or a preemption). A process that was forked from this one has other worries.
+    USR2 means: save, then requeue (the time limit or a preemption is near). TERM, or INT, means: save, then let the
+    scheduler decide (a cancellation or a preemption). Forked children ignore these signals.
     """
+    received: set[int] = set()
+    pid = os.getpid()
 
-    def __init__(self) -> None:
-        self.signals: set[int] = set()
-        self._pid = os.getpid()
-        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    def receive(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == pid:
+            received.add(signal.SIGTERM if number == signal.SIGINT else number)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self.signals.add(signal.SIGTERM if number == signal.SIGINT else number)
-
-    @property
-    def to_return(self) -> bool:
-        return signal.SIGUSR2 in self.signals
-
-    @property
-    def to_end(self) -> bool:
-        return signal.SIGTERM in self.signals
-
-    @property
-    def to_stop(self) -> bool:
-        return bool(self.signals)
-
-
-@dataclass(frozen=True)
-class RankExit:
-    """How a child ended."""
-
-    rank: int
-    code: int
-    """Exit code; the negative of a signal that killed it."""
-    reason: str
-    echo: bool = False
-    """It was told to end because others had."""
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    return received
 
 
 @dataclass
-class _Child:
+class RankProcess:
+    """The running process of a rank."""
+
     rank: int
     process: subprocess.Popen[bytes]
-    suspended: int = 0
-    """Looks in a row at which it was suspended."""
-    told: bool = False
-    hang: str = ""
-    """What was noticed, once it hangs."""
-    hung_at: float = 0.0
+    suspended_polls: int = 0
+    """Consecutive polls at which the process was suspended."""
+    killed_by_us: bool = False
+    stall: str = ""
+    """Description of the stall, once it is detected."""
+    stalled_at: float = 0.0
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
 
 
 def start(
     command: Sequence[str], environments: Mapping[int, Mapping[str, str]], logs: Mapping[int, Path]
-) -> list[_Child]:
-    """Start one process per rank; a rank with a log of its own writes there, the others where we write."""
-    children = []
+) -> list[RankProcess]:
+    """Start a process for each rank. A rank without a file in `logs` writes to the output of this process."""
+    ranks = []
     for rank, environment in environments.items():
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(logs[rank].open("ab")) if rank in logs else None
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, preexec_fn=_prepare)
-        children.append(_Child(rank, process))
-    return children
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, preexec_fn=_prepare_child)
+        ranks.append(RankProcess(rank, process))
+    return ranks
 
 
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _prepare() -> None:
-    """In the child, before it becomes the command.
+def _prepare_child() -> None:
+    """Set up the child before it becomes the command.
 
-    It ignores USR2 until it says otherwise: by default the signal would kill it while it imports. And it does not
-    outlive us: nobody would be left to look after it. We abort what hangs, for its stacks; that leaves no core, which
-    for a trainer would be as large as its memory.
+    - USR2 is ignored until the command installs a handler; by default it would kill the process during its imports.
+    - The kernel kills the child when the supervisor dies, since then nothing supervises it.
+    - No core files: a stalled rank is aborted for its stacks, and its core would be as large as its memory.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def wait(children: Sequence[_Child], heard: StopSignals, *, alive: Path, stall_s: float) -> list[RankExit]:
-    """Wait until all have ended, passing the wish to stop on, ending those that hang or whose companions have failed.
+def supervise(
+    ranks: Sequence[RankProcess], received: Collection[int], *, heartbeat: Path, stall_s: float
+) -> list[RankExit]:
+    """Wait until all ranks have ended; pass stop signals on, and end ranks that stall or whose run has failed.
 
-    The wish is passed on as USR2, whichever signal brought it: a child can save at leisure after a second one, while
-    TERM would end one that does not listen yet, or that has saved and is tidying up.
+    A stop signal is always passed on as USR2. A rank can save undisturbed after a second USR2, but TERM would kill a
+    rank that has no handler yet, or that has saved and is shutting down.
 
     Args:
-        children: the ranks of this supervisor.
-        heard: the signals that this process received and receives.
-        alive: a file that changes while the run makes progress.
-        stall_s: seconds without a change after which the run is taken to hang.
+        ranks: the ranks of this supervisor.
+        received: stop signals that this process has received; signal handlers add to it.
+        heartbeat: a file that changes while the run makes progress.
+        stall_s: seconds without a change of `heartbeat` after which the run counts as stalled.
     """
-    ended: dict[int, RankExit] = {}
-    signalled, failed_at = -math.inf, None
-    looked, quiet_s, modified = time.monotonic(), 0.0, _modified(alive)
-    while len(ended) < len(children):
+    exits: dict[int, RankExit] = {}
+    signalled_at, failed_at = -math.inf, None
+    clock = _ProgressClock(heartbeat)
+    while len(exits) < len(ranks):
         time.sleep(POLL_S)
         now = time.monotonic()
-        before, modified = modified, _modified(alive)
-        quiet_s = 0.0 if modified != before else quiet_s + min(now - looked, LOOK_S)
-        looked = now
-        running = [child for child in children if child.rank not in ended]
-        for child in running:
-            code = child.process.poll()
+        quiet_s = clock.quiet_s(now)
+        running = [rank for rank in ranks if rank.rank not in exits]
+        for rank in running:
+            code = rank.process.poll()
             if code is not None:
-                ended[child.rank] = RankExit(child.rank, code, child.hang or describe(code), echo=child.told)
-                if code not in (DONE, STOPPED) and not killed_by_us(code, heard) and failed_at is None:
+                reason = rank.stall or describe_exit(code)
+                exits[rank.rank] = RankExit(rank.rank, code, reason, rank.killed_by_us)
+                if is_failure(code, received) and failed_at is None:
                     failed_at = now
-        if heard.to_stop and now - signalled > REPEAT_S:
-            signalled = now
-            _send(running, signal.SIGUSR2)
-        if failed_at is not None and now - failed_at > ECHO_S:
-            for child in running:
-                _send([child], signal.SIGKILL if child.told else signal.SIGABRT)
-                child.told = True
+        if received and now - signalled_at > REPEAT_S:
+            signalled_at = now
+            for rank in running:
+                rank.send(signal.SIGUSR2)
+        if failed_at is not None and now - failed_at > GRACE_S:
+            for rank in running:
+                rank.send(signal.SIGKILL if rank.killed_by_us else signal.SIGABRT)
+                rank.killed_by_us = True
             failed_at = now
-        _end_hanging(running, now=now, quiet_s=quiet_s, stall_s=stall_s)
-    return list(ended.values())
+        for rank in running:
+            _end_if_stalled(rank, now=now, quiet_s=quiet_s, stall_s=stall_s)
+    return list(exits.values())
 
 
-def killed_by_us(code: int, heard: StopSignals) -> bool:
-    """A child that a stop signal killed before it listened, or after it had let go of its handlers, was stopping."""
-    return (heard.to_return and code == -signal.SIGUSR2) or (heard.to_end and code == -signal.SIGTERM)
-
-
-def describe(code: int) -> str:
-    """An exit code in words."""
+def describe_exit(code: int) -> str:
+    """Describe an exit code of a process in words."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -179,42 +160,52 @@ def describe(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def _end_hanging(running: Sequence[_Child], *, now: float, quiet_s: float, stall_s: float) -> None:
-    for child in running:
-        child.suspended = child.suspended + 1 if _state(child.process.pid) == "T" else 0
-        if child.hang:
-            if now - child.hung_at > ECHO_S:  # it does not even give its stacks
-                _send([child], signal.SIGKILL)
-            continue
-        if child.suspended * POLL_S > SUSPENDED_S:
-            child.hang = f"suspended (SIGSTOP) for {SUSPENDED_S:.0f} s"
-        elif quiet_s > stall_s:
-            child.hang = f"no progress for {stall_s / 60:.1f} min"
-        else:
-            continue
-        child.hung_at = now
-        log.error("rank %d: %s; its stacks follow, and it is ended", child.rank, child.hang)
-        # PYTHONFAULTHANDLER turns the abort into the stacks of all threads; a suspended process dies as it wakes.
-        _send([child], signal.SIGABRT)
-        _send([child], signal.SIGCONT)
+def _end_if_stalled(rank: RankProcess, *, now: float, quiet_s: float, stall_s: float) -> None:
+    """Abort a rank that stalls, and kill it if it does not respond."""
+    rank.suspended_polls = rank.suspended_polls + 1 if _process_state(rank.process.pid) == "T" else 0
+    if rank.stall:
+        if now - rank.stalled_at > GRACE_S:  # it did not write its stacks either
+            rank.send(signal.SIGKILL)
+        return
+    if rank.suspended_polls * POLL_S > SUSPENDED_S:
+        rank.stall = f"suspended (SIGSTOP) for {SUSPENDED_S:.0f} s"
+    elif quiet_s > stall_s:
+        rank.stall = f"no progress for {stall_s / 60:.1f} min"
+    else:
+        return
+    rank.stalled_at = now
+    log.error("rank %d: %s; aborting it to get the stacks of its threads", rank.rank, rank.stall)
+    # PYTHONFAULTHANDLER writes the stacks on SIGABRT. A suspended process receives it when it continues.
+    rank.send(signal.SIGABRT)
+    rank.send(signal.SIGCONT)
 
 
-def _send(children: Sequence[_Child], number: int) -> None:
-    for child in children:
-        if child.process.poll() is None:
-            child.process.send_signal(number)
+class _ProgressClock:
+    """Measure for how long a file has not changed, leaving out the time when this process was suspended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._polled_at, self._modified, self._quiet_s = time.monotonic(), _modification_time(path), 0.0
+
+    def quiet_s(self, now: float) -> float:
+        """Return the seconds since the last change of the file. Call it at every poll."""
+        modified = _modification_time(self._path)
+        elapsed_s = min(now - self._polled_at, LONGEST_POLL_S)
+        self._quiet_s = self._quiet_s + elapsed_s if modified == self._modified else 0.0
+        self._polled_at, self._modified = now, modified
+        return self._quiet_s
 
 
-def _state(pid: int) -> str:
-    """One letter of /proc: R running, S sleeping, D waiting for a disk, T suspended."""
+def _process_state(pid: int) -> str:
+    """Return the state letter of /proc/PID/stat: R running, S sleeping, D waiting for a disk, T suspended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
 
 
-def _modified(path: Path) -> float:
-    """When, by the clock of whoever keeps the file, which need not be ours."""
+def _modification_time(path: Path) -> float:
+    """Return the modification time by the clock of the file server, which may differ from the clock of this node."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""What the doctor says, and what it makes of a machine that would break a run."""
+"""The findings of the doctor, on one machine and compared between nodes."""
 
 import functools
 import os
@@ -11,17 +11,17 @@ from vjepa_launch.doctor.machine import Finding, Measure
 
 
 def levels(findings: list[machine.Finding]) -> dict[str, str]:
-    return {finding.what: finding.level for finding in findings}
+    return {finding.subject: finding.level for finding in findings}
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of torch and its import."""
+def fast_torch_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the torch check, whose import is slow."""
     monkeypatch.setattr(machine, "TORCH", "print('2.13|13.0|2'); print('H100|700'); print('H100|698')")
 
 
-@pytest.mark.usefixtures("quick")
-def test_all_is_looked_at_and_nothing_is_left_behind(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("fast_torch_check")
+def test_the_doctor_checks_everything_and_leaves_no_files(tmp_path: Path) -> None:
     findings = machine.examine(tmp_path)
     assert {"python", "torch", "torch runs", "GPU 0", "shared memory", "disk", "clock", "SLURM"} <= set(
         levels(findings)
@@ -31,34 +31,34 @@ def test_all_is_looked_at_and_nothing_is_left_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_that_is_slower_than_its_neighbours_is_bad() -> None:
-    findings = machine._gpus([["H100", "700"], ["H100", "500"]])
+def test_a_gpu_slower_than_its_neighbours_is_bad() -> None:
+    findings = machine._gpu_findings([["H100", "700"], ["H100", "500"]])
     assert levels(findings) == {"GPU 0": "ok", "GPU 1": "bad"}
-    assert "where the best here has 700" in findings[1].found
+    assert "the fastest on this machine reaches 700" in findings[1].result
 
 
 def test_gpus_that_torch_does_not_see_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_count_devices", lambda: 8)
-    (finding,) = machine._gpus([])
+    (finding,) = machine._gpu_findings([])
     assert finding.level == "bad"
-    assert "8 in the machine, and torch sees none" in finding.found
+    assert "8 installed, but torch sees none" in finding.result
 
 
-def test_a_torch_that_crashes_or_hangs_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_crashes_or_does_not_answer_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "TORCH", "raise ImportError('libcudart.so.13 is missing')")
-    assert machine._torch() == [machine.Finding("torch runs", "bad", "ImportError: libcudart.so.13 is missing")]
+    assert machine._check_torch() == [machine.Finding("torch runs", "bad", "ImportError: libcudart.so.13 is missing")]
     monkeypatch.setattr(machine, "TORCH", "import time; time.sleep(60)")
     monkeypatch.setattr(machine, "TORCH_TIMEOUT_S", 0.2)
-    assert "no answer" in machine._torch()[0].found
+    assert "no answer" in machine._check_torch()[0].result
 
 
-def test_a_folder_that_cannot_be_written_to_is_bad(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_bad(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (finding,) = machine._disk(tmp_path / "file")
+    (finding,) = machine._check_disk(tmp_path / "file")
     assert finding.level == "bad"
 
 
-def test_what_differs_between_nodes_is_named_and_what_does_not_is_one_line() -> None:
+def test_nodes_that_differ_are_listed_by_name() -> None:
     def node(tflops: float, torch: str, disk: float) -> list[Finding]:
         return [
             Finding("torch", "ok", torch),
@@ -82,13 +82,13 @@ def test_what_differs_between_nodes_is_named_and_what_does_not_is_one_line() -> 
     ]
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_scheduler_that_hangs_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fast_torch_check")
+def test_a_scheduler_that_does_not_answer_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squeue = tmp_path / "squeue"
     squeue.write_text("#!/bin/sh\nexec sleep 60\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(machine.slurm, "states", functools.partial(machine.slurm.states, timeout_s=0.2))
-    (finding,) = machine._scheduler()
+    monkeypatch.setattr(machine.slurm, "queued_jobs", functools.partial(machine.slurm.queued_jobs, timeout_s=0.2))
+    (finding,) = machine._check_scheduler()
     assert finding.level == "bad"
-    assert "did not answer within 0 s" in finding.found
+    assert "did not answer within 0 s" in finding.result

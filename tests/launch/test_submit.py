@@ -1,4 +1,4 @@
-"""What would be submitted, as text; the profiles that are shipped; and what is refused before anything starts."""
+"""Dry runs, the shipped profiles, and requests that are rejected before anything starts."""
 
 import subprocess
 import sys
@@ -26,13 +26,13 @@ def describe(run: Path, cluster: Cluster, *, nodes: int | None = None) -> str:
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_profile_is_valid_and_can_be_described(path: Path, tmp_path: Path) -> None:
+def test_a_shipped_profile_gives_a_dry_run(path: Path, tmp_path: Path) -> None:
     text = describe(tmp_path / "run", read(path.stem))
     assert "vjepa/engine/trainer.py" in text or "vjepa/config.py" in text
     assert path.read_text().startswith("# ")
 
 
-def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_whole_request_and_writes_nothing(tmp_path: Path) -> None:
     text = describe(tmp_path / "run", read("h100"), nodes=16)
     for line in (
         "#SBATCH --nodes=16",
@@ -58,7 +58,7 @@ def test_a_dry_run_says_everything_and_touches_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("/mine", ":/mine")])
-def test_the_frozen_code_comes_first_whatever_the_folder_is_called(tmp_path: Path, before: str, after: str) -> None:
+def test_frozen_code_comes_first_for_any_folder_name(tmp_path: Path, before: str, after: str) -> None:
     run = tmp_path / "a $HOME `b`"
     (line,) = [line for line in describe(run, read("slurm")).splitlines() if line.startswith("export PYTHONPATH=")]
     script = f'{line}; printf %s "$PYTHONPATH"'
@@ -66,7 +66,7 @@ def test_the_frozen_code_comes_first_whatever_the_folder_is_called(tmp_path: Pat
     assert done.stdout == f"{run}/code{after}"
 
 
-def test_a_container_wraps_the_ranks_but_not_the_last_word(tmp_path: Path) -> None:
+def test_a_container_wraps_the_ranks_but_not_finish_attempt(tmp_path: Path) -> None:
     lines = describe(tmp_path / "run", read("h200")).splitlines()
     step = next(line for line in lines if line.startswith("srun --"))
     assert "--container-image=/shared/images/vjepa-pretrain.sqsh" in step
@@ -95,7 +95,7 @@ print(submit.describe(Request(Path("run").resolve(), cluster, ["python"], config
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_describes_a_launch_without_slurm_and_without_torch(tmp_path: Path) -> None:
+def test_the_dry_run_command_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
     program = """
 import sys
 sys.modules["torch"] = None
@@ -111,7 +111,7 @@ sys.exit(main(["launch", "vitl16_256px_16f", "--on", "h100", "--nodes", "16", "-
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_that_cannot_be_submitted_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_submission_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BadInput, match=r"the job was not submitted: .*srun"):
         submit.launch(Request(tmp_path / "run", read("slurm"), ["python"], config=CONFIG, name="tiny"))
@@ -124,14 +124,14 @@ def test_a_job_that_cannot_be_submitted_is_one_clear_line(tmp_path: Path, monkey
         ({"executor": "slurm", "nodse": 2}, "nodse"),
         ({"executor": "local", "nodes": 2}, "must be 1 on this machine"),
         ({"executor": "slurm", "hours": 0.1, "notice_s": 600}, "must be shorter than hours"),
-        ({"executor": "slurm", "container_mounts": ["/a:/a"]}, "needs container_image"),
+        ({"executor": "slurm", "container_mounts": ["/a:/a"]}, "requires container_image"),
     ],
 )
-def test_a_profile_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
+def test_an_inconsistent_profile_is_rejected(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Cluster.model_validate(values)
 
 
-def test_more_nodes_than_this_machine_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="--nodes 2"):
+def test_more_than_one_node_on_this_machine_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--nodes 2: must be 1 on this machine"):
         describe(tmp_path / "run", read("local"), nodes=2)

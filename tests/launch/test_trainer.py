@@ -1,4 +1,4 @@
-"""The real trainer, launched: two ranks, one of which is killed on the way."""
+"""A launched run of the real trainer with two ranks. Rank 1 is killed."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def launch(tmp_path: Path) -> Iterator[Callable[[Run, str], submit.Launched]]:
         return launched[-1]
 
     yield start
-    for one in launched:
-        if job_control.is_alive("local", one.job):
-            job_control.cancel("local", one.job)
+    for job in launched:
+        if job_control.is_alive("local", job.job):
+            job_control.cancel("local", job.job)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -41,7 +41,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def rank_pid(folder: Path, rank: int) -> int:
-    """The process of a rank, by its variables."""
+    """Find the process of a rank by its environment."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
@@ -50,11 +50,11 @@ def rank_pid(folder: Path, rank: int) -> int:
             continue
         if f"{folder}/config.yaml".encode() in command and f"RANK={rank}".encode() in environment:
             return int(process.name)
-    raise AssertionError(f"no process of rank {rank}")
+    raise AssertionError(f"rank {rank} has no process")
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_rank_changes_no_number(
+def test_a_killed_rank_does_not_change_the_losses(
     launch: Callable[[Run, str], submit.Launched], tiny_run: Callable[..., Run]
 ) -> None:
     run = tiny_run(steps=150, checkpoint={"every_steps": 20}, track={"wandb": "off", "every_steps": 1})
@@ -68,7 +68,7 @@ def test_a_killed_rank_changes_no_number(
     events = history.read_events(killed.run)
     assert [event["outcome"] for event in events if event["event"] == "end"] == ["failed", "done"], log
 
-    whole = launch(run, "whole")
-    list(status.read_log(whole.run, follow=True))
-    assert losses(killed.run) == losses(whole.run)
-    assert max(losses(whole.run)) == 150
+    undisturbed = launch(run, "undisturbed")
+    list(status.read_log(undisturbed.run, follow=True))
+    assert losses(killed.run) == losses(undisturbed.run)
+    assert max(losses(undisturbed.run)) == 150

@@ -1,4 +1,4 @@
-"""A real SLURM for these tests, or a reason why not."""
+"""A real SLURM for these tests. They are skipped where it cannot run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ NODES, CPUS = 2, 64
 
 
 class Slurm:
-    """A cluster, and what tests do to it."""
+    """A running cluster in a folder."""
 
     def __init__(self, folder: Path, proctrack: str) -> None:
         self.folder, self.proctrack = folder, proctrack
@@ -27,7 +27,7 @@ class Slurm:
 
 @contextmanager
 def running(cluster: Slurm) -> Iterator[Slurm]:
-    """A cluster that is the one of all commands meanwhile."""
+    """Start a cluster and direct all SLURM commands to it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(cluster.folder / "slurm.conf"))
         try:
@@ -39,17 +39,17 @@ def running(cluster: Slurm) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Signals reach the tasks alone, as on nearly all clusters, if this machine can do so; else their children too."""
+    """Signals reach only tasks, as on nearly all clusters, if this machine has control groups, else also children."""
     if mini_slurm.missing():
-        pytest.skip(f"no SLURM here: {mini_slurm.missing()}")
+        pytest.skip(f"SLURM cannot run here: {mini_slurm.missing()}")
     proctrack = "linuxproc" if mini_slurm.missing("cgroup") else "cgroup"
     with running(Slurm(tmp_path_factory.mktemp("slurm"), proctrack)) as cluster:
         yield cluster
 
 
 @pytest.fixture
-def loud_slurm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Signals reach every process that a task started."""
+def linuxproc_slurm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Signals reach every process that a task has started."""
     if slurm.proctrack == "linuxproc":
         yield slurm
         return

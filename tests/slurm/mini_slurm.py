@@ -1,11 +1,11 @@
-"""A real SLURM of several nodes on one machine, on loopback only, for tests and rehearsals.
+"""Run a real SLURM of several nodes on a single machine, on loopback only, for tests and drills.
 
     python tests/slurm/mini_slurm.py up DIR [--nodes 2] [--cpus 2] [--proctrack cgroup]
     export SLURM_CONF=DIR/slurm.conf
     python tests/slurm/mini_slurm.py down DIR
 
-Needs root and Debian's packages: apt-get install --no-install-recommends slurm-wlm munge. Everything lives under DIR;
-daemons are stopped by the numbers that they recorded there. Two partitions share the nodes: `high` preempts `low`.
+Needs root and the Debian packages: apt-get install --no-install-recommends slurm-wlm munge. All files are in DIR. The
+daemons are stopped by the process ids that they recorded there. Two partitions share the nodes: `high` preempts `low`.
 """
 
 import argparse
@@ -23,21 +23,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 FREEZER = Path("/sys/fs/cgroup/freezer")
-"""All that SLURM needs of cgroups to know the processes of a job."""
+"""The only control group that SLURM needs to track the processes of a job."""
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 
 # Why each line is there:
-# - NoCtldInAddrAny, NoInAddrAny: listen on 127.0.0.1 in place of all interfaces.
-# - task/none, jobacct_gather/none, accounting_storage/none: no systemd, no database. So sacct does not work, as on many
-#   real clusters.
-# - ProctrackType decides who hears a signal: under cgroup, which nearly all clusters use, only the batch script and the
-#   tasks themselves; under linuxproc all that they started, too.
-# - config_overrides: believe the number of CPUs below, whatever the machine has.
+# - NoCtldInAddrAny, NoInAddrAny: listen on 127.0.0.1 instead of all interfaces.
+# - task/none, jobacct_gather/none, accounting_storage/none: no systemd, no database. As on many real
+#   clusters, sacct does not work.
+# - ProctrackType decides which processes get a signal: under cgroup, which nearly all clusters use, only the batch
+#   script and the tasks; under linuxproc also their children.
+# - config_overrides: use the number of CPUs below instead of the machine's.
 # - cred_expire: a requeued job does not start before its old credential has expired (120 s by default).
-# - KillWait: what remains after TERM at a cancellation; GraceTime: the same at a preemption.
-# - Weight: the first node is taken as long as it has room, so that tests know where they are.
-# - SlurmdTimeout: after which a node that does not answer is given up, and its jobs are requeued.
+# - KillWait: seconds between TERM and KILL at a cancellation. GraceTime: the same at a preemption.
+# - Weight: jobs go to the first node while it has room, so that tests know their node.
+# - SlurmdTimeout: seconds after which a node that does not answer is marked down and its jobs are requeued.
 CONF = """
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -85,19 +85,19 @@ MessageTimeout=30
 
 
 def missing(proctrack: str = "linuxproc") -> str:
-    """Why there can be no SLURM here; empty when there can."""
+    """Return the reason why SLURM cannot run here, or an empty string."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"{', '.join(absent)} not installed (apt-get install --no-install-recommends slurm-wlm munge)"
     if os.geteuid() != 0:
         return "needs root"
     if proctrack == "cgroup" and not os.access(FREEZER, os.W_OK):
-        return f"{FREEZER} cannot be written to, and proctrack/cgroup needs it"
+        return f"{FREEZER} is not writable, and proctrack/cgroup needs it"
     return ""
 
 
 def node_names(folder: Path, nodes: int, proctrack: str) -> list[str]:
-    """n1, n2, ...; but control groups are named after nodes, and another cluster on this machine has an n1 too."""
+    """Return n1, n2, ..., with a prefix under cgroup, because clusters on a machine share the control groups."""
     prefix = hashlib.sha256(str(folder).encode()).hexdigest()[:6] if proctrack == "cgroup" else ""
     return [f"{prefix}n{number}" for number in range(1, nodes + 1)]
 
@@ -105,11 +105,11 @@ def node_names(folder: Path, nodes: int, proctrack: str) -> list[str]:
 def write_files(
     folder: Path, *, nodes: int, cpus: int, preempt_signal: bool, node_timeout_s: int, grace_s: int, proctrack: str
 ) -> None:
-    """All files that the daemons read."""
+    """Write all files that the daemons read."""
     for name in ("munge", "state", "spool", "log", "run"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for at in (folder, folder / "munge"):
-        at.chmod(0o711)
+    for path in (folder, folder / "munge"):
+        path.chmod(0o711)
     key = folder / "munge" / "key"
     if not key.exists():
         key.touch(mode=0o600)
@@ -137,7 +137,7 @@ def write_files(
     lines.append(f"PartitionName=low {shared} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s}")
     lines.append(f"PartitionName=high {shared} Default=NO PriorityTier=10 PreemptMode=OFF")
     conf.write_text("\n".join(lines) + "\n")
-    # 22.05 has no cgroup plugin called disabled, and its v2 wants systemd; v1 loads even where nothing is mounted.
+    # SLURM 22.05 has no cgroup plugin `disabled`, and cgroup/v2 needs systemd. v1 loads even without mounted groups.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
 
@@ -145,7 +145,7 @@ def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = Tr
        grace_s: int = 60, proctrack: str = "linuxproc") -> None:  # fmt: skip
     """Start the daemons and wait until all nodes are idle."""
     if missing(proctrack):
-        sys.exit(f"no SLURM here: {missing(proctrack)}")
+        sys.exit(f"SLURM cannot run here: {missing(proctrack)}")
     folder = folder.resolve()
     assert not set(str(folder)) & set(" ,"), "slurm.conf cannot quote"
     write_files(folder, nodes=nodes, cpus=cpus, preempt_signal=preempt_signal, node_timeout_s=node_timeout_s,
@@ -154,7 +154,7 @@ def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = Tr
     environment = {**os.environ, "SLURM_CONF": str(conf)}
     if not _alive(folder / "run" / "munged.pid"):
         (munge / "socket").unlink(missing_ok=True)
-        # --force: the folder belongs to root, and not to a user called munge
+        # --force: the folder belongs to root, not to the user munge
         _run("munged", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket", f"--seed-file={munge}/seed",
              f"--pid-file={folder}/run/munged.pid", f"--log-file={folder}/log/munged.log")  # fmt: skip
         _wait_for(lambda: (munge / "socket").exists(), "munged", folder)
@@ -172,19 +172,19 @@ def up(folder: Path, *, nodes: int = 2, cpus: int = 2, preempt_signal: bool = Tr
 
 
 def start_node(folder: Path, name: str) -> None:
-    """Start the daemon of one node, unless it runs."""
+    """Start the daemon of a node unless it is running."""
     if not _alive(folder / "run" / f"slurmd.{name}.pid"):
         conf = folder / "slurm.conf"
         _run("slurmd", "-f", str(conf), "-N", name, environment={**os.environ, "SLURM_CONF": str(conf)})
 
 
 def node_pid(folder: Path, name: str) -> int:
-    """Process of the daemon of one node."""
+    """Return the process id of the daemon of a node."""
     return int((folder / "run" / f"slurmd.{name}.pid").read_text())
 
 
 def down(folder: Path) -> None:
-    """Cancel all jobs, and stop the daemons that were recorded."""
+    """Cancel all jobs and stop the recorded daemons."""
     folder = folder.resolve()
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     if _alive(folder / "run" / "slurmctld.pid"):
@@ -208,12 +208,12 @@ def down(folder: Path) -> None:
             os.kill(pid, signal.SIGKILL)
     for group in [FREEZER / f"slurm_{path.name}" for path in (folder / "spool").iterdir()]:
         for path in [*sorted(group.rglob("*/"), reverse=True), group]:
-            with contextlib.suppress(OSError):  # a process that outlived its node
+            with contextlib.suppress(OSError):  # a process is still in the group
                 path.rmdir()
 
 
 def _alive(pid_file: Path) -> bool:
-    """Whether the daemon that recorded its number still runs; a number alone may have passed to another program."""
+    """Return whether the recorded daemon is running. Its name is compared too, because process ids are reused."""
     try:
         pid = pid_file.read_text().strip()
         program = Path(f"/proc/{pid}/comm").read_text()
@@ -236,7 +236,7 @@ def _wait_for(condition: Callable[[], bool], program: str, folder: Path, timeout
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Return ports that are free now."""
     holders = [socket.socket() for _ in range(count)]
     for holder in holders:
         holder.bind(("127.0.0.1", 0))
@@ -247,7 +247,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _read_ports(conf: Path) -> list[int]:
-    """The ports of a configuration that was written before: a new one must find the old daemons."""
+    """Return the ports of an existing configuration, because its daemons keep listening on them."""
     words = conf.read_text().split() if conf.exists() else []
     return [int(word.partition("=")[2]) for word in words if word.startswith(("SlurmctldPort=", "Port="))]
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("action", choices=["up", "down"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node pretends to have")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs per node, independent of the machine")
     parser.add_argument("--proctrack", choices=["cgroup", "linuxproc"], default="linuxproc", help="ProctrackType")
     options = parser.parse_args()
     if options.action == "up":

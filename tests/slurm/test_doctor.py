@@ -1,4 +1,4 @@
-"""The doctor on all nodes of a real SLURM."""
+"""The doctor on every node of a real SLURM."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from vjepa.cli import main
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
-def test_every_node_is_looked_at_and_the_odd_one_is_named(
+def test_the_doctor_lists_the_node_that_differs(
     slurm: Any, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = slurm.nodes[1]
@@ -24,9 +24,9 @@ def test_every_node_is_looked_at_and_the_odd_one_is_named(
     profile.write_text(yaml.safe_dump({**settings, "python": str(python)}))
     shards = f"data.sources.0.shards={tiny_corpus}"
     code = main(["doctor", "demo", shards, "data.clip.fps=4", "--folder", str(tmp_path / "runs"), "--on", str(profile)])
-    told = capsys.readouterr().out
-    assert code == 0, told
-    # Version, limit, exchange inside a node and between nodes, corpus: each once, the odd node apart.
+    output = capsys.readouterr().out
+    assert code == 0, output
+    # Version, limit, exchange within and between nodes, corpus: one line each, and one for the node that differs.
     for line in (
         rf"ok +python +2 nodes: {sys.version_info[0]}\.{sys.version_info[1]}",
         r"ok +open files +1 node: ",
@@ -36,4 +36,4 @@ def test_every_node_is_looked_at_and_the_odd_one_is_named(
         r"ok +shards 0 +\d nodes?: .* MiB/s read",
         r"ok +clips +\d nodes?: .* clips/s for each core",
     ):
-        assert re.search(f"^{line}", told, re.MULTILINE), f"{line}\n{told}"
+        assert re.search(f"^{line}", output, re.MULTILINE), f"{line}\n{output}"

@@ -1,4 +1,4 @@
-"""What SLURM itself does to runs: preemption, lost nodes; and what it is asked for."""
+"""Preemption, lost nodes, and submissions on a real SLURM."""
 
 import os
 import signal
@@ -21,15 +21,15 @@ INTRUDER = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusiv
 
 
 @pytest.fixture
-def rehearsal(slurm: Any, tmp_path: Path) -> Iterator[Callable[..., DrillRun]]:
-    made: list[DrillRun] = []
+def make_drill_run(slurm: Any, tmp_path: Path) -> Iterator[Callable[..., DrillRun]]:
+    created: list[DrillRun] = []
 
     def make(*options: str) -> DrillRun:
-        made.append(DrillRun(tmp_path / f"run{len(made)}", *options))
-        return made[-1]
+        created.append(DrillRun(tmp_path / f"run{len(created)}", *options))
+        return created[-1]
 
     yield make
-    for run in made:
+    for run in created:
         if run.job and run.is_alive():
             subprocess.run(["scancel", "--signal=KILL", "--full", run.job], check=False)
             subprocess.run(["scancel", run.job], check=False)
@@ -41,19 +41,19 @@ def run_command(*command: str) -> str:
 
 
 def preempt(run: DrillRun) -> None:
-    """A job of higher rank takes the nodes for a moment."""
+    """Start a short job of higher priority that takes the nodes."""
     run.wait_for(lambda: run.step() >= 10, 120)
     run_command(*INTRUDER, "sleep 2")
 
 
 @pytest.mark.parametrize("with_signal", [True, False])
-def test_preemption_loses_and_repeats_no_step(
-    slurm: Any, rehearsal: Callable[..., DrillRun], with_signal: bool
+def test_preemption_neither_loses_nor_repeats_a_step(
+    slurm: Any, make_drill_run: Callable[..., DrillRun], with_signal: bool
 ) -> None:
-    """With `preempt_send_user_signal` the ranks hear USR2; without it TERM, as at a cancellation."""
+    """Ranks receive USR2 with `preempt_send_user_signal`, and TERM without it, as at a cancellation."""
     slurm.up(preempt_signal=with_signal)
     run_command("scontrol", "reconfigure")
-    run = rehearsal("--steps", "100", "--step-s", "0.05", "--every", "1000")
+    run = make_drill_run("--steps", "100", "--step-s", "0.05", "--every", "1000")
     run.launch(PROFILE)
     preempt(run)
     assert run.wait(180)["outcome"] == "done", run.log()
@@ -62,15 +62,15 @@ def test_preemption_loses_and_repeats_no_step(
     assert run.replayed() == 0
 
 
-def test_ranks_save_though_all_processes_hear_term(loud_slurm: Any, tmp_path: Path) -> None:
-    """srun too would hear it, and kill them while they save."""
+def test_ranks_save_when_every_process_receives_term(linuxproc_slurm: Any, tmp_path: Path) -> None:
+    """Without the srun shield, srun would receive it too and kill the ranks while they save."""
     (cancel,) = drills.choose(PROFILE, ["cancel"])
     result = drills.rehearse(cancel, tmp_path / "cancel", PROFILE)
     assert result.passed, drills.table([result])
 
 
-def test_a_node_without_power_brings_the_run_back_elsewhere(slurm: Any, rehearsal: Callable[..., DrillRun]) -> None:
-    run = rehearsal("--steps", "200", "--step-s", "0.05", "--every", "10")
+def test_a_run_on_a_lost_node_resumes_on_another_node(slurm: Any, make_drill_run: Callable[..., DrillRun]) -> None:
+    run = make_drill_run("--steps", "200", "--step-s", "0.05", "--every", "10")
     run.launch(PROFILE.model_copy(update={"nodes": 1}))
     run.wait_for(lambda: run.step() >= 15, 120)
     (node,) = run.events("start")[0]["nodes"]
@@ -87,8 +87,8 @@ def test_a_node_without_power_brings_the_run_back_elsewhere(slurm: Any, rehearsa
 
 
 def processes_of(job: str) -> list[int]:
-    """All that a node runs for a job that has the node for itself: SLURM's own step daemons first."""
-    daemons, others = [], []
+    """Return all processes of a job on its node, SLURM's step daemons first."""
+    daemons, ranks = [], []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -98,12 +98,12 @@ def processes_of(job: str) -> list[int]:
         if command.startswith(f"slurmstepd: [{job}."):
             daemons.append(int(process.name))
         elif f"SLURM_JOB_ID={job}".encode() in environment:
-            others.append(int(process.name))
-    return daemons + others
+            ranks.append(int(process.name))
+    return daemons + ranks
 
 
-def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: Callable[..., DrillRun]) -> None:
-    run = rehearsal("--steps", "20")
+def test_the_dry_run_shows_the_submitted_batch_script(slurm: Any, make_drill_run: Callable[..., DrillRun]) -> None:
+    run = make_drill_run("--steps", "20")
     cluster = PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour"}, "environment": {"A": "b c"}})
     described = submit.describe(run.request(cluster))
     run.launch(cluster)
@@ -119,7 +119,7 @@ def test_the_batch_script_is_the_one_that_was_described(slurm: Any, rehearsal: C
     assert now.state == "lost"
 
 
-def test_what_the_cluster_refuses_is_one_clear_line(slurm: Any, rehearsal: Callable[..., DrillRun]) -> None:
-    run = rehearsal("--steps", "20")
+def test_a_rejected_submission_is_an_error_of_one_line(slurm: Any, make_drill_run: Callable[..., DrillRun]) -> None:
+    run = make_drill_run("--steps", "20")
     with pytest.raises(BadInput, match=r"the job was not submitted: .*invalid partition specified: nope"):
         run.launch(PROFILE.model_copy(update={"partition": "nope"}))

@@ -19,7 +19,7 @@ from vjepa_launch.drill.drill_run import DrillRun
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
-def test_an_array_that_lost_a_task_is_finished_by_the_same_command(
+def test_the_same_command_finishes_an_array_that_lost_a_task(
     slurm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     videos, corpus, profile = tmp_path / "videos", tmp_path / "corpus", tmp_path / "profile.yaml"
@@ -33,24 +33,24 @@ def test_an_array_that_lost_a_task_is_finished_by_the_same_command(
     assert not corpus.exists()
 
     assert main(command) == 0
-    lost, other = tasks = [DrillRun.of(tmp_path / "corpus.jobs" / f"task-0000{number}") for number in range(2)]
+    lost, finished = tasks = [DrillRun.of(tmp_path / "corpus.jobs" / f"task-0000{number}") for number in range(2)]
     lost.wait_for((corpus / "status" / "task-00000-of-00002.json").exists, 300)
     lost.cancel()
     for task in tasks:
         task.wait(300)
-    assert (lost.outcomes(), other.outcomes()) == (["cancelled"], ["done"]), lost.log()
+    assert (lost.outcomes(), finished.outcomes()) == (["cancelled"], ["done"]), lost.log()
 
     assert main(command) == 0
     assert DrillRun.of(lost.folder).wait(300)["outcome"] == "done"
     assert main(["shard", "--status", "--out", str(corpus)]) == 0
     assert "task 0 of 2" in capsys.readouterr().out
-    assert main(command) == 2  # nothing is left to do
+    assert main(command) == 2  # nothing left to launch
     statuses, _ = status.read_all(status.find_runs(tmp_path / "corpus.jobs"))
-    assert [(one.name, one.state, one.attempts) for one in statuses] == [
+    assert [(run.name, run.state, run.attempts) for run in statuses] == [
         ("task-00000", "done", 2),
         ("task-00001", "done", 1),
     ]
 
     spec = load_settings(Spec, None, settings).settings
-    alone = shard([str(videos)], tmp_path / "alone", spec=spec, workers=len(os.sched_getaffinity(0)))
-    assert read_manifest(corpus).hash == alone.hash
+    single = shard([str(videos)], tmp_path / "single", spec=spec, workers=len(os.sched_getaffinity(0)))
+    assert read_manifest(corpus).hash == single.hash

@@ -1,4 +1,4 @@
-"""The real trainer on a real SLURM: whatever happens to its processes, not a number changes."""
+"""The real trainer on a real SLURM: disturbed processes do not change the metrics."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=1, cpus_per_task=2, 
 STEPS = 300
 
 
-def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
-    loud_slurm: Any, tiny_run: Callable[..., Run], tmp_path: Path
+def test_a_disturbed_run_is_bit_identical_to_an_undisturbed_run(
+    linuxproc_slurm: Any, tiny_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = tiny_run(
         steps=STEPS,
@@ -30,23 +30,23 @@ def test_a_run_that_was_disturbed_is_bit_for_bit_the_one_that_was_not(
         track={"wandb": "offline", "every_steps": 1},
         loader={"workers": 1, "start_method": "fork"},
     )
-    whole, disturbed = (launch(run, tmp_path / name) for name in ("whole", "disturbed"))
+    undisturbed, disturbed = (launch(run, tmp_path / name) for name in ("undisturbed", "disturbed"))
     after_steps(disturbed, 10)
     disturbed.ask_to_return()
     after_steps(disturbed, 10, attempt=2)
     os.kill(loader_worker(disturbed.folder, rank=1), signal.SIGKILL)
     after_steps(disturbed, 30, attempt=2)
-    assert slurm.requeue(disturbed.job)  # all processes hear TERM, loader workers too
+    assert slurm.requeue(disturbed.job)  # every process receives TERM, including loader workers
     assert disturbed.wait(600)["outcome"] == "done", disturbed.log()
-    assert whole.wait(600)["outcome"] == "done", whole.log()
+    assert undisturbed.wait(600)["outcome"] == "done", undisturbed.log()
 
     assert disturbed.outcomes() == ["stopped", "stopped", "done"], disturbed.log()
-    assert whole.outcomes() == ["done"]
-    # What one attempt saved last is where the next one began: no step was lost, and none made again.
+    assert undisturbed.outcomes() == ["done"]
+    # Each attempt resumes at the last step of the attempt before, so no step is lost or repeated.
     assert [end["checkpoint"] for end in disturbed.events("end")][:-1] == [
         start["checkpoint"] for start in disturbed.events("start")
     ][1:]
-    assert numbers(disturbed) == numbers(whole)
+    assert step_metrics(disturbed) == step_metrics(undisturbed)
     assert [row["step"] for row in disturbed.metrics()] == list(range(1, STEPS + 1))
     assert "starting the workers again" in disturbed.log()
     recorded = list(disturbed.folder.glob("wandb/offline-run-*"))
@@ -62,14 +62,14 @@ def launch(run: Run, folder: Path) -> DrillRun:
 
 
 def after_steps(run: DrillRun, steps: int, *, attempt: int = 1) -> None:
-    """Wait until the attempt has made so many steps."""
+    """Wait until an attempt has made `steps` steps."""
     run.wait_for(lambda: len(run.events("start")) == attempt, 300)
     first = run.events("start")[-1]["checkpoint"] or 0
     run.wait_for(lambda: run.step() >= first + steps, 300)
 
 
-def numbers(run: DrillRun) -> list[dict[str, float]]:
-    """All that was recorded of every step, but for times and speeds."""
+def step_metrics(run: DrillRun) -> list[dict[str, float]]:
+    """Return the recorded metrics of every step, without times and speeds."""
     return [
         {name: value for name, value in row.items() if name.startswith(("step", "loss/", "optim/", "masks/"))}
         for row in run.metrics()
@@ -77,7 +77,7 @@ def numbers(run: DrillRun) -> list[dict[str, float]]:
 
 
 def loader_worker(folder: Path, *, rank: int) -> int:
-    """A loader worker of a rank: its fork, which has its command."""
+    """Find a loader worker of a rank: a fork, which has the same command."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
@@ -89,4 +89,4 @@ def loader_worker(folder: Path, *, rank: int) -> int:
                         return int(child)
         except OSError:
             continue
-    raise AssertionError(f"no loader worker of rank {rank}")
+    raise AssertionError(f"rank {rank} has no loader worker")

@@ -1,4 +1,4 @@
-"""A run of the stand-in trainer that a drill launches, disturbs and then checks step by step."""
+"""A run of the dummy trainer that a drill launches, disturbs, and then checks step by step."""
 
 import json
 import os
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_launch import history, job_control, submit
+from vjepa_launch.atomic import write_json
 from vjepa_launch.drill import dummy_trainer
 from vjepa_launch.request import Request
 from vjepa_launch.settings import Cluster
 
 
 class DrillRun:
-    """A run folder whose command is the stand-in.
+    """A run folder whose command is the dummy trainer.
 
     Args:
-        folder: where; must not exist.
-        options: of the stand-in.
+        folder: the run folder; must not exist.
+        options: options of the dummy trainer.
     """
 
     def __init__(self, folder: Path, *options: str) -> None:
@@ -30,99 +31,100 @@ class DrillRun:
 
     @staticmethod
     def of(folder: Path) -> "DrillRun":
-        """A run that was launched by other means, as part of a sweep for instance."""
+        """Return the run in a folder that was launched by other means, for example as part of a sweep."""
         run = DrillRun(folder)
-        owner = history.read_json(history.launch_folder(run.folder) / "job.json")
+        owner = history.read_owner(run.folder)
         assert owner is not None
         run.executor, run.job, run.command = owner["executor"], owner["job"], owner["command"]
         return run
 
-    def request(self, cluster: Cluster, *, config: str = "name: rehearsal\n") -> Request:
-        return Request(self.folder, cluster, self.command, config=config, name="rehearsal")
+    def request(self, cluster: Cluster, *, config: str = "name: drill\n") -> Request:
+        """Return the request that `launch` submits."""
+        return Request(self.folder, cluster, self.command, config=config, name="drill")
 
-    def launch(self, cluster: Cluster, *, config: str = "name: rehearsal\n") -> submit.Launched:
+    def launch(self, cluster: Cluster, *, config: str = "name: drill\n") -> submit.Launched:
+        """Launch the run."""
         launched = submit.launch(self.request(cluster, config=config))
         self.executor, self.job = cluster.executor, launched.job
         return launched
 
     def inject(self, *, rank: int, step: int, do: str, restarts: int = 1) -> None:
-        """Have a rank meet its fate at a step, in the first `restarts` starts that reach it."""
-        fault = {"rank": rank, "step": step, "restarts": restarts, "do": do}
-        history.write_json(self.folder / "fault.json", fault)
+        """Inject a fault into a rank at a step, in the first `restarts` starts that reach it."""
+        write_json(self.folder / "fault.json", {"rank": rank, "step": step, "restarts": restarts, "do": do})
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """The history of the run: its `launch`, `start` or `end` events."""
-        return [event for event in history.read_events(self.folder) if event["event"] == kind]
+        """Return the `launch`, `start` or `end` events of the run."""
+        return history.read_events(self.folder, kind)
 
     def outcomes(self) -> list[str]:
+        """Return the outcomes of the attempts so far."""
         return [event["outcome"] for event in self.events("end")]
 
     def pid(self, rank: int) -> int:
-        """Process of a rank, on this machine."""
+        """Return the process id of a rank on this machine."""
         return json.loads((self.folder / "pids" / f"rank_{rank}.json").read_text())["pid"]
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a rank on this machine."""
         os.kill(self.pid(rank), number)
 
     def ask_to_return(self) -> None:
-        """Tell the run to save and come back, as before a time limit."""
+        """Ask the run to save and requeue, as before a time limit."""
         job_control.send_signal(self.executor, self.job, "USR2")
 
     def cancel(self) -> None:
+        """Cancel the job."""
         job_control.cancel(self.executor, self.job)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All that was recorded, in order; a line that is being written is left out."""
+        """Return all recorded rows in order, without a line that is still being written."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def step(self) -> int:
-        """Newest step that was recorded."""
+        """Return the newest recorded step."""
         rows = self.metrics()
         return rows[-1]["step"] if rows else 0
 
     def is_alive(self) -> bool:
+        """Return whether the job is pending or running."""
         return job_control.is_alive(self.executor, self.job)
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 200.0, poll_s: float = 0.05) -> None:
-        """Wait for something to become true.
+        """Wait until a condition is true.
 
         Raises:
-            TimeoutError: it did not; with all that the ranks wrote.
+            TimeoutError: it did not become true in time. The message contains the output of all ranks.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout_s:.0f} s in vain\n{self.log()}")
+                raise TimeoutError(f"the condition was not met within {timeout_s:.0f} s\n{self.log()}")
             time.sleep(poll_s)
 
     def wait(self, timeout_s: float = 200.0) -> dict[str, Any]:
-        """Wait until the job is over.
-
-        Returns:
-            The last event of the run's history.
-        """
+        """Wait until the job has ended, and return the last event of the run."""
         self.wait_for(lambda: not self.is_alive(), timeout_s, poll_s=0.05 if self.executor == "local" else 0.5)
         return history.read_events(self.folder)[-1]
 
     def log(self) -> str:
-        """All that the ranks and their supervisors wrote."""
+        """Return the output of all ranks and supervisors."""
         return "\n".join(path.read_text() for path in sorted((self.folder / "launch").glob("*.out")))
 
     def wrong_steps(self, steps: int) -> list[int]:
-        """Steps that are missing, or that were anything else than in a run that nothing disturbed."""
-        seen: dict[int, set[float]] = {}
+        """Return the steps that are missing, or whose loss differs from an undisturbed run."""
+        losses: dict[int, set[float]] = {}
         for row in self.metrics():
-            seen.setdefault(row["step"], set()).add(row["loss/prediction"])
+            losses.setdefault(row["step"], set()).add(row["loss/prediction"])
         state, wrong = "", []
         for step in range(1, steps + 1):
             state = dummy_trainer.advance(state, step - 1)
-            if seen.pop(step, None) != {dummy_trainer.loss(state)}:
+            if losses.pop(step, None) != {dummy_trainer.loss(state)}:
                 wrong.append(step)
-        return wrong + sorted(seen)
+        return wrong + sorted(losses)
 
     def replayed(self) -> int:
-        """Steps that were done again after a failure."""
+        """Return the number of steps that were repeated after a failure."""
         steps = [row["step"] for row in self.metrics()]
         return len(steps) - len(set(steps))

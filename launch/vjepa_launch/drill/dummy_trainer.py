@@ -1,13 +1,14 @@
-"""A trainer of nothing: steps, checkpoints, signals and exit codes as `vjepa train` has them, without torch.
+"""A trainer without a model: the steps, checkpoints, signals and exit codes of `vjepa train`, without torch.
 
-For drills and tests of the launcher, which would otherwise spend their time importing torch. The ranks meet at
-MASTER_ADDR:MASTER_PORT and go in step: in each step every rank tells rank 0 whether it was asked to stop, and all hear
-the answer, as the trainer's all-reduce does. The loss is a chain in which each step depends on all before it, so that
-a step lost, repeated or resumed from the wrong place shows in every later one.
+Drills and tests of the launcher use it, because importing torch would take most of their time. The ranks connect to
+MASTER_ADDR:MASTER_PORT. In each step every rank tells rank 0 whether it received a stop signal, and all ranks receive
+the combined answer, as in the trainer's all-reduce. The loss of a step depends on all steps before it. So a step that
+is lost, repeated, or resumed from the wrong checkpoint changes all later losses.
 
     python -m vjepa_launch.drill.dummy_trainer RUN --steps 100 --step-s 0.1 --every 10
 
-RUN/fault.json injects a fault: {"rank": 1, "step": 5, "restarts": 1, "do": "kill"}: in the first `restarts` starts.
+RUN/fault.json injects a fault in the first `restarts` starts: {"rank": 1, "step": 5, "restarts": 1, "do": "kill"}.
+`do` is "kill", "suspend", "sleep", or an exit code.
 """
 
 import argparse
@@ -22,32 +23,35 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from vjepa_launch.history import newest_checkpoint, write_json
+from vjepa_launch.atomic import write_json
+from vjepa_launch.history import newest_checkpoint
+from vjepa_launch.policy import DONE, STOPPED
 
-PATIENCE_S = 20.0
+CONNECT_TIMEOUT_S = 20.0
 
 
 def main() -> int:
+    """Train, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--step-s", type=float, default=0.1, help="seconds that a step takes")
-    parser.add_argument("--save-s", type=float, default=0.0, help="seconds that a checkpoint takes")
+    parser.add_argument("--step-s", type=float, default=0.1, help="duration of a step, seconds")
+    parser.add_argument("--save-s", type=float, default=0.0, help="duration of a checkpoint, seconds")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     options = parser.parse_args()
     run: Path = options.run
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-    asked: set[int] = set()
+    received: set[int] = set()
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        asked.add(number)
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.add(number)
 
-    signal.signal(signal.SIGUSR2, hear)
-    signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGUSR2, receive)
+    signal.signal(signal.SIGTERM, receive)
     start = newest_checkpoint(run) or 0
-    note_start(run, rank, start)
-    agree = meet(rank, world)
+    write_pid(run, rank, start)
+    any_rank = connect(rank, world)
     state = json.loads((checkpoint_folder(run, start) / "state.json").read_text())["value"] if start else ""
     for step in range(start, options.steps):
         inject_fault(run, rank, step)
@@ -57,50 +61,52 @@ def main() -> int:
         if rank == 0:
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": done, "time": time.time(), "loss/prediction": loss(state)}) + "\n")
-        stop = agree(bool(asked))
+        stop = any_rank(bool(received))
         if stop or done % options.every == 0 or done == options.steps:
             time.sleep(options.save_s)
             if rank == 0:
                 save(run, done, state)
-            agree(False)
+            any_rank(False)  # a barrier
         if stop and done < options.steps:
-            print(f"rank {rank} stopped in good order after step {done}", flush=True)
-            return 75
+            print(f"rank {rank} saved and stopped after step {done}", flush=True)
+            return STOPPED
     print(f"rank {rank} done", flush=True)
-    return 0
+    return DONE
 
 
 def advance(state: str, step: int) -> str:
-    """The state after a step: a function of all steps before it."""
+    """Return the state after a step, which is a function of all steps before it."""
     return hashlib.sha256(f"{state}/{step}".encode()).hexdigest()
 
 
 def loss(state: str) -> float:
-    """A number that tells states apart."""
+    """Return a number in [0, 1) that identifies a state."""
     return int(state[:12], 16) / 16**12
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def save(run: Path, step: int, state: str) -> None:
-    """Complete or absent."""
+    """Write a checkpoint folder, which is complete or absent at any time."""
     final = checkpoint_folder(run, step)
     if final.exists():
         return
-    beside = final.with_name(f".{final.name}.{os.getpid()}")
-    write_json(beside / "state.json", {"step": step, "value": state})
-    beside.rename(final)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    write_json(temporary / "state.json", {"step": step, "value": state})
+    temporary.rename(final)
 
 
-def note_start(run: Path, rank: int, step: int) -> None:
-    """Leave our number where a drill finds it."""
-    place = {"pid": os.getpid(), "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "step": step}
-    write_json(run / "pids" / f"rank_{rank}.json", place)
+def write_pid(run: Path, rank: int, step: int) -> None:
+    """Store the process id of this rank for the drill."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    write_json(run / "pids" / f"rank_{rank}.json", {"pid": os.getpid(), "node": node, "step": step})
 
 
 def inject_fault(run: Path, rank: int, step: int) -> None:
+    """Cause the fault of RUN/fault.json if it is due at this rank and step."""
     path = run / "fault.json"
     if not path.exists():
         return
@@ -119,45 +125,45 @@ def inject_fault(run: Path, rank: int, step: int) -> None:
         sys.exit(int(fault["do"]))
 
 
-def meet(rank: int, world: int) -> Callable[[bool], bool]:
-    """Connect all ranks; returns the step's question: does any rank wish to stop?"""
+def connect(rank: int, world: int) -> Callable[[bool], bool]:
+    """Connect all ranks, and return a function that says whether its argument is true on any rank."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if rank == 0:
         server = socket.create_server(("", address[1]))
-        server.settimeout(PATIENCE_S)
-        others = [server.accept()[0] for _ in range(world - 1)]
-        for other in others:
-            other.settimeout(PATIENCE_S)
+        server.settimeout(CONNECT_TIMEOUT_S)
+        peers = [server.accept()[0] for _ in range(world - 1)]
+        for peer in peers:
+            peer.settimeout(CONNECT_TIMEOUT_S)
 
-        def agree(stop: bool) -> bool:
-            answer = bytes([max([stop, *(_receive(other) for other in others)])])
-            for other in others:
-                other.sendall(answer)
+        def gather(value: bool) -> bool:
+            answer = bytes([max([value, *(_receive(peer) for peer in peers)])])
+            for peer in peers:
+                peer.sendall(answer)
             return bool(answer[0])
 
-        return agree
-    deadline = time.monotonic() + PATIENCE_S
+        return gather
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
-            first = socket.create_connection(address, timeout=PATIENCE_S)
+            rank_0 = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
             break
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 
-    def ask(stop: bool) -> bool:
-        first.sendall(bytes([stop]))
-        return bool(_receive(first))
+    def ask(value: bool) -> bool:
+        rank_0.sendall(bytes([value]))
+        return bool(_receive(rank_0))
 
     return ask
 
 
 def _receive(peer: socket.socket) -> int:
-    heard = peer.recv(1)
-    if not heard:
-        raise ConnectionError("another rank is gone")
-    return heard[0]
+    received = peer.recv(1)
+    if not received:
+        raise ConnectionError("the connection to another rank was closed")
+    return received[0]
 
 
 if __name__ == "__main__":

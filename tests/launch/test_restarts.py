@@ -1,4 +1,4 @@
-"""Real runs on this machine: what becomes of a run when something happens to it."""
+"""Real runs on this machine that are disturbed and restarted."""
 
 import random
 import socket
@@ -19,8 +19,8 @@ def machine(*, ranks: int = 2, **restart: Any) -> Cluster:
 Make = Callable[..., DrillRun]
 
 
-def test_a_run_starts_all_ranks_and_is_done(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "20", "--step-s", "0.01")
+def test_a_run_starts_all_ranks_and_finishes(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "20", "--step-s", "0.01")
     run.launch(machine(ranks=3))
     end = run.wait()
     assert (end["outcome"], end["requeue"], end["checkpoint"]) == ("done", False, 20)
@@ -28,8 +28,8 @@ def test_a_run_starts_all_ranks_and_is_done(rehearsal: Make) -> None:
     assert "rank 2 done" in (run.folder / "launch" / f"{run.job}_2_log.out").read_text()
 
 
-def test_usr2_saves_and_comes_back_without_losing_a_step(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "60", "--step-s", "0.03", "--every", "1000")
+def test_usr2_requeues_a_run_without_losing_a_step(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "60", "--step-s", "0.03", "--every", "1000")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 10)
     run.ask_to_return()
@@ -40,8 +40,8 @@ def test_usr2_saves_and_comes_back_without_losing_a_step(rehearsal: Make) -> Non
     assert run.replayed() == 0
 
 
-def test_usr2_before_the_command_listens_is_not_lost(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "80", "--step-s", "0.05", "--every", "1000")
+def test_usr2_during_the_start_of_a_rank_is_not_lost(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "80", "--step-s", "0.05", "--every", "1000")
     run.launch(machine())
     run.wait_for(lambda: "ranks [0, 1]" in run.log())
     run.ask_to_return()
@@ -50,8 +50,8 @@ def test_usr2_before_the_command_listens_is_not_lost(rehearsal: Make) -> None:
     assert run.wrong_steps(80) == []
 
 
-def test_a_killed_rank_brings_the_run_back_from_its_checkpoint(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "40", "--step-s", "0.03", "--every", "10")
+def test_a_run_with_a_killed_rank_resumes_from_its_checkpoint(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "40", "--step-s", "0.03", "--every", "10")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 15)
     run.kill(1)
@@ -64,19 +64,19 @@ def test_a_killed_rank_brings_the_run_back_from_its_checkpoint(rehearsal: Make) 
     assert run.wrong_steps(40) == []
 
 
-def test_three_attempts_without_a_new_checkpoint_end_the_loop(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "40", "--step-s", "0.01", "--every", "10")
+def test_three_attempts_without_a_checkpoint_end_the_run(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "40", "--step-s", "0.01", "--every", "10")
     run.inject(rank=1, step=15, restarts=100, do="1")
     run.launch(machine())
     end = run.wait()
-    # The first attempt leaves a checkpoint at 10 and so is not one of the three.
+    # The first attempt leaves a checkpoint at step 10, so it is not one of the three.
     assert [event["progress"] for event in run.events("end")] == [True, False, False, False]
     assert (end["outcome"], end["requeue"]) == ("failed", False)
     assert "failed 3 times in a row without a new checkpoint" in end["why"]
 
 
-def test_refused_input_is_not_tried_again(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "40", "--step-s", "0.01")
+def test_a_run_that_rejects_its_input_is_not_restarted(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "40", "--step-s", "0.01")
     run.inject(rank=1, step=5, restarts=100, do="2")
     run.launch(machine())
     end = run.wait()
@@ -84,8 +84,8 @@ def test_refused_input_is_not_tried_again(rehearsal: Make) -> None:
     assert len(run.events("start")) == 1
 
 
-def test_a_rank_that_makes_no_progress_is_found_and_the_run_comes_back(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "30", "--step-s", "0.03", "--every", "10")
+def test_a_run_with_a_stalled_rank_is_restarted(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "30", "--step-s", "0.03", "--every", "10")
     run.inject(rank=1, step=15, restarts=1, do="sleep")
     run.launch(machine(stall_min=0.2))
     assert run.wait()["outcome"] == "done"
@@ -96,8 +96,8 @@ def test_a_rank_that_makes_no_progress_is_found_and_the_run_comes_back(rehearsal
     assert run.wrong_steps(30) == []
 
 
-def test_cancelling_saves_and_does_not_resurrect(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "1000", "--step-s", "0.03", "--every", "1000")
+def test_a_cancelled_run_saves_and_is_not_restarted(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "1000", "--step-s", "0.03", "--every", "1000")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 5)
     run.cancel()
@@ -106,8 +106,8 @@ def test_cancelling_saves_and_does_not_resurrect(rehearsal: Make) -> None:
     assert history.newest_checkpoint(run.folder) == run.step()
 
 
-def test_stop_after_checkpoint_does_not_come_back(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "1000", "--step-s", "0.03", "--every", "1000")
+def test_a_run_asked_to_stop_saves_and_is_not_restarted(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "1000", "--step-s", "0.03", "--every", "1000")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 5)
     history.stop_path(run.folder).touch()
@@ -117,15 +117,16 @@ def test_stop_after_checkpoint_does_not_come_back(rehearsal: Make) -> None:
     assert end["checkpoint"] == run.step()
 
 
-def test_launching_again_resumes_with_the_frozen_code(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "40", "--step-s", "0.03", "--every", "5")
+def test_a_second_launch_resumes_with_the_frozen_code(make_drill_run: Make) -> None:
+    """A launch into a folder that is in use, or with other settings, is rejected."""
+    run = make_drill_run("--steps", "40", "--step-s", "0.03", "--every", "5")
     first = run.launch(machine())
     run.wait_for(lambda: run.step() >= 12)
     with pytest.raises(BadInput, match=f"in use by job {run.job}"):
         run.launch(machine())
     run.cancel()
     run.wait()
-    with pytest.raises(BadInput, match=r"holds other settings \(-name: rehearsal; \+name: large\)"):
+    with pytest.raises(BadInput, match=r"has different settings \(-name: drill; \+name: large\)"):
         run.launch(machine(), config="name: large\n")
     second = run.launch(machine())
     assert second.resumes is not None
@@ -135,8 +136,8 @@ def test_launching_again_resumes_with_the_frozen_code(rehearsal: Make) -> None:
     assert run.wrong_steps(40) == []
 
 
-def test_changed_code_is_refused_at_start(rehearsal: Make) -> None:
-    run = rehearsal("--steps", "2000", "--step-s", "0.02", "--every", "5")
+def test_changed_code_is_rejected_at_a_restart(make_drill_run: Make) -> None:
+    run = make_drill_run("--steps", "2000", "--step-s", "0.02", "--every", "5")
     run.launch(machine())
     run.wait_for(lambda: run.step() >= 6)
     with (run.folder / "code" / "vjepa_launch" / "drill" / "dummy_trainer.py").open("a") as file:
@@ -147,7 +148,7 @@ def test_changed_code_is_refused_at_start(rehearsal: Make) -> None:
     assert "was changed after it was frozen" in end["reason"]
 
 
-def test_ranks_meet_at_a_port_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_get_a_port_that_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     first = port.free_port()
     with socket.socket() as holder:
         holder.bind(("", first))

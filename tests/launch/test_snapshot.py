@@ -1,4 +1,4 @@
-"""The code of a run is what the wheel would install, and stays what it was."""
+"""The frozen code of a run equals the code of the wheel, and does not change."""
 
 import os
 import shutil
@@ -10,28 +10,31 @@ from zipfile import ZipFile
 import pytest
 
 from vjepa_launch import snapshot
-from vjepa_launch.process_info import path_environment
+from vjepa_launch.process_info import code_environment
 from vjepa_launch.settings import BadInput
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_frozen_code_is_the_code_of_the_wheel(tmp_path: Path) -> None:
+def test_the_frozen_code_equals_the_wheel(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     snapshot.freeze(tmp_path / "run")
     with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        code = {name: wheel.read(name) for name in wheel.namelist() if name.endswith((".py", ".typed"))}
+        # The wheel also has the configs and clusters, which lie outside the packages in a clone.
+        code = {name: wheel.read(name) for name in wheel.namelist() if not name.endswith(".yaml")}
+    code = {name: content for name, content in code.items() if ".dist-info/" not in name}
     frozen = tmp_path / "run" / "code"
     assert {str(path.relative_to(frozen)): path.read_bytes() for path in frozen.rglob("*") if path.is_file()} == code
+    assert "vjepa_launch/srun_shield.sh" in code
 
 
-def test_the_frozen_code_comes_before_the_live_one_even_in_the_clone(tmp_path: Path) -> None:
+def test_frozen_code_comes_first_even_inside_the_clone(tmp_path: Path) -> None:
     snapshot.freeze(tmp_path)
     program = (
-        "import vjepa, vjepa_data, vjepa_launch; print(*(room.__file__ for room in (vjepa, vjepa_data, vjepa_launch)))"
+        "import vjepa, vjepa_data, vjepa_launch; print(vjepa.__file__, vjepa_data.__file__, vjepa_launch.__file__)"
     )
-    environment = {**os.environ, **path_environment(tmp_path / "code", os.environ)}
+    environment = {**os.environ, **code_environment(tmp_path / "code", os.environ)}
     for folder in (ROOT, ROOT / "launch"):
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=True
@@ -39,22 +42,20 @@ def test_the_frozen_code_comes_before_the_live_one_even_in_the_clone(tmp_path: P
         assert all(Path(file).is_relative_to(tmp_path / "code") for file in done.stdout.split())
 
 
-def test_code_that_was_changed_or_lost_is_refused(tmp_path: Path) -> None:
+def test_changed_or_missing_frozen_code_is_rejected(tmp_path: Path) -> None:
     frozen = snapshot.freeze(tmp_path)
     assert snapshot.verify(tmp_path) == frozen
     with (tmp_path / "code" / "vjepa" / "config.py").open("a") as file:
         file.write("\n")
     with pytest.raises(BadInput, match="was changed after it was frozen"):
         snapshot.verify(tmp_path)
-    assert snapshot.freeze(tmp_path).digest == frozen.digest  # by hand: --refreeze
+    assert snapshot.freeze(tmp_path).digest == frozen.digest  # as --refreeze does
     (tmp_path / "launch" / "code.json").unlink()
-    with pytest.raises(BadInput, match="holds no frozen code"):
+    with pytest.raises(BadInput, match="has no frozen code"):
         snapshot.verify(tmp_path)
 
 
-def test_a_clone_that_is_edited_while_it_is_frozen_gives_a_run_that_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clone_may_be_edited_while_it_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = shutil.copyfile
 
     def edit(source: Path, target: Path) -> None:
@@ -67,14 +68,14 @@ def test_a_clone_that_is_edited_while_it_is_frozen_gives_a_run_that_starts(
     assert snapshot.freeze(tmp_path) == snapshot.verify(tmp_path)
 
 
-def test_a_file_written_by_python_itself_changes_nothing(tmp_path: Path) -> None:
+def test_bytecode_files_do_not_change_the_digest(tmp_path: Path) -> None:
     frozen = snapshot.freeze(tmp_path)
     (tmp_path / "code" / "vjepa" / "__pycache__").mkdir()
     (tmp_path / "code" / "vjepa" / "__pycache__" / "config.cpython-311.pyc").write_bytes(b"cache")
     assert snapshot.verify(tmp_path) == frozen
 
 
-def test_a_large_file_among_the_code_is_refused(tmp_path: Path) -> None:
+def test_a_large_file_in_a_package_is_rejected(tmp_path: Path) -> None:
     with (tmp_path / "weights.bin").open("wb") as file:
         file.truncate((snapshot.LARGEST_FILE_MIB + 1) * 2**20)
     with pytest.raises(BadInput, match=r"weights.bin is 11 MiB"):
