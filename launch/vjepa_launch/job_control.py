@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vjepa_launch import compat, slurm
+from vjepa_launch.process_info import process_state
 from vjepa_launch.settings import BadInput
 
 
@@ -36,11 +37,10 @@ def _controller_is_alive(pid: int) -> bool:
     """Return whether a process is a controller of submitit and runs. Process ids are reused, so its command counts."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
     # A process has no command line while it executes a new program. A zombie has no command line either.
-    return compat.CONTROLLER_MODULE.encode() in command if command else state != "Z"
+    return compat.CONTROLLER_MODULE.encode() in command if command else process_state(pid) not in ("Z", "")
 
 
 def _supervisor_pid(controller: int) -> int | None:

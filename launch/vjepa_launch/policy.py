@@ -107,39 +107,23 @@ def most_to_blame_first(records: Iterable[RankRecord]) -> list[RankRecord]:
     )
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """A row of the verdict table. None matches everything."""
-
-    reported: Collection[Outcome | None] | None
-    srun_ok: bool | None
-    fates: Collection[JobFate] | None
-    outcome: Outcome
-
-    def matches(self, reported: Outcome | None, srun_ok: bool, fate: JobFate) -> bool:
-        return (
-            (self.reported is None or reported in self.reported)
-            and (self.srun_ok is None or srun_ok == self.srun_ok)
-            and (self.fates is None or fate in self.fates)
-        )
-
-
 _TAKEN: tuple[JobFate, ...] = ("preempted", "requeued", "timed out")
 """The scheduler, not a user, ended the attempt."""
 
-_VERDICTS = (
-    # ranks reported       srun exited 0   fate of the job    outcome of the attempt
-    _Verdict(("done",), True, None, "done"),  # even if a cancellation came too late
-    _Verdict(None, None, ("ending",), "cancelled"),
-    _Verdict(("bad_input",), None, None, "bad_input"),  # the other ranks failed because of it
-    _Verdict(("cancelled", None), None, _TAKEN, "stopped"),  # None: the job ended before any rank had started
-    _Verdict(("failed", None), None, None, "failed"),
-    _Verdict(None, False, None, "failed"),  # a rank died without a report
-    _Verdict(("cancelled",), None, ("running",), "stopped"),  # somebody sent TERM by hand
-    _Verdict(("cancelled",), None, None, "cancelled"),
-    _Verdict(("stopped",), None, None, "stopped"),
-)
-"""The first row that matches decides. It covers every combination (tested)."""
+_Row = tuple[Collection[Outcome | None] | None, bool | None, Collection[JobFate] | None, Outcome]
+_VERDICTS: tuple[_Row, ...] = (
+    # reported by ranks    srun exited 0  fate of the job  outcome of the attempt
+    (("done",),            True,          None,            "done"),  # even if a cancellation came too late
+    (None,                 None,          ("ending",),     "cancelled"),
+    (("bad_input",),       None,          None,            "bad_input"),  # the other ranks failed because of it
+    (("cancelled", None),  None,          _TAKEN,          "stopped"),  # None: no rank had started
+    (("failed", None),     None,          None,            "failed"),
+    (None,                 False,         None,            "failed"),  # a rank died without a report
+    (("cancelled",),       None,          ("running",),    "stopped"),  # a user sent TERM to the ranks
+    (("cancelled",),       None,          None,            "cancelled"),
+    (("stopped",),         None,          None,            "stopped"),
+)  # fmt: skip
+"""The first row that matches decides. None matches everything. The rows cover every combination (tested)."""
 
 
 def attempt_outcome(records: Sequence[RankRecord], srun_code: int, fate: JobFate) -> Outcome:
@@ -157,7 +141,13 @@ def attempt_outcome(records: Sequence[RankRecord], srun_code: int, fate: JobFate
     reported = records[0].outcome if records else None
     if any(record.outcome == "bad_input" for record in records):
         reported = "bad_input"
-    return next(row.outcome for row in _VERDICTS if row.matches(reported, srun_code == 0, fate))
+    return next(
+        outcome
+        for reports, srun_ok, fates, outcome in _VERDICTS
+        if (reports is None or reported in reports)
+        and (srun_ok is None or srun_ok == (srun_code == 0))
+        and (fates is None or fate in fates)
+    )
 
 
 _FINAL: Mapping[Outcome, str] = {

@@ -1,4 +1,4 @@
-"""The rank, node and environment variables of a process of a job."""
+"""The rank, node, environment variables and state of a process of a job."""
 
 import os
 import socket
@@ -47,6 +47,14 @@ class ProcessInfo:
             nodes=tuple(job.hostnames),
             slurm=slurm,
         )
+
+
+def process_state(pid: int) -> str:
+    """Return the state letter of /proc/PID/stat (R running, S sleeping, T suspended, Z zombie), or "" without one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def reachable_address(first_node: str) -> str:

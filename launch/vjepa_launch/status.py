@@ -29,7 +29,6 @@ COLOURS = {"running": "green", "queued": "cyan", "done": "blue", "failed": "red"
 class RunStatus:
     """The state of a run."""
 
-    folder: Path
     name: str
     state: str
     """queued, running, stopping, done, failed, refused, cancelled, stopped, lost, idle or unknown."""
@@ -83,7 +82,6 @@ def _read(run: Path, owner: Mapping[str, Any] | None, jobs: Mapping[str, slurm.Q
         pace_s = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
         eta_s = (steps - recent[-1]["step"]) * pace_s
     return RunStatus(
-        folder=run,
         name=run.name,
         state=state,
         detail=detail,

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from vjepa_launch.policy import RankExit, is_failure
+from vjepa_launch.process_info import process_state
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def describe_exit(code: int) -> str:
 
 def _end_if_stalled(rank: RankProcess, *, now: float, quiet_s: float, stall_s: float) -> None:
     """Abort a rank that stalls, and kill it if it does not respond."""
-    rank.suspended_polls = rank.suspended_polls + 1 if _process_state(rank.process.pid) == "T" else 0
+    rank.suspended_polls = rank.suspended_polls + 1 if process_state(rank.process.pid) == "T" else 0
     if rank.stall:
         if now - rank.stalled_at > GRACE_S:  # it did not write its stacks either
             rank.send(signal.SIGKILL)
@@ -194,14 +195,6 @@ class _ProgressClock:
         self._quiet_s = self._quiet_s + elapsed_s if modified == self._modified else 0.0
         self._polled_at, self._modified = now, modified
         return self._quiet_s
-
-
-def _process_state(pid: int) -> str:
-    """Return the state letter of /proc/PID/stat: R running, S sleeping, D waiting for a disk, T suspended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _modification_time(path: Path) -> float:

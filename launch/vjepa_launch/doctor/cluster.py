@@ -1,6 +1,5 @@
 """Run the doctor on every node of a cluster in a single job, and compare the nodes."""
 
-import json
 import logging
 import statistics
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_launch import history, job_control, submit
-from vjepa_launch.atomic import write_json
+from vjepa_launch.atomic import read_json, write_json
 from vjepa_launch.doctor.machine import Finding, Measure
 from vjepa_launch.process_info import ProcessInfo
 from vjepa_launch.request import Request
@@ -40,11 +39,12 @@ def examine_cluster(folder: Path, cluster: Cluster, command: Sequence[str], *, c
     while job_control.is_alive(cluster.executor, launched.job):
         time.sleep(POLL_S)
     findings = {
-        path.stem: [_load_finding(values) for values in json.loads(path.read_text())]
-        for path in sorted(_report_folder(folder).glob("*.json"))
+        path.stem: [_load_finding(values) for values in read_json(path)]
+        for path in sorted((folder / "nodes").glob("*.json"))
     }
     log_file = history.log_path(folder, 0)
-    for node in _nodes(folder):
+    starts = history.read_events(folder, "start")
+    for node in starts[-1]["nodes"] if starts else ():
         findings.setdefault(node, [Finding("report", "bad", f"missing; see {log_file}")])
     return findings or {"no node": [Finding("report", "bad", f"the job did not start; see {log_file}")]}
 
@@ -52,7 +52,7 @@ def examine_cluster(folder: Path, cluster: Cluster, command: Sequence[str], *, c
 def report(folder: Path, findings: Sequence[Finding]) -> None:
     """Store the findings of this node."""
     node = ProcessInfo.from_environment().node
-    write_json(_report_folder(folder) / f"{node}.json", [asdict(finding) for finding in findings])
+    write_json(folder / "nodes" / f"{node}.json", [asdict(finding) for finding in findings])
 
 
 def compare(nodes: Mapping[str, Sequence[Finding]]) -> list[Finding]:
@@ -83,16 +83,6 @@ def compare(nodes: Mapping[str, Sequence[Finding]]) -> list[Finding]:
         if absent:
             compared.append(Finding(subject, "note", f"not on {', '.join(absent)}"))
     return compared
-
-
-def _report_folder(folder: Path) -> Path:
-    return folder / "nodes"
-
-
-def _nodes(folder: Path) -> list[str]:
-    """Return the nodes of the last attempt."""
-    starts = history.read_events(folder, "start")
-    return starts[-1]["nodes"] if starts else []
 
 
 def _load_finding(values: dict[str, Any]) -> Finding:

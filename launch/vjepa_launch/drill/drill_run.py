@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_launch import history, job_control, submit
-from vjepa_launch.atomic import write_json
+from vjepa_launch.atomic import read_json, write_json
 from vjepa_launch.drill import dummy_trainer
 from vjepa_launch.request import Request
 from vjepa_launch.settings import Cluster
@@ -60,13 +60,9 @@ class DrillRun:
         """Return the outcomes of the attempts so far."""
         return [event["outcome"] for event in self.events("end")]
 
-    def pid(self, rank: int) -> int:
-        """Return the process id of a rank on this machine."""
-        return json.loads((self.folder / "pids" / f"rank_{rank}.json").read_text())["pid"]
-
-    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
-        """Send a signal to a rank on this machine."""
-        os.kill(self.pid(rank), number)
+    def kill(self, rank: int) -> None:
+        """Kill a rank on this machine."""
+        os.kill(read_json(self.folder / "pids" / f"rank_{rank}.json"), signal.SIGKILL)
 
     def ask_to_return(self) -> None:
         """Ask the run to save and requeue, as before a time limit."""

@@ -50,7 +50,7 @@ def main() -> int:
     signal.signal(signal.SIGUSR2, receive)
     signal.signal(signal.SIGTERM, receive)
     start = newest_checkpoint(run) or 0
-    write_pid(run, rank, start)
+    write_json(run / "pids" / f"rank_{rank}.json", os.getpid())
     any_rank = connect(rank, world)
     state = json.loads((checkpoint_folder(run, start) / "state.json").read_text())["value"] if start else ""
     for step in range(start, options.steps):
@@ -97,12 +97,6 @@ def save(run: Path, step: int, state: str) -> None:
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     write_json(temporary / "state.json", {"step": step, "value": state})
     temporary.rename(final)
-
-
-def write_pid(run: Path, rank: int, step: int) -> None:
-    """Store the process id of this rank for the drill."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    write_json(run / "pids" / f"rank_{rank}.json", {"pid": os.getpid(), "node": node, "step": step})
 
 
 def inject_fault(run: Path, rank: int, step: int) -> None:
