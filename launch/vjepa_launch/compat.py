@@ -15,7 +15,7 @@ RANK_MODULE = "submitit.core._submit"
 """`python -m RANK_MODULE FOLDER` unpickles the job in FOLDER and calls it."""
 
 CONTROLLER_MODULE = "submitit.local._local"
-"""`python -m CONTROLLER_MODULE FOLDER` is the process of a local job; it starts the supervisor as its child."""
+"""`python -m CONTROLLER_MODULE FOLDER` is the process of a local job. It starts the supervisor as its child."""
 
 
 def batch_script(*, command: str, folder: Path, parameters: dict[str, Any]) -> str:

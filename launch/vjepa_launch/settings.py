@@ -34,13 +34,13 @@ class Cluster(LaunchSettings):
     """A profile of a cluster, or of this machine: the resources of a job, and the environment of its processes."""
 
     executor: Literal["local", "slurm"]
-    """`slurm` submits a batch job; `local` starts a supervisor in the background on this machine."""
+    """`slurm` submits a batch job, `local` starts a supervisor in the background on this machine."""
 
     nodes: int = Field(default=1, ge=1)
     """Number of machines. The command line can override it."""
 
     gpus_per_node: int = Field(default=0, ge=0)
-    """GPUs to request on each node. 0 requests none; on this machine it keeps the GPUs that are visible."""
+    """GPUs to request on each node. 0 requests none. On this machine it keeps the GPUs that are visible."""
 
     tasks_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each node. By default one per GPU, or one without GPUs."""
@@ -84,7 +84,7 @@ class Cluster(LaunchSettings):
     """Interpreter on the nodes. By default the interpreter that launches, which must lie on a shared disk."""
 
     environment: dict[str, str] = {}
-    """Variables of every process; they override the defaults (`NCCL_SOCKET_IFNAME`, `HF_HOME`)."""
+    """Variables of every process. They override the defaults (`NCCL_SOCKET_IFNAME`, `HF_HOME`)."""
 
     setup: tuple[str, ...] = ()
     """Shell lines to run before the processes start (`module load cuda/13.0`)."""

@@ -153,7 +153,7 @@ def verify(run: Path) -> CodeSnapshot:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Return the output of git for the clone that holds a folder; empty outside a clone or without git."""
+    """Return the output of git for the clone that holds a folder, or "" outside a clone or without git."""
     if shutil.which("git") is None:
         return ""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}

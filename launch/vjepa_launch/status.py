@@ -19,7 +19,7 @@ from vjepa_launch.history import log_path
 from vjepa_launch.settings import BadInput
 
 TAIL_BYTES = 65536
-"""Bytes to read from the end of metrics.jsonl; enough to measure the pace."""
+"""Bytes to read from the end of metrics.jsonl, enough to measure the pace."""
 
 SCHEDULER_TIMEOUT_S = 10.0
 COLOURS = {"running": "green", "queued": "cyan", "done": "blue", "failed": "red", "refused": "red", "lost": "red"}

@@ -155,7 +155,7 @@ def submit(folder: Path, requests: Sequence[Request], *, at_once: int = 1) -> li
     """Hand jobs to submitit, several as an array, and return their ids.
 
     Args:
-        folder: the run folder, or the folder of the array; receives submitit's files.
+        folder: the run folder, or the folder of the array. It receives submitit's files.
         requests: jobs with the same profile and name.
         at_once: jobs of an array that run at a time.
     """

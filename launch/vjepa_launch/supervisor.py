@@ -99,7 +99,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def _prepare_child() -> None:
     """Set up the child before it becomes the command.
 
-    - USR2 is ignored until the command installs a handler; by default it would kill the process during its imports.
+    - USR2 is ignored until the command installs a handler. By default it would kill the process during its imports.
     - The kernel kills the child when the supervisor dies, since then nothing supervises it.
     - No core files: a stalled rank is aborted for its stacks, and its core would be as large as its memory.
     """
@@ -111,7 +111,7 @@ def _prepare_child() -> None:
 def supervise(
     ranks: Sequence[RankProcess], received: Collection[int], *, heartbeat: Path, stall_s: float
 ) -> list[RankExit]:
-    """Wait until all ranks have ended; pass stop signals on, and end ranks that stall or whose run has failed.
+    """Wait until all ranks have ended. Pass stop signals on, and end ranks that stall or whose run has failed.
 
     A stop signal is always passed on as USR2. A rank can save undisturbed after a second USR2, but TERM would kill a
     rank that has no handler yet, or that has saved and is shutting down.

@@ -78,7 +78,7 @@ def examine(folder: Path, more: Sequence[Check] = ()) -> list[Finding]:
 
     Args:
         folder: the folder of run folders. A file is written there and removed again.
-        more: further checks; this package knows neither torch nor data.
+        more: further checks, since this package knows neither torch nor data.
     """
     checks: Sequence[Check] = (
         _check_versions,

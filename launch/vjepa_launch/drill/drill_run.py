@@ -19,7 +19,7 @@ class DrillRun:
     """A run folder whose command is the dummy trainer.
 
     Args:
-        folder: the run folder; must not exist.
+        folder: the run folder, which must not exist.
         options: options of the dummy trainer.
     """
 
