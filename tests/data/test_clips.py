@@ -91,5 +91,5 @@ def test_steps_of_frames_ignore_the_rate_and_a_duration_is_spread_evenly(videos,
 
 
 def test_two_paces_are_refused():
-    with pytest.raises(ValidationError, match="fps and frame_step each say how fast a clip goes; keep one"):
+    with pytest.raises(ValidationError, match="fps and frame_step all set the frame rate of a clip; keep only one"):
         Source(shards="x", fps=4, frame_step=2)
