@@ -74,7 +74,7 @@ class Clip(Settings):
     """Frames per second of video time, not of the file. V-JEPA 2: 16 frames at 4 fps."""
 
     short: Literal["leave_out", "hold"] = "leave_out"
-    """How videos shorter than a clip are treated. `leave_out` never draws them. `hold` draws them and repeats their
+    """Treatment of videos shorter than a clip. `leave_out` never draws them. `hold` draws them and repeats their
     last frame, as V-JEPA 2 does. Images become clips in the same way."""
 
     per_video: int = Field(default=1, ge=1)
@@ -149,7 +149,7 @@ class Loader(Settings):
     """Video decoder. All three return identical pixels for files written by `vjepa shard`."""
 
     crop_on: Literal["cpu", "device"] = "cpu"
-    """Where crops are resized. `device` saves a twentieth of the workers' time. It computes in floats and may differ
+    """Device that resizes crops. `device` saves a twentieth of the workers' time. It computes in floats and may differ
     from `cpu` by one of 255 levels. Without a GPU both give the same result."""
 
     decode_timeout_s: float = Field(default=20.0, gt=0)

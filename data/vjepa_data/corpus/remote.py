@@ -14,9 +14,10 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from typing import Any, cast
+from typing import Any
 
-from vjepa_data.settings import BadInput
+from vjepa_data.compat import read_store_range
+from vjepa_data.errors import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -127,13 +128,12 @@ def _store(scheme: str) -> Any:
 
 
 def _store_range(url: str, start: int, size: int) -> bytes:
-    from fsspec.asyn import sync
     from fsspec.exceptions import FSTimeoutError
 
     store = _store(url.partition(":")[0])
     limit_s = SILENCE_S + size / SLOWEST_BYTES_S
     try:
-        return cast(bytes, sync(store.loop, store._cat_file, url, start=start, end=start + size, timeout=limit_s))
+        return read_store_range(store, url, start, start + size, timeout_s=limit_s)
     except (FileNotFoundError, PermissionError) as e:
         raise Gone(str(e) or type(e).__name__) from e
     except FSTimeoutError as e:
