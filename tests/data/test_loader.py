@@ -212,7 +212,7 @@ def test_clips_that_need_no_scaling_outlive_the_next_that_are_decoded(corpus: Pa
 EARLY = """
 import math, multiprocessing, os, signal, sys
 from multiprocessing import forkserver, resource_tracker
-from vjepa_data.process import STOP_SIGNALS, start_fork_server
+from vjepa_data.child_process import STOP_SIGNALS, start_fork_server
 start_fork_server(["torch"])
 helpers = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
 for helper in helpers:

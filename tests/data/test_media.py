@@ -1,10 +1,7 @@
 """One stranger's file, opened in this process: whatever it is, it is refused by name and nothing else happens."""
 
 import io
-import subprocess
-import sys
 import zlib
-from multiprocessing.connection import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +10,9 @@ import pytest
 from PIL import Image
 
 from vjepa_data.decoding.backends import Expect, decode
-from vjepa_data.media import pool as pool_module
 from vjepa_data.media import tasks
 from vjepa_data.media.fetch import FileRef, local
 from vjepa_data.media.image import probe_image, store_image
-from vjepa_data.media.pool import _Child, _exit_code
 from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode
 
@@ -119,10 +114,3 @@ def test_a_clip_whose_first_frame_decord_cannot_decode_is_refused(monkeypatch: p
     with pytest.raises(Refused) as caught:
         tasks.count_frames(b"", facts)
     assert caught.value.detail == "decord: Error sending packet."
-
-
-def test_a_child_that_has_closed_its_pipe_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "LEAVE_S", 0.1)
-    ours, _ = Pipe()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        assert _exit_code(_Child(process, ours, errors=-1)) == -9

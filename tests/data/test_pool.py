@@ -1,12 +1,15 @@
-"""Children that hang, crash or fail cost their task and nothing else."""
+"""A child that hangs, crashes or fails costs its task and nothing else."""
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from vjepa_data import child_process
+from vjepa_data.child_process import ChildFailed, ChildProcess
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.video import Reason, Refused
 
@@ -22,7 +25,7 @@ def work(task):
     if kind == "once" and not os.path.exists(value):
         open(value, "w").close()
         os.kill(os.getpid(), signal.SIGSEGV)
-    if kind == "shot":
+    if kind == "killed":
         with open(value, "a") as file:
             file.write("x")
         if os.path.getsize(value) <= 4:
@@ -33,6 +36,9 @@ def work(task):
         raise Refused(Reason.DAMAGED, "no")
     if kind == "bug":
         raise ZeroDivisionError("ours")
+    if kind == "detach":
+        os.closerange(3, 100)
+        time.sleep(1000)
     if kind == "slow":
         time.sleep(float(value))
     return f"{kind} in {os.getpid()}" if kind == "who" else kind
@@ -51,33 +57,33 @@ def answers(module: str, tasks: list[str], *, workers: int = 2, timeout_s: float
         return [a.reason.value if isinstance(a, Refused) else a for _, a in pool.map(tasks)]
 
 
-def test_answers_come_in_the_order_of_the_tasks(module: str) -> None:
+def test_answers_come_in_the_order_of_tasks(module: str) -> None:
     tasks = ["slow:0.3", *(f"t{number}" for number in range(30))]
     assert answers(module, tasks) == ["slow", *(f"t{number}" for number in range(30))]
 
 
-def test_each_kind_of_trouble_costs_its_task_alone(module: str, tmp_path: Path) -> None:
+def test_a_failure_affects_only_its_task(module: str, tmp_path: Path) -> None:
     tasks = ["a", "crash", "b", f"once:{tmp_path}/mark", "refuse", "memory", "c"]
     assert answers(module, tasks) == ["a", "crashed", "b", "once", "damaged", "too_large", "c"]
 
 
-def test_a_child_that_somebody_else_kills_is_not_its_task_s_fault(module: str, tmp_path: Path) -> None:
-    assert answers(module, ["a", f"shot:{tmp_path}/shots", "b"]) == ["a", "shot", "b"]
-    assert (tmp_path / "shots").read_text() == "xxxxx"
+def test_a_task_survives_kills_of_its_child_from_outside(module: str, tmp_path: Path) -> None:
+    assert answers(module, ["a", f"killed:{tmp_path}/kills", "b"]) == ["a", "killed", "b"]
+    assert (tmp_path / "kills").read_text() == "xxxxx"
 
 
-def test_a_child_that_hangs_is_killed_in_time(module: str) -> None:
+def test_a_hanging_child_is_killed_in_time(module: str) -> None:
     begin = time.monotonic()
     assert answers(module, ["a", "hang", "b"], timeout_s=3.0) == ["a", "timed_out", "b"]
     assert time.monotonic() - begin < 30
 
 
-def test_a_bug_of_ours_stops_the_build_with_its_traceback(module: str) -> None:
+def test_a_bug_in_work_raises_with_its_traceback(module: str) -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
         answers(module, ["a", "bug"])
 
 
-def test_children_are_gone_when_the_pool_is_left_half_way(module: str) -> None:
+def test_leaving_the_pool_early_ends_its_children(module: str) -> None:
     with WorkerPool[str, str](module, workers=2, timeout_s=30) as pool:
         _, first = next(pool.map(f"who:{number}" for number in range(1000)))
         assert isinstance(first, str)
@@ -87,7 +93,7 @@ def test_children_are_gone_when_the_pool_is_left_half_way(module: str) -> None:
         os.kill(pid, 0)
 
 
-def test_no_more_tasks_are_taken_than_can_be_worked_on_soon(module: str) -> None:
+def test_only_a_few_tasks_are_taken_ahead(module: str) -> None:
     taken = 0
 
     def tasks():
@@ -101,8 +107,26 @@ def test_no_more_tasks_are_taken_than_can_be_worked_on_soon(module: str) -> None
     assert taken <= 10
 
 
-def test_a_refusal_crosses_the_pipe_whole(module: str) -> None:
+def test_a_refusal_keeps_its_reason_and_detail(module: str) -> None:
     with WorkerPool[str, str](module, workers=1, timeout_s=30) as pool:
         [(_, answer)] = pool.map(["refuse"])
     assert isinstance(answer, Refused)
     assert (answer.reason, answer.detail) == (Reason.DAMAGED, "no")
+
+
+def test_a_child_that_stays_after_closing_its_connection_is_killed(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_process, "EXIT_TIMEOUT_S", 0.1)
+    child = ChildProcess("vjepa_data.media.pool:task_service", module)
+    child.send("detach")
+    with pytest.raises(ChildFailed, match="crash"):
+        child.wait(30)
+    assert child.exit_code() == -9
+    child.close()
+
+
+def test_threads_of_the_pool_end_with_it(module: str) -> None:
+    before = threading.active_count()
+    answers(module, ["a", "b", "c"])
+    assert threading.active_count() == before

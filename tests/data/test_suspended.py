@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_data import process
-from vjepa_data.process import Patience
+from vjepa_data import child_process
+from vjepa_data.child_process import ActiveTimeBudget
 from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
@@ -88,7 +88,7 @@ def test_patience_ends_after_so_much_work_or_sleep(
     monkeypatch: pytest.MonkeyPatch, running: bool, worked_s: float, looks: int | None
 ) -> None:
     clock, used = iter(range(1000)), iter(worked_s * look for look in range(1000))
-    monkeypatch.setattr(process.time, "monotonic", lambda: 0.5 * next(clock))
-    monkeypatch.setattr(process, "_is_running_and_cpu_s", lambda pid: (running, next(used)))
-    patience = Patience(0, 2.0)
+    monkeypatch.setattr(child_process.time, "monotonic", lambda: 0.5 * next(clock))
+    monkeypatch.setattr(child_process, "_is_running_and_cpu_s", lambda pid: (running, next(used)))
+    patience = ActiveTimeBudget(0, 2.0)
     assert next((look for look in range(1, 100) if patience.is_over()), None) == looks

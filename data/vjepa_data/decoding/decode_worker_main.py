@@ -1,111 +1,113 @@
-"""The servant's own side: the process that decodes, one request at a time. Imports no torch.
-
-A request and its answer are each four bytes of length and a JSON object on a socket; bytes and frames lie in memory
-that both processes map.
-"""
+"""The decode worker's own side: the process that decodes one request at a time. Imports no torch."""
 
 import contextlib
+import ctypes
 import importlib
-import json
-import mmap
-import resource
-import signal
-import socket
-import struct
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+from vjepa_data.child_process import SharedMemory
 from vjepa_data.decoding.backends import Expect, decode
-from vjepa_data.errors import Unreadable
-from vjepa_data.process import die_with_parent, ignore_stop_signals, keep_memory, on_one_core
+from vjepa_data.errors import BadInput, Unreadable
 
-ADDRESS_SPACE_BYTES = 8 << 30  # a file that declares absurd sizes ends the servant, not the machine
-PRINTED_BYTES = 1 << 20  # decord prints whole files to stderr when it cannot open them
+ADDRESS_SPACE_BYTES = 8 << 30  # a file that declares absurd sizes fails in its process alone
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 256 << 20  # free memory that malloc keeps at the top of the heap; a clip of 64 frames needs 70 MB
+LARGEST_BYTES = 32 << 20  # the largest threshold that glibc accepts
 MODULES = {"pyav": "av"}
 
 
-def serve(decoder: str, channel: int, parent: int, address_space: int, *memory: int) -> None:
-    """Answer requests until the worker hangs up: the main function of the servant's process."""
-    die_with_parent(parent)
-    ignore_stop_signals()
+@dataclass(frozen=True)
+class DecodeRequest:
+    """Frames to decode from a video that lies in shared memory, which then receives the frames."""
+
+    memory: int
+    """Number of the shared memory."""
+    memory_bytes: int
+    video_bytes: int
+    frames: tuple[int, ...]
+    expect: Expect
+    part: tuple[int, int, int, int]
+    """Top, left, height and width of the part of each frame to return."""
+    backends: tuple[str, ...]
+    """Decoders to try, in this order."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Successful reply; the frames lie in shared memory."""
+
+    gave_up: Unreadable | None
+    """Error of the first decoder, if the second one succeeded."""
+
+
+def decoder_service(decoder: str, *descriptors: int) -> Callable[[DecodeRequest], Decoded | Unreadable | BadInput]:
+    """Make the function that answers requests in the decode worker."""
     keep_memory()
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (PRINTED_BYTES, PRINTED_BYTES))
-    if address_space:
-        resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    connection = socket.socket(fileno=channel)
-    maps: dict[int, mmap.mmap] = {}
-    with contextlib.suppress(ImportError):  # the first request tells
+    with contextlib.suppress(ImportError):  # reported by the first request
         importlib.import_module(MODULES.get(decoder, decoder))
-    write(connection, {"ready": True})
-    while True:
-        try:
-            request = read(connection)
-        except (EOFError, ConnectionResetError):
-            return
-        number, size = request["memory"], request["size"]
-        if number not in maps or len(maps[number]) != size:
-            maps[number] = mmap.mmap(memory[number], size)
+    memory = [SharedMemory(descriptor) for descriptor in descriptors]
+
+    def answer(request: DecodeRequest) -> Decoded | Unreadable | BadInput:
+        shared = memory[request.memory]
+        shared.reserve(request.memory_bytes)
         with on_one_core():
-            answer = _answer(request, maps[number])
-        write(connection, {**answer, "rss": _rss_bytes()})
+            return _decode(request, shared)
+
+    return answer
 
 
-def _answer(request: dict, memory: mmap.mmap) -> dict:
-    video = memory[: request["video"]]
-    expect = Expect(*request["expect"])
-    given_up = None
-    for backend in (request["backend"], request["fallback"]):
-        if backend is None:
-            continue
+def _decode(request: DecodeRequest, shared: SharedMemory) -> Decoded | Unreadable | BadInput:
+    video = shared.map[: request.video_bytes]
+    errors: list[Unreadable] = []
+    for backend in request.backends:
         try:
-            frames = decode(video, request["frames"], backend=backend, expect=expect)
-        except Unreadable as e:
-            given_up = given_up or e
+            frames = decode(video, request.frames, backend=backend, expect=request.expect)
+        except Unreadable as error:
+            errors.append(Unreadable(error.reason, one_line(error.detail)))
             continue
         except MemoryError:
-            return {"reason": "memory", "detail": f"{backend} wants more than {ADDRESS_SPACE_BYTES >> 30} GiB"}
-        except ImportError as e:
-            return {"fatal": str(e)}
-        top, left, height, width = request["part"]
+            return Unreadable("memory", f"{backend} needs more than {ADDRESS_SPACE_BYTES >> 30} GiB")
+        except ImportError as error:
+            return BadInput(f"the decoder {backend} cannot be used ({error}); set loader.decoder")
+        top, left, height, width = request.part
         frames = frames[:, top : top + height, left : left + width]
-        np.frombuffer(memory, dtype=np.uint8, count=frames.size).reshape(frames.shape)[:] = frames
-        return {"gave_up": [given_up.reason, given_up.detail] if given_up else None}
-    assert given_up is not None
-    return {"reason": given_up.reason, "detail": given_up.detail}
+        np.frombuffer(shared.map, dtype=np.uint8, count=frames.size).reshape(frames.shape)[:] = frames
+        return Decoded(errors[0] if errors else None)
+    return errors[0]
 
 
-def write(channel: socket.socket, message: dict) -> None:
-    """Send one message.
+def one_line(text: str) -> str:
+    """Reduce a message to 160 printable characters on one line."""
+    return re.sub(r"[^ -~]+", " ", text)[:160].strip()
 
-    Raises:
-        BrokenPipeError, ConnectionResetError: the other side is gone.
+
+def keep_memory() -> None:
+    """Make malloc keep freed memory for the next clip.
+
+    By default it returns the frames of every clip to the kernel. Getting as much again costs 700 to 2,000 page faults,
+    an eighth of the decoding time (benchmarks/README.md). Has no effect without glibc.
     """
-    text = json.dumps(message).encode()
-    channel.sendall(struct.pack("<I", len(text)) + text)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
 
 
-def read(channel: socket.socket) -> dict:
-    """Wait for one message.
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keep this thread, and threads that it starts meanwhile, on the current core.
 
-    Raises:
-        EOFError, ConnectionResetError: the other side is gone.
+    decord hands every frame from one thread to another, a hundred times per clip. Across cores, each hand-over wakes a
+    core, which may take longer than decoding the frame.
     """
-    (length,) = struct.unpack("<I", _read_exactly(channel, 4))
-    return json.loads(_read_exactly(channel, length))
-
-
-def _read_exactly(channel: socket.socket, size: int) -> bytes:
-    parts = b""
-    while len(parts) < size:
-        part = channel.recv(size - len(parts))
-        if not part:
-            raise EOFError("the other side hung up")
-        parts += part
-    return parts
-
-
-def _rss_bytes() -> int:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * resource.getpagesize()
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -16,8 +16,8 @@ import torch
 from vjepa_data.corpus.index import Sample
 from vjepa_data.decoding.backends import Expect
 from vjepa_data.decoding.decode_worker import DecodeWorker
+from vjepa_data.decoding.decode_worker_main import keep_memory
 from vjepa_data.errors import Unreadable
-from vjepa_data.process import keep_memory
 from vjepa_data.reader import crops
 from vjepa_data.reader.loader import ClipLoader, open_plan
 from vjepa_data.reader.pipeline import Choice, choose, index_of

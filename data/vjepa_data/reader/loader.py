@@ -24,7 +24,8 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
-from vjepa_data.process import die_with_owner, die_with_parent, ignore_stop_signals, keep_memory, start_fork_server
+from vjepa_data.child_process import die_with_owner, die_with_parent, ignore_stop_signals, start_fork_server
+from vjepa_data.decoding.decode_worker_main import keep_memory
 from vjepa_data.reader.batch import Batch, Clips
 from vjepa_data.reader.clip_times import EligibleSamples
 from vjepa_data.reader.pipeline import BOARD_BYTES, Decode, Gather, Samples, open_plan
