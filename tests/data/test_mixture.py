@@ -1,4 +1,4 @@
-"""Several corpora become the sources of one run, which is the run of those corpora and no others."""
+"""`vjepa merge` writes the sources of a run, which then accepts only these corpora."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ SETTINGS = "name: mixed\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\nop
 
 @pytest.fixture
 def corpora(corpus: Path, videos: list[bytes], make_corpus: Callable[..., Path], edit_manifest, tmp_path: Path):
-    """26 clips; and 4 with a licence, one of which is also among the 26."""
+    """Two corpora: one of 26 clips, and one of 4 clips with a licence that shares a clip with the first."""
     facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
     samples = [
         {"key": f"b-{n}", "video": v, **facts} for n, v in enumerate([videos[0], *[b"x" * n for n in (3, 4, 5)]])
@@ -49,18 +49,16 @@ def test_a_mixture_with_a_base_is_a_run(corpora: list[str], tmp_path: Path) -> N
     run = load(tmp_path / "mixtures" / "mixture.yaml").settings
     assert [source.weight for source in run.data.sources] == [0.75, 0.25]
     assert run.steps == 1
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="exists already"):
         write_mixture(mixture, tmp_path / "mixtures" / "mixture.yaml")
 
 
-def test_clips_that_are_in_two_corpora_are_told(corpora: list[str]) -> None:
-    assert merge(corpora).warnings == ("1 clips of toy (train) are in b (train) as well",)
+def test_shared_clips_are_reported(corpora: list[str]) -> None:
+    assert merge(corpora).warnings == ("1 clips of toy (train) are also in b (train)",)
     assert merge(corpora[1:]).warnings == ()
 
 
-def test_a_run_refuses_a_corpus_that_took_the_place_of_another(
-    corpora: list[str], edit_manifest, tmp_path: Path
-) -> None:
+def test_a_run_rejects_a_replaced_corpus(corpora: list[str], edit_manifest, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"base: mixture.yaml\n{SETTINGS}")
     write_mixture(merge(corpora), tmp_path / "mixture.yaml")
     edit_manifest(Path(corpora[1]), lambda manifest: manifest.update(tools={"av": "1"}))
@@ -68,10 +66,10 @@ def test_a_run_refuses_a_corpus_that_took_the_place_of_another(
         open_plan(load(tmp_path / "run.yaml").settings.data, seed=0, batch_size=2)
 
 
-def test_what_cannot_be_mixed_is_said(corpora: list[str]) -> None:
+def test_invalid_mixtures_are_rejected(corpora: list[str]) -> None:
     for places, words, message in [
-        ([corpora[0], corpora[0]], {}, "2 places hold 1 corpora .*; give each once"),
-        (corpora, {"weights": [1.0]}, r"1 weights for 2 corpora, \[1.0\]; give one above 0 for each"),
+        ([corpora[0], corpora[0]], {}, "2 paths are 1 corpora .*; give each once"),
+        (corpora, {"weights": [1.0]}, r"1 weights \[1.0\] for 2 corpora; give each a weight above 0"),
         (corpora, {"split": "val"}, "has no split 'val', only train; give --split"),
         (["/nowhere"], {}, "No such file"),
     ]:

@@ -16,7 +16,7 @@ def store_that_raises(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     asyn = pytest.importorskip("fsspec.asyn")
     store = SimpleNamespace(loop=asyn.get_loop(), _cat_file=cat_file)
     monkeypatch.setattr(remote, "_store", lambda scheme: store)
-    monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 0.0)
 
 
 def test_a_range_past_the_end_of_an_object_is_empty_as_one_of_a_file_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Shards behind servers on this machine that throttle, drop, corrupt and refuse."""
+"""Shards are read from local servers that throttle, drop, corrupt and refuse."""
 
 import hashlib
 import multiprocessing
@@ -27,7 +27,7 @@ TROUBLES = {
 
 @pytest.fixture
 def store(store: ObjectStore, corpus: Path) -> ObjectStore:
-    """The store, which holds the corpus."""
+    """The store, filled with the corpus."""
     store.take(corpus)
     return store
 
@@ -38,8 +38,8 @@ def cache(tmp_path: Path) -> Cache:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_S", 2.0)
+def short_outage_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 2.0)
 
 
 def same_as_local(index: Index, corpus: Path) -> bool:
@@ -48,9 +48,7 @@ def same_as_local(index: Index, corpus: Path) -> bool:
 
 
 @pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
-def test_samples_are_the_same_as_from_a_folder_whatever_the_server_does(
-    store: ObjectStore, corpus: Path, cache: Cache, trouble
-):
+def test_a_faulty_server_gives_the_same_samples_as_a_folder(store: ObjectStore, corpus: Path, cache: Cache, trouble):
     store.trouble = trouble or store.trouble
     index = Index(f"{store.url}/toy", cache=cache)
     assert same_as_local(index, corpus)
@@ -65,7 +63,7 @@ def test_the_first_sample_does_not_wait_for_its_shard(store: ObjectStore, corpus
     assert index.read(3) == Index(corpus).read(3)
 
 
-def test_a_shard_is_copied_once_and_then_read_from_the_copy(store: ObjectStore, corpus: Path, cache: Cache):
+def test_a_shard_is_downloaded_once(store: ObjectStore, corpus: Path, cache: Cache):
     index = Index(f"{store.url}/toy", cache=cache)
     index.want(0)
     path = cache.path(index.shards[0].sha256)
@@ -81,7 +79,7 @@ def fetch_in_a_process(folder: str, url: str, size: int, sha256: str) -> None:
     assert Cache(folder, 1.0).fetch(url, size, sha256)
 
 
-def test_processes_that_want_the_same_shard_download_it_once(store: ObjectStore, corpus: Path, cache: Cache):
+def test_concurrent_processes_download_a_shard_once(store: ObjectStore, corpus: Path, cache: Cache):
     shard = Index(corpus).shards[2]
     url = f"{store.url}/toy/{shard.file}"
     spawn = multiprocessing.get_context("fork")
@@ -96,15 +94,15 @@ def test_processes_that_want_the_same_shard_download_it_once(store: ObjectStore,
     assert cache.path(shard.sha256).read_bytes() == (corpus / shard.file).read_bytes()
 
 
-def test_what_is_not_the_shard_never_enters_the_cache(store: ObjectStore, corpus: Path, cache: Cache, caplog):
+def test_a_corrupt_download_never_enters_the_cache(store: ObjectStore, corpus: Path, cache: Cache, caplog):
     shard = Index(corpus).shards[2]
     store.trouble = lambda asked: Trouble(flipped_byte=1500)
     assert not cache.fetch(f"{store.url}/toy/{shard.file}", shard.bytes, shard.sha256)
-    assert "holds something else than its manifest says" in caplog.text
+    assert "does not match its manifest" in caplog.text
     assert not [f for f in cache.folder.rglob("*") if f.is_file() and f.stat().st_size]
 
 
-def test_a_sample_that_arrives_corrupt_is_read_again_and_then_rejected(store: ObjectStore, cache: Cache, monkeypatch):
+def test_a_sample_that_stays_corrupt_is_rejected(store: ObjectStore, cache: Cache, monkeypatch):
     monkeypatch.setattr(Cache, "want", lambda *_: None)
     index = Index(f"{store.url}/toy", cache=cache)
     store.trouble = lambda asked: Trouble(flipped_byte=1500)
@@ -114,7 +112,7 @@ def test_a_sample_that_arrives_corrupt_is_read_again_and_then_rejected(store: Ob
     assert index.read(1)
 
 
-def test_a_copy_that_rots_is_fetched_again(store: ObjectStore, corpus: Path, cache: Cache):
+def test_a_damaged_copy_is_downloaded_again(store: ObjectStore, corpus: Path, cache: Cache):
     index = Index(f"{store.url}/toy", cache=cache)
     shard = index.shards[0]
     assert cache.fetch(f"{store.url}/toy/{shard.file}", shard.bytes, shard.sha256)
@@ -161,40 +159,40 @@ def test_two_corpora_with_the_same_file_names_do_not_mix(
     assert second.read(0).video == videos[5] == Index(other).read(0).video != first.read(0).video
 
 
-def test_a_full_disk_means_reading_sample_by_sample(
-    store: ObjectStore, corpus: Path, cache: Cache, monkeypatch, caplog
-):
+def test_on_a_full_disk_samples_are_read_by_range(store: ObjectStore, corpus: Path, cache: Cache, monkeypatch, caplog):
     index = Index(f"{store.url}/toy", cache=cache)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vjepa_data.corpus.cache.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("vjepa_data.corpus.cache.atomic_file", full)
     shard = index.shards[0]
     assert not cache.fetch(f"{store.url}/toy/{shard.file}", shard.bytes, shard.sha256)
     assert "is full" in caplog.text
     assert same_as_local(index, corpus)
 
 
-def test_what_is_gone_is_said_at_once_and_what_may_come_back_is_waited_for(
-    store: ObjectStore, cache: Cache, monkeypatch
-):
+def test_a_permanent_failure_is_reported_at_once(store: ObjectStore, cache: Cache):
     with pytest.raises(Gone, match="404"):
         read_range(f"{store.url}/toy/nothing", 0, 10)
+    assert store.count(key="toy/nothing") == 1
     store.trouble = lambda asked: Trouble(status=403)
     with pytest.raises(Gone, match="403"):
         read_range(f"{store.url}/toy/manifest.json", 0, 10)
     with pytest.raises(BadInput, match=r"manifest.json: HTTP 403 .*; give the URL of a folder that"):
         Index(f"{store.url}/toy", cache=cache)
+
+
+def test_a_long_outage_stops_the_run(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
     store.trouble = lambda asked: Trouble(bytes_per_s=10_000)
     monkeypatch.setattr(remote, "SILENCE_S", 0.3)
-    with pytest.raises(StoreUnreachable, match=r"cannot be reached for .*slower than"):
+    with pytest.raises(StoreUnreachable, match=r"was unreachable for .*slower than"):
         read_range(f"{store.url}/toy/samples.parquet", 0, 5000)
     with pytest.raises(StoreUnreachable, match="refused"):
         read_range("http://127.0.0.1:9/x", 0, 5)
 
 
-def test_a_missing_remote_shard_is_a_missing_shard(store: ObjectStore, cache: Cache):
+def test_a_missing_remote_shard_makes_its_samples_unreadable(store: ObjectStore, cache: Cache):
     del store.objects["toy/shards/toy-train-000001.tar"]
     index = Index(f"{store.url}/toy", cache=cache)
     assert index.read(8).key == "toy-0008"
@@ -202,7 +200,7 @@ def test_a_missing_remote_shard_is_a_missing_shard(store: ObjectStore, cache: Ca
         index.read(9)
 
 
-def test_the_time_that_a_job_was_suspended_is_no_time_that_a_store_was_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+def test_suspended_time_does_not_count_as_an_outage(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
 
     def answer(*_: object) -> bytes:
@@ -211,15 +209,15 @@ def test_the_time_that_a_job_was_suspended_is_no_time_that_a_store_was_out_of_re
         clock[0] = 10_000.0
         raise ConnectionResetError
 
-    monkeypatch.setattr(remote, "PATIENCE_S", 300.0)
+    monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 300.0)
     monkeypatch.setattr(remote, "_http_range", answer)
     monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
     assert read_range("http://somewhere/x", 0, 4) == b"here"
 
 
 @pytest.mark.parametrize("place", ["pipe:cat x", "file:///etc/passwd", "ftp://host/x", "sftp://host/x"])
-def test_other_urls_are_refused(place: str):
-    with pytest.raises(BadInput, match="is no place to read shards from"):
+def test_unsupported_urls_are_rejected(place: str):
+    with pytest.raises(BadInput, match="cannot read shards from"):
         is_remote(place)
     assert is_remote("s3://bucket/x")
     assert not is_remote("/data/x:y")

@@ -1,8 +1,8 @@
-"""Copies of remote shards on a local disk, shared by all processes of a machine.
+"""Keep copies of remote shards on a local disk, shared by all processes of a machine.
 
-A copy is named by the sha256 of what it holds, so two corpora never collide, and it appears only whole and verified.
-Processes that want the same shard download it once: the first takes a lock, the others meanwhile read the few samples
-they need by range. The oldest unused copies make room for new ones; one that any process has open stays.
+A copy is named by the sha256 of its contents, so two corpora never collide, and it appears only complete and verified.
+Processes that need the same shard download it once: the first takes a lock, the others meanwhile read the few samples
+they need by range. The least recently used copies are removed to make room. A copy that a process has open stays.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import hashlib
 import logging
 import os
 import queue
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from vjepa_data.atomic import atomic_file
 from vjepa_data.corpus.remote import Gone, StoreUnreachable, read_range
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ class Cache:
 
     def __init__(self, folder: str | Path, limit_gib: float) -> None:
         """Args:
-        folder: where copies lie; made if absent. It must be on a local disk (locks are `flock`).
-        limit_gib: size above which the oldest unused copies are removed.
+        folder: folder of the copies, created if absent. It must be on a local disk (locks are `flock`).
+        limit_gib: size above which the least recently used copies are removed.
         """
         self.folder, self.limit_bytes = Path(folder), int(limit_gib * 2**30)
         self._wanted: queue.Queue[tuple[str, int, str] | None] | None = None
@@ -41,14 +42,14 @@ class Cache:
         return Cache, (str(self.folder), self.limit_bytes / 2**30)
 
     def path(self, sha256: str) -> Path:
-        """Where the copy with this content lies, if there is one."""
+        """Return the path of the copy with these contents, which need not exist."""
         return self.folder / sha256[:2] / f"{sha256}.tar"
 
     def open(self, sha256: str) -> int | None:
-        """Open a copy; as long as the descriptor is open it is not evicted.
+        """Open a copy. It is not evicted while the descriptor is open.
 
         Returns:
-            A file descriptor that the caller closes, or None where there is no copy.
+            A file descriptor that the caller must close, or None if there is no copy.
         """
         path = self.path(sha256)
         try:
@@ -63,22 +64,27 @@ class Cache:
         return descriptor
 
     def want(self, url: str, size: int, sha256: str) -> None:
-        """Ask for a copy, to be made by a thread of this process while it does other things."""
+        """Request a copy, which a background thread of this process downloads."""
         if sha256 in self._asked or self.path(sha256).exists():
             return
         if self._wanted is None:
             self._wanted = queue.Queue()
-            worker = (Cache(*self.__reduce__()[1]), self._wanted, self._asked)  # it must not keep this object alive
+            worker = (
+                Cache(*self.__reduce__()[1]),
+                self._wanted,
+                self._asked,
+            )  # must not keep self alive
             threading.Thread(target=_fetch_wanted, args=worker, name="shard cache", daemon=True).start()
             weakref.finalize(self, self._wanted.put, None)
         self._asked.add(sha256)
         self._wanted.put((url, size, sha256))
 
     def fetch(self, url: str, size: int, sha256: str) -> bool:
-        """Make a copy, unless there is one; wait for whoever is making it.
+        """Download a copy unless there is one. If another process is downloading it, wait.
 
         Returns:
-            Whether there is a copy now. There is none if the file is gone, holds something else, or the disk is full.
+            Whether there is a copy now. There is none if the file is missing or has other contents, or the disk is
+            full.
         """
         with self._lock(sha256):
             if self.path(sha256).exists():
@@ -92,12 +98,12 @@ class Cache:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 log.warning(
-                    "%s is full: %s is read sample by sample; free some space or lower cache_gib", self.folder, url
+                    "%s is full, so %s is read sample by sample; free space or lower loader.cache_gib", self.folder, url
                 )
             return False
 
     def distrust(self, sha256: str) -> None:
-        """Remove a copy that turned out to be damaged."""
+        """Remove a damaged copy."""
         self.path(sha256).unlink(missing_ok=True)
         self._asked.discard(sha256)
 
@@ -105,34 +111,26 @@ class Cache:
     def _lock(self, sha256: str) -> Iterator[None]:
         path = self.folder / "locks" / sha256
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as lock:  # given up by the kernel when the process dies
+        with path.open("w") as lock:  # the kernel releases it when the process ends
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _download(self, url: str, size: int, sha256: str) -> bool:
         path = self.path(sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
-        at = 0
+        mismatch = ""
         for _ in range(3):
-            digest, at = hashlib.sha256(), 0
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as copy:
-                try:
-                    while at < size and (block := read_range(url, at, min(BLOCK_BYTES, size - at))):
-                        copy.write(block)
-                        digest.update(block)
-                        at += len(block)
-                    copy.flush()
-                    if at == size and digest.hexdigest() == sha256:
-                        os.rename(copy.name, path)
-                        return True
-                finally:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(copy.name)
-        log.warning("%s holds something else than its manifest says (%d of %d bytes)", url, at, size)
+            try:
+                with atomic_file(path, durable=False) as copy:
+                    _copy(url, size, sha256, copy)
+                return True
+            except _Mismatch as error:
+                mismatch = str(error)
+        log.warning("%s does not match its manifest (%s)", url, mismatch)
         return False
 
     def _make_room(self, size: int) -> None:
-        """Remove the copies that were not used for longest, until `size` more bytes fit the limit."""
+        """Remove the least recently used copies until `size` more bytes fit the limit."""
         copies = []
         for path in self.folder.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):
@@ -146,20 +144,34 @@ class Cache:
                 total -= bytes_
         if total + size > self.limit_bytes:
             log.warning(
-                "%s holds %.1f GB in use, more than its limit; raise loader.cache_gib", self.folder, total / 1e9
+                "%s has %.1f GB of copies in use, above its limit; raise loader.cache_gib", self.folder, total / 1e9
             )
 
 
 def _fetch_wanted(cache: Cache, wanted: "queue.Queue[tuple[str, int, str] | None]", asked: set[str]) -> None:
-    while one := wanted.get():
-        url, size, sha256 = one
+    while request := wanted.get():
+        url, size, sha256 = request
         try:
             cache.fetch(url, size, sha256)
-        except StoreUnreachable as e:  # whoever needs a sample of it finds that out too, and says so
+        except StoreUnreachable as e:  # reading a sample of this shard fails likewise and stops the run
             log.warning("%s", e)
-        except OSError as e:  # of the disk; this thread has other shards to fetch
+        except OSError as e:  # a disk error; this thread has other shards to download
             log.warning("%s: no copy in %s: %s", url, cache.folder, e)
         asked.discard(sha256)
+
+
+class _Mismatch(Exception):
+    """The downloaded bytes are not those of the manifest."""
+
+
+def _copy(url: str, size: int, sha256: str, copy: BinaryIO) -> None:
+    digest, at = hashlib.sha256(), 0
+    while at < size and (block := read_range(url, at, min(BLOCK_BYTES, size - at))):
+        copy.write(block)
+        digest.update(block)
+        at += len(block)
+    if at != size or digest.hexdigest() != sha256:
+        raise _Mismatch(f"{at} of {size} bytes, sha256 {digest.hexdigest()[:16]} instead of {sha256[:16]}")
 
 
 def _remove_unused(path: Path) -> bool:

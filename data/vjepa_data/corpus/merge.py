@@ -1,6 +1,6 @@
-"""Several corpora as one stream: the `data.sources` of a run, written from what their manifests say.
+"""Combine several corpora into one stream: write the `data.sources` of a run from their manifests.
 
-Corpora are never poured together: each keeps its licence and origin, and can be replaced or left out alone.
+The corpora themselves stay separate. Each keeps its licence and origin, and can be replaced or left out alone.
 """
 
 import itertools
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from vjepa_data.atomic import atomic_write
 from vjepa_data.corpus.format import read_manifest
 from vjepa_data.corpus.index import mirror, user_cache
 from vjepa_data.corpus.remote import is_remote
@@ -32,19 +33,19 @@ class Part:
     samples: int
     hours: float
     hashes: dict[str, np.ndarray]
-    """Of the bytes of all clips, by split: sorted, bytes of hexadecimal."""
+    """Sorted hashes of the bytes of all clips, as hexadecimal bytes, by split."""
 
 
 @dataclass(frozen=True)
 class MergedCorpora:
-    """Corpora and their shares of a stream."""
+    """Several corpora and their shares of a stream."""
 
     parts: tuple[Part, ...]
     warnings: tuple[str, ...]
-    """Clips that are in two of the corpora, one line a pair."""
+    """One line per pair of corpora that share clips."""
 
     def text(self, base: str | None = None) -> str:
-        """The file of a run, or the base of one: `data.sources`, with what is known of each."""
+        """Return YAML for a run, or for the base of a run: `data.sources` with comments about each corpus."""
         total = sum(part.samples for part in self.parts), sum(part.hours for part in self.parts)
         lines = [f"# {len(self.parts)} corpora, {total[0]:,} clips, {total[1]:,.2f} hours; written by `vjepa merge`."]
         lines += [f"# {warning}" for warning in self.warnings]
@@ -68,24 +69,24 @@ def merge(
     """Describe a mixture of corpora.
 
     Args:
-        places: folders or addresses of corpora.
-        split: which split of each.
-        by: what a corpus's share is proportional to.
-        weights: shares by hand, one for each corpus, in place of `by`.
+        places: folders or URLs of corpora.
+        split: the split to use of each corpus.
+        by: quantity to which the share of a corpus is proportional.
+        weights: explicit shares, one per corpus, instead of `by`.
 
     Raises:
-        BadInput: one is no corpus, has no such split, or is given twice; the weights do not fit.
+        BadInput: a place is not a corpus, lacks the split or is given twice, or the weights are invalid.
     """
     if weights is not None and (len(weights) != len(places) or min(weights, default=0) <= 0):
-        raise BadInput(f"{len(weights)} weights for {len(places)} corpora, {list(weights)}; give one above 0 for each")
+        raise BadInput(f"{len(weights)} weights {list(weights)} for {len(places)} corpora; give each a weight above 0")
     parts = [_read(place, split) for place in places]
     names = {part.source.corpus: part.source.shards for part in parts}
     if len(names) < len(parts):
-        raise BadInput(f"{len(parts)} places hold {len(names)} corpora ({', '.join(names.values())}); give each once")
+        raise BadInput(f"{len(parts)} paths are {len(names)} corpora ({', '.join(names.values())}); give each once")
     shares = weights or [{"clips": part.samples, "hours": part.hours, "equal": 1}[by] for part in parts]
     total = sum(shares)
     if not min(shares) > 0:
-        raise BadInput(f"a corpus without any {by} can have no share; give --by equal, or --weights")
+        raise BadInput(f"a corpus has 0 {by}, hence a share of 0; give --by equal or --weights")
     weighed = [
         replace(part, source=part.source.model_copy(update={"weight": float(f"{share / total:.6g}")}))
         for part, share in zip(parts, shares, strict=True)
@@ -104,8 +105,8 @@ def _read(place: str, split: str) -> Part:
     except (OSError, pa.ArrowInvalid) as error:
         raise BadInput(f"{path}: cannot be read ({error}); build the corpus again") from None
     hashes = {
-        one: np.unique(table.filter(pc.field("split") == one)["xxh64"].to_numpy().astype("S16"))
-        for one in manifest.splits
+        name: np.unique(table.filter(pc.field("split") == name)["xxh64"].to_numpy().astype("S16"))
+        for name in manifest.splits
     }
     licence, origin = (str(manifest.spec.get(name, "")) for name in ("licence", "origin"))
     source = Source(shards=place, split=split, corpus=manifest.hash, licence=licence, origin=origin)
@@ -114,25 +115,25 @@ def _read(place: str, split: str) -> Part:
 
 
 def _shared(parts: Sequence[Part]) -> list[str]:
-    """What is in two corpora byte for byte: drawn too often, or trained on and tested with."""
+    """Describe clips that two corpora share byte for byte: drawn too often, or used for training and testing."""
     lines = []
-    for one, other in itertools.combinations(parts, 2):
-        for own, theirs in itertools.product(sorted(one.hashes), sorted(other.hashes)):
-            count = len(np.intersect1d(one.hashes[own], other.hashes[theirs], assume_unique=True))
+    for part, other in itertools.combinations(parts, 2):
+        for own, theirs in itertools.product(sorted(part.hashes), sorted(other.hashes)):
+            count = len(np.intersect1d(part.hashes[own], other.hashes[theirs], assume_unique=True))
             if count:
-                lines.append(f"{count:,} clips of {one.name} ({own}) are in {other.name} ({theirs}) as well")
+                lines.append(f"{count:,} clips of {part.name} ({own}) are also in {other.name} ({theirs})")
     return lines
 
 
 def write_mixture(mixture: MergedCorpora, out: Path, *, base: Path | None = None) -> None:
-    """Write the file of a run, or the base of one.
+    """Write the YAML file of a run, or of the base of a run.
 
     Raises:
-        BadInput: it is there already, or cannot be written.
+        BadInput: the file exists or cannot be written.
     """
     if out.exists():
-        raise BadInput(f"{out} is there already; remove it, or give another --out")
+        raise BadInput(f"{out} exists already; remove it or give another --out")
     try:
-        out.write_text(mixture.text(os.path.relpath(base, out.parent) if base else None))
+        atomic_write(out, mixture.text(os.path.relpath(base, out.parent) if base else None).encode())
     except OSError as error:
         raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None

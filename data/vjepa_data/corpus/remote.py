@@ -1,84 +1,125 @@
-"""Reading pieces of remote files: http(s) through the standard library, object stores through fsspec.
+"""Read byte ranges of remote files: http(s) through the standard library, object stores through fsspec.
 
-One primitive, a range of bytes. What may pass (a server that is busy, slow or gone for a moment) is tried again for
-minutes, since replacing samples because a network was down would make the stream depend on the network; what will not
-pass (no such file, no permission) is `Unreadable` at once.
+Temporary failures (a busy, slow or absent server) are retried for minutes, since substituting samples during an outage
+would make the data order depend on the network. Permanent failures (no such file, no permission) raise `Gone` at once.
 """
 
 import contextlib
 import functools
 import http.client
 import logging
-import random
 import socket
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
 from vjepa_data.compat import read_store_range
 from vjepa_data.errors import BadInput
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
-PATIENCE_S = 300.0  # how long a store may be out of reach before the run stops
-LONGEST_ATTEMPT_S = 60.0  # of one that took longer it is assumed that the job was suspended meanwhile
-SILENCE_S = 30.0  # without a byte, a connection is given up
-SLOWEST_BYTES_S = 100_000  # a slower answer is given up too
+OUTAGE_LIMIT_S = 300.0  # outage of a store after which the run stops
+LONGEST_ATTEMPT_S = 60.0  # a longer attempt counts as this much: the job was probably suspended meanwhile
+SILENCE_S = 30.0  # time without a byte after which a connection is closed
+SLOWEST_BYTES_S = 100_000  # slower answers are aborted
 PIECE_BYTES = 1 << 20
 
 
 class Gone(Exception):
-    """There is no such file, or we may not read it: trying again would not help."""
+    """The file does not exist or may not be read. Retrying would not help."""
 
 
 class StoreUnreachable(BadInput):
-    """The store did not answer for so long that the run must stop."""
+    """A store did not answer within the limit on outages, so the run stops."""
 
 
-def is_remote(place: str) -> bool:
-    """Say whether a place is a URL rather than a path.
+def is_remote(address: str) -> bool:
+    """Say whether an address is a URL rather than a path.
 
     Raises:
-        BadInput: it is a URL of a kind that is not read, such as `pipe:` or `file:`.
+        BadInput: it is a URL of an unsupported kind, such as `pipe:` or `file:`.
     """
-    scheme, colon, rest = place.partition(":")
+    scheme, colon, rest = address.partition(":")
     if not colon or "/" in scheme or not scheme.isalnum():
         return False
     if scheme in SCHEMES and rest.startswith("//"):
         return True
-    raise BadInput(f"{place!r} is no place to read shards from; give a folder, or a URL of {', '.join(SCHEMES)}")
+    raise BadInput(f"cannot read shards from {address!r}; give a folder, or a URL of kind {', '.join(SCHEMES)}")
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """Read `size` bytes of a remote file from byte `start`; fewer where the file ends.
+    """Read `size` bytes of a remote file from byte `start`, or fewer at the end of the file.
 
     Raises:
         Gone: it does not exist or may not be read.
-        Unreachable: no good answer in five minutes of trying.
+        StoreUnreachable: all attempts failed for `OUTAGE_LIMIT_S` seconds.
     """
-    waited_s, attempt = 0.0, 0
-    while True:
+    read = _http_range if url.startswith("http") else _store_range
+    transient = (OSError, http.client.HTTPException, _Busy)
+    return with_retries(lambda: read(url, start, size), url, transient=transient, limit_s=OUTAGE_LIMIT_S)
+
+
+def with_retries(
+    action: Callable[[], T],
+    address: object,
+    *,
+    transient: tuple[type[Exception], ...],
+    permanent: tuple[type[Exception], ...] = (),
+    limit_s: float = OUTAGE_LIMIT_S,
+) -> T:
+    """Call a function until it succeeds, with growing random pauses.
+
+    Args:
+        action: the function.
+        address: the store or file that it accesses, for messages.
+        transient: errors after which it is called again.
+        permanent: subclasses of them that are raised at once.
+        limit_s: largest sum of failed attempts and pauses, in seconds.
+
+    Raises:
+        StoreUnreachable: the limit is exceeded.
+    """
+    began_s = failed_s = 0.0
+
+    def begin(state: RetryCallState) -> None:
+        nonlocal began_s
         began_s = time.monotonic()
-        try:
-            return _http_range(url, start, size) if url.startswith("http") else _store_range(url, start, size)
-        except (OSError, http.client.HTTPException, _Busy) as e:
-            waited_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
-            if waited_s > PATIENCE_S:
-                raise StoreUnreachable(
-                    f"{url} cannot be reached for {waited_s:.0f} s ({e}); see to the network or the store, then resume"
-                ) from e
-            log.log(logging.WARNING if attempt % 10 == 3 else logging.DEBUG, "%s: %s, trying again", url, e)
-        # Jitter, lest all workers of a cluster come back in the same moment.
-        pause_s = random.uniform(0.5, 1.0) * min(15.0, 0.1 * 2**attempt)
-        time.sleep(pause_s)
-        waited_s += pause_s
-        attempt = min(attempt + 1, 20)
+
+    def is_over(state: RetryCallState) -> bool:
+        """tenacity's own limit would count the time during which a job is suspended."""
+        nonlocal failed_s
+        failed_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
+        return failed_s + state.idle_for > limit_s
+
+    def log_retry(state: RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        level = logging.WARNING if state.attempt_number % 10 == 4 else logging.DEBUG
+        log.log(level, "%s: attempt %d failed (%s); retrying", address, state.attempt_number, error)
+
+    retrying = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, transient) and not isinstance(error, permanent)),
+        before=begin,
+        stop=is_over,
+        wait=wait_random_exponential(multiplier=0.2, max=15.0),  # random, so that workers do not return all at once
+        before_sleep=log_retry,
+    )
+    try:
+        return retrying(action)
+    except RetryError as error:
+        last = error.last_attempt.exception()
+        raise StoreUnreachable(
+            f"{address} was unreachable for over {limit_s:.0f} s ({last}); check the network or the store, then resume"
+        ) from last
 
 
 class _Busy(Exception):
-    """A failure that may pass."""
+    """A temporary failure."""
 
 
 def _http_range(url: str, start: int, size: int) -> bytes:
@@ -86,9 +127,9 @@ def _http_range(url: str, start: int, size: int) -> bytes:
     deadline = time.monotonic() + SILENCE_S + size / SLOWEST_BYTES_S
     try:
         with urllib.request.urlopen(request, timeout=SILENCE_S) as answer:
-            skip = start if answer.status == 200 else 0  # it sends the whole file, knowing no ranges
+            skip = start if answer.status == 200 else 0  # the server ignores ranges and sends the whole file
             data = _take(answer, skip + size, deadline)[skip:]
-            whole = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length")
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length")
     except urllib.error.HTTPError as e:
         with contextlib.closing(e):
             if e.code == 416:  # the file ends before `start`
@@ -96,9 +137,9 @@ def _http_range(url: str, start: int, size: int) -> bytes:
             if e.code in (400, 401, 403, 404, 405, 410):
                 raise Gone(f"HTTP {e.code} {e.reason}") from None
             raise _Busy(f"HTTP {e.code} {e.reason}") from None
-    expected = size if not (whole or "").isdigit() else max(0, min(size, int(whole or 0) - start))
+    expected = size if not (total or "").isdigit() else max(0, min(size, int(total or 0) - start))
     if len(data) != expected:
-        raise _Busy(f"{len(data)} of {expected} bytes came")
+        raise _Busy(f"received {len(data)} of {expected} bytes")
     return data
 
 
@@ -108,7 +149,7 @@ def _take(answer: Any, size: int, deadline: float) -> bytes:
         parts.append(part)
         left -= len(part)
         if time.monotonic() > deadline:
-            raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes a second")
+            raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes per second")
     return b"".join(parts)
 
 
@@ -122,9 +163,7 @@ def _store(scheme: str) -> Any:
     try:
         return fsspec.filesystem(scheme, **settings)
     except ImportError as e:
-        raise BadInput(
-            f"{scheme}:// needs a package that is not installed ({e}); pip install 'vjepa-pretrain[s3]'"
-        ) from e
+        raise BadInput(f"{scheme}:// needs a missing package ({e}); pip install 'vjepa-pretrain[s3]'") from e
 
 
 def _store_range(url: str, start: int, size: int) -> bytes:
@@ -137,7 +176,7 @@ def _store_range(url: str, start: int, size: int) -> bytes:
     except (FileNotFoundError, PermissionError) as e:
         raise Gone(str(e) or type(e).__name__) from e
     except FSTimeoutError as e:
-        raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes a second") from e
+        raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes per second") from e
     except store_errors() as e:
         raise _Busy(f"{type(e).__name__}: {e}") from e
     except OSError as e:
@@ -147,14 +186,14 @@ def _store_range(url: str, start: int, size: int) -> bytes:
 
 
 def _is_past_the_end(error: OSError) -> bool:
-    """Whether a store says that the file ends before the range that was asked for: s3fs by its cause, gcsfs itself."""
+    """Say whether a store rejected a range beyond the end of the file: s3fs tells by the cause, gcsfs by the code."""
     answer = getattr(error.__cause__, "response", {})
     return answer.get("Error", {}).get("Code") in ("InvalidRange", "416") or getattr(error, "code", None) == 416
 
 
 @functools.cache
 def store_errors() -> tuple[type[Exception], ...]:
-    """List the failures of object stores that are no OSError."""
+    """List errors of object stores that are not an OSError."""
     found: list[type[Exception]] = [socket.timeout]
     with contextlib.suppress(ImportError):
         from botocore.exceptions import BotoCoreError, ClientError
