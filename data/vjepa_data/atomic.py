@@ -20,7 +20,7 @@ def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file that is either complete or absent, whatever happens meanwhile.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file, which may exist already.
         data: its contents.
         durable: wait for the disk, so that the file survives a power failure.
     """
@@ -76,7 +76,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_whole(path: Path, data: bytes, *, lasts: bool = True) -> None:
-    atomic_write(path, data, durable=lasts)

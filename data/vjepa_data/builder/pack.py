@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vjepa_data.atomic import write_whole
+from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.ingest import InputFile
 from vjepa_data.builder.select import Cutting
 from vjepa_data.corpus.format import REJECT_COLUMNS, RejectRecord, canonical_json, table_bytes
@@ -119,11 +119,11 @@ def freeze(
         "rejects": table_bytes([asdict(reject) for reject in rejects], REJECT_COLUMNS),
     }
     for name, data in tables.items():
-        write_whole(folder / f"{name}.parquet", data)
+        atomic_write(folder / f"{name}.parquet", data)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
     counts = Counter(row["shard"] for row in rows)
     values = {**_heading(sources, spec, tools), **sums, "shard_clips": [counts[n] for n in sorted(counts)]}
-    write_whole(folder / "plan.json", json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
+    atomic_write(folder / "plan.json", json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
     plan = thaw(out, sources=sources, spec=spec, tools=tools)
     assert plan is not None
     return plan

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vjepa_data.atomic import write_whole
+from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.status import Tally, counted, lasting, read_builders, size, total
 from vjepa_data.config_files import one_line
 from vjepa_data.corpus.format import Manifest, read_manifest
@@ -44,7 +44,7 @@ def write_report(folder: Path, manifest: Manifest, tally: Tally, *, pool: Worker
         tally: what all builders did for it.
         pool: processes that decode the contact sheet.
     """
-    write_whole(folder / "report.html", _page(folder, manifest, tally, pool).encode())
+    atomic_write(folder / "report.html", _page(folder, manifest, tally, pool).encode())
     return folder / "report.html"
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vjepa_data.atomic import write_whole
+from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.ingest import InputFile
 from vjepa_data.corpus.format import RejectRecord, canonical_json
 from vjepa_data.media.pool import WorkerPool
@@ -122,7 +122,7 @@ def _write_looks(path: Path | None, of: str, looks: Sequence[Analysis | Refused]
         {"reason": look.reason, "detail": look.detail} if isinstance(look, Refused) else asdict(look) for look in looks
     ]
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, canonical_json({"of": of, "seen": rows}) + b"\n")
+    atomic_write(path, canonical_json({"of": of, "seen": rows}) + b"\n")
 
 
 def _read_looks(path: Path | None, of: str) -> list[Analysis | Refused] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from vjepa_data.atomic import write_whole
+from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.select import CHUNK
 from vjepa_data.settings import BadInput
 
@@ -130,7 +130,7 @@ class StatusFile:
         rate = tally.clips / max(1.0, now - self._started)
         whole = total([*(before.tally for before in self._before), tally])
         status = BuilderStatus(self._builder, self._sources, now, rate, is_done, whole)
-        write_whole(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n", lasts=False)
+        atomic_write(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n", durable=False)
 
 
 def read_builders(out: Path) -> tuple[BuilderStatus, ...]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from vjepa_data.atomic import sync_folder, temporary_name, write_whole
+from vjepa_data.atomic import atomic_write, sync_folder, temporary_name
 from vjepa_data.settings import BadInput
 
 FORMAT = 1
@@ -270,7 +270,7 @@ class ShardWriter:
             "samples": self._rows,
             "rejects": [asdict(reject) for reject in self._rejects],
         }
-        write_whole(record_path(self._folder, self._number), canonical_json(record) + b"\n")
+        atomic_write(record_path(self._folder, self._number), canonical_json(record) + b"\n")
 
     def abandon(self) -> None:
         """Leave no trace of a shard that was not committed."""
@@ -312,8 +312,8 @@ def write_manifest(
     samples = table_bytes(rows, SAMPLE_COLUMNS)
     everything = [*(asdict(r) for r in rejects), *(reject for record in records for reject in record["rejects"])]
     everything.sort(key=lambda reject: (reject["source"], reject["start_s"] or 0.0, reject["stage"]))
-    write_whole(folder / "samples.parquet", samples)
-    write_whole(folder / "rejects.parquet", table_bytes(everything, REJECT_COLUMNS))
+    atomic_write(folder / "samples.parquet", samples)
+    atomic_write(folder / "rejects.parquet", table_bytes(everything, REJECT_COLUMNS))
     splits: dict[str, dict[str, float]] = {}
     for record in full:
         totals = splits.setdefault(record["split"], {"samples": 0, "shards": 0, "seconds": 0.0})
@@ -329,7 +329,7 @@ def write_manifest(
         splits=splits,
         samples_sha256=hashlib.sha256(samples).hexdigest(),
     ).with_hash()
-    write_whole(folder / "manifest.json", manifest.as_json())
+    atomic_write(folder / "manifest.json", manifest.as_json())
     return manifest
 
 

@@ -25,7 +25,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import xxhash
 
-from vjepa_data.atomic import remove_leftovers, temporary_name, write_whole
+from vjepa_data.atomic import atomic_write, remove_leftovers, temporary_name
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, read_manifest
 from vjepa_data.corpus.remote import Gone, is_remote, read_range
@@ -289,7 +289,7 @@ def mirror(url: str, cache: Path) -> Path:
             raise BadInput(
                 f"{url}/{name}: {e}; give the URL of a folder that `vjepa shard` or `vjepa index` wrote"
             ) from e
-        write_whole(file, data)
+        atomic_write(file, data)
     return folder
 
 
