@@ -218,7 +218,7 @@ def test_bad_input_is_named_before_the_work(trained: Path, folder: Path, scenes:
         ([folder], tmp_path / "f.csv", "written as .parquet, .npy, .safetensors"),
         ([folder], tmp_path / "taken.npy", "exists already"),
         ([tmp_path / "gone"], tmp_path / "f.npy", "no such file"),
-        ([tmp_path / "nothing"], tmp_path / "f.npy", "no file in there is called like a video"),
+        ([tmp_path / "nothing"], tmp_path / "f.npy", "no file there has the name of a video"),
         ([scenes, folder], tmp_path / "f.npy", "is a corpus, and is embedded alone"),
     ]
     for places, out, message in cases:

@@ -60,7 +60,7 @@ def test_a_damaged_sample_is_left_out_and_counted(scenes: Path, tmp_path: Path) 
 
 
 def test_too_short_videos_are_refused(scenes: Path) -> None:
-    with pytest.raises(BadInput, match="none of the 24 videos of split 'val' holds 64 frames"):
+    with pytest.raises(BadInput, match="none of the 24 videos of split 'val' has 64 frames"):
         open_scenes(scenes, frames=64)
     with pytest.raises(BadInput, match="has no split 'test'"):
         open_scenes(scenes, split="test")

@@ -1,12 +1,12 @@
-"""Clips to evaluate on: the same ones every time, nothing random about where or when they look.
+"""Deterministic clips for evaluation.
 
-In time, `per_video` clips whose starts are evenly spaced from the first frame to the last start that fits; a picture
-is one clip of equal frames. In space, the whole frame scaled to a square, so that nothing is cut off and a place in the
-grid is a place in the picture; or, with several views, squares of the short side's length, evenly spaced along the long
-side, as V-JEPA 2 evaluates.
+In time, the starts of `per_video` clips are evenly spaced from the first frame to the last start that fits. A picture
+is a single clip of equal frames. In space, a single view is the whole frame scaled to a square, so that nothing is cut
+off and positions in the token grid are positions in the picture. Several views are squares of the short side's length,
+evenly spaced along the long side, as V-JEPA 2 evaluates.
 
-Frames are decoded in a decode worker (`vjepa_data.decoding.decode_worker`): a file that hangs or crashes its decoder
-costs only its own video.
+A decode worker (`vjepa_data.decoding.decode_worker`) decodes the frames, so a file that hangs or crashes its decoder
+affects only its own video.
 """
 
 import itertools
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalClip:
-    """One clip of one video."""
+    """A clip of a video."""
 
     key: str
     video: int
-    """Number of the sample in the index."""
+    """Position of the sample in the index."""
     frames: UInt8[Tensor, "T px px C"]
     numbers: tuple[int, ...]
-    """Of the frames in the video file."""
+    """Numbers of the frames in the video file."""
     fps: float
     """Frames per second of the video file."""
     labels: Mapping[str, Any]
     view: int = 0
-    """Which square of the picture, from its left or its top."""
+    """Number of the view, counted from the left or the top of the picture."""
 
     @property
     def start_s(self) -> float:
@@ -55,7 +55,7 @@ class EvalClip:
 
 
 class EvalClips:
-    """The evaluation clips of one split, decoded as they are asked for."""
+    """The evaluation clips of a split, decoded on demand."""
 
     def __init__(
         self,
@@ -70,34 +70,34 @@ class EvalClips:
         max_videos: int | None = None,
     ) -> None:
         """Args:
-        shards: a corpus.
-        split: which part of it.
-        px: height and width of the clips.
-        frames, fps: of the clips, in video time.
-        per_video: clips of each video, fewer where it is too short for so many different ones.
-        views: of each clip: 1 is the whole frame, more are squares of it.
-        max_videos: at most so many, the first ones of a shuffle that is always the same.
+        shards: folder of the corpus.
+        split: split of the corpus.
+        px: height and width of the clips, in pixels.
+        frames, fps: length and frame rate of the clips, in video time.
+        per_video: clips per video. Short videos have fewer different clips.
+        views: views per clip. 1 is the whole frame, more are squares.
+        max_videos: largest number of videos, taken from a shuffle that never changes.
 
         Raises:
-            BadInput: no corpus, no such split, or no video in it that is long enough.
+            BadInput: the corpus or split does not exist, or none of its videos is long enough.
         """
         self.index, self.px, self.frames, self.rate = Index(shards, split), px, frames, fps
         self.per_video, self.views = per_video, views
-        self._servant: DecodeWorker | None = None
-        fit = np.flatnonzero(self._serves(slice(None)))
+        self._decode_worker: DecodeWorker | None = None
+        fit = np.flatnonzero(self._is_long_enough(slice(None)))
         if not len(fit):
             raise BadInput(
-                f"{shards}: none of the {len(self.index)} videos of split {split!r} holds {frames} frames at {fps:g} "
-                "per second; give another split, or a model of shorter clips"
+                f"{shards}: none of the {len(self.index)} videos of split {split!r} has {frames} frames at {fps:g} "
+                "per second; give another split or a model with shorter clips"
             )
         if len(fit) < len(self.index):
-            log.info("%s: %d videos are too short or too slow and left out", shards, len(self.index) - len(fit))
+            log.info("%s: skipping %d videos that are too short or too slow", shards, len(self.index) - len(fit))
         if max_videos is not None and len(fit) > max_videos:
             fit = np.sort(generator(0, "evaluation videos").permutation(fit)[:max_videos])
         self.chosen = [(int(video), start) for video in fit for start in self.starts(int(video))]
         self.videos = len(fit)
         self.skipped = 0
-        """Clips that could not be read or decoded so far."""
+        """Number of clips so far that could not be read or decoded."""
 
     def __len__(self) -> int:
         return len(self.chosen) * self.views
@@ -109,42 +109,42 @@ class EvalClips:
                 yield from self.read(video, starts)
             except Unreadable as error:
                 self.skipped += len(starts) * self.views
-                log.warning("%s is left out: %s", self.index.key(video), error.detail)
+                log.warning("skipping %s: %s", self.index.key(video), error.detail)
 
     def read(self, video: int, starts: Sequence[int] | None = None) -> list[EvalClip]:
-        """Decode clips of one video; by default all that are evaluated.
+        """Decode clips of a video, by default all its evaluation clips.
 
         Raises:
-            Unreadable: it cannot be had.
+            Unreadable: the video cannot be read or decoded.
         """
         starts = self.starts(video) if starts is None else starts
         sample = self.index.read(video)
         return [clip for start in starts for clip in self._clips(video, start, sample, sample.labels)]
 
     def starts(self, video: int) -> list[int]:
-        """First frames of the clips of one video; none if it is too short or too slow."""
-        if not self._serves(slice(video, video + 1))[0]:
+        """Return the first frames of a video's clips. The list is empty if it is too short or too slow."""
+        if not self._is_long_enough(slice(video, video + 1))[0]:
             return []
-        last = max(0, int(self.index.frames[video]) - 1 - int(self._ahead(video)[-1]))
+        last = max(0, int(self.index.frames[video]) - 1 - int(self._frame_offsets(video)[-1]))
         if self.per_video == 1:
             return [last // 2]
         return sorted(set(np.linspace(0, last, self.per_video).round().astype(int).tolist()))
 
-    def _serves(self, videos: slice) -> np.ndarray:
-        """Which are long and fast enough for a clip; a picture is, for one that stands still."""
+    def _is_long_enough(self, videos: slice) -> np.ndarray:
+        """Say of each video whether it has enough frames and rate for a clip. A picture always has."""
         frames, fps = self.index.frames[videos], self.index.fps[videos]
         return can_serve(frames, fps, frames=self.frames, fps=self.rate) | (frames == 1)
 
-    def _ahead(self, video: int) -> Int[np.ndarray, " T"]:
+    def _frame_offsets(self, video: int) -> Int[np.ndarray, " T"]:
         return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))
 
     def _clips(self, video: int, start: int, sample: Sample, labels: Mapping[str, Any]) -> list[EvalClip]:
         index = self.index
-        numbers = np.minimum(start + self._ahead(video), index.frames[video] - 1).tolist()
+        numbers = np.minimum(start + self._frame_offsets(video), index.frames[video] - 1).tolist()
         expect = Expect(int(index.frames[video]), int(index.width[video]), int(index.height[video]))
-        if self._servant is None:
-            self._servant = DecodeWorker("pyav")
-        frames = self._servant.decode(sample.video, numbers, expect, suffix=sample.suffix)
+        if self._decode_worker is None:
+            self._decode_worker = DecodeWorker("pyav")
+        frames = self._decode_worker.decode(sample.video, numbers, expect, suffix=sample.suffix)
         fps = float(index.fps[video])
         return [
             EvalClip(sample.key, video, picture, tuple(numbers), fps, labels, view)
@@ -153,7 +153,7 @@ class EvalClips:
 
 
 def square_views(frames: UInt8[np.ndarray, "T H W C"], px: int, views: int) -> list[UInt8[Tensor, "T px px C"]]:
-    """The whole frame scaled to a square; or `views` squares of the short side's length, evenly along the long side.
+    """Return the whole frame scaled to a square, or `views` squares of the short side's length along the long side.
 
     Source: several crops of each clip, V-JEPA 2 (arXiv:2506.09985), frozen evaluation: 3.
     """
@@ -161,26 +161,26 @@ def square_views(frames: UInt8[np.ndarray, "T H W C"], px: int, views: int) -> l
         return [whole_view(frames, px)]
     height, width = frames.shape[1:3]
     short = min(height, width)
-    places = np.linspace(0, max(height, width) - short, views).round().astype(int).tolist()
+    corners = np.linspace(0, max(height, width) - short, views).round().astype(int).tolist()
     boxes = [
-        CropBox(0, place, short, short, flip=False) if width >= height else CropBox(place, 0, short, short, flip=False)
-        for place in places
+        CropBox(0, at, short, short, flip=False) if width >= height else CropBox(at, 0, short, short, flip=False)
+        for at in corners
     ]
-    return [_own(frames, box, px) for box in boxes]
+    return [_crop_copy(frames, box, px) for box in boxes]
 
 
 def whole_view(frames: UInt8[np.ndarray, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:
     """Scale whole frames to a square."""
-    return _own(frames, CropBox(0, 0, frames.shape[1], frames.shape[2], flip=False), px)
+    return _crop_copy(frames, CropBox(0, 0, frames.shape[1], frames.shape[2], flip=False), px)
 
 
-def _own(frames: UInt8[np.ndarray, "T H W C"], box: CropBox, px: int) -> UInt8[Tensor, "T px px C"]:
-    """Cut out into memory of its own: frames of a servant are overwritten by those to come."""
+def _crop_copy(frames: UInt8[np.ndarray, "T H W C"], box: CropBox, px: int) -> UInt8[Tensor, "T px px C"]:
+    """Crop into new memory, since the decode worker overwrites its frames."""
     return cut_out(frames, box, px).clone(memory_format=torch.contiguous_format)
 
 
 def centre_view(frames: UInt8[Tensor, "T H W C"], px: int) -> UInt8[Tensor, "T px px C"]:
-    """Short side to px * 256 / 224, then the centre: what Hugging Face's video processor does, byte for byte."""
+    """Resize the short side to px * 256 / 224 and crop the centre, byte for byte as Hugging Face's video processor."""
     height, width = frames.shape[1:3]
     short = int(px * 256 / 224)
     scale = short / min(height, width)

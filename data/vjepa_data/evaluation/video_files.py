@@ -1,10 +1,10 @@
-"""Clips of any video file, where it lies: no shards, no canonical form, nothing written.
+"""Evaluation clips of video files, without shards or the canonical form.
 
-Slower than a corpus (a file is decoded from its last key frame on), and for features, not for training. The same clips
-every time: evenly spaced, the whole frame scaled to a square, or several squares of it.
+This is slower than a corpus, since decoding starts at the preceding key frame, and meant for features rather than for
+training. Clips are deterministic: evenly spaced in time, and the whole frame scaled to a square or several squares.
 
-A stranger's file is opened in a child process that may be killed (`vjepa_data.media.pool`): one that hangs or crashes
-its decoder is a `Refused` of its own and nothing else.
+Untrusted files are opened in child processes that can be killed (`vjepa_data.media.pool`). A file that hangs or crashes
+its decoder gives a `Refused` and affects no other file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,38 +30,40 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class FileClip:
-    """One clip of a file."""
+    """A clip of a file."""
 
     frames: UInt8[Tensor, "T px px C"]
     start_s: float
-    """From the first frame of the file."""
+    """Time since the first frame of the file."""
     view: int = 0
-    """Which square of the picture, from its left or its top."""
+    """Number of the view, counted from the left or the top of the picture."""
 
 
-def find_videos(places: Sequence[Path]) -> list[Path]:
-    """Every video in some files and folders, in order; a folder is searched through and through.
+def find_videos(paths: Sequence[Path]) -> list[Path]:
+    """List the given video files and all videos below the given folders, in order.
 
     Raises:
-        BadInput: a place does not exist, or nothing in all of them looks like a video.
+        BadInput: a path does not exist, or no file has the name of a video.
     """
     found: list[Path] = []
-    for place in places:
-        if not place.exists():
-            raise BadInput(f"{place}: no such file or folder; give videos, folders of videos, or a corpus")
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-        found += [one for one in inside if not place.is_dir() or (one.suffix.lower() in SUFFIXES and one.is_file())]
+    for path in paths:
+        if not path.exists():
+            raise BadInput(f"{path}: no such file or folder; give videos, folders of videos, or a corpus")
+        if path.is_dir():
+            found += [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
+        else:
+            found.append(path)
     if not found:
         raise BadInput(
-            f"{', '.join(map(str, places))}: no file in there is called like a video (.mp4, .mkv, ...); of pictures "
+            f"{', '.join(map(str, paths))}: no file there has the name of a video (.mp4, .mkv, ...); for pictures, "
             "make a corpus first: vjepa shard DIR --out CORPUS media=images"
         )
     return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a child is asked for."""
+class FileClipRequest:
+    """Arguments of `file_clips`, sent to a child process."""
 
     path: Path
     px: int
@@ -71,21 +73,13 @@ class Wanted:
     views: int
 
 
-def work(wanted: Wanted) -> list[tuple[UInt8[np.ndarray, "T px px C"], float, int]]:
-    """What a child does; its answers hold arrays, which are sent as they are."""
-    clips = file_clips(
-        wanted.path,
-        px=wanted.px,
-        frames=wanted.frames,
-        fps=wanted.fps,
-        per_video=wanted.per_video,
-        views=wanted.views,
-    )
-    return [(clip.frames.numpy(), clip.start_s, clip.view) for clip in clips]
+def work(request: FileClipRequest) -> list[tuple[UInt8[np.ndarray, "T px px C"], float, int]]:
+    """Decode the clips of a file in a child process. Arrays are pickled faster than tensors."""
+    return [(clip.frames.numpy(), clip.start_s, clip.view) for clip in file_clips(**vars(request))]
 
 
 class FileVideos:
-    """The clips of some files, decoded ahead by children while something else is done with those before."""
+    """The clips of several files, decoded ahead by child processes."""
 
     def __init__(
         self,
@@ -100,14 +94,14 @@ class FileVideos:
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """Args:
-        paths: of the files.
+        paths: paths of the files.
         px, frames, fps, per_video, views: as in `file_clips`.
-        workers: children.
-        timeout_s: seconds that a file may take, opening and decoding, before its child is killed.
+        workers: number of child processes.
+        timeout_s: time budget for opening and decoding a file, in seconds of work or sleep.
         """
         self.keys: Sequence[str] = [str(path) for path in paths]
-        self._wanted = [Wanted(path, px, frames, fps, per_video, views) for path in paths]
-        self._pool: WorkerPool[Wanted, list[tuple[np.ndarray, float, int]]] = WorkerPool(
+        self._requests = [FileClipRequest(path, px, frames, fps, per_video, views) for path in paths]
+        self._pool: WorkerPool[FileClipRequest, list[tuple[np.ndarray, float, int]]] = WorkerPool(
             __name__, workers=workers, timeout_s=timeout_s
         )
 
@@ -118,8 +112,8 @@ class FileVideos:
         self._pool.__exit__(*error)
 
     def read(self, videos: Sequence[int]) -> Iterator[list[FileClip] | Refused]:
-        """The clips of each video, or why there are none, in order."""
-        for _, answer in self._pool.map(self._wanted[video] for video in videos):
+        """Yield the clips of each video in order, or the reason why it has none."""
+        for _, answer in self._pool.map(self._requests[video] for video in videos):
             if isinstance(answer, Refused):
                 yield answer
             else:
@@ -127,28 +121,25 @@ class FileVideos:
 
 
 def file_clips(path: Path, *, px: int, frames: int, fps: float, per_video: int = 1, views: int = 1) -> list[FileClip]:
-    """Decode the evaluation clips of one file, in this process.
+    """Decode the evaluation clips of a file in this process.
 
     Args:
-        path: of the video.
-        px: height and width of the clips.
-        frames, fps: of the clips, in video time.
-        per_video: clips, evenly spaced from the first frame to the last start that fits.
-        views: of each clip: 1 is the whole frame, more are squares of it.
+        path: path of the video.
+        px: height and width of the clips, in pixels.
+        frames, fps: length and frame rate of the clips, in video time.
+        per_video: number of clips, evenly spaced from the first frame to the last start that fits.
+        views: views per clip. 1 is the whole frame, more are squares.
 
     Raises:
-        Refused: it is no video, damaged, or shorter than a clip.
+        Refused: the file is not a video, is damaged, or is shorter than a clip.
     """
-    facts = probe(path)
-    last = facts.duration_s - (frames - 1) / fps - 1 / facts.fps
-    starts = [max(0.0, last) / 2] if per_video == 1 else np.linspace(0, max(0.0, last), per_video).tolist()
-    return [
-        FileClip(picture, start, view)
-        for start in starts
-        for view, picture in enumerate(
-            square_views(_pictures(path, start_s=start, origin_s=facts.start_s, frames=frames, fps=fps), px, views)
-        )
-    ]
+    info = probe(path)
+    last = max(0.0, info.duration_s - (frames - 1) / fps - 1 / info.fps)
+    clips = []
+    for start_s in [last / 2] if per_video == 1 else np.linspace(0, last, per_video).tolist():
+        pictures = _pictures(path, start_s=start_s, origin_s=info.start_s, frames=frames, fps=fps)
+        clips += [FileClip(view, start_s, number) for number, view in enumerate(square_views(pictures, px, views))]
+    return clips
 
 
 def _pictures(path: Path, *, start_s: float, origin_s: float, frames: int, fps: float) -> UInt8[np.ndarray, "T H W 3"]:
@@ -156,7 +147,6 @@ def _pictures(path: Path, *, start_s: float, origin_s: float, frames: int, fps: 
     with open_video(path) as container:
         stream = video_stream(container)
         own = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        # A little early: a seek by rounded times may miss the key frame that it is meant for.
         timed = decode(container, stream, origin_s + start_s if start_s > 0 else None, own)
         pictures: list[np.ndarray] = []
         for frame in shown_at(timed, start_s=origin_s + start_s, seconds=frames / fps, rate=rate):
