@@ -1,6 +1,6 @@
 """Every access of the data room to private parts of torch and fsspec.
 
-Each function hides one private name, so an upgrade that breaks it breaks one test in `tests/data/test_compat.py`.
+Each function hides a private name, so an upgrade that breaks it breaks a single test in `tests/data/test_compat.py`.
 Imports no torch itself: corpora are read on machines without it.
 """
 

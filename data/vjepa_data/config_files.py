@@ -1,7 +1,7 @@
-"""Settings from files: one YAML file, at most one `base:` each, `key=value` overrides, nothing else.
+"""Load settings from a YAML file, an optional `base:` file per file, and `key=value` overrides.
 
-No interpolation, no import by string, no environment: what a file says is what it means. The result is a frozen
-record and, for every value, where it came from.
+There is no interpolation, import by string or use of the environment: values mean exactly their text. The result is a
+frozen record and the origin of every value.
 """
 
 import copy
@@ -41,7 +41,7 @@ EXPECTED = {
     "too_long": "at most {max_length} of them",
     "invalid_key": "a name",
 }
-"""What stands in place of pydantic's words, by its type of error."""
+"""Expected values in our words, by pydantic's type of error."""
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
@@ -55,23 +55,23 @@ class Variants:
 
 @dataclass(frozen=True)
 class Loaded(Generic[S]):
-    """Settings, and the origin of each: dotted name to file name, `command line` or `default`."""
+    """Settings, and the origin of each value: a file name, `command line` or `default` by dotted name."""
 
     settings: S
     origins: dict[str, str]
 
 
 def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> Loaded[S]:
-    """Read settings from a file and overrides, and refuse what is not known or does not fit.
+    """Read settings from a file and overrides, and reject unknown names and invalid values.
 
     Args:
-        kind: the settings to read; a frozen pydantic model that forbids extra keys.
-        path: a YAML file, or None for defaults and overrides alone.
-        overrides: `dotted.name=value`, the value in YAML; a number steps into a list (`masks.0.blocks=4`).
+        kind: class of the settings, a frozen pydantic model that forbids extra keys.
+        path: a YAML file, or None to use only defaults and overrides.
+        overrides: `dotted.name=value` with a YAML value. A number selects a list entry (`masks.0.blocks=4`).
 
     Raises:
-        BadInput: the file is missing or no YAML mapping, or a setting is unknown, missing or out of range;
-            one line for each, with the file and the nearest known name.
+        BadInput: the file is missing or not a YAML mapping, or a setting is unknown, missing or out of range. The
+            message has a line per setting, with its file and the nearest known name.
     """
     renamed: Mapping[str, str] = getattr(kind, "renamed", {})
     values, origins = _read(path, (), renamed) if path else ({}, {})
@@ -80,22 +80,22 @@ def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = (
     try:
         settings = kind.model_validate(values)
     except ValidationError as error:
-        # Unknown names first: they are often the reason that others are missing. A list whose items are wrong is
-        # also reported as empty, which it is not.
-        details = [one for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
-        details.sort(key=lambda one: one["type"] != "extra_forbidden")
+        # Unknown names first: they are often the reason that others are missing. pydantic also reports a list with
+        # invalid items as empty.
+        details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
+        details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
         lines = [_explain(kind, values, origins, str(path or COMMAND_LINE), detail) for detail in details]
         raise BadInput("\n".join(lines)) from None
     return Loaded(settings, {name: _origin(name, origins) for name, _ in flatten(settings)})
 
 
 def find_file(given: str | Path, shipped: Sequence[Path]) -> Path:
-    """The YAML file that is meant: a path, or the name of a file that ships with the project.
+    """Return a YAML file given as a path or as the name of a file that ships with the project.
 
     Raises:
-        BadInput: it is a mere name, and neither a file here nor one of the shipped.
+        BadInput: the name is neither a file nor that of a shipped file.
     """
-    path, known = Path(given), {one.stem: one for one in shipped}
+    path, known = Path(given), {file.stem: file for file in shipped}
     if path.is_file() or path.name != str(given):
         return path
     if path.name not in known:
@@ -106,12 +106,12 @@ def find_file(given: str | Path, shipped: Sequence[Path]) -> Path:
 
 
 def dump_settings(settings: BaseModel) -> str:
-    """The YAML text from which `load_settings` makes the same settings again."""
+    """Return YAML text from which `load_settings` restores the same settings."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=110)
 
 
 def flatten(settings: BaseModel) -> Iterator[tuple[str, Any]]:
-    """Every single value of a tree of settings with its dotted name, in the order of the fields."""
+    """Yield every value of a tree of settings with its dotted name, in the order of the fields."""
 
     def walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, BaseModel):
@@ -127,23 +127,24 @@ def flatten(settings: BaseModel) -> Iterator[tuple[str, Any]]:
 
 
 def one_line(value: Any) -> str:
-    """A single value as YAML, such as may stand after `name=`."""
+    """Format a value as YAML on one line, as it is written after `name=`."""
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which plain YAML silently keeps the last, and in which `off`, `on`, `no`
-    and `yes` are words, as in YAML 1.2: `track.wandb=off` would otherwise be `False`."""
+    """A YAML loader that rejects duplicate keys, of which plain YAML silently keeps the last.
+
+    `off`, `on`, `no` and `yes` are strings, as in YAML 1.2. Otherwise `track.wandb=off` would be `False`.
+    """
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
-    for place, key in enumerate(keys):
-        if key in keys[:place]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{key!r} is given twice", node.value[place][0].start_mark
-            )
+    for position, key in enumerate(keys):
+        if key in keys[:position]:
+            mark = node.value[position][0].start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -161,16 +162,16 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Strict)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise BadInput(f"{where}: not YAML: {error.problem}{place}") from None
+        position = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BadInput(f"{where}: invalid YAML: {error.problem}{position}; correct the file or value") from None
     except yaml.YAMLError as error:
-        raise BadInput(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{where}: invalid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...], renamed: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The merged values of a file and its bases, and the file that each leaf came from."""
+    """Return the merged values of a file and its bases, and the file of each value."""
     if path.resolve() in seen:
-        raise BadInput(f"{path}: is its own base; remove one `base:` line")
+        raise BadInput(f"{path}: the file is its own base; remove a `base:` line")
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -225,7 +226,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any], origins: dict[str, s
 
 
 def _remember(origins: dict[str, str], name: str, where: str) -> None:
-    """Note where a value came from, in place of whatever was known of it and of what lies inside it."""
+    """Record the origin of a value, which replaces any origin of the value and of values inside it."""
     for old in [origin for origin in origins if origin.startswith(f"{name}.")]:
         del origins[old]
     origins[name] = where
@@ -245,7 +246,7 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str, re
             at = at[_position(at, part, override)]
             continue
         if not isinstance(at.get(part), (dict, list)):
-            # A group may be abbreviated (`encoder: vit_tiny`); an override inside it keeps the abbreviation's name.
+            # A group may be abbreviated (`encoder: vit_tiny`). An override inside it keeps that name.
             at[part] = {"name": at[part]} if isinstance(at.get(part), str) else {}
             origins.pop(".".join(parents[: depth + 1]), None)
         at = at[part]
@@ -259,12 +260,12 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str, re
 
 def _position(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise BadInput(f"{override!r}: {part!r} is not one of the {len(items)} entries (0 to {len(items) - 1})")
+        raise BadInput(f"{override!r}: {part!r} is not an entry of the list; give 0 to {len(items) - 1}")
     return int(part)
 
 
 def _origin(name: str, origins: Mapping[str, str]) -> str:
-    """The origin of a value: its own, or that of the nearest group above it that was given as a whole."""
+    """Return the origin of a value, or of the nearest group above it that was given as a whole."""
     while name:
         if name in origins:
             return origins[name]
@@ -275,7 +276,7 @@ def _origin(name: str, origins: Mapping[str, str]) -> str:
 def _explain(
     kind: type[BaseModel], values: Mapping[str, Any], origins: Mapping[str, str], where: str, detail: Any
 ) -> str:
-    """One line for one error: the file, the setting, what is wrong and what to do."""
+    """Describe an error in a line: the file, the setting, the problem and the remedy."""
     name = _name_of(values, detail["loc"])
     if detail["type"].startswith("union_tag"):
         name += f".{detail['ctx']['discriminator'][1:-1]}"
@@ -297,7 +298,7 @@ def _explain(
 
 
 def _name_of(values: Any, location: Sequence[str | int]) -> str:
-    """A dotted name without the tags that pydantic puts in for the branches of a union."""
+    """Return a dotted name without the tags that pydantic inserts for branches of a union."""
     parts: list[str] = []
     for position, part in enumerate(location):
         inside = (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int))
@@ -311,19 +312,20 @@ def _name_of(values: Any, location: Sequence[str | int]) -> str:
 def _nearest(name: str, known: Sequence[str]) -> str | None:
     pattern = re.sub(r"\.\d+", ".*", name)
     group, _, last = pattern.rpartition(".")
-    siblings = [one for one in known if one.rpartition(".")[0] == group]
-    near = difflib.get_close_matches(last, [one.rpartition(".")[2] for one in siblings], n=1, cutoff=0.6)
+    siblings = [other for other in known if other.rpartition(".")[0] == group]
+    near = difflib.get_close_matches(last, [other.rpartition(".")[2] for other in siblings], n=1, cutoff=0.6)
     if near:
         return ".".join([*name.split(".")[:-1], near[0]])
-    elsewhere = [one for one in known if one.rpartition(".")[2] == last] or difflib.get_close_matches(pattern, known, 1)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    elsewhere = elsewhere or difflib.get_close_matches(pattern, known, 1)
     return elsewhere[0] if elsewhere else None
 
 
 def names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted name of every setting and group of a kind; `*` stands for a position in a list."""
+    """Yield the dotted name of every setting and group of a class. `*` stands for a position in a list."""
     for field, info in kind.model_fields.items():
         yield f"{prefix}{field}"
-        chosen = [(model, False) for each in info.metadata if isinstance(each, Variants) for model in each.classes()]
+        chosen = [(model, False) for item in info.metadata if isinstance(item, Variants) for model in item.classes()]
         for model, is_list in chosen or _models(info.annotation):
             yield from names(model, f"{prefix}{field}.{'*.' if is_list else ''}")
 

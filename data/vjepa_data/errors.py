@@ -1,17 +1,17 @@
-"""What may be wrong: with what a user gave, and with one sample. Imports nothing."""
+"""Errors of the data room: invalid input, and unreadable samples. Imports nothing."""
 
 
 class BadInput(ValueError):
-    """Something a user can fix: what is wrong, what we got, what to do. The command line exits with 2."""
+    """An error that the user can fix. The message says what is wrong, what was given and what to do. Exit code 2."""
 
 
 class Unreadable(Exception):
-    """A sample that cannot be had or decoded; the stream replaces it.
+    """A sample that cannot be read or decoded. The stream replaces it.
 
     Attributes:
-        reason: one word for statistics: "missing", "size" or "hash" (of the shard or its bytes), "error" (the decoder
-            gave up), "frames" (it found another video than the index tells of), "timeout", "crash", "memory".
-        detail: one line for a person.
+        reason: a word for statistics: "missing", "size" or "hash" (of the shard or its bytes), "error" (from the
+            decoder), "frames" (the video differs from its index entry), "timeout", "crash", "memory".
+        detail: a line for a reader.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -1,8 +1,7 @@
-"""The source of all randomness: a generator that is a function of its arguments.
+"""The only source of randomness: generators that are functions of their arguments.
 
-No state is kept and none is shared. Which sample fills a slot, where its clip starts, how it is cropped and which of
-its tokens are hidden are each drawn from a generator of their own, so that one more draw in one place moves nothing in
-another.
+There is no state. The sample of a slot, the start of its clip, its crop and its hidden tokens are each drawn from a
+separate generator, so that an additional draw for a purpose changes nothing else.
 """
 
 import hashlib
@@ -12,20 +11,20 @@ import numpy as np
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """Make the generator that belongs to a seed, a purpose and a few numbers.
+    """Return the generator of a seed, a purpose and a few numbers.
 
-    The arguments are hashed (BLAKE2b, 128 bits) to the key of a Philox counter-based generator: equal arguments
-    give equal streams in every process, on every machine; different ones give independent streams.
-    NumPy promises Philox's bits for ever, but the methods of `Generator` only within a version; a test holds a
-    recording of them, so that an upgrade that would change a run is noticed.
+    The arguments are hashed (BLAKE2b, 128 bits) to the key of a Philox counter-based generator. Equal arguments give
+    equal streams in every process and on every machine. Different arguments give independent streams. NumPy guarantees
+    the bits of Philox across versions, but the methods of `Generator` only within a version. A test compares them with
+    a recording, so that an upgrade that would change a run fails.
 
     Args:
         seed: seed of the run.
-        purpose: what is drawn, e.g. "crop"; keeps streams apart that share their numbers.
-        numbers: integers that fit 64 bits with a sign, usually (step, slot).
+        purpose: name of the draw, e.g. "crop". It separates streams with the same numbers.
+        numbers: signed 64-bit integers, usually (step, slot).
 
     Returns:
-        A generator at the start of its stream. About 10 microseconds.
+        A generator at the start of its stream. The call takes about 10 microseconds.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """

@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Source(Settings):
-    """One corpus of shards and its share of the mixture."""
+    """A corpus of shards and its share of the mixture."""
 
     shards: str
     """Folder or URL that contains the `manifest.json` written by `vjepa shard` or `vjepa index`."""
@@ -54,7 +54,7 @@ class Source(Settings):
     """Origin of the videos. Recorded, not interpreted."""
 
     without: str | None = None
-    """File with keys to exclude, one per line, or the `rejected.jsonl` of an earlier run. Changes the stream."""
+    """File with keys to exclude, line by line, or the `rejected.jsonl` of an earlier run. Changes the stream."""
 
     @model_validator(mode="after")
     def _one_pace(self) -> "Source":
@@ -153,7 +153,7 @@ class Loader(Settings):
     from `cpu` by one of 255 levels. Without a GPU both give the same result."""
 
     decode_timeout_s: float = Field(default=20.0, gt=0)
-    """Time budget of a decode worker for one clip, in seconds during which it computes or sleeps. A worker that exceeds
+    """Time budget of a decode worker for a clip, in seconds during which it computes or sleeps. A worker that exceeds
     it is killed and the sample is replaced. Clips that need longer at 25 million pixels per second, such as 4K, get
     that longer time."""
 

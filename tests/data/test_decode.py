@@ -1,3 +1,5 @@
+"""All decoders return the requested frames and reject damaged or unexpected videos."""
+
 import io
 from typing import get_args
 
@@ -20,7 +22,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_the_frames_are_those_asked_for(videos: list[bytes], read_number, backend: str):
+def test_the_requested_frames_are_returned(videos: list[bytes], read_number, backend: str):
     rng = np.random.default_rng(0)
     for video in videos[:2]:
         for _ in range(20):
@@ -29,18 +31,18 @@ def test_the_frames_are_those_asked_for(videos: list[bytes], read_number, backen
             assert [read_number(f) for f in got] == wanted
 
 
-def test_all_decoders_give_the_same_bits(videos: list[bytes], backend: str):
+def test_all_decoders_return_the_same_pixels(videos: list[bytes], backend: str):
     for video in videos:
         want = decode(video, FRAMES, backend="decord", expect=EXPECT)
         assert np.array_equal(decode(video, FRAMES, backend=backend, expect=EXPECT), want)
 
 
-def test_a_frame_may_be_asked_for_twice(videos: list[bytes], read_number, backend: str):
+def test_a_frame_may_be_requested_twice(videos: list[bytes], read_number, backend: str):
     got = decode(videos[0], [3, 3, 9, 47, 47], backend=backend, expect=EXPECT)
     assert [read_number(f) for f in got] == [3, 3, 9, 47, 47]
 
 
-def test_a_video_of_another_length_or_size_is_refused(videos: list[bytes], backend: str):
+def test_a_video_unlike_its_index_entry_is_rejected(videos: list[bytes], backend: str):
     for wrong in (Expect(47, 96, 64), Expect(49, 96, 64), Expect(48, 64, 96)):
         with pytest.raises(Unreadable) as e:
             decode(videos[0], [0, 1], backend=backend, expect=wrong)
@@ -48,7 +50,7 @@ def test_a_video_of_another_length_or_size_is_refused(videos: list[bytes], backe
 
 
 @pytest.mark.parametrize("damage", ["empty", "html", "no moov", "half", "noise"])
-def test_damaged_bytes_are_refused(videos: list[bytes], backend: str, damage: str):
+def test_damaged_bytes_are_rejected(videos: list[bytes], backend: str, damage: str):
     video = videos[0]
     noise = np.random.default_rng(0).bytes(len(video) // 2)
     bad = {
@@ -63,8 +65,8 @@ def test_damaged_bytes_are_refused(videos: list[bytes], backend: str, damage: st
 
 
 @pytest.mark.parametrize("frames", [[-1, 2], [47, 48], []])
-def test_frames_outside_the_video_are_refused(videos: list[bytes], frames: list[int]):
-    with pytest.raises(Unreadable, match="asked of a video of 48"):
+def test_frames_outside_the_video_are_rejected(videos: list[bytes], frames: list[int]):
+    with pytest.raises(Unreadable, match="of a video of 48 frames"):
         decode(videos[0], frames, backend="decord", expect=EXPECT)
 
 
@@ -87,8 +89,8 @@ def test_every_backend_of_the_settings_exists():
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "libsvtav1"])
-def test_pyav_gives_the_frames_that_decoding_all_gives(codec: str):
-    """Of codecs whose packets hold frames of several times, too."""
+def test_pyav_seeks_to_the_same_frames_as_full_decoding(codec: str):
+    """This includes codecs whose packets contain frames of several times."""
     file, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=12, options={"g": "12"})

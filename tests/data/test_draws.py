@@ -1,3 +1,5 @@
+"""Random streams are functions of seed, purpose and numbers."""
+
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ def test_equal_arguments_give_equal_streams_in_another_process():
     assert other.strip() == str(generator(3, "crop", 7, 11).integers(0, 2**62, 4).tolist())
 
 
-def test_the_stream_is_the_one_that_was_recorded():
+def test_the_stream_equals_the_recording():
     draws = generator(0, "plan", 1, 2)
     assert draws.permutation(8).tolist() == PERMUTATION
     assert draws.integers(0, 1000, 4).tolist() == INTEGERS
@@ -27,12 +29,12 @@ def test_different_numbers_give_different_streams(a: list[int], b: list[int]):
     assert same == (a == b)
 
 
-def test_purpose_and_numbers_do_not_run_together():
+def test_purpose_and_numbers_are_hashed_separately():
     first = {int(generator(1, p, *n).integers(0, 2**62)) for p, n in [("a", (1,)), ("a", ()), ("a1", ()), ("", (1, 1))]}
     assert len(first) == 4
 
 
-def test_neighbouring_streams_are_not_correlated():
+def test_neighbouring_streams_are_uncorrelated():
     table = np.stack([generator(0, "crop", step, slot).random(64) for step in range(30) for slot in range(30)])
     off_diagonal = np.corrcoef(table) - np.eye(len(table))
     # 900 streams of 64 numbers: the largest of 404,550 correlations of independent streams is about 0.57

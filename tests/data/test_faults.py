@@ -1,4 +1,4 @@
-"""What may happen to data and processes, and what the stream makes of it."""
+"""The stream survives bad samples and killed, stopped or hanging processes."""
 
 import hashlib
 import itertools
@@ -44,7 +44,7 @@ def copy(corpus: Path, tmp_path: Path) -> Path:
 
 
 def processes_below(pid: int) -> set[int]:
-    """List the processes that descend from one."""
+    """List all descendants of a process."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -73,7 +73,7 @@ def wait_until(claim, limit_s: float = 60) -> bool:
     return done
 
 
-def test_bad_samples_are_replaced_alike_by_everyone_and_nothing_else_moves(corpus: Path, copy: Path, tmp_path: Path):
+def test_bad_samples_are_replaced_deterministically(corpus: Path, copy: Path, tmp_path: Path):
     whole = read(settings(corpus), 7)
     os.truncate(copy / "shards" / "toy-train-000003.tar", 4096)  # 4 of 26 samples
     run = tmp_path / "run"
@@ -92,7 +92,7 @@ def test_bad_samples_are_replaced_alike_by_everyone_and_nothing_else_moves(corpu
     assert all("toy-train-000003.tar" in r["shard"] for r in rows)
 
 
-def test_a_video_of_another_length_than_the_index_says_is_replaced(videos, make_corpus, tmp_path: Path):
+def test_a_video_unlike_its_index_entry_is_replaced(videos, make_corpus, tmp_path: Path):
     facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
     samples = [{"key": f"k{i}", "frames": 60 if i == 3 else 48, **facts} for i in range(8)]
     folder = make_corpus(tmp_path / "c", [samples])
@@ -104,7 +104,7 @@ def test_a_video_of_another_length_than_the_index_says_is_replaced(videos, make_
     assert "counts 48 frames, the index 60" in rows[0]["detail"]
 
 
-def test_too_many_in_a_row_stop_the_run_with_one_line(copy: Path):
+def test_too_many_consecutive_rejects_stop_the_run(copy: Path):
     for shard in (copy / "shards").iterdir():
         shard.unlink()
     for workers in (0, 1):
@@ -117,16 +117,14 @@ def test_too_many_in_a_row_stop_the_run_with_one_line(copy: Path):
             next(loader)
 
 
-def test_too_large_a_share_stops_the_run(copy: Path):
+def test_too_large_a_share_of_rejects_stops_the_run(copy: Path):
     (copy / "shards" / "toy-train-000003.tar").unlink()
     loader = ClipLoader(settings(copy, max_share=0.01), Loader(workers=0), seed=0, batch_size=4)
     with loader, pytest.raises(TooManyRejects, match=r"of the last \d+ samples cannot be used, more than .* \(0.01\)"):
         list(itertools.islice(loader, 250))
 
 
-def test_members_that_others_would_unpickle_or_extract_elsewhere_are_never_touched(
-    videos, tmp_path: Path, make_corpus, edit_manifest
-):
+def test_dangerous_members_are_never_touched(videos, tmp_path: Path, make_corpus, edit_manifest):
     import io
     import tarfile
 
@@ -145,7 +143,7 @@ def test_members_that_others_would_unpickle_or_extract_elsewhere_are_never_touch
     assert not list(tmp_path.glob("../**/evil"))
 
 
-def test_killed_servants_and_workers_cost_time_and_change_nothing(corpus: Path):
+def test_killing_workers_does_not_change_the_stream(corpus: Path):
     want = read(settings(corpus), 40)
     got = []
     with ClipLoader(settings(corpus), Loader(workers=1, prefetch_steps=1), seed=1, batch_size=BATCH) as loader:
@@ -153,14 +151,14 @@ def test_killed_servants_and_workers_cost_time_and_change_nothing(corpus: Path):
         for step in range(40):
             got.append(pixels(next(loader)))
             if step == 5:
-                (servant,) = processes_below(worker)
-                os.kill(servant, signal.SIGKILL)
+                (decode_worker,) = processes_below(worker)
+                os.kill(decode_worker, signal.SIGKILL)
             if step == 20:
                 os.kill(worker, signal.SIGKILL)
     assert got == want
 
 
-def test_a_killed_worker_does_not_interrupt_the_training_step(corpus: Path):
+def test_a_killed_worker_does_not_interrupt_a_training_step(corpus: Path):
     with ClipLoader(settings(corpus), Loader(workers=1), seed=1, batch_size=BATCH) as loader:
         next(loader)
         (worker,) = (w.pid for w in loader._batches._workers)  # pyright: ignore[reportAttributeAccessIssue]
@@ -171,7 +169,7 @@ def test_a_killed_worker_does_not_interrupt_the_training_step(corpus: Path):
         assert next(loader).step == 1
 
 
-def test_workers_leave_signals_to_the_trainer(corpus: Path):
+def test_workers_ignore_stop_signals(corpus: Path):
     with ClipLoader(settings(corpus), Loader(workers=1), seed=1, batch_size=BATCH) as loader:
         next(loader)
         (worker,) = (w.pid for w in loader._batches._workers)  # pyright: ignore[reportAttributeAccessIssue]
@@ -206,7 +204,7 @@ def test_no_process_outlives_a_killed_trainer(corpus: Path, tmp_path: Path, meth
     assert trainer.stdout is not None
     assert trainer.stdout.readline() == "ready\n"
     children = processes_below(trainer.pid)
-    assert len(children) >= 4  # two workers, two servants
+    assert len(children) >= 4  # two workers, two decode workers
     trainer.kill()
     trainer.wait()
     gone = wait_until(lambda: not any(alive(pid) for pid in children))
@@ -216,11 +214,11 @@ def test_no_process_outlives_a_killed_trainer(corpus: Path, tmp_path: Path, meth
     assert gone
 
 
-def test_a_worker_that_is_killed_with_a_lock_in_its_hand_stops_nobody(corpus: Path):
+def test_a_worker_killed_while_holding_a_lock_blocks_nothing(corpus: Path):
     want = read(settings(corpus), 8)
     got: list[tuple] = []
 
-    def go_on() -> None:
+    def read_on() -> None:
         got.extend(pixels(next(loader)) for _ in range(6))
         loader.close()
 
@@ -232,11 +230,11 @@ def test_a_worker_that_is_killed_with_a_lock_in_its_hand_stops_nobody(corpus: Pa
     os.kill(worker.pid, signal.SIGSTOP)
     assert event._cond.acquire()  # pyright: ignore[reportAttributeAccessIssue]  as if the worker had it
     os.kill(worker.pid, signal.SIGKILL)
-    going_on = threading.Thread(target=go_on, daemon=True)
-    going_on.start()
-    going_on.join(timeout=100)
+    reading = threading.Thread(target=read_on, daemon=True)
+    reading.start()
+    reading.join(timeout=100)
     assert got == want
-    assert not going_on.is_alive()
+    assert not reading.is_alive()
 
 
 def test_closing_ends_all_processes(corpus: Path):
@@ -245,18 +243,14 @@ def test_closing_ends_all_processes(corpus: Path):
         next(loader)
         during = processes_below(os.getpid()) - before
         threads = {pid: len(os.listdir(f"/proc/{pid}/task")) for pid in during}
-        servants_and_workers = {p for p in during if b"resource_tracker" not in Path(f"/proc/{p}/cmdline").read_bytes()}
+        ours = {p for p in during if b"resource_tracker" not in Path(f"/proc/{p}/cmdline").read_bytes()}
     assert len(during) >= 4
     assert set(threads.values()) <= {1, 2, 3}, threads
-    left = {
-        p for p in servants_and_workers if alive(p) and b"forkserver" not in Path(f"/proc/{p}/cmdline").read_bytes()
-    }
+    left = {p for p in ours if alive(p) and b"forkserver" not in Path(f"/proc/{p}/cmdline").read_bytes()}
     assert wait_until(lambda: not any(alive(p) for p in left)), left
 
 
-def test_a_stall_names_the_keys_in_flight_and_the_stacks(
-    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_stall_is_logged_with_keys_and_stacks(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     loader = ClipLoader(
         settings(corpus),
         Loader(workers=1, prefetch_steps=1),
@@ -269,13 +263,13 @@ def test_a_stall_names_the_keys_in_flight_and_the_stacks(
         next(loader)
         next(loader)
         (worker,) = (w.pid for w in loader._batches._workers)  # pyright: ignore[reportAttributeAccessIssue]
-        (servant,) = processes_below(worker)
-        os.kill(servant, signal.SIGSTOP)
+        (decode_worker,) = processes_below(worker)
+        os.kill(decode_worker, signal.SIGSTOP)
         time.sleep(0.5)
 
         def wake() -> None:
             time.sleep(2.5)
-            os.kill(servant, signal.SIGCONT)
+            os.kill(decode_worker, signal.SIGCONT)
 
         import threading
 

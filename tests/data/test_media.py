@@ -44,7 +44,7 @@ def test_pixels_of_16_bits_keep_their_greys_and_those_of_32_are_refused(tmp_path
     for grey in (np.asarray(Image.open(io.BytesIO(stored))), read[0]):
         assert np.abs(grey - ramp[..., None] / 257).max() < 3
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(Refused, match="pixels of 32 bits, whose black and white are not known; make them 8 or 16"):
+    with pytest.raises(Refused, match="pixels have 32 bits, whose range is unknown; convert them to 8 or 16"):
         store_image(tmp_path / "x.tif", encode=Encode())
 
 

@@ -1,4 +1,4 @@
-"""Ranges of objects in a store, as the store's own client answers for them."""
+"""Errors of an object store's client are mapped to the end of a file or to an outage."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ def store_that_raises(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 0.0)
 
 
-def test_a_range_past_the_end_of_an_object_is_empty_as_one_of_a_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_past_the_end_of_an_object_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = pytest.importorskip("s3fs.errors")
     botocore = pytest.importorskip("botocore.exceptions")
     said = {"Error": {"Code": "InvalidRange", "Message": "The requested range is not satisfiable"}}
@@ -27,7 +27,7 @@ def test_a_range_past_the_end_of_an_object_is_empty_as_one_of_a_file_is(monkeypa
     assert read_range("s3://bucket/a.tar", 1 << 20, 10) == b""
 
 
-def test_another_complaint_of_a_store_is_no_end_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_client_error_is_not_the_end_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = pytest.importorskip("s3fs.errors")
     botocore = pytest.importorskip("botocore.exceptions")
     said = {"Error": {"Code": "InvalidArgument", "Message": "no"}}

@@ -133,7 +133,7 @@ def put(cache: Cache, name: str, size: int, used_s_ago: float) -> str:
     return sha256
 
 
-def test_the_oldest_unused_copies_make_room_and_open_ones_stay(store: ObjectStore, corpus: Path, tmp_path: Path):
+def test_old_copies_are_evicted_unless_open(store: ObjectStore, corpus: Path, tmp_path: Path):
     cache = Cache(tmp_path / "cache", 0.001)  # 1.07 MB
     old, opened, new = (put(cache, n, 400_000, s) for n, s in [("old", 50), ("opened", 90), ("new", 10)])
     descriptor = cache.open(opened)

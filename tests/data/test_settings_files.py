@@ -1,4 +1,4 @@
-"""Settings from files: what is read, where each value came from, and how a mistake is answered."""
+"""Settings are read from files with their origins, and mistakes get one-line errors."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,7 +49,7 @@ def refused(kind: type[Settings], path: Path | None, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_file_its_base_and_the_command_line_are_merged_and_remembered(tmp_path: Path) -> None:
+def test_a_file_its_base_and_overrides_are_merged_with_origins(tmp_path: Path) -> None:
     base = write(tmp_path / "base.yaml", "name: saloon\nengine: {power_kw: 60}\nbrakes: [{mode: drum}, {mode: drum}]\n")
     child = write(tmp_path / "child.yaml", "base: base.yaml\ndoors: 2\nbrakes: [{mode: disc, radius_mm: 140}]\n")
     loaded = load_settings(Car, child, ["engine.power_kw=7.5e1"])
@@ -65,12 +65,12 @@ def test_a_file_its_base_and_the_command_line_are_merged_and_remembered(tmp_path
     }
 
 
-def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
+def test_dumped_settings_load_unchanged(tmp_path: Path) -> None:
     car = load_settings(Car, None, ["name=x", "brakes=[{mode: disc, radius_mm: 1}, {mode: drum}]"]).settings
     assert load_settings(Car, write(tmp_path / "c.yaml", dump_settings(car))).settings == car
 
 
-def test_a_value_that_is_shown_may_be_given_again() -> None:
+def test_a_shown_value_is_a_valid_override() -> None:
     car = load_settings(Car, None, ["name='3'", "brakes=[{mode: disc, radius_mm: 1}, {mode: drum}]"]).settings
     shown = [f"{name}={one_line(value)}" for name, value in flatten(car)]
     assert {"name='3'", "doors=4", "brakes.1.width_mm=40"} < set(shown)
@@ -80,10 +80,10 @@ def test_a_value_that_is_shown_may_be_given_again() -> None:
     ]  # fmt: skip
 
 
-def test_a_number_in_a_name_steps_into_a_list(tmp_path: Path) -> None:
+def test_a_number_in_a_name_selects_a_list_entry(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "name: x\nbrakes: [{mode: drum}, {mode: drum}]\n")
     assert load_settings(Car, path, ["brakes.1.width_mm=50"]).settings.brakes == (Drum(), Drum(width_mm=50))
-    assert "'2' is not one of the 2 entries (0 to 1)" in refused(Car, path, "brakes.2.width_mm=50")
+    assert "'2' is not an entry of the list; give 0 to 1" in refused(Car, path, "brakes.2.width_mm=50")
 
 
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
@@ -113,24 +113,24 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
         ("name: x\nname: y\n", "'name' is given twice in line 2, column 1"),
         ("base: 3\nname: x\n", "base: expected the path of a YAML file, got 3"),
         ("- 1\n", "expected `name: value` lines, got list"),
-        ("name: [\n", "not YAML"),
+        ("name: [\n", "invalid YAML"),
     ],
 )
-def test_a_mistake_is_answered_by_one_line_that_names_the_file(tmp_path: Path, text: str, line: str) -> None:
+def test_an_error_is_one_line_that_names_the_file(tmp_path: Path, text: str, line: str) -> None:
     answer = refused(Car, write(tmp_path / "car.yaml", text))
     assert answer.startswith(str(tmp_path / "car.yaml"))
     assert line in answer
     assert "\n" not in answer
 
 
-def test_an_override_that_is_wrong_names_the_command_line() -> None:
+def test_an_invalid_override_names_the_command_line() -> None:
     assert refused(Car, None, "name=x", "door=3") == f"{COMMAND_LINE}: door is not a setting. Did you mean doors?"
     assert "write name=value" in refused(Car, None, "name")
     answer = refused(Car, None, "name=x", "brakes=[{mode: drum}]", "brakes.0.mode=disk")
     assert answer == f"{COMMAND_LINE}: brakes.0.mode: expected one of 'disc', 'drum', got 'disk'"
 
 
-def test_off_is_a_word_and_what_is_true_or_false_may_still_be_said_by_it(tmp_path: Path) -> None:
+def test_off_is_a_string_but_valid_for_a_boolean(tmp_path: Path) -> None:
     path = write(tmp_path / "van.yaml", "name: no\nradio: off\nhitch: on\n")
     van = load_settings(Van, path).settings
     assert (van.name, van.radio, van.hitch) == ("no", "off", True)
@@ -140,8 +140,8 @@ def test_off_is_a_word_and_what_is_true_or_false_may_still_be_said_by_it(tmp_pat
     assert "hitch: expected true or false, got 'truely'" in refused(Van, path, "hitch=truely")
 
 
-def test_a_missing_file_and_a_circle_of_bases_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_or_circular_base_is_rejected(tmp_path: Path) -> None:
     assert "cannot be read (No such file" in refused(Car, tmp_path / "none.yaml")
     write(tmp_path / "a.yaml", "base: b.yaml\n")
     write(tmp_path / "b.yaml", "base: a.yaml\n")
-    assert "is its own base" in refused(Car, tmp_path / "a.yaml")
+    assert "the file is its own base" in refused(Car, tmp_path / "a.yaml")

@@ -1,4 +1,4 @@
-"""A job that was suspended (SIGSTOP to all of it, `scontrol suspend`, a paused machine) reads what it would have."""
+"""A suspended job (SIGSTOP to all of it, `scontrol suspend`, a paused machine) reads the same stream."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from vjepa_data.child_process import ActiveTimeBudget
 from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
-# Stands in for decord: it works in a thread of its own, as decord does, and leaves the clip to PyAV.
+# Replaces decord: it computes in a thread of its own, as decord does, and then fails, so that PyAV decodes.
 SLOW_DECORD = """
 import threading, time
 class DECORDError(Exception): pass
@@ -30,7 +30,7 @@ class VideoReader:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        raise DECORDError("PyAV shall do it")
+        raise DECORDError("PyAV is next")
 """
 
 STEPS = 8
@@ -44,7 +44,7 @@ for line in read_stream(sys.argv[2]):
 
 
 def read_stream(corpus: str) -> Iterator[str]:
-    """Keys and hashes of a few batches, whose clips may take little time each."""
+    """Yield keys and hashes of a few batches with a small time budget per clip."""
     data = Data(sources=(Source(shards=corpus),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
     with ClipLoader(data, Loader(workers=1, decode_timeout_s=0.3), seed=0, batch_size=2) as loader:
         for _ in range(STEPS):
@@ -53,10 +53,10 @@ def read_stream(corpus: str) -> Iterator[str]:
             yield f"{clips.keys} {hashlib.sha256(clips.frames.numpy().tobytes()).hexdigest()} {batch.rejected}"
 
 
-def test_no_clip_is_given_up_for_the_time_that_a_job_was_suspended(corpus: Path, tmp_path: Path) -> None:
+def test_suspending_a_job_rejects_no_clip(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "decord.py").write_text(SLOW_DECORD)
-    said = tmp_path / "said.txt"
-    with said.open("w") as out:
+    printed = tmp_path / "printed.txt"
+    with printed.open("w") as out:
         job = subprocess.Popen(
             [sys.executable, "-c", JOB, Path(__file__).parent, corpus],
             stdout=out,
@@ -64,31 +64,31 @@ def test_no_clip_is_given_up_for_the_time_that_a_job_was_suspended(corpus: Path,
             process_group=0,
         )
     awake, suspensions = random.Random(0), 0
-    while job.poll() is None and len(lines := said.read_text().splitlines()) < STEPS:
+    while job.poll() is None and len(lines := printed.read_text().splitlines()) < STEPS:
         time.sleep(awake.uniform(0.05, 0.2))
         if lines:
             os.killpg(job.pid, signal.SIGSTOP)
-            time.sleep(0.4)  # longer than a clip may take
+            time.sleep(0.4)  # longer than the time budget of a clip
             os.killpg(job.pid, signal.SIGCONT)
             suspensions += 1
     assert job.wait() == 0
     assert suspensions > 3
-    assert said.read_text().splitlines() == list(read_stream(str(corpus)))
+    assert printed.read_text().splitlines() == list(read_stream(str(corpus)))
 
 
 @pytest.mark.parametrize(
-    ("running", "worked_s", "looks"),
+    ("is_running", "worked_s", "checks"),
     [
-        (True, 0.0, None),  # starved of cores: it would run and is not let
-        (True, 0.5, 5),  # at work all the time: the first look only begins
-        (False, 0.0, 4),  # asleep
+        (True, 0.0, None),  # ready to run, but without a core
+        (True, 0.5, 5),  # computes all the time; the first check only starts the measurement
+        (False, 0.0, 4),  # sleeps
     ],
 )
-def test_patience_ends_after_so_much_work_or_sleep(
-    monkeypatch: pytest.MonkeyPatch, running: bool, worked_s: float, looks: int | None
+def test_a_budget_counts_work_and_sleep(
+    monkeypatch: pytest.MonkeyPatch, is_running: bool, worked_s: float, checks: int | None
 ) -> None:
-    clock, used = iter(range(1000)), iter(worked_s * look for look in range(1000))
+    clock, used = iter(range(1000)), iter(worked_s * check for check in range(1000))
     monkeypatch.setattr(child_process.time, "monotonic", lambda: 0.5 * next(clock))
-    monkeypatch.setattr(child_process, "_is_running_and_cpu_s", lambda pid: (running, next(used)))
-    patience = ActiveTimeBudget(0, 2.0)
-    assert next((look for look in range(1, 100) if patience.is_over()), None) == looks
+    monkeypatch.setattr(child_process, "_is_running_and_cpu_s", lambda pid: (is_running, next(used)))
+    budget = ActiveTimeBudget(0, 2.0)
+    assert next((check for check in range(1, 100) if budget.is_over()), None) == checks

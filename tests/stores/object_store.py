@@ -1,4 +1,4 @@
-"""An object store on this machine, for tests: http, as much of the S3 protocol as s3fs speaks, and troubles on demand.
+"""A local object store for tests: HTTP, the part of the S3 protocol that s3fs uses, and faults on demand.
 
 store.objects["bucket/a.mp4"] = data         http://127.0.0.1:PORT/bucket/a.mp4     s3://bucket/a.mp4
 store.trouble = lambda asked: Trouble(status=503) if asked.time % 2 else None
@@ -21,35 +21,35 @@ PIECE_BYTES = 1000
 
 
 class Asked(NamedTuple):
-    """A request, as `trouble` sees it."""
+    """A request, the argument of `ObjectStore.trouble`."""
 
     method: str
     key: str
-    """Bucket and name."""
+    """Bucket and name of the object."""
     time: int
-    """1 for the first request for this key, 2 for the second ..."""
+    """Number of the request for this key, from 1."""
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """How an answer goes wrong; by default it does not."""
+    """Fault of an answer; none by default."""
 
     status: int | None = None
-    """Nothing but this is answered."""
+    """The answer is only this status."""
     location: str | None = None
-    """Where a status of 302 sends the client."""
+    """Target of a redirect (status 302)."""
     knows_ranges: bool = True
     flipped_byte: int | None = None
-    """Of the data that are sent, if they are as long."""
+    """Position of the byte to corrupt, if the data are long enough."""
     declared_bytes: int | None = None
     sent_bytes: int | None = None
-    """After so many the connection is cut, or stalls first."""
+    """Bytes after which the connection is closed, after `stall_s` seconds."""
     stall_s: float = 0.0
     bytes_per_s: float | None = None
 
 
 class Answer(NamedTuple):
-    """What is sent."""
+    """A complete answer."""
 
     status: int
     data: bytes = b""
@@ -57,7 +57,7 @@ class Answer(NamedTuple):
 
 
 class ObjectStore(http.server.ThreadingHTTPServer):
-    """Buckets in memory. `trouble` says what goes wrong with a request, if anything."""
+    """Buckets in memory. `trouble` returns the fault of a request, if any."""
 
     daemon_threads = True
 
@@ -73,23 +73,23 @@ class ObjectStore(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def take(self, folder: Path) -> None:
-        """Hold every file of a folder, the folder's name being the bucket."""
+        """Store every file of a folder in a bucket of the folder's name."""
         for file in folder.rglob("*"):
             if file.is_file():
                 self.objects[f"{folder.name}/{file.relative_to(folder)}"] = file.read_bytes()
 
     def flip(self, key: str, at: int) -> None:
-        """Alter one byte of an object."""
+        """Alter a byte of an object."""
         data = self.objects[key]
         at %= len(data)
         self.objects[key] = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
 
     def count(self, *, key: str | None = None, method: str | None = None) -> int:
-        """How many requests there were, for a key or by a method."""
+        """Count requests, optionally of a key or a method."""
         return sum(key in (None, asked.key) and method in (None, asked.method) for asked in list(self.requests))
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that hang up."""
+        """Ignore clients that disconnect."""
 
     def close(self) -> None:
         self.shutdown()
@@ -167,9 +167,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, text in (("Name", bucket), ("Prefix", prefix), ("IsTruncated", "false"), ("MaxKeys", "1000")):
             ElementTree.SubElement(root, name).text = text
         for name, size in found[:KEYS_PER_PAGE]:
-            one = ElementTree.SubElement(root, "Contents")
+            entry = ElementTree.SubElement(root, "Contents")
             for tag, text in (("Key", name), ("Size", str(size)), ("LastModified", "2026-11-03T10:00:00.000Z")):
-                ElementTree.SubElement(one, tag).text = text
+                ElementTree.SubElement(entry, tag).text = text
         for name in folders:
             ElementTree.SubElement(ElementTree.SubElement(root, "CommonPrefixes"), "Prefix").text = name
         return as_xml(root)
@@ -191,9 +191,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             ElementTree.SubElement(root, "UploadId").text = number
             return as_xml(root)
         if "delete" in options:
-            for one in ElementTree.fromstring(body).iter():
-                if one.tag.endswith("Key"):
-                    self.server.objects.pop(f"{key}/{one.text}", None)
+            for element in ElementTree.fromstring(body).iter():
+                if element.tag.endswith("Key"):
+                    self.server.objects.pop(f"{key}/{element.text}", None)
             return as_xml(ElementTree.Element("DeleteResult", xmlns=NAMESPACE))
         parts = self.server.uploads.pop(options["uploadId"])
         self.server.objects[key] = b"".join(parts[number] for number in sorted(parts))
@@ -236,7 +236,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def failure(status: int, location: str | None = None) -> Answer:
-    """An answer that is no object."""
+    """Return an error or a redirect."""
     code = CODES.get(status, "InternalError")
     text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
     headers = {"Content-Type": "application/xml"} | ({"Location": location} if location else {})

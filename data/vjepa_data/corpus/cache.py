@@ -1,8 +1,8 @@
 """Keep copies of remote shards on a local disk, shared by all processes of a machine.
 
 A copy is named by the sha256 of its contents, so two corpora never collide, and it appears only complete and verified.
-Processes that need the same shard download it once: the first takes a lock, the others meanwhile read the few samples
-they need by range. The least recently used copies are removed to make room. A copy that a process has open stays.
+Processes that need the same shard download it once: the first takes a lock, other processes meanwhile read the few
+samples they need by range. The least recently used copies are removed to make room, except copies in use.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Cache:
         self._wanted.put((url, size, sha256))
 
     def fetch(self, url: str, size: int, sha256: str) -> bool:
-        """Download a copy unless there is one. If another process is downloading it, wait.
+        """Download a copy unless it exists. If another process is downloading it, wait.
 
         Returns:
             Whether there is a copy now. There is none if the file is missing or has other contents, or the disk is
@@ -161,7 +161,7 @@ def _fetch_wanted(cache: Cache, wanted: "queue.Queue[tuple[str, int, str] | None
 
 
 class _Mismatch(Exception):
-    """The downloaded bytes are not those of the manifest."""
+    """The downloaded bytes differ from the manifest."""
 
 
 def _copy(url: str, size: int, sha256: str, copy: BinaryIO) -> None:

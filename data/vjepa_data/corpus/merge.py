@@ -1,4 +1,4 @@
-"""Combine several corpora into one stream: write the `data.sources` of a run from their manifests.
+"""Combine several corpora into a stream: write the `data.sources` of a run from their manifests.
 
 The corpora themselves stay separate. Each keeps its licence and origin, and can be replaced or left out alone.
 """
@@ -26,7 +26,7 @@ from vjepa_data.settings import BadInput, Source
 
 @dataclass(frozen=True)
 class Part:
-    """One corpus of a mixture."""
+    """A corpus of a mixture."""
 
     source: Source
     name: str
@@ -42,7 +42,7 @@ class MergedCorpora:
 
     parts: tuple[Part, ...]
     warnings: tuple[str, ...]
-    """One line per pair of corpora that share clips."""
+    """A line per pair of corpora that share clips."""
 
     def text(self, base: str | None = None) -> str:
         """Return YAML for a run, or for the base of a run: `data.sources` with comments about each corpus."""
@@ -72,7 +72,7 @@ def merge(
         places: folders or URLs of corpora.
         split: the split to use of each corpus.
         by: quantity to which the share of a corpus is proportional.
-        weights: explicit shares, one per corpus, instead of `by`.
+        weights: an explicit share per corpus, instead of `by`.
 
     Raises:
         BadInput: a place is not a corpus, lacks the split or is given twice, or the weights are invalid.

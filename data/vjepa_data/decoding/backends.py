@@ -1,8 +1,8 @@
-"""One seam to three decoders: bytes and frame numbers in, uint8 frames out.
+"""An interface to three video decoders and Pillow: bytes and frame numbers in, uint8 frames out.
 
-On the canonical form that `vjepa shard` writes (H.264, yuv420p, constant rate, closed groups of pictures) all three
-give the same bits. Never imports torch by itself, so that a servant that decodes with decord or PyAV starts fast and
-small.
+All three decoders return identical pixels for the canonical form that `vjepa shard` writes (H.264, yuv420p, constant
+rate, closed groups of pictures). Imports no torch itself, so that a decode worker with decord or PyAV starts fast and
+uses little memory.
 """
 
 import io
@@ -13,12 +13,10 @@ import numpy as np
 
 from vjepa_data.errors import Unreadable
 
-Undecodable = Unreadable  # the name under which other modules know what a decoder raises
-
 
 @dataclass(frozen=True)
 class Expect:
-    """What the index says of a video; a decoder that finds something else has the wrong bytes or miscounts."""
+    """The index entry of a video. A decoder that finds something else has the wrong bytes or miscounts."""
 
     frames: int
     width: int
@@ -30,23 +28,23 @@ def decode(video: bytes, frames: Sequence[int], *, backend: str, expect: Expect)
 
     Args:
         video: the file's bytes.
-        frames: numbers of the frames, not falling; a number may repeat.
-        backend: "decord", "torchcodec", "pyav", or "image" for a picture, which is a video of one frame.
-        expect: what the index says of it.
+        frames: frame numbers in ascending order. A number may repeat.
+        backend: "decord", "torchcodec", "pyav", or "image" for a picture, which counts as a video of a single frame.
+        expect: the index entry of the video.
 
     Returns:
         uint8 [len(frames) H W 3], RGB.
 
     Raises:
-        Unreadable: the bytes are damaged or not what the index says.
+        Unreadable: the bytes are damaged or differ from the index entry.
     """
     unique, back = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
     if len(unique) == 0 or unique[0] < 0 or unique[-1] >= expect.frames:
-        raise Unreadable("frames", f"frames {list(frames)[:3]}... asked of a video of {expect.frames}")
+        raise Unreadable("frames", f"requested frames {list(frames)[:3]}... of a video of {expect.frames} frames")
     pictures = BACKENDS[backend](video, unique, expect)
     if pictures.shape != (len(unique), expect.height, expect.width, 3) or pictures.dtype != np.uint8:
         want = f"{len(unique)}x{expect.height}x{expect.width}x3"
-        raise Unreadable("frames", f"{backend} gave {'x'.join(map(str, pictures.shape))}, expected {want}")
+        raise Unreadable("frames", f"{backend} returned {'x'.join(map(str, pictures.shape))}, expected {want}")
     return pictures if len(back) == len(unique) else pictures[back]
 
 
@@ -59,7 +57,7 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
     import decord
 
     try:
-        # fault_tol=1: an error at the first frame that cannot be had, where 0 and -1 repeat another in its place.
+        # fault_tol=1 raises at the first frame that cannot be decoded; 0 and -1 would repeat another frame.
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
         _check_length("decord", len(reader), expect)
         return np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
@@ -68,7 +66,7 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
 
 
 class _Frames:
-    """decord's array as numpy takes it without a copy, which `asnumpy` would make; it stays alive with the result."""
+    """Pass decord's array to numpy without the copy that `asnumpy` makes. The array lives as long as the result."""
 
     def __init__(self, array) -> None:
         self.array = array
@@ -106,10 +104,10 @@ def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
 
 
 def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
-    """Decode from the key frame before the first frame to the last, and convert only those asked for.
+    """Decode from the key frame before the first frame to the last, and convert only the requested frames.
 
-    Of H.264, frames that no other is predicted from are not even decoded, unless asked for: same bits, a seventh less
-    time. In AV1 and VP9 a packet may hold frames of several times.
+    In H.264, frames from which no other frame is predicted are skipped unless requested. This gives the same pixels in
+    a seventh less time. It is unsafe in AV1 and VP9, where a packet may contain frames of several times.
     """
     period = 1 / (stream.average_rate * stream.time_base)
     start = stream.start_time or 0
@@ -130,7 +128,7 @@ def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
         if len(pictures) == len(frames):
             break
     if len(pictures) != len(frames):
-        raise Unreadable("frames", f"pyav found {len(pictures)} of {len(frames)} frames by their times")
+        raise Unreadable("frames", f"pyav found {len(pictures)} of {len(frames)} frames by their time stamps")
     return np.stack(pictures)
 
 
@@ -143,7 +141,7 @@ def _image(image: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         picture = Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP"))
         pixels = np.asarray(upright_rgb(picture))[None]
     except UnidentifiedImageError as e:
-        raise Unreadable("error", "pillow: neither JPEG, PNG nor WEBP") from e
+        raise Unreadable("error", "pillow: not a JPEG, PNG or WEBP") from e
     except (OSError, ValueError, Image.DecompressionBombError) as e:
         raise Unreadable("error", f"pillow: {e}") from e
     return pixels

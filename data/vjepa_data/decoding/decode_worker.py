@@ -9,10 +9,10 @@ loader worker has one decode worker:
       crops the previous clip, in memory B            frames -> shared memory A
       uint8 frames in memory A                <---    "done"     (of each frame only the requested part)
 
-A decode worker that exceeds its time budget is killed and replaced, as is one that exits. The clip is then tried once
-more, so that a stray signal does not change the stream. A clip that fails twice is `Unreadable`. The budget counts time
-spent computing or sleeping (`child_process.ActiveTimeBudget`), so overloaded machines and suspended jobs do not use it
-up. data/README.md has the measured cost.
+A decode worker that exits or exceeds its time budget is replaced. The clip is then tried once more, so that a stray
+signal does not change the stream. A clip that fails twice is `Unreadable`. The budget counts time spent computing or
+sleeping (`child_process.ActiveTimeBudget`), so overloaded machines and suspended jobs do not use it up. data/README.md
+has the measured cost.
 """
 
 import logging
@@ -37,13 +37,13 @@ RECYCLE_RSS_BYTES = 1_500_000_000
 
 
 class DecodeWorker:
-    """One decoding process and two pieces of memory shared with it."""
+    """A decoding process and two pieces of memory shared with it."""
 
     def __init__(self, decoder: str = "decord", *, timeout_s: float = 20.0, fallback: str | None = "pyav") -> None:
         """Args:
         decoder: backend of `vjepa_data.decoding.backends`.
         timeout_s: time budget of a clip, in seconds of work or sleep. Large videos get more.
-        fallback: backend that tries clips on which the first one fails.
+        fallback: backend that tries clips on which `decoder` fails.
         """
         self.decoder, self.timeout_s = decoder, timeout_s
         self.fallback = fallback if fallback != decoder else None
@@ -58,7 +58,7 @@ class DecodeWorker:
         self._child = self._start()
 
     def decode(self, video: bytes, frames: Sequence[int], expect: Expect, *, suffix: str = "mp4") -> np.ndarray:
-        """Decode some frames of a video: `begin` and `finish` in one call."""
+        """Decode some frames of a video: `begin`, then `finish`."""
         self.begin(video, frames, expect, suffix=suffix)
         return self.finish()
 
@@ -71,7 +71,7 @@ class DecodeWorker:
         suffix: str = "mp4",
         part: tuple[int, int, int, int] | None = None,
     ) -> None:
-        """Start decoding. Frames returned by the previous `finish` stay valid until the next one.
+        """Start decoding. Frames returned by the previous `finish` stay valid until the next `finish`.
 
         Args:
             video: the file's bytes.
@@ -152,7 +152,7 @@ class DecodeWorker:
         self._child.send(self._request)
 
     def _reply(self) -> Decoded | Unreadable | BadInput:
-        """Wait for the reply, in a second process if the first one fails."""
+        """Wait for the reply, in a second process if the first process fails."""
         for is_last in (False, True):
             try:
                 return self._child.wait(self._limit_s)

@@ -1,4 +1,4 @@
-"""The decode worker's own side: the process that decodes one request at a time. Imports no torch."""
+"""The decode worker's own side: the process that answers decode requests. Imports no torch."""
 
 import contextlib
 import ctypes
@@ -42,7 +42,7 @@ class Decoded:
     """Successful reply; the frames lie in shared memory."""
 
     gave_up: Unreadable | None
-    """Error of the first decoder, if the second one succeeded."""
+    """Error of the first decoder, if the second decoder succeeded."""
 
 
 def decoder_service(decoder: str, *descriptors: int) -> Callable[[DecodeRequest], Decoded | Unreadable | BadInput]:
@@ -82,7 +82,7 @@ def _decode(request: DecodeRequest, shared: SharedMemory) -> Decoded | Unreadabl
 
 
 def one_line(text: str) -> str:
-    """Reduce a message to 160 printable characters on one line."""
+    """Reduce a message to 160 printable characters on a line."""
     return re.sub(r"[^ -~]+", " ", text)[:160].strip()
 
 

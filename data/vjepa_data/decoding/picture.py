@@ -1,19 +1,19 @@
-"""A picture as it is meant to be seen, of which its file says more than its pixels."""
+"""Convert pictures of any mode and orientation to upright RGB."""
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Turn it as its EXIF says, and make it 8 bits of red, green and blue.
+    """Apply the EXIF orientation and convert to RGB with 8 bits per channel.
 
     Raises:
-        ValueError: it has pixels of 32 bits, whose range no file tells.
-        Exception: it is damaged; Pillow promises nothing of what it raises then.
+        ValueError: the pixels have 32 bits, whose range is unknown.
+        Exception: the picture is damaged. Pillow does not document the types that it raises then.
     """
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # of 65,535; Pillow itself would make white of all above 255
+    if picture.mode.startswith("I;16"):  # range 0 to 65,535; Pillow would clip it at 255
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, whose black and white are not known; make them 8 or 16 bits")
+        raise ValueError("pixels have 32 bits, whose range is unknown; convert them to 8 or 16 bits")
     return picture.convert("RGB")

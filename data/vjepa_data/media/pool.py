@@ -35,7 +35,7 @@ MEMORY_GIB = 8
 
 
 class WorkerPool(Generic[Task, Answer]):
-    """A few children that each run `work(task)` of one module, each driven by a thread of its own.
+    """A few children that run `work(task)` of a module, each driven by its own thread.
 
     Args:
         module: name of the module. Its `work` must be a function of its task and raise `Refused` for bad input.

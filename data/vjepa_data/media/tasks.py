@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from vjepa_data.decoding.backends import Expect, Undecodable, decode
+from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.errors import Unreadable
 from vjepa_data.media.analysis import perceptual_hashes, picture_box, scene_starts
 from vjepa_data.media.fetch import FileRef, local
 from vjepa_data.media.image import probe_image, store_image
@@ -233,7 +234,7 @@ def count_frames(data: bytes, facts: VideoInfo) -> Stored:
 def _decode(data: bytes, frames: tuple[int, ...], suffix: str, expect: Expect):
     try:
         return decode(data, frames, backend="decord" if suffix == "mp4" else "image", expect=expect)
-    except Undecodable as error:
+    except Unreadable as error:
         raise Refused(Reason.CHECK_FAILED if suffix == "mp4" else Reason.NOT_IMAGE, str(error)) from None
 
 
