@@ -121,7 +121,7 @@ def bare(args: argparse.Namespace) -> Iterator[int]:
         draw = plan.draw(step, slot)
         index, i = index_of(plan, draw), draw.sample
         facts = (int(index.frames[i]), int(index.width[i]), int(index.height[i]))
-        look = choose(plan, data.crop, draw, step=step, slot=slot).look
+        look = choose(plan, data.crop, draw, step=step, slot=slot).times
         chosen[number % WORKERS].append((index.read(i).video, look.frames, facts))
     context = multiprocessing.get_context("spawn")
     done = context.Queue()
@@ -194,11 +194,11 @@ def cost(args: argparse.Namespace, clips: int) -> None:
 
     def ours(step: int, slot: int) -> None:
         video, choice, expect = drawn(step, slot)
-        row.copy_(crops.cut_out(servant.decode(video, choice.look.frames, expect), choice.box, PX))
+        row.copy_(crops.cut_out(servant.decode(video, choice.times.frames, expect), choice.box, PX))
 
     def bare(step: int, slot: int) -> None:
         video, choice, expect = prepared[step, slot]
-        decode(video, choice.look.frames, backend="decord", expect=expect)
+        decode(video, choice.times.frames, backend="decord", expect=expect)
 
     prepared = {(n // BATCH, n % BATCH): drawn(n // BATCH, n % BATCH) for n in range(clips)}
     methods |= {"ours, all of it": ours, "bare decord": bare}

@@ -80,6 +80,12 @@ class Clip(Settings):
     per_video: int = Field(default=1, ge=1)
     """Consecutive clips taken from a video each time it is drawn. More clips read fewer bytes but vary batches less."""
 
+    sequence: int = Field(default=1, ge=1)
+    """Ordered clips of one video that share a slot. A batch then holds `sequence` rows per slot, one after another."""
+
+    sequence_gap_s: float = Field(default=0.0, ge=0)
+    """Video time between the end of a clip and the start of the next clip of a sequence, in seconds."""
+
 
 class Crop(Settings):
     """Random resized crop and flip of uint8 frames."""
@@ -124,6 +130,12 @@ class Data(Settings):
     clip: Clip = Clip()
     crop: Crop = Crop()
     rejects: Rejects = Rejects()
+
+    signals: tuple[str, ...] = ()
+    """Numeric signals to batch with the frames, such as `actions`. Every source must hold them."""
+
+    texts: tuple[str, ...] = ()
+    """Texts to batch with the frames, such as `caption`. Every source must hold them."""
 
     lanes: int | None = Field(default=None, ge=1)
     """Number of parallel cursors through an epoch. It must divide the batch size and be a multiple of the number of

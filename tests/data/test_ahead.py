@@ -39,7 +39,7 @@ def test_before_the_device_has_scaled_them_there_are_only_the_pixels_of_the_boxe
     assert len(batch) == len(group) == 8
     assert group.pixels.numel() == sum(4 * box.height * box.width * 3 for box in group.boxes)
     assert len({(box.height, box.width) for box in group.boxes}) > 1
-    with pytest.raises(AssertionError, match="comes before"):
+    with pytest.raises(AssertionError, match="before `split`"):
         batch.split(2)
 
 

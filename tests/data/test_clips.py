@@ -35,7 +35,7 @@ def test_a_clip_lies_inside_its_video(file_frames: int, file_fps: float, frames:
         look = choose(file_frames=file_frames, file_fps=file_fps, **ask, seed=0, step=1, slot=slot)
         assert 0 <= look.frames[0] <= look.frames[-1] < file_frames
         assert len(look.frames) == frames
-        assert look.start_s == look.frames[0] / file_fps
+        assert look.start_s == (look.frames[0] / file_fps,)
     else:
         assert offsets(**ask, file_fps=file_fps)[-1] >= file_frames
 
@@ -68,7 +68,9 @@ def test_samples_that_cannot_serve_are_left_out_and_counted(videos, make_corpus,
 
 
 def test_a_corpus_that_can_serve_nothing_is_refused_with_the_numbers(corpus: Path):
-    with pytest.raises(BadInput, match=r"none of the 26 train samples .* 64 frames at 4 fps, .*15.75 s; .* has 4.00 s"):
+    with pytest.raises(
+        BadInput, match=r"none of the 26 train .* 64 frames at 4 fps \(15.75 s\); .* has 4.00 s"
+    ):
         EligibleSamples(Index(corpus), frames=64, pace=Pace(fps=4))
 
 
@@ -80,7 +82,7 @@ def test_steps_of_frames_ignore_the_rate_and_a_duration_is_spread_evenly(videos,
         source = Source(shards=str(folder), **pace)
         plan = pipeline.open_plan(Data(sources=(source,), clip=Clip(frames=4)), seed=0, batch_size=2)
         draws = [plan.draw(0, slot) for slot in (0, 1)]
-        looks = {d.sample: pipeline.choose(plan, Crop(), d, step=0, slot=slot).look for slot, d in enumerate(draws)}
+        looks = {d.sample: pipeline.choose(plan, Crop(), d, step=0, slot=slot).times for slot, d in enumerate(draws)}
         ahead[name] = [[f - looks[i].frames[0] for f in looks[i].frames] for i in (0, 1)]
     assert ahead == {
         "step": [[0, 3, 6, 9], [0, 3, 6, 9]],

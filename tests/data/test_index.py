@@ -110,14 +110,14 @@ def test_a_cut_at_a_header_that_webdataset_accepts_in_silence_is_noticed(copy: P
     cut = int(index.json_offset[15]) - 512
     os.truncate(path, cut)
     assert len(read_with_webdataset(str(path))) == 5  # of 12, and no error
-    with pytest.raises(Unreadable, match=r"has \d+ bytes, its manifest says"):
+    with pytest.raises(Unreadable, match=r"has \d+ bytes, not \d+ as in the manifest"):
         Index(copy).read(10)
 
 
 @pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "pipe:touch evil", "file:///etc/passwd", "a/../b"])
 def test_a_manifest_cannot_point_elsewhere_or_run_anything(copy: Path, edit_manifest, file: str):
     edit_manifest(copy, lambda m: m["shards"][0].update(file=file))
-    with pytest.raises(BadInput, match="no plain path below it"):
+    with pytest.raises(BadInput, match="is not a plain relative path"):
         Index(copy)
 
 
@@ -127,7 +127,7 @@ def test_bad_corpora_are_refused_in_one_line(copy: Path, tmp_path: Path, edit_ma
     with pytest.raises(BadInput, match="has no split 'val', only train"):
         Index(copy, "val")
     edit_manifest(copy, lambda m: m["splits"]["train"].update(samples=27))
-    with pytest.raises(BadInput, match=r"has 26 samples of train in samples\.parquet, its manifest says 27"):
+    with pytest.raises(BadInput, match=r"samples\.parquet has 26 samples of train, manifest\.json 27"):
         Index(copy)
     edit_manifest(copy, lambda m: m.update(format=2))
     with pytest.raises(BadInput, match="format 2, this version reads 1"):

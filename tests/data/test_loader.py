@@ -163,7 +163,7 @@ def test_short_videos_may_be_held_and_pictures_are_videos_of_one_frame(videos, m
     with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=2) as loader:
         assert set(next(loader).groups[0].keys) == {"film"}
     pictures = make_corpus(tmp_path / "pictures", [[still]])
-    with pytest.raises(BadInput, match=r"all 1 train samples of .* are pictures.* set frames: 1 for this source"):
+    with pytest.raises(BadInput, match=r"all 1 train samples of .* are images.* set data.sources\[\].frames=1"):
         ClipLoader(settings(pictures), Loader(workers=0), seed=0, batch_size=2)
 
 
@@ -205,7 +205,7 @@ def test_clips_that_need_no_scaling_outlive_the_next_that_are_decoded(corpus: Pa
             chosen, index = choose(loader.plan, crop, draw, step=0, slot=slot), index_of(loader.plan, draw)
             assert (chosen.box.height, chosen.box.width) == (64, 64)
             video, left = index.read(draw.sample).video, chosen.box.left
-            want = decode(video, chosen.look.frames, backend="pyav", expect=Expect(48, 96, 64))
+            want = decode(video, chosen.times.frames, backend="pyav", expect=Expect(48, 96, 64))
             assert torch.equal(frames, torch.from_numpy(want[:, :, left : left + 64]))
 
 

@@ -12,7 +12,7 @@ def test_what_is_told_of_the_stream_is_what_the_loader_gives(corpus: Path):
         fingerprint, rows = show.rows(data, seed=3, batch_size=8, step=9, slots=6)
         assert fingerprint == loader.plan.fingerprint
     assert tuple(r.key for r in rows) == clips.keys[:6]
-    assert tuple(r.choice.look.start_s for r in rows) == clips.start_s[:6]
+    assert tuple(r.choice.times.start_s[0] for r in rows) == clips.start_s[:6]
     for row in rows:
         with open(row.url, "rb") as shard:
             shard.seek(row.offset)

@@ -1,13 +1,13 @@
-"""The format: tars of samples, a table of where each lies, and a manifest that names the whole.
+"""The corpus format: tars of samples, a table of their positions, and a manifest with the hash of everything.
 
     OUT/manifest.json               the corpus: its spec, its shards with their sha256, and a hash that is its name
-    OUT/samples.parquet             one row a sample: everything that a plan of reading needs
-    OUT/rejects.parquet             what was refused, and why
-    OUT/shards/NAME-train-000000.tar    KEY.json, KEY.mp4, KEY.json, KEY.mp4 ...
-    OUT/shards/000000.json          commit record: written last, when the tar is complete and on the disk
+    OUT/samples.parquet             one row per sample: everything needed to plan the reading order
+    OUT/rejects.parquet             refused sources and clips, with reasons
+    OUT/shards/NAME-train-000000.tar    KEY.json, KEY.mp4 [, KEY.actions.npy, KEY.caption.txt], KEY.json, ...
+    OUT/shards/000000.json          commit record, written last, when the tar is complete and on the disk
 
-A tar is written beside its name, forced to the disk and renamed; only then its record is. So whatever has a record is
-whole, and whatever has none never happened.
+A tar is written under a temporary name, synced and renamed. Its commit record is written after that. A shard with a
+record is therefore complete, and a shard without a record does not count.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from vjepa_data.atomic import atomic_write, sync_folder, temporary_name
-from vjepa_data.settings import BadInput
+from vjepa_data.corpus.signals import member_of_signal, member_of_text, signals_of, texts_of
+from vjepa_data.errors import BadInput
 
 FORMAT = 1
 
@@ -66,7 +67,7 @@ REJECT_COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class RejectRecord:
-    """A source, or a part of one, that did not enter the corpus."""
+    """A source, or a part of a source, that did not enter the corpus."""
 
     source: str
     start_s: float | None
@@ -78,15 +79,17 @@ class RejectRecord:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One sample as it is given to the writer."""
+    """One sample for the shard writer."""
 
     key: str
-    """Lower-case letters, digits, `_` and `-`, at most 64; no dots, which WebDataset would take for suffixes."""
+    """Lower-case letters, digits, `_` and `-`, at most 64. Dots are not allowed: WebDataset reads them as suffixes."""
     video: bytes
     suffix: str
     """`mp4` or `jpg`."""
     facts: dict[str, Any]
-    """The sample's JSON. Its `stored`, `group` and `labels` also go to the table."""
+    """The sample's JSON. Its `stored`, `group`, `labels` and `signals` also go to the table."""
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    """Signals and texts, by suffix, such as `actions.npy`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus is. `hash` is the sha256 of all the rest, and so the corpus's name."""
+    """Description of a corpus. `hash` is the sha256 of all other fields and identifies the corpus."""
 
     format: int
     name: str
@@ -114,33 +117,35 @@ class Manifest:
     hash: str = ""
 
     def root(self, place: str) -> str:
-        """Where the shards' paths begin: at the manifest's own place, or at the address that was indexed."""
+        """Return the folder or URL of the shards: that of the manifest, or the one that was indexed."""
         return str(self.spec.get("root", place)) if self.spec.get("foreign") else place
 
     def with_hash(self) -> "Manifest":
+        """Return a copy with the hash that fits the other fields."""
         values = asdict(self)
         del values["hash"]
         return Manifest(**{**self.__dict__, "hash": hashlib.sha256(canonical_json(values)).hexdigest()})
 
     def as_json(self) -> bytes:
+        """Return the contents of `manifest.json`."""
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one way to write a value as JSON: sorted, without spaces, UTF-8."""
+    """Encode a value as JSON that equal values share byte for byte: sorted, without spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def is_ours(facts: Mapping[str, Any]) -> bool:
-    """Whether this project wrote a sample's JSON; of another's, all of it is labels."""
+    """Return whether this project wrote a sample's JSON. All of a foreign JSON counts as labels."""
     return isinstance(facts.get("labels"), dict) and isinstance(facts.get("group"), str)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` of a corpus and check that it is whole.
+    """Read and check `manifest.json` of a corpus.
 
     Raises:
-        BadInput: there is none, it is of another format, or its hash does not fit.
+        BadInput: the file is missing, of another format, or does not match its hash.
     """
     path = folder / "manifest.json"
     try:
@@ -158,12 +163,12 @@ def read_manifest(folder: Path) -> Manifest:
     except (TypeError, KeyError):
         raise BadInput(f"{path}: fields are missing or unknown; build the corpus again") from None
     if manifest.with_hash().hash != manifest.hash:
-        raise BadInput(f"{path}: it was changed after it was written (its hash does not fit); build the corpus again")
+        raise BadInput(f"{path}: the content does not match its hash, so it was edited; build the corpus again")
     return manifest
 
 
 class _Hashing(io.RawIOBase):
-    """A file for writing that knows its length and sha256."""
+    """A file for writing that keeps track of its length and sha256."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -189,16 +194,16 @@ class _Hashing(io.RawIOBase):
         return self._sha256.hexdigest()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is still in its buffer may not fit the disk
+        with contextlib.suppress(OSError):  # its buffer may not fit on the disk
             self._file.close()
 
 
 class ShardWriter:
-    """Writes one shard and its commit record; nothing is visible before `commit`.
+    """Writes one shard and its commit record. Nothing is visible before `commit`.
 
     Args:
         folder: the corpus's folder.
-        number: number of the shard in the whole corpus; names its record.
+        number: number of the shard in the corpus, and name of its record.
         file: path of the tar in the corpus's folder.
         split: split of all its samples.
     """
@@ -213,37 +218,42 @@ class ShardWriter:
         self._rejects: list[RejectRecord] = []
 
     def refuse(self, reject: RejectRecord) -> None:
-        """Note a clip that should have been in this shard."""
+        """Record a clip that was planned for this shard and refused."""
         self._rejects.append(reject)
-        os.utime(self._temporary)  # we are still at work on it
+        os.utime(self._temporary)  # renews the claim on this shard
 
     def write(self, sample: SampleRecord) -> None:
-        """Append one sample: its JSON, then its video."""
+        """Append one sample: its JSON, its video, then its signals and texts."""
         stored = sample.facts["stored"]
         text = canonical_json(sample.facts)
         json_at = self._append(sample.key, "json", text)
         video_at = self._append(sample.key, sample.suffix, sample.video)
-        self._rows.append(
-            {
-                "key": sample.key,
-                "video_offset": video_at,
-                "video_size": len(sample.video),
-                "json_offset": json_at,
-                "json_size": len(text),
-                "suffix": sample.suffix,
-                "frames": stored["frames"],
-                "fps": stored["fps"],
-                "width": stored["width"],
-                "height": stored["height"],
-                "duration_s": stored["duration_s"],
-                "group": sample.facts["group"],
-                "labels": canonical_json(sample.facts["labels"]).decode(),
-                "xxh64": xxhash.xxh64_hexdigest(sample.video),
-            }
-        )
+        row = {
+            "key": sample.key,
+            "video_offset": video_at,
+            "video_size": len(sample.video),
+            "json_offset": json_at,
+            "json_size": len(text),
+            "suffix": sample.suffix,
+            "frames": stored["frames"],
+            "fps": stored["fps"],
+            "width": stored["width"],
+            "height": stored["height"],
+            "duration_s": stored["duration_s"],
+            "group": sample.facts["group"],
+            "labels": canonical_json(sample.facts["labels"]).decode(),
+            "xxh64": xxhash.xxh64_hexdigest(sample.video),
+        }
+        for member, data in sample.members.items():
+            row[f"{member}.offset"] = self._append(sample.key, member, data)
+            row[f"{member}.size"] = len(data)
+            row[f"{member}.xxh64"] = xxhash.xxh64_hexdigest(data)
+        for signal, clock in sample.facts.get("signals", {}).items():
+            row |= {f"{member_of_signal(signal)}.{name}": clock[name] for name in ("rate_hz", "start_s")}
+        self._rows.append(row)
 
     def _append(self, key: str, suffix: str, data: bytes) -> int:
-        """Append one member and say where its data begins. A key of ours fits the header, which is then one block."""
+        """Append one member and return the offset of its data. Our keys fit a plain header, which is one block."""
         header = tarfile.TarInfo(f"{key}.{suffix}")  # no time stamp and no owner: equal samples make equal bytes
         header.size = len(data)
         begin = self._sink.tell() + tarfile.BLOCKSIZE
@@ -251,7 +261,7 @@ class ShardWriter:
         return begin
 
     def commit(self, *, plan: str) -> None:
-        """Make the shard visible: to the disk, its name, then its record. A shard without samples leaves only that."""
+        """Publish the shard: sync, rename, then write the record. A shard without samples leaves only its record."""
         self._tar.close()
         sha256 = self._sink.finish()
         size = self._sink.tell()
@@ -273,17 +283,18 @@ class ShardWriter:
         atomic_write(record_path(self._folder, self._number), canonical_json(record) + b"\n")
 
     def abandon(self) -> None:
-        """Leave no trace of a shard that was not committed."""
+        """Remove the temporary file of a shard that was not committed."""
         self._sink.abandon()
         self._temporary.unlink(missing_ok=True)
 
 
 def record_path(folder: Path, number: int) -> Path:
+    """Return the path of a shard's commit record."""
     return folder / "shards" / f"{number:06d}.json"
 
 
 def read_record(folder: Path, number: int, *, plan: str) -> dict[str, Any] | None:
-    """A shard's commit record, or None if the shard is not there as the plan wants it."""
+    """Read a shard's commit record; None if the shard is missing, incomplete or of another plan."""
     try:
         record = json.loads(record_path(folder, number).read_bytes())
         if record["file"] is not None and (folder / record["file"]).stat().st_size != record["bytes"]:
@@ -302,14 +313,15 @@ def write_manifest(
     spec: dict[str, Any],
     tools: dict[str, str],
 ) -> Manifest:
-    """Gather the commit records of all shards to the tables and the manifest, which is written last."""
+    """Write the tables and the manifest from the commit records of all shards. The manifest comes last."""
     full = sorted((r for r in records if r["file"] is not None), key=lambda record: (record["split"], record["file"]))
     rows = [
         {"split": record["split"], "shard": number, "position": position, **row}
         for number, record in enumerate(full)
         for position, row in enumerate(record["samples"])
     ]
-    samples = table_bytes(rows, SAMPLE_COLUMNS)
+    extra = member_columns(signals_of(spec), texts_of(spec))
+    samples = table_bytes(rows, pa.schema([*SAMPLE_COLUMNS, *(pa.field(n, kind) for n, kind in extra.items())]))
     everything = [*(asdict(r) for r in rejects), *(reject for record in records for reject in record["rejects"])]
     everything.sort(key=lambda reject: (reject["source"], reject["start_s"] or 0.0, reject["stage"]))
     atomic_write(folder / "samples.parquet", samples)
@@ -333,7 +345,16 @@ def write_manifest(
     return manifest
 
 
+def member_columns(signals: Collection[str], texts: Collection[str]) -> dict[str, pa.DataType]:
+    """Return the columns that signals and texts add to the table of samples; none without them."""
+    member = {"offset": pa.int64(), "size": pa.int64(), "xxh64": pa.string()}
+    clock = {"rate_hz": pa.float64(), "start_s": pa.float64()}
+    columns = {f"{member_of_signal(s)}.{name}": kind for s in signals for name, kind in {**member, **clock}.items()}
+    return columns | {f"{member_of_text(t)}.{name}": kind for t in texts for name, kind in member.items()}
+
+
 def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """Encode rows as a parquet file."""
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd", row_group_size=1 << 17)
     return sink.getvalue()

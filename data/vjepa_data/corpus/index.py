@@ -1,10 +1,10 @@
 """Reading a corpus of shards: its columns memory-mapped, its samples by offset.
 
-The columns of `samples.parquet` become numpy arrays; from 200,000 samples on they live in a memory-mapped file that all
-processes of a node share, so that 22 million samples cost a worker nothing. A sample is one `pread` at its recorded
-offset: no tar is parsed, nothing but the two known members is looked at, nothing is unpickled, no URL is executed.
-What a tar reader would accept in silence (a shard cut short, a byte flipped) is noticed: sizes and hashes are checked.
-Remote shards are read the same way, from a local copy (`cache`) or, until there is one, by range.
+The columns of `samples.parquet` become numpy arrays. From 200,000 samples on they live in a memory-mapped file that all
+processes of a node share, so 22 million samples take no memory of a worker. A sample is one `pread` at its recorded
+offset: no tar is parsed, only the listed members are read, nothing is unpickled, and no URL is executed. Sizes and
+hashes are checked, which finds damage that a tar reader accepts silently (a truncated shard, a flipped byte). Remote
+shards are read the same way, from a local copy (`cache`) or by range until there is a copy.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ import xxhash
 
 from vjepa_data.atomic import atomic_write, remove_leftovers, temporary_name
 from vjepa_data.corpus.cache import Cache
-from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, read_manifest
+from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, member_columns, read_manifest
 from vjepa_data.corpus.remote import Gone, is_remote, read_range
-from vjepa_data.errors import Unreadable
-from vjepa_data.settings import BadInput
+from vjepa_data.corpus.signals import member_of_signal, member_of_text, signals_of, texts_of
+from vjepa_data.errors import BadInput, Unreadable
 
-MAPPED_FROM = 200_000  # samples; below, reading the parquet takes less than 0.1 s and 40 MB (measured once)
+MAPPED_FROM = 200_000  # samples; reading the parquet of fewer takes less than 0.1 s and 40 MB (measured once)
 OPEN_SHARDS = 128  # file descriptors that one process keeps
-GAP_BYTES = 1 << 16  # between two members that are read at once
+GAP_BYTES = 1 << 16  # largest gap between members that are read together
 
 NUMBERS = {
     "shard": np.int32,
@@ -51,17 +51,19 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in its shard."""
+    """The members of one sample, as bytes."""
 
     key: str
     shard: str
     suffix: str
     json: bytes
     video: bytes
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    """The signals and texts that were asked for, by suffix, such as `actions.npy`."""
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What its JSON says of it; nothing if it has none, as samples of others may."""
+        """The labels in its JSON; empty if a foreign sample has no JSON object."""
         try:
             facts = json.loads(self.json or b"{}")
         except (ValueError, RecursionError):
@@ -72,7 +74,7 @@ class Sample:
 
 
 class Index:
-    """All samples of one split of a corpus: columns as numpy arrays of one entry per sample, sorted by shard."""
+    """The samples of one split of a corpus: numpy arrays with one entry per sample, sorted by shard."""
 
     shard: np.ndarray
     """Position in `shards`, int32 [N]."""
@@ -87,9 +89,13 @@ class Index:
     video_size: np.ndarray
     json_offset: np.ndarray
     json_size: np.ndarray
-    """Where the data of the two members lies in the shard, bytes, int64 [N]."""
+    """Position of the two members in the shard, bytes, int64 [N]."""
     xxh64: np.ndarray
     """Hash of the video's bytes, uint64 [N]."""
+    signal_rates: dict[str, np.ndarray]
+    """Rows per second of each signal, float64 [N]."""
+    signal_starts: dict[str, np.ndarray]
+    """Time of row 0 of each signal in the stored video, seconds, float64 [N]."""
 
     def __init__(
         self, place: str | Path, split: str = "train", cache: Cache | None = None, *, corpus: str | None = None
@@ -97,13 +103,13 @@ class Index:
         """Open a corpus.
 
         Args:
-            place: folder or URL of what `vjepa shard` or `vjepa index` wrote.
-            split: which of its splits.
-            cache: where copies of remote shards are kept; by default up to 100 GiB below `~/.cache`.
-            corpus: hash of the corpus that must lie there; any by default.
+            place: folder or URL that `vjepa shard` or `vjepa index` wrote.
+            split: name of the split to read.
+            cache: where copies of remote shards are kept. Default: up to 100 GiB below `~/.cache`.
+            corpus: hash that the corpus must have. Default: any.
 
         Raises:
-            BadInput: no corpus, another one, no such split, or a manifest that points outside its folder.
+            BadInput: the corpus or split is missing, the hash differs, or the manifest points outside its folder.
         """
         self.place, self.split = str(place), split
         self.cache = None
@@ -115,71 +121,93 @@ class Index:
         self.name, self.hash = manifest.name, manifest.hash
         if corpus not in (None, self.hash):
             raise BadInput(
-                f"{place} holds the corpus {self.hash}, not {corpus}; bring that one back, or set data.sources[].corpus"
+                f"{place} holds the corpus {self.hash}, not {corpus}; restore that corpus, or set data.sources[].corpus"
             )
         self.root = manifest.root(self.place)
         if self.root != self.place:
             if not is_remote(self.root):
-                raise BadInput(f"{place}/manifest.json places its shards in {self.root}, which is no address")
+                raise BadInput(f"{place}/manifest.json: root {self.root} is not a URL; index the corpus again")
             self.cache = self.cache or cache or Cache(user_cache() / "shards", 100)
         if split not in manifest.splits:
             has = ", ".join(sorted(manifest.splits))
-            raise BadInput(f"{place} has no split {split!r}, only {has}; set its `split`, or --split")
+            raise BadInput(f"{place} has no split {split!r}, only {has}; set data.sources[].split, or --split")
         self.shards = manifest.shards
         for s in self.shards:
             if not re.fullmatch(r"[\w.,=+@ -]+(/[\w.,=+@ -]+)*", s.file) or ".." in s.file.split("/"):
-                raise BadInput(f"{place}/manifest.json names the shard {s.file!r}, which is no plain path below it")
-        self._table = _read_table(folder, split, self.hash)
+                raise BadInput(
+                    f"{place}/manifest.json: shard {s.file!r} is not a plain relative path; build the corpus again"
+                )
+        self.signals, self.texts = signals_of(manifest.spec), texts_of(manifest.spec)
+        extra = member_columns(self.signals, self.texts)
+        self._table = _read_table(folder, split, self.hash, extra)
         for name in [*NUMBERS, "xxh64"]:
-            setattr(self, name, self._table.column(name).chunk(0).to_numpy(zero_copy_only=True))
+            setattr(self, name, self._column(name))
+        self._members = {
+            member: tuple(self._column(f"{member}.{name}") for name in ("offset", "size", "xxh64"))
+            for member in (*map(member_of_signal, self.signals), *map(member_of_text, self.texts))
+        }
+        for name in ("rate_hz", "start_s"):
+            columns = {signal: self._column(f"{member_of_signal(signal)}.{name}") for signal in self.signals}
+            setattr(self, "signal_rates" if name == "rate_hz" else "signal_starts", columns)
         said = manifest.splits[split]["samples"]
         if len(self) != said:
-            raise BadInput(f"{place} has {len(self)} samples of {split} in samples.parquet, its manifest says {said}")
+            raise BadInput(
+                f"{place}: samples.parquet has {len(self)} samples of {split}, manifest.json {said}; "
+                "build the corpus again"
+            )
         self.first = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
         self._files = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
         return self._table.num_rows
 
+    def _column(self, name: str) -> np.ndarray:
+        return self._table.column(name).chunk(0).to_numpy(zero_copy_only=True)
+
     def __reduce__(self) -> tuple:
         return functools.partial(Index, corpus=self.hash), (self.place, self.split, self.cache)
 
     def key(self, sample: int) -> str:
-        """Give the key of a sample."""
+        """Return the key of a sample."""
         return self._table.column("key")[sample].as_py()
 
     def find(self, keys: Collection[str]) -> np.ndarray:
-        """Give the samples that have these keys, int64, rising."""
+        """Return the numbers of the samples with these keys, int64, ascending."""
         wanted = pa.array(list(keys), pa.large_string())
         found = pa.compute.is_in(self._table.column("key").chunk(0), wanted)  # pyright: ignore[reportAttributeAccessIssue]
         return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
     def url(self, sample: int) -> str:
-        """Give the place of the shard that holds a sample."""
+        """Return the path or URL of the shard that holds a sample."""
         return f"{self.root}/{self.shards[int(self.shard[sample])].file}"
 
     def suffix(self, sample: int) -> str:
-        """Give the kind of file of a sample: "mp4" or "jpg"."""
+        """Return the file type of a sample: "mp4" or "jpg"."""
         return self._table.column("suffix")[sample].as_py()
 
-    def read(self, sample: int) -> Sample:
-        """Read the two members of a sample.
+    def read(self, sample: int, members: Sequence[str] = ()) -> Sample:
+        """Read the JSON and the video of a sample, and further members by suffix.
 
         Raises:
             Unreadable: the shard is missing, has another size than its manifest says, or the bytes were altered.
         """
         shard = self.shards[int(self.shard[sample])]
         file = self._files(int(self.shard[sample]))
-        places = ((self.json_offset, self.json_size), (self.video_offset, self.video_size))
-        text, video = _read_members(file, shard.file, [(int(at[sample]), int(size[sample])) for at, size in places])
-        if xxhash.xxh64_intdigest(video) != int(self.xxh64[sample]):
-            if file.distrust():
-                return self.read(sample)
-            raise Unreadable("hash", f"{shard.file} holds other bytes than were stored")
-        return Sample(self.key(sample), shard.file, self.suffix(sample), text, video)
+        columns = [(self.json_offset, self.json_size), (self.video_offset, self.video_size)]
+        columns += [self._members[member][:2] for member in members]
+        spans = [(int(offset[sample]), int(size[sample])) for offset, size in columns]
+        text, video, *others = _read_members(file, shard.file, spans)
+        hashes = [self.xxh64, *(self._members[member][2] for member in members)]
+        for data, column in zip((video, *others), hashes, strict=True):
+            if xxhash.xxh64_intdigest(data) != int(column[sample]):
+                if file.distrust():
+                    return self.read(sample, members)
+                raise Unreadable("hash", f"{shard.file} holds other bytes than were stored")
+        found = dict(zip(members, others, strict=True))
+        return Sample(self.key(sample), shard.file, self.suffix(sample), text, video, found)
 
     def want(self, sample: int) -> None:
-        """Say that a sample will be read soon: if its shard is remote, a copy is fetched meanwhile."""
+        """Announce that a sample will be read soon, so that a copy of its remote shard is fetched meanwhile."""
         if self.cache is not None:
             shard = self.shards[int(self.shard[sample])]
             self.cache.want(self.url(sample), shard.bytes, shard.sha256)
@@ -192,7 +220,7 @@ class Index:
 
 
 class _File:
-    """An open shard, closed when it is forgotten."""
+    """An open shard on a local disk, closed when it is garbage-collected."""
 
     def __init__(self, path: Path, shard: ShardEntry) -> None:
         try:
@@ -203,18 +231,18 @@ class _File:
         self.descriptor = descriptor
         size = os.fstat(descriptor).st_size
         if size != shard.bytes:
-            raise Unreadable("size", f"{shard.file} has {size} bytes, its manifest says {shard.bytes}")
+            raise Unreadable("size", f"{shard.file} has {size} bytes, not {shard.bytes} as in the manifest")
 
     def pread(self, size: int, offset: int) -> bytes:
         return _pread(self.descriptor, size, offset)
 
     def distrust(self) -> bool:
-        """Say whether reading again may give other bytes: from a local file it does not."""
+        """Return whether reading again may give other bytes. For a local file it cannot."""
         return False
 
 
 class _RemoteFile:
-    """A remote shard: read from its local copy if there is one, else by range while a copy is being made."""
+    """A remote shard, read from its local copy, or by range until a copy is complete."""
 
     def __init__(self, url: str, shard: ShardEntry, cache: Cache) -> None:
         self.url, self.shard, self.cache = url, shard, cache
@@ -235,7 +263,7 @@ class _RemoteFile:
             raise Unreadable("missing", f"{self.shard.file}: {e}") from e
 
     def distrust(self) -> bool:
-        """Drop a copy that holds wrong bytes; say whether it is worth reading again."""
+        """Drop a copy that holds wrong bytes, and return whether another attempt is allowed."""
         if self.descriptor is not None:
             self._close()
             self.descriptor = None
@@ -244,15 +272,15 @@ class _RemoteFile:
         return self.distrusted <= 3
 
 
-def _read_members(file: "_File | _RemoteFile", name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes at some places (offset, size): one read where they lie side by side, as we pack them."""
-    start, end = min(at for at, _ in places), max(at + size for at, size in places)
-    if end - start > sum(size for _, size in places) + GAP_BYTES:
-        return [_read_members(file, name, [place])[0] for place in places]
+def _read_members(file: "_File | _RemoteFile", name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the bytes of some spans (offset, size), with one read if they are adjacent, as our writer packs them."""
+    start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
+    if end - start > sum(size for _, size in spans) + GAP_BYTES:
+        return [_read_members(file, name, [span])[0] for span in spans]
     data = memoryview(file.pread(end - start, start))
     if len(data) != end - start:
         raise Unreadable("size", f"{name} ends before byte {end}")
-    return [bytes(data[at - start :][:size]) for at, size in places]
+    return [bytes(data[at - start :][:size]) for at, size in spans]
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
@@ -270,10 +298,10 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def mirror(url: str, cache: Path) -> Path:
-    """Copy the manifest and the table of a remote corpus; the table only if it changed.
+    """Copy the manifest and the table of a remote corpus to the cache. An unchanged table is not copied again.
 
     Raises:
-        BadInput: they are not there.
+        BadInput: a file is missing.
     """
     folder = cache / "corpora" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +322,7 @@ def mirror(url: str, cache: Path) -> Path:
 
 
 class _Blocks:
-    """The blocks of a remote file of unknown length."""
+    """Iterates over the blocks of a remote file of unknown length."""
 
     def __init__(self, url: str, size: int = 64 << 20) -> None:
         self.url, self.size = url, size
@@ -309,52 +337,60 @@ class _Blocks:
 
 
 def prepare(folder: Path, manifest: Manifest) -> None:
-    """Write the mapped file of a corpus that has many samples, so that the first run need not."""
+    """Write the memory-mapped table of a large corpus in advance, so that the first run starts fast."""
+    extra = member_columns(signals_of(manifest.spec), texts_of(manifest.spec))
     for split in manifest.splits:
-        _read_table(folder, split, manifest.hash)
+        _read_table(folder, split, manifest.hash, extra)
 
 
-def _read_table(folder: Path, split: str, corpus: str) -> pa.Table:
-    """Read the rows of a split in one chunk, memory-mapped where they are many."""
+def _read_table(folder: Path, split: str, corpus: str, extra: Mapping[str, pa.DataType]) -> pa.Table:
+    """Read the rows of a split in one chunk, memory-mapped if there are many."""
     path = folder / "samples.parquet"
     try:
         rows = pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowInvalid) as e:
-        raise BadInput(f"{path} cannot be read ({e}); write the corpus again or restore this file") from e
+        raise BadInput(f"{path} cannot be read ({e}); build the corpus again or restore this file") from e
     if rows < MAPPED_FROM:
-        return _convert(path, split)
+        return _convert(path, split, extra)
     for place in (folder / ".index", user_cache()):
         file = place / f"{corpus[:32]}-{split}.arrow"
-        if not file.exists() and not _store(_convert(path, split), file):
+        if not file.exists() and not _store(_convert(path, split, extra), file):
             continue
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    raise BadInput(f"neither {folder} nor {user_cache()} can be written; one must hold the index of {rows} samples")
+    raise BadInput(
+        f"neither {folder} nor {user_cache()} can be written; make one writable for the index of {rows} samples"
+    )
 
 
-def _convert(path: Path, split: str) -> pa.Table:
-    names = ["key", "suffix", "xxh64", *NUMBERS]
-    buffer = pa.memory_map(
-        str(path)
-    ).read_buffer()  # a file is read by Arrow's pool, whose threads stay in every worker
+def _convert(path: Path, split: str, extra: Mapping[str, pa.DataType]) -> pa.Table:
+    names = ["key", "suffix", "xxh64", *NUMBERS, *extra]
+    # A file opened by name is read by Arrow's thread pool, whose threads would stay in every worker.
+    buffer = pa.memory_map(str(path)).read_buffer()
     with pq.ParquetFile(pa.BufferReader(buffer)) as file:
+        if missing := [name for name in names if name not in file.schema_arrow.names]:
+            raise BadInput(f"{path} has no column {missing[0]!r}; build the corpus again")
         table = file.read(columns=[*names, "split"], use_threads=False)
     table = table.filter(pyarrow.compute.equal(table["split"], split), null_selection_behavior="drop")  # pyright: ignore[reportAttributeAccessIssue]
     columns: dict[str, pa.Array] = {
         "key": table["key"].cast(pa.large_string()).combine_chunks(),
         "suffix": table["suffix"].cast(pa.large_string()).combine_chunks(),
     }
-    hashes = bytes.fromhex("".join(table["xxh64"].to_pylist()))
-    columns["xxh64"] = pa.array(np.frombuffer(hashes, dtype=">u8").astype(np.uint64))
+    for name, kind in {"xxh64": pa.string(), **extra}.items():
+        if kind == pa.string():  # a hash in hexadecimal
+            hashes = bytes.fromhex("".join(table[name].to_pylist()))
+            columns[name] = pa.array(np.frombuffer(hashes, dtype=">u8").astype(np.uint64))
+        else:
+            columns[name] = pa.array(table[name].to_numpy())
     for name, kind in NUMBERS.items():
         columns[name] = pa.array(table[name].to_numpy().astype(kind, copy=False))
     if (np.diff(table["shard"].to_numpy()) < 0).any():
-        raise BadInput(f"{path} is not sorted by shard; write it again with `vjepa index`")
+        raise BadInput(f"{path} is not sorted by shard; index the corpus again with `vjepa index`")
     whole = pa.table(columns)
     return whole.combine_chunks() if len(whole) else whole
 
 
 def _store(table: pa.Table, file: Path) -> bool:
-    """Write a table beside and rename, so that it is whole or absent; say whether the place can be written."""
+    """Write a table atomically, and return whether the folder is writable."""
     temporary = temporary_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -374,4 +410,5 @@ def _store(table: pa.Table, file: Path) -> bool:
 
 
 def user_cache() -> Path:
+    """Return the folder of this user's caches."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vjepa_data"

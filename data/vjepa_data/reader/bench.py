@@ -81,7 +81,7 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
     def ask(sample: Sample, choice: Choice, expect: Expect) -> np.ndarray:
         box = choice.box
         part = (box.top, box.left, box.height, box.width)
-        servant.begin(sample.video, choice.look.frames, expect, suffix=sample.suffix, part=part)
+        servant.begin(sample.video, choice.times.frames, expect, suffix=sample.suffix, part=part)
         return servant.finish()
 
     def draw_some(first: int) -> list[tuple[Draw, Choice]]:

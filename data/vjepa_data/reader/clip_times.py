@@ -1,8 +1,10 @@
-"""Where in time to look: which frames of a video make a clip.
+"""Clip times: which frames of a video make a clip.
 
-A clip is asked for in seconds: `frames` pictures, 1 / fps apart. It starts on a frame of the file drawn at random; each
-picture is the frame nearest to its exact time, so a 29.97 fps video sampled at 4 fps keeps its speed (steps of 7 and 8
-frames) instead of running 7 % fast (steps of 7).
+A clip is defined in seconds: `frames` frames, 1 / fps apart. It starts on a random frame of the file. Each frame is the
+one nearest to its exact time, so a 29.97 fps video sampled at 4 fps keeps its speed (steps of 7 and 8 frames) instead
+of running 7 % fast (steps of 7).
+
+    sequence: 3      |--clip 0--|  gap  |--clip 1--|  gap  |--clip 2--|      one video, one slot, one crop
 """
 
 import hashlib
@@ -14,96 +16,135 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vjepa_data.errors import BadInput
 from vjepa_data.rng import generator
-from vjepa_data.settings import BadInput
 
 if TYPE_CHECKING:
     from vjepa_data.corpus.index import Index
 
-# A file at 29.97 frames a second may serve 30: one repeated frame in a thousand is no lie.
-RATE_TOLERANCE = 1.001
+RATE_TOLERANCE = 1.001  # a 29.97 fps file may serve 30 fps: one frame in a thousand is repeated
 
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """The frames of one clip."""
+    """The frames of one slot: one clip, or the clips of a sequence one after another."""
 
     frames: tuple[int, ...]
-    """Numbers of the frames in the file, rising."""
+    """Frame numbers in the file, ascending; `sequence` times as many as a clip has."""
 
-    start_s: float
-    """Time of the first, seconds from the start of the stored video."""
+    starts: tuple[int, ...]
+    """First frame number of each clip."""
+
+    file_fps: float
+
+    @property
+    def start_s(self) -> tuple[float, ...]:
+        """Time of the first frame of each clip, seconds from the start of the stored video."""
+        return tuple(first / self.file_fps if first else 0.0 for first in self.starts)
+
+    @property
+    def times_s(self) -> np.ndarray:
+        """Time of each frame in the stored video, seconds, float64 [sequence, frames]."""
+        return np.array(self.frames).reshape(len(self.starts), -1) / self.file_fps
 
 
-def offsets(*, frames: int, fps: float, file_fps: float) -> np.ndarray:
-    """Say how many frames of the file after the first each frame of a clip lies.
+def offsets(*, frames: int, fps: float, file_fps: float, sequence: int = 1, gap_s: float = 0.0) -> np.ndarray:
+    """Return how many frames of the file after the first each frame of a clip lies.
 
     Args:
-        frames: frames of the clip.
+        frames: frames of a clip.
         fps: frames per second of video time asked for.
         file_fps: frames per second of the file.
+        sequence: clips, one after another.
+        gap_s: video time between the end of a clip and the start of the next, seconds. A frame lasts 1 / fps seconds.
 
     Returns:
-        int64 [frames], from 0; frame `k` is the one nearest to k / fps seconds (of two equally near, the later).
+        int64 [sequence * frames], from 0. Frame `k` of the first clip is the one nearest to k / fps seconds, and the
+        later one of two equally near.
     """
-    return np.floor(np.arange(frames) * (file_fps / fps) + 0.5).astype(np.int64)
+    return np.floor(_frame_times(frames, fps, sequence, gap_s) * (file_fps / fps) + 0.5).astype(np.int64)
+
+
+def _frame_times(frames: int, fps: float | np.ndarray, sequence: int, gap_s: float) -> np.ndarray:
+    """Return the exact time of each frame of a slot, in units of 1 / fps."""
+    clips = np.arange(sequence)[:, None] * (frames + gap_s * fps)
+    return (clips + np.arange(frames)).reshape(-1)
 
 
 def can_serve(
-    file_frames: np.ndarray, file_fps: np.ndarray, *, frames: int, fps: float | np.ndarray, hold: bool = False
+    file_frames: np.ndarray,
+    file_fps: np.ndarray,
+    *,
+    frames: int,
+    fps: float | np.ndarray,
+    hold: bool = False,
+    sequence: int = 1,
+    gap_s: float = 0.0,
 ) -> np.ndarray:
-    """Say which videos are long enough and fast enough for a clip.
+    """Return which videos are long enough and fast enough for a clip.
 
     Args:
         file_frames: frames of each video, int [N].
         file_fps: rate of each video, float [N].
-        frames: of the clip asked for.
-        fps: its frames per second of video time, one for all or float [N].
-        hold: short videos serve too, see `choose`.
+        frames: frames of the clip.
+        fps: frames per second of video time, a number or float [N].
+        hold: accept short videos too, see `choose`.
+        sequence, gap_s: as of `offsets`.
 
     Returns:
-        bool [N]. A clip of one frame has no rate, nor has a picture: any rate is good.
+        bool [N]. Any rate is accepted for clips of one frame and for images.
     """
     fast = (file_fps * RATE_TOLERANCE >= fps) | (file_frames == 1) | (frames == 1)
     if hold:
         return fast
-    reach = np.floor((frames - 1) * (file_fps / fps) + 0.5)
+    last = (sequence - 1) * (frames + gap_s * fps) + (frames - 1)
+    reach = np.floor(last * (file_fps / fps) + 0.5)
     return fast & (reach < file_frames)
 
 
 def choose(
-    *, file_frames: int, file_fps: float, frames: int, fps: float, seed: int, step: int, slot: int, attempt: int = 0
+    *,
+    file_frames: int,
+    file_fps: float,
+    frames: int,
+    fps: float,
+    seed: int,
+    step: int,
+    slot: int,
+    attempt: int = 0,
+    sequence: int = 1,
+    gap_s: float = 0.0,
 ) -> FrameSelection:
-    """Draw the clip that fills a slot: every start that leaves room for the whole clip is equally likely.
+    """Draw the clip, or the sequence of clips, that fills a slot. All starts that leave room for it are equally likely.
 
-    A video that ends before the clip does is shown from its start, and its last frame is held; whether such videos are
-    drawn at all is `data.clip.short`.
+    A video that is shorter is shown from its start, and its last frame is held. `data.clip.short` decides whether such
+    videos are drawn.
 
     Args:
         file_frames, file_fps: length and rate of the video.
-        frames, fps: the clip asked for.
-        seed, step, slot, attempt: all that the draw depends on.
+        frames, fps: length and rate of the clip.
+        seed, step, slot, attempt: the numbers that determine the draw.
+        sequence, gap_s: as of `offsets`.
 
     Returns:
         The frames to decode.
     """
-    ahead = offsets(frames=frames, fps=fps, file_fps=file_fps)
+    ahead = offsets(frames=frames, fps=fps, file_fps=file_fps, sequence=sequence, gap_s=gap_s)
     starts = max(1, file_frames - int(ahead[-1]))
     first = int(generator(seed, "clip", step, slot, attempt).integers(starts))
-    return FrameSelection(
-        tuple(int(i) for i in np.minimum(first + ahead, file_frames - 1)), first / file_fps if first else 0.0
-    )
+    numbers = np.minimum(first + ahead, file_frames - 1).tolist()
+    return FrameSelection(tuple(numbers), tuple(numbers[::frames]), file_fps)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a clip goes: so many frames a second of video time, or every so many frames of the file."""
+    """The rate of a clip: in frames per second of video time, or as every n-th frame of the file."""
 
     fps: float | None = None
     frame_step: int | None = None
 
     def rate(self, file_fps: np.ndarray) -> np.ndarray:
-        """Give the frames per second of video time that this is in files of some rates, float [N]."""
+        """Return the frames per second of video time in files of these rates, float [N]."""
         return np.full(len(file_fps), self.fps) if self.frame_step is None else file_fps / self.frame_step
 
     def __str__(self) -> str:
@@ -111,65 +152,89 @@ class Pace:
 
 
 class EligibleSamples:
-    """The samples of one source that can serve its clips: what the plan draws from."""
+    """The samples of one source that are long and fast enough for its clips. The plan draws from them."""
 
     def __init__(
-        self, index: "Index", *, frames: int, pace: Pace, hold: bool = False, without: Iterable[str] = ()
+        self,
+        index: "Index",
+        *,
+        frames: int,
+        pace: Pace,
+        hold: bool = False,
+        without: Iterable[str] = (),
+        sequence: int = 1,
+        gap_s: float = 0.0,
     ) -> None:
-        """Args:
-        index: the corpus.
-        frames, pace: the clips asked for.
-        hold: short videos serve too.
-        without: keys never to draw.
+        """Select the samples.
+
+        Args:
+            index: the corpus.
+            frames, pace: length and rate of the clips.
+            hold: accept short videos too.
+            without: keys to leave out.
+            sequence, gap_s: as of `offsets`.
 
         Raises:
-            BadInput: no sample can serve them.
+            BadInput: no sample is eligible.
         """
         self.index, self.frames, self.pace, self.hold = index, frames, pace, hold
+        self.sequence, self.gap_s = sequence, gap_s
         unwanted = sorted(without)
         self._denied = index.find(unwanted)
         good = self._serves(slice(None))
         self.too_short = len(good) - int(good.sum())
-        """Samples that are too short or too slow, and never drawn."""
+        """Number of samples that are too short or too slow."""
         good[self._denied] = False
         self.left_out = len(good) - int(good.sum())
-        """Those, and the ones whose keys are not wanted."""
+        """Number of all samples that are never drawn."""
         if not good.any():
-            longest_s = float(np.max(index.frames / np.maximum(index.fps, 1e-9), initial=0, where=index.frames > 1))
-            fastest = float(np.max(index.fps, initial=0))
-            if longest_s == 0 and frames > 1:
-                raise BadInput(
-                    f"all {len(index)} {index.split} samples of {index.place} are pictures, clips of one frame; "
-                    "set frames: 1 for this source (data.sources[].frames), or data.clip.short=hold"
-                )
-            lasting = f", which last {(frames - 1) / pace.fps:.2f} s" if pace.fps else ""
-            raise BadInput(
-                f"none of the {len(index)} {index.split} samples of {index.place} can serve {frames} frames {pace}"
-                f"{lasting}; the longest has {longest_s:.2f} s, the fastest {fastest:g} fps; ask for "
-                "fewer frames or another rate (data.clip, data.sources[]), or set data.clip.short=hold"
-            )
+            raise BadInput(self._nothing_eligible())
         sums = np.concatenate([[0], np.cumsum(good)])
         self.counts = np.diff(sums[index.first])
         denied = hashlib.sha256("\n".join(unwanted).encode()).hexdigest()[:16] if unwanted else "all"
         self.name = f"{index.hash}/{index.split}/{frames} {pace}{'+' if hold else ''}/{denied}"
+        if sequence > 1:
+            self.name += f"/{sequence} clips {gap_s:g} s apart"
 
     def members(self, shard: int) -> np.ndarray:
-        """Give the ids of the samples that a shard offers."""
+        """Return the ids of the eligible samples of a shard."""
         a, b = int(self.index.first[shard]), int(self.index.first[shard + 1])
         good = self._serves(slice(a, b))
         denied = self._denied[np.searchsorted(self._denied, a) : np.searchsorted(self._denied, b)]
         good[denied - a] = False
         return a + np.flatnonzero(good)
 
+    def fps(self, sample: int) -> float:
+        """Return the frames per second of video time of the clips of a sample."""
+        return float(self.pace.rate(self.index.fps[sample : sample + 1])[0])
+
     def _serves(self, rows: slice) -> np.ndarray:
         index = self.index
         file_fps = index.fps[rows]
-        fps = self.pace.rate(file_fps)
-        return can_serve(index.frames[rows], file_fps, frames=self.frames, fps=fps, hold=self.hold)
+        shape = {"frames": self.frames, "sequence": self.sequence, "gap_s": self.gap_s, "hold": self.hold}
+        return can_serve(index.frames[rows], file_fps, fps=self.pace.rate(file_fps), **shape)
+
+    def _nothing_eligible(self) -> str:
+        index, pace, clips = self.index, self.pace, f" x {self.sequence} clips" if self.sequence > 1 else ""
+        longest_s = float(np.max(index.frames / np.maximum(index.fps, 1e-9), initial=0, where=index.frames > 1))
+        if longest_s == 0 and self.frames > 1:
+            return (
+                f"all {len(index)} {index.split} samples of {index.place} are images, which are clips of one frame; "
+                "set data.sources[].frames=1, or data.clip.short=hold"
+            )
+        seconds_s = (self.sequence - 1) * (self.frames / (pace.fps or 1) + self.gap_s) + (self.frames - 1) / (
+            pace.fps or 1
+        )
+        return (
+            f"none of the {len(index)} {index.split} samples of {index.place} has {self.frames} frames{clips} {pace}"
+            f"{f' ({seconds_s:.2f} s)' if pace.fps else ''}; the longest has {longest_s:.2f} s, the fastest "
+            f"{float(np.max(index.fps, initial=0)):g} fps; lower the frames or the rate (data.clip, data.sources[]), "
+            "or set data.clip.short=hold"
+        )
 
 
 def read_keys(path: Path) -> set[str]:
-    """Read a list of keys: one a line, or the `key` of each line of a `rejected.jsonl`.
+    """Read a list of keys: one per line, or the `key` of each line of a `rejected.jsonl`.
 
     Raises:
         BadInput: the file cannot be read.
@@ -177,5 +242,5 @@ def read_keys(path: Path) -> set[str]:
     try:
         lines = path.read_text().split("\n")
     except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; data.sources[].without must name a file of keys") from e
+        raise BadInput(f"{path}: {e.strerror}; set data.sources[].without to a file of keys") from e
     return {json.loads(line)["key"] if line.startswith("{") else line.strip() for line in lines if line.strip()}

@@ -1,4 +1,4 @@
-"""Where in the picture to look: random resized crop and flip of uint8 frames, as functions of (seed, step, slot)."""
+"""Random resized crop and flip of uint8 frames, as functions of (seed, step, slot)."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from vjepa_data.settings import Crop
 
 @dataclass(frozen=True)
 class CropBox:
-    """A rectangle of the picture, in pixels, and whether it is mirrored."""
+    """A rectangle of the picture, in pixels, and whether it is flipped horizontally."""
 
     top: int
     left: int
@@ -24,27 +24,28 @@ class CropBox:
     flip: bool
 
     def inside(self, other: "CropBox") -> "CropBox":
-        """The same rectangle, in a picture of which only another was cut out."""
+        """Return the same rectangle in the coordinates of `other`, which contains it."""
         return replace(self, top=self.top - other.top, left=self.left - other.left)
 
 
 def around(boxes: Sequence[CropBox]) -> CropBox:
-    """Give the smallest rectangle that holds all of some."""
+    """Return the smallest rectangle that contains all boxes."""
     top, left = min(b.top for b in boxes), min(b.left for b in boxes)
     bottom, right = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
     return CropBox(top, left, bottom - top, right - left, False)
 
 
 def choose(crop: Crop, *, height: int, width: int, seed: int, step: int, slot: int, attempt: int = 0) -> CropBox:
-    """Draw the crop that a slot sees; all frames of a clip share it.
+    """Draw the crop of a slot. All frames of the slot share it.
 
-    The area is uniform in `crop.scale` of the frame, the logarithm of width / height uniform in `crop.aspect`. A box
-    that does not fit is drawn again, ten times; then the largest centred box of an allowed aspect is taken.
+    The area is uniform in `crop.scale` of the frame, and the logarithm of width / height is uniform in `crop.aspect`. A
+    box that does not fit is drawn again, up to ten times. After that the largest centred box of an allowed aspect is
+    taken.
 
     Args:
         crop: the settings.
-        height, width: of the frames, pixels.
-        seed, step, slot, attempt: all that the draw depends on.
+        height, width: size of the frames, pixels.
+        seed, step, slot, attempt: the numbers that determine the draw.
 
     Source: random resized crop, Szegedy et al. (arXiv:1409.4842); V-JEPA 2: area 0.3 to 1, aspect 0.75 to 1.35.
     """
@@ -65,19 +66,19 @@ def choose(crop: Crop, *, height: int, width: int, seed: int, step: int, slot: i
 
 
 def cut_out(frames: np.ndarray, box: CropBox, px: int, *, rows: np.ndarray | None = None) -> UInt8[Tensor, "T px px C"]:
-    """Cut a box out of every frame and scale it to a square: `cut` and `scale` in one.
+    """Cut a box out of every frame and scale it to a square: `cut`, then `scale`.
 
     Args:
         frames: uint8 [N H W C], contiguous.
-        box: what to cut.
+        box: the rectangle to cut out.
         px: height and width of the result.
-        rows: which of the frames, int [T], rising; all of them by default.
+        rows: numbers of the frames to take, int [T], ascending. Default: all.
     """
     return scale(cut(frames, box, rows=rows), box, px)
 
 
 def cut(frames: np.ndarray, box: CropBox, *, rows: np.ndarray | None = None) -> UInt8[Tensor, "T h w C"]:
-    """Cut a box out of every frame; a view, unless `rows` leaves some frames out or repeats them."""
+    """Cut a box out of every frame. The result is a view, unless `rows` omits or repeats frames."""
     part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
     if rows is not None and not np.array_equal(rows, np.arange(len(frames))):
         part = part[rows]
@@ -85,10 +86,10 @@ def cut(frames: np.ndarray, box: CropBox, *, rows: np.ndarray | None = None) -> 
 
 
 def scale(part: UInt8[Tensor, "T h w C"], box: CropBox, px: int) -> UInt8[Tensor, "T px px C"]:
-    """Scale what was cut out to a square and mirror it if the box says so, wherever it lies. Never a view of it.
+    """Scale a cut-out to a square and flip it if the box says so, on its own device. The result is never a view.
 
-    Bilinear with antialiasing. 1.4 ms for 16 frames of 456x256 to 256x256 on one core (benchmarks/README.md), where
-    pixels stay uint8 all the way; a GPU does it in floats, which may differ by one level.
+    Bilinear with antialiasing. On a CPU the pixels stay uint8, and 16 frames of 456x256 to 256x256 take 1.4 ms on one
+    core (benchmarks/README.md). A GPU computes in floats, which may differ by one level.
     """
     pictures = part.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     if (box.height, box.width) != (px, px):
@@ -104,5 +105,5 @@ def _resize(pictures: Tensor, px: int) -> Tensor:
 
 
 def _resize_by_floats(pictures: UInt8[Tensor, "T C h w"], px: int) -> UInt8[Tensor, "T C px px"]:
-    """Do what `_resize` does where there is none for uint8."""
+    """Do the same as `_resize` on devices without a uint8 kernel."""
     return _resize(pictures.float(), px).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Batches on the device before the device needs them."""
+"""Copying batches to the device before it needs them."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,18 +8,18 @@ from vjepa_data.reader.batch import Batch
 
 
 def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Take batches to a device, on a stream of its own where it has streams.
+    """Copy batches to a device, on a separate stream if the device has streams.
 
         host             | step 7, queued | batch 8 | step 8, queued | batch 9 |
         compute stream   |      step 6      |      step 7      |      step 8
         side stream      |        copy 8    |      copy 9      |
 
-    A host that queues its steps is ahead of the GPU, so the copy of a batch, and its scaling with `loader.crop_on:
-    device`, run beside the step before it; the step itself waits for nothing but them. No batch is drawn early.
+    The host queues steps faster than the GPU computes them. The copy of a batch, and its scaling with `loader.crop_on:
+    device`, therefore overlap with the step before, and a step waits only for its own batch. No batch is drawn early.
 
     Args:
-        batches: in pinned memory, as `ClipLoader` gives them where there is a GPU.
-        device: where the clips are wanted. On a CPU they stay where they are.
+        batches: in pinned memory, as `ClipLoader` gives them on a machine with a GPU.
+        device: where the clips are needed. On a CPU they are not copied.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:
@@ -27,9 +27,9 @@ def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             yield batch.on(device)
             continue
         with torch.cuda.stream(side):
-            there = batch.on(device)
+            moved = batch.on(device)
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(side)
-        for clips in there.groups:
-            clips.frames.record_stream(compute)  # not given to the next batch before this step is done with it
-        yield there
+        for tensor in (tensor for clips in moved.groups for tensor in clips.tensors):
+            tensor.record_stream(compute)  # its memory is reused only after this step
+        yield moved

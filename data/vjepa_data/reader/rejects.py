@@ -1,28 +1,26 @@
-"""When the stream must be spoken about, or stopped: rejected samples and stalls."""
+"""The record of rejected samples, and the limits at which a run stops."""
 
 import json
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
+from vjepa_data.errors import BadInput
 from vjepa_data.reader.batch import Batch, RejectedSample
-from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-WATCHED_DRAWS = 10_000  # draws over which the share of rejected samples is taken
-FEWEST_DRAWS = 1_000  # a share of fewer says little: one bad clip in the first batch is no reason to stop
+WATCHED_DRAWS = 10_000  # draws over which the fraction of rejected samples is computed
+FEWEST_DRAWS = 1_000  # smallest denominator, so that one bad clip in the first batch does not stop a run
 
 
 class TooManyRejects(BadInput):
-    """So much of the data is bad that going on would train on something else than was asked for."""
+    """So many samples are unreadable that the run would train on other data than it was given."""
 
 
 class RejectLog:
-    """The record of rejected samples, and the rule that stops a run when there are too many."""
+    """Records rejected samples and stops a run that has too many."""
 
     def __init__(self, max_share: float, folder: Path | None, rank: int) -> None:
         self.max_share = max_share
@@ -34,10 +32,10 @@ class RejectLog:
         self._draws = self._bad = 0
 
     def add(self, batch: Batch) -> None:
-        """Record what a batch rejected.
+        """Record the rejected samples of a batch.
 
         Raises:
-            TooManyRejects: the share over the last 10,000 draws (of at least 1,000) is too large.
+            TooManyRejects: their fraction of the last 10,000 draws (of at least 1,000) is too large.
         """
         draws, bad = len(batch) + len(batch.rejected), len(batch.rejected)
         self._recent.append((draws, bad))
@@ -50,9 +48,9 @@ class RejectLog:
         if self._bad > self.max_share * max(self._draws, FEWEST_DRAWS):
             last = batch.rejected[-1]
             raise TooManyRejects(
-                f"{self._bad} of the last {self._draws} samples cannot be used, more than data.rejects.max_share "
-                f"({self.max_share:g}) allows; the last is {last.key} in {last.shard}: {last.detail}; check the data "
-                "with `vjepa verify`, or allow more"
+                f"{self._bad} of the last {self._draws} samples are unreadable, more than data.rejects.max_share "
+                f"({self.max_share:g}) allows, the last is {last.key} in {last.shard} ({last.detail}); check the data "
+                "with `vjepa verify`, or raise data.rejects.max_share"
             )
 
     def _write(self, rejected: tuple[RejectedSample, ...]) -> None:
@@ -65,32 +63,3 @@ class RejectLog:
         lines = "".join(json.dumps({"time": time.time(), **r.__dict__}) + "\n" for r in rejected)
         with open(self.path, "a") as out:
             out.write(lines)
-
-
-class LoaderWatchdog:
-    """Tells when something takes too long: `with watchdog: wait()`. One thread, asleep nearly always."""
-
-    def __init__(self, limit_s: float, tell: Callable[[float], None]) -> None:
-        self.limit_s, self.tell = limit_s, tell
-        self._since: float | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="loader watchdog", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> None:
-        self._since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._since = None
-
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        told = None
-        while not self._closed.wait(min(1.0, self.limit_s / 4)):
-            since = self._since
-            if since is not None and since != told and (waited := time.monotonic() - since) > self.limit_s:
-                told = since
-                self.tell(waited)

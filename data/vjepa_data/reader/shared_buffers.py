@@ -1,15 +1,16 @@
-"""Shared memory that workers write batches to, again and again.
+"""Shared memory that loader workers reuse for their batches.
 
-Fresh shared memory costs a page fault for every 4 kB: 2 ms for a clip of 16 frames of 256 px, where writing it again
-takes 0.1 ms. So the trainer gives each worker a few blocks of memory to keep:
+Fresh shared memory costs a page fault per 4 kB: 2 ms for a clip of 16 frames of 256 px, where writing it again takes
+0.1 ms. So the trainer allocates a few buffers for each worker:
 
     worker                                               trainer
-      takes a block that is free
+      takes a free buffer
       writes the pixels of a batch into it
-      which block, and all else of the batch  --->         makes tensors of the block, without a copy
-                                                           when the last view of them is dropped: the block is free
+      buffer number and small fields  --->                 makes tensors of the buffer, without a copy
+                                                           when their last view is dropped, the buffer is free
 
-Nobody has to promise anything. A batch that is kept keeps its block; a worker that finds none free takes fresh memory.
+The trainer need not return buffers. A batch that is kept keeps its buffer, and a worker without a free buffer takes
+fresh memory.
 """
 
 import itertools
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from vjepa_data.compat import new_shared_storage
 from vjepa_data.reader.batch import Batch
 
 FREE, TAKEN = 0, 1
@@ -33,13 +35,15 @@ _made_here: weakref.WeakValueDictionary[int, "SharedBuffers"] = weakref.WeakValu
 
 
 class SharedBuffers:
-    """The blocks of all workers of a loader. Made by the trainer; a worker takes only its own."""
+    """The buffers of all workers of a loader. The trainer allocates them, and a worker takes only its own."""
 
     def __init__(self, *, workers: int, each: int, size: int) -> None:
-        """Args:
-        workers: how many there are.
-        each: blocks for each of them. Memory that is never written to costs nothing.
-        size: of a block, bytes.
+        """Allocate the buffers. Memory that is never written to costs nothing.
+
+        Args:
+            workers: number of workers.
+            each: buffers per worker.
+            size: bytes per buffer.
         """
         self.number = next(_numbers)
         self.states = torch.full((workers, each), FREE, dtype=torch.uint8).share_memory_()
@@ -47,64 +51,62 @@ class SharedBuffers:
         _made_here[self.number] = self
 
     def take(self, shapes: Sequence[Sequence[int]]) -> "tuple[list[Tensor], SharedBuffer | None]":
-        """Find room for a batch: in a free block, or in fresh shared memory.
+        """Find memory for the pixels of a batch: a free buffer, or fresh shared memory.
 
         Args:
-            shapes: of its pixels.
+            shapes: shape of each tensor.
 
         Returns:
-            Empty uint8 tensors of these shapes, and the block they lie in. They belong to the caller until the batch is
-            sent, as it is from fresh memory, or as `InSharedBuffer`.
+            Empty uint8 tensors of these shapes, and the buffer that holds them, or None for fresh memory. They belong
+            to the caller until the batch is sent; a batch in a buffer is sent as `InSharedBuffer`.
         """
         worker = get_worker_info()
-        assert worker is not None, "only workers take blocks"
+        assert worker is not None, "only workers take buffers"
         states, memory = self.states[worker.id].numpy(), self.memory[worker.id]
         free = np.flatnonzero(states == FREE)
         size = sum(map(math.prod, shapes))
         if len(free) == 0 or size > memory.shape[1]:
             return [fresh(shape) for shape in shapes], None
-        block = SharedBuffer(
-            self.number, worker.id, int(free[0])
-        )  # the first, so that the last are perhaps never touched
-        states[block.place] = TAKEN
-        return _pieces(memory[block.place, :size], shapes), block
+        index = int(free[0])  # the first, so that the last buffers may never be touched
+        states[index] = TAKEN
+        return _pieces(memory[index, :size], shapes), SharedBuffer(self.number, worker.id, index)
 
-    def receive(self, block: "SharedBuffer", shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Give what a worker wrote; when nothing refers to it any more, the block is free again."""
-        memory = self.memory[block.worker][block.place, : sum(map(math.prod, shapes))].numpy()
-        weakref.finalize(memory, _give_back, self.states.numpy(), block, os.getpid()).atexit = False
-        return _pieces(torch.from_numpy(memory), shapes)  # torch keeps this very array as long as any view lives
+    def receive(self, buffer: "SharedBuffer", shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the tensors that a worker wrote. The buffer is free again when nothing refers to them."""
+        memory = self.memory[buffer.worker][buffer.index, : sum(map(math.prod, shapes))].numpy()
+        weakref.finalize(memory, _give_back, self.states.numpy(), buffer, os.getpid()).atexit = False
+        return _pieces(torch.from_numpy(memory), shapes)  # torch keeps this array as long as any view lives
 
 
-def _give_back(states: np.ndarray, block: "SharedBuffer", trainer: int) -> None:
-    if os.getpid() == trainer:  # a process that was forked drops its copy of the batch, not the batch
-        states[block.worker, block.place] = FREE
+def _give_back(states: np.ndarray, buffer: "SharedBuffer", trainer: int) -> None:
+    if os.getpid() == trainer:  # a forked process drops its copy of the batch, not the batch
+        states[buffer.worker, buffer.index] = FREE
 
 
 @dataclass(frozen=True)
 class SharedBuffer:
-    """Which block."""
+    """Address of a buffer: the loader, its worker, and the number among the worker's buffers."""
 
     loader: int
     worker: int
-    place: int
+    index: int
 
 
 @dataclass(frozen=True)
 class InSharedBuffer:
-    """A batch whose pixels lie in a block: what a worker sends, and what the trainer gets as a `Batch`."""
+    """A batch whose pixels lie in a shared buffer. Unpickling it in the trainer gives a `Batch`."""
 
     batch: Batch
-    block: SharedBuffer
+    buffer: SharedBuffer
 
     def __reduce__(self) -> tuple:
         only_shapes = (pixels.to("meta") for pixels in self.batch.pixels)
-        return _receive, (self.batch.with_pixels(only_shapes), self.block)
+        return _receive, (self.batch.with_pixels(only_shapes), self.buffer)
 
 
-def _receive(batch: Batch, block: SharedBuffer) -> Batch:
-    blocks = _made_here[block.loader]
-    return batch.with_pixels(blocks.receive(block, [pixels.shape for pixels in batch.pixels]))
+def _receive(batch: Batch, buffer: SharedBuffer) -> Batch:
+    buffers = _made_here[buffer.loader]
+    return batch.with_pixels(buffers.receive(buffer, [pixels.shape for pixels in batch.pixels]))
 
 
 def _pieces(memory: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -113,6 +115,6 @@ def _pieces(memory: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def fresh(shape: Sequence[int]) -> Tensor:
-    """Make an empty uint8 tensor in shared memory, which goes to another process without a copy."""
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    """Allocate an empty uint8 tensor in shared memory, which goes to another process without a copy."""
+    storage = new_shared_storage(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue, reportArgumentType]

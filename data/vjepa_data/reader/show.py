@@ -1,56 +1,86 @@
-"""The stream in words: which sample, time and crop fill the first slots of a step. A person can check it by hand."""
+"""The stream as text: the sample, times, crop and signals of the first slots of a step, for a person to check."""
 
 from dataclasses import dataclass
 
-from vjepa_data.reader.pipeline import Choice, choose, index_of, open_plan
+from vjepa_data.corpus.signals import SignalSpec
+from vjepa_data.reader.pipeline import Choice, Samples, index_of, open_plan
+from vjepa_data.reader.signals import CutSignal
 from vjepa_data.settings import Data
 
 
 @dataclass(frozen=True)
 class Row:
-    """What fills one slot."""
+    """The content of one slot."""
 
     slot: int
     source: int
     key: str
     url: str
     offset: int
-    """Where the video's bytes begin in the shard."""
+    """Position of the video's bytes in the shard."""
 
     epoch: int
     choice: Choice
+    signals: dict[str, tuple[SignalSpec, CutSignal]]
+    texts: dict[str, str]
 
 
 def rows(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int = 5) -> tuple[str, list[Row]]:
-    """Compute what fills the first slots of a step; nothing is read but the index.
+    """Compute the content of the first slots of a step. Shards are read only for signals and texts.
 
     Returns:
         The fingerprint of the plan, and a row for each slot.
 
     Raises:
-        BadInput: a corpus is missing or offers nothing; the lanes do not divide the batch.
+        BadInput: see `open_plan`.
+        Unreadable: the signals or texts of a sample cannot be read.
     """
     plan = open_plan(data, seed=seed, batch_size=batch_size)
+    samples = Samples(plan, data, rank=0, world=1, step=step)
     found = []
     for slot in range(min(slots, batch_size)):
-        draw = plan.draw(step, slot)
-        index, i = index_of(plan, draw), draw.sample
-        choice = choose(plan, data.crop, draw, step=step, slot=slot)
-        found.append(Row(slot, draw.source, index.key(i), index.url(i), int(index.video_offset[i]), draw.epoch, choice))
+        drawn = samples.draw(step, slot)
+        draw, index = drawn.draw, index_of(plan, drawn.draw)
+        sample = samples.read(drawn) if data.signals or data.texts else {}
+        if "__error__" in sample:
+            raise sample["__error__"]
+        cut, texts = samples.cut(drawn, sample)
+        signals = {name: (index.signals[name], values) for name, values in cut.items()}
+        offset = int(index.video_offset[draw.sample])
+        found.append(Row(slot, draw.source, drawn.key, drawn.url, offset, draw.epoch, drawn.choice, signals, texts))
     return plan.fingerprint, found
 
 
 def stream(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int = 5) -> str:
-    """Print the first slots of a step: what `vjepa show CONFIG --stream SLOTS` says."""
+    """Describe the first slots of a step, as `vjepa show CONFIG --stream SLOTS` prints it."""
     fingerprint, found = rows(data, seed=seed, batch_size=batch_size, step=step, slots=slots)
     lines = [f"step {step}, the first {len(found)} of {batch_size} slots; plan {fingerprint}"]
     for row in found:
-        look, box = row.choice.look, row.choice.box
+        times, box = row.choice.times, row.choice.box
         lines.append(f"slot {row.slot}: {row.key}   epoch {row.epoch} of source {row.source}")
         lines.append(f"    bytes    from {row.offset} of {row.url}")
-        lines.append(f"    time     from {look.start_s:.3f} s, frames {' '.join(map(str, look.frames))}")
+        length = len(times.frames) // len(times.starts)
+        for clip, start_s in enumerate(times.start_s):
+            frames = times.frames[clip * length : (clip + 1) * length]
+            lines.append(f"    time     from {start_s:.3f} s, frames {' '.join(map(str, frames))}")
+            for name, (spec, signal) in row.signals.items():
+                lines += _signal(name, spec, signal, clip, frames)
         flip = ", mirrored" if box.flip else ""
         lines.append(
             f"    crop     {box.width}x{box.height} at left {box.left}, top {box.top}{flip}, scaled to {data.crop.px}"
         )
+        lines += [f"    {name:8} {text!r}" for name, text in row.texts.items()]
     return "\n".join(lines)
+
+
+def _signal(name: str, spec: SignalSpec, signal: CutSignal, clip: int, frames: tuple[int, ...]) -> list[str]:
+    """Describe a signal of one clip: a line per frame, or per interval between two frames."""
+    how = f"{spec.combine} of all rows between two frames" if spec.combine else "the nearest row to each frame"
+    shift = f", shifted by {spec.shift_rows} rows and {spec.shift_s:g} s" if spec.shift_rows or spec.shift_s else ""
+    columns = ", ".join(f"{c} [{u}]" if u else c for c, u in zip(spec.columns, spec.units, strict=True))
+    lines = [f"    {name:8} {columns}: {how}{shift}"]
+    for k, (values, valid) in enumerate(zip(signal.values[clip], signal.valid[clip], strict=True)):
+        span = f"{frames[k]} to {frames[k + 1]}" if spec.combine else str(frames[k])
+        numbers = " | ".join(" ".join(f"{v:+.4g}" for v in row) for row in values.reshape(-1, len(spec.columns)))
+        lines.append(f"        {span:>12}   {numbers}{'' if valid else '   (not valid)'}")
+    return lines
