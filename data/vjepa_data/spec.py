@@ -1,9 +1,10 @@
 """What a corpus of shards is made of: every choice of `vjepa shard` that changes the bytes."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_serializer, model_validator
 
+from vjepa_data.corpus.signals import Name, SignalSpec
 from vjepa_data.settings import Settings, Share
 
 
@@ -149,6 +150,12 @@ class Spec(Settings):
     split: Split = Split()
     encode: Encode = Encode()
 
+    signals: dict[Name, SignalSpec] = Field(default_factory=dict)
+    """Numeric signals of each video, by name. `actions` comes from VIDEO.actions.npy or VIDEO.actions.csv."""
+
+    texts: tuple[Name, ...] = ()
+    """Texts of each video. `caption` comes from VIDEO.caption.txt."""
+
     shard_mb: float = Field(default=384.0, gt=0)
     """Size at which a shard is full, in 10^6 bytes, judged before encoding."""
 
@@ -160,3 +167,17 @@ class Spec(Settings):
 
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a clip that is still being read, encoded or checked is refused."""
+
+    @model_validator(mode="after")
+    def _signals_need_videos(self) -> "Spec":
+        if self.signals and self.media == "images":
+            raise ValueError(
+                f"signals ({', '.join(self.signals)}) need videos, but media is images; remove the signals"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: Any) -> dict[str, Any]:
+        """Leave out signals and texts that are not used, so that such corpora keep their bytes and hashes."""
+        values = serialize(self)
+        return {name: value for name, value in values.items() if value or name not in ("signals", "texts")}

@@ -146,6 +146,12 @@ def make_corpus() -> Callable[..., Path]:
     return write_corpus
 
 
+@pytest.fixture(scope="session")
+def make_video() -> Callable[..., bytes]:
+    """The encoder itself, for videos of other lengths and rates."""
+    return encode
+
+
 @pytest.fixture(scope="session", name="read_number")
 def _read_number() -> Callable[[np.ndarray], int]:
     """Reads the number off a frame of `videos`."""

@@ -68,9 +68,7 @@ def test_samples_that_cannot_serve_are_left_out_and_counted(videos, make_corpus,
 
 
 def test_a_corpus_that_can_serve_nothing_is_refused_with_the_numbers(corpus: Path):
-    with pytest.raises(
-        BadInput, match=r"none of the 26 train .* 64 frames at 4 fps \(15.75 s\); .* has 4.00 s"
-    ):
+    with pytest.raises(BadInput, match=r"none of the 26 train .* 64 frames at 4 fps \(15.75 s\); .* has 4.00 s"):
         EligibleSamples(Index(corpus), frames=64, pace=Pace(fps=4))
 
 

@@ -106,7 +106,7 @@ def test_micro_batches_are_cut_by_slot():
             assert group.frames[:, 0, 0, 0, 0].tolist() == list(group.slots)
             assert group.keys == tuple(f"k{s}" for s in group.slots)
     assert [len(p.groups) for p in batch_of([(0, 1, 6), (2, 3, 8)]).split(2)] == [2, 2]
-    with pytest.raises(BadInput, match=r"8 clips .* set parallel.accumulate to a divisor of 8"):
+    with pytest.raises(BadInput, match=r"8 slots .* set parallel.accumulate to a divisor of 8"):
         batch_of([(0, 1, 6, 7), (2, 3, 8, 9)]).split(3)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.ingest import InputFile
+from vjepa_data.builder.signals import check_sidecars
 from vjepa_data.corpus.format import RejectRecord, canonical_json
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.tasks import Analysis, AnalyzeTask
@@ -168,13 +169,14 @@ def choose(
             stage = "filter"
             start_s, end_s = _part(source, look.probe)
             _admit(look, source, denied, spec, end_s - start_s)
+            sidecars = check_sidecars(source.place, look.probe, spec)
             stage = "dedupe"
             same = (look.sha256, source.start_s, source.end_s)
             if spec.dedupe.exact and sums.setdefault(same, source.name) != source.name:
                 raise Refused(Reason.DUPLICATE, f"same bytes as {sums[same]}")
             if gallery is not None and (twin := gallery.twin(source, look)) is not None:
                 raise Refused(Reason.NEAR_DUPLICATE, f"looks like {twin}")
-            clips.extend(_cut(source, look, spec))
+            clips.extend(_cut(source, look, spec, sidecars))
         except Refused as refusal:
             rejects.append(
                 RejectRecord(source.name, source.start_s, source.end_s, stage, refusal.reason, refusal.detail)
@@ -254,12 +256,13 @@ def _admit(seen: Analysis, source: InputFile, denied: frozenset[str], spec: Spec
         raise Refused(Reason.TOO_SLOW, f"{probe.fps:g} frames per second, at least {accept.min_fps:g} wanted")
 
 
-def _cut(source: InputFile, seen: Analysis, spec: Spec) -> list[Cutting]:
+def _cut(source: InputFile, seen: Analysis, spec: Spec, sidecars: dict[str, Any]) -> list[Cutting]:
     """The clips of one source that passed."""
     group = source.group or (source.name.rpartition("/")[0] if spec.split.group == "folder" else source.name)
     split = source.split or split_of(group, spec)
     original: dict[str, Any] = {**asdict(seen.probe), "fps": seen.probe.fps, "sha256": seen.sha256}
     del original["rate"], original["start_s"]
+    original |= sidecars
     if seen.box is not None:
         original["box"] = asdict(seen.box)
     start, end = _part(source, seen.probe)

@@ -132,7 +132,8 @@ def _check_shard(
         if len(rows) != shard.samples:
             yield f"{shard.file}: {len(rows)} samples in samples.parquet, the manifest says {shard.samples}"
         names = _member_names(file)
-        expected = [name for row in rows for name in (f"{row['key']}.json", f"{row['key']}.{row['suffix']}")]
+        suffixes = [(row["key"], ("json", row["suffix"], *_extra_members(row))) for row in rows]
+        expected = [f"{key}.{suffix}" for key, of_key in suffixes for suffix in of_key]
         if names is None or (names != expected and not is_foreign):
             yield f"{shard.file}: its members are not those of samples.parquet"
         for row in rows:
@@ -165,10 +166,19 @@ def _check_sample(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
         yield "the json belongs to another sample"
 
 
+def _extra_members(row: dict[str, Any]) -> list[str]:
+    """Return the suffixes of the signals and texts of a sample."""
+    return [name.removesuffix(".offset") for name in row if name.endswith(".offset")]
+
+
 def _check_bytes(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
     file.seek(row["video_offset"])
     if xxhash.xxh64_hexdigest(file.read(row["video_size"])) != row["xxh64"]:
         yield f"the {row['suffix']} is not the one that was stored (xxh64 differs)"
+    for member in _extra_members(row):
+        file.seek(row[f"{member}.offset"])
+        if xxhash.xxh64_hexdigest(file.read(row[f"{member}.size"])) != row[f"{member}.xxh64"]:
+            yield f"its {member} has changed (xxh64 differs)"
 
 
 def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: WorkerPool[CheckTask, None]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import xxhash
 from vjepa_data.atomic import is_claimed, remove_leftovers
 from vjepa_data.builder.pack import BuildPlan, ShardPlan
 from vjepa_data.builder.select import Cutting
+from vjepa_data.builder.signals import SidecarParts, with_sidecars
 from vjepa_data.builder.status import Tally
 from vjepa_data.corpus.format import RejectRecord, SampleRecord, ShardWriter, read_record
 from vjepa_data.media.fetch import FileRef
@@ -63,7 +64,10 @@ def write_shards(
                     remove_leftovers(out / "shards")
                 for task, answer in pool.map(_tasks(out, plan, free, writers, places, spec)):
                     shard = plan.shards[task.shard]
-                    _store(writers[shard.number], shard.clips[task.position], answer, tally)
+                    clip = shard.clips[task.position]
+                    span = {"original": clip.original, "start_s": clip.start_s, "seconds": clip.seconds}
+                    answer, sidecars = with_sidecars(answer, places[clip.source], spec, **span)
+                    _store(writers[shard.number], clip, answer, tally, sidecars)
                     advance(tally)
                     if task.position == len(shard.clips) - 1:
                         commits.append(committer.submit(_commit, writers.pop(shard.number), plan.hash))
@@ -118,13 +122,16 @@ def store_task(clip: Cutting, shard: int, position: int, place: FileRef, spec: S
     )
 
 
-def _store(writer: ShardWriter, clip: Cutting, answer: StoredSample | Refused, tally: Tally) -> None:
+def _store(
+    writer: ShardWriter, clip: Cutting, answer: StoredSample | Refused, tally: Tally, sidecars: SidecarParts
+) -> None:
     tally.clips += 1
     if isinstance(answer, Refused):
         writer.refuse(RejectRecord(clip.source, clip.start_s, clip.end_s, "store", answer.reason, answer.detail))
         tally.rejects[answer.reason] = tally.rejects.get(answer.reason, 0) + 1
         return
-    sample = SampleRecord(clip.key, answer.clip.data, _suffix(clip), sample_facts(clip, answer))
+    facts = {**sample_facts(clip, answer), **sidecars.facts}
+    sample = SampleRecord(clip.key, answer.clip.data, _suffix(clip), facts, sidecars.members)
     writer.write(sample)
     tally.bytes += len(sample.video)
     tally.video_s += sample.facts["stored"]["duration_s"]

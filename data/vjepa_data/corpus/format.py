@@ -349,8 +349,10 @@ def member_columns(signals: Collection[str], texts: Collection[str]) -> dict[str
     """Return the columns that signals and texts add to the table of samples; none without them."""
     member = {"offset": pa.int64(), "size": pa.int64(), "xxh64": pa.string()}
     clock = {"rate_hz": pa.float64(), "start_s": pa.float64()}
-    columns = {f"{member_of_signal(s)}.{name}": kind for s in signals for name, kind in {**member, **clock}.items()}
-    return columns | {f"{member_of_text(t)}.{name}": kind for t in texts for name, kind in member.items()}
+    columns = {
+        f"{member_of_signal(s)}.{name}": kind for s in sorted(signals) for name, kind in {**member, **clock}.items()
+    }
+    return columns | {f"{member_of_text(t)}.{name}": kind for t in sorted(texts) for name, kind in member.items()}
 
 
 def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:

@@ -4,12 +4,16 @@ In a shard a signal is an ordinary WebDataset member, `KEY.<name>.npy`: float32 
 `KEY.<name>.txt` in UTF-8. The description is a part of the build spec, so the manifest carries it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from vjepa_data.settings import Settings
+
+SNAP_ROWS = 1e-3
+"""A time this close to a row, in rows, counts as that row. Clips are cut at whole microseconds."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,23}$")]
 """Name of a signal or text. With a key of 64 characters and the suffix it fits the 100 characters of a tar header."""
@@ -58,9 +62,27 @@ class SignalSpec(Settings):
             )
         return self
 
+    def span(self, start_s: float, end_s: float, *, rate_hz: float, rows: int) -> range:
+        """Return the rows that belong to a part of the source video.
+
+        These are all actions that overlap the part, or all states inside it, so no row of a neighbouring episode.
+
+        Args:
+            start_s, end_s: the part, in seconds of the source video.
+            rate_hz: rows per second.
+            rows: rows of the source.
+        """
+        begin, end = (_snap((time_s - self.first_row_s(rate_hz)) * rate_hz) for time_s in (start_s, end_s))
+        first = math.floor(begin) if self.kind == "action" else math.ceil(begin)
+        return range(max(0, first), min(rows, math.ceil(end)))
+
     def first_row_s(self, rate_hz: float) -> float:
         """Return the time of row 0 on the clock of the source video, in seconds."""
         return self.shift_s + self.shift_rows / rate_hz
+
+
+def _snap(position: float) -> float:
+    return round(position) if abs(position - round(position)) < SNAP_ROWS else position
 
 
 def member_of_signal(name: str) -> str:

@@ -45,6 +45,8 @@ class Reason(StrEnum):
     """The URL did not give the file, after retries."""
     BAD_LABELS = "bad_labels"
     """The labels beside the video are no JSON object."""
+    BAD_SIGNAL = "bad_signal"
+    """A signal or text beside the video is missing, damaged, or does not cover the video."""
     NOT_VIDEO = "not_video"
     """No known container: a text, a web page, a playlist, noise."""
     NO_INDEX = "no_index"

@@ -188,7 +188,7 @@ class Batch:
         slots = sorted({slot for g in self.groups for slot in g.slots})
         if len(slots) % parts:
             raise BadInput(
-                f"the {len(slots)} clips of a rank cannot be split into {parts} equal micro-batches; "
+                f"the {len(slots)} slots of a rank cannot be split into {parts} equal micro-batches; "
                 f"set parallel.accumulate to a divisor of {len(slots)}"
             )
         size = len(slots) // parts
