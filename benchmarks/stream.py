@@ -56,7 +56,7 @@ def soak(args: argparse.Namespace) -> None:
             given = dict(zip(batch.groups[0].slots, batch.groups[0].keys, strict=True))
             for slot, got in given.items():
                 draw = b.plan.draw(step, slot)
-                planned = b.plan.populations[draw.source].index.key(draw.sample)  # pyright: ignore[reportAttributeAccessIssue]
+                planned = b.plan.sources[draw.source].index.key(draw.sample)  # pyright: ignore[reportAttributeAccessIssue]
                 lost += planned not in poison and got != planned
                 replaced += planned in poison and got not in poison
                 assert got not in poison, got

@@ -21,7 +21,7 @@ def batches(corpus: Path, loader: Loader, *, device: torch.device = CPU, steps: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_clips_that_the_device_scales_are_those_that_the_workers_scale(corpus: Path, workers: int):
+def test_device_and_workers_scale_to_the_same_clips(corpus: Path, workers: int):
     here = batches(corpus, Loader(workers=workers))
     there = batches(corpus, Loader(workers=workers, crop_on="device"))
     for a, b in zip(here, there, strict=True):
@@ -31,7 +31,8 @@ def test_clips_that_the_device_scales_are_those_that_the_workers_scale(corpus: P
             assert torch.equal(x.frames, y.frames)
 
 
-def test_before_the_device_has_scaled_them_there_are_only_the_pixels_of_the_boxes(corpus: Path):
+def test_uncropped_clips_hold_only_the_pixels_of_their_boxes(corpus: Path):
+    """Until the device has scaled them, a batch cannot be split either."""
     data = Data(sources=(Source(shards=str(corpus)),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
     with ClipLoader(data, Loader(workers=0, crop_on="device"), seed=5, batch_size=8) as clips:
         batch = next(clips)
@@ -44,7 +45,7 @@ def test_before_the_device_has_scaled_them_there_are_only_the_pixels_of_the_boxe
 
 
 @pytest.mark.parametrize("size", [(40, 50), (17, 90), (20, 21)])
-def test_scaling_by_floats_agrees_with_scaling_bytes_to_one_level(size: tuple[int, int]):
+def test_float_and_uint8_scaling_agree_to_one_level(size: tuple[int, int]):
     pictures = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     difference = (_resize(pictures, 32).int() - _resize_by_floats(pictures, 32).int()).abs()
     assert difference.max() <= 1
@@ -54,7 +55,7 @@ def test_scaling_by_floats_agrees_with_scaling_bytes_to_one_level(size: tuple[in
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("crop_on", ["cpu", "device"])
-def test_on_a_gpu_the_clips_are_the_same_to_one_level(corpus: Path, crop_on: str):
+def test_clips_on_a_gpu_agree_to_one_level(corpus: Path, crop_on: str):
     there = batches(corpus, Loader(workers=1, crop_on=crop_on), device=torch.device("cuda", 0))  # pyright: ignore[reportArgumentType]
     for a, b in zip(batches(corpus, Loader(workers=0)), there, strict=True):
         for x, y in zip(a.groups, b.groups, strict=True):
@@ -62,7 +63,7 @@ def test_on_a_gpu_the_clips_are_the_same_to_one_level(corpus: Path, crop_on: str
             assert (x.frames.int() - y.frames.cpu().int()).abs().max() <= 1
 
 
-def test_frames_may_be_left_out_or_repeated_when_they_are_cut():
+def test_cutting_may_omit_or_repeat_frames():
     frames = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), dtype=np.uint8)
     box, rows = CropBox(2, 3, 8, 8, True), np.array([0, 2, 2, 4])
     assert np.array_equal(cut_out(frames, box, 8, rows=rows).numpy(), frames[rows, 2:10, 3:11][:, :, ::-1])

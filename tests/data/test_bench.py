@@ -6,7 +6,7 @@ from vjepa_data.reader.bench import describe, measure_rate, measure_stages
 from vjepa_data.settings import BadInput, Clip, Crop, Data, Loader, Source
 
 
-def test_the_cost_of_a_clip_is_charged_to_its_stages(corpus: Path):
+def test_each_stage_of_a_clip_has_a_cost(corpus: Path):
     data = Data(sources=(Source(shards=str(corpus)),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
     stages = measure_stages(data, Loader(), seed=0, batch_size=8, clips=60)
     assert 0 < stages.plan < 20
@@ -21,7 +21,8 @@ def test_the_cost_of_a_clip_is_charged_to_its_stages(corpus: Path):
     assert "set loader.workers=1, and give them as many cores, for 40 clips/s with 1.3x" in text
 
 
-def test_bad_samples_are_passed_over_and_nothing_but_bad_ones_is_said(videos, make_corpus, tmp_path: Path):
+def test_unreadable_samples_are_skipped_unless_all_are(videos, make_corpus, tmp_path: Path):
+    """If all samples are unreadable, the benchmark says so."""
     facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
     for name, bad in [("some", [3]), ("all", range(8))]:
         samples = [{"key": f"k{i}", "video": b"noise" if i in bad else videos[0], **facts} for i in range(8)]
@@ -29,5 +30,5 @@ def test_bad_samples_are_passed_over_and_nothing_but_bad_ones_is_said(videos, ma
         if name == "some":
             assert measure_stages(data, Loader(), seed=0, batch_size=8, clips=20).decode > 0
         else:
-            with pytest.raises(BadInput, match=r"140 of 140 samples cannot be used; check"):
+            with pytest.raises(BadInput, match=r"140 of 140 samples are unreadable; check"):
                 measure_stages(data, Loader(), seed=0, batch_size=8, clips=20)

@@ -1,4 +1,4 @@
-"""Batches lie in memory that workers use again, and nobody has to know."""
+"""Batches lie in memory that workers reuse, which must not be visible to the trainer."""
 
 import gc
 import hashlib
@@ -40,14 +40,14 @@ def expected(corpus: Path) -> list[tuple]:
         return [digest(next(batches)) for _ in range(60)]
 
 
-def test_memory_is_used_again_by_a_trainer_that_drops_its_batches(corpus: Path, expected: list[tuple]):
+def test_memory_of_dropped_batches_is_reused(corpus: Path, expected: list[tuple]):
     with loader_of(corpus) as batches:
-        places = set()
+        addresses = set()
         for want in expected[:30]:
             batch = next(batches)
             assert digest(batch) == want
-            places.add(batch.groups[0].frames.data_ptr())
-    assert len(places) <= 2 * (1 + 1)
+            addresses.add(batch.groups[0].frames.data_ptr())
+    assert len(addresses) <= 2 * (1 + 1)
 
 
 KEEP: dict[str, Callable[[Batch], object]] = {
@@ -55,7 +55,7 @@ KEEP: dict[str, Callable[[Batch], object]] = {
     "a tensor that is a view": lambda batch: batch.groups[0].frames[1:],
     "an array of numpy's": lambda batch: batch.groups[0].frames.numpy()[1:],
     "a part of a part": lambda batch: batch.split(2)[1].groups[0].frames.numpy().reshape(-1)[10:],
-    "what was given away": lambda batch: np.from_dlpack(batch.groups[0].frames.permute(0, 4, 1, 2, 3)),
+    "an exported tensor": lambda batch: np.from_dlpack(batch.groups[0].frames.permute(0, 4, 1, 2, 3)),
     "a storage": lambda batch: batch.groups[0].frames.untyped_storage(),
 }
 
@@ -68,25 +68,27 @@ def content(kept: object) -> bytes:
     return np.asarray(kept).tobytes()
 
 
-def test_whatever_is_kept_of_a_batch_never_changes(corpus: Path, expected: list[tuple]):
+def test_kept_parts_of_a_batch_never_change(corpus: Path, expected: list[tuple]):
+    """This holds for views, arrays and storages, also after the loader is gone."""
     with loader_of(corpus, prefetch_steps=8) as batches:
-        kept = {what: take(next(batches)) for what, take in KEEP.items()}
-        before = {what: content(of_batch) for what, of_batch in kept.items()}
-        places = set()
+        kept = {name: take(next(batches)) for name, take in KEEP.items()}
+        before = {name: content(of_batch) for name, of_batch in kept.items()}
+        addresses = set()
         for want in expected[len(KEEP) :][:50]:
             batch = next(batches)
             assert digest(batch) == want
-            places.add(batch.groups[0].frames.data_ptr())
-        assert len(places) < 20  # none found all blocks taken
-        assert {what: content(of_batch) for what, of_batch in kept.items()} == before
+            addresses.add(batch.groups[0].frames.data_ptr())
+        assert len(addresses) < 20  # a free buffer was always found
+        assert {name: content(of_batch) for name, of_batch in kept.items()} == before
     gc.collect()
     with loader_of(corpus) as others:
         for want in expected[:10]:
             assert digest(next(others)) == want
-    assert {what: content(of_batch) for what, of_batch in kept.items()} == before
+    assert {name: content(of_batch) for name, of_batch in kept.items()} == before
 
 
-def test_batches_that_are_all_kept_are_all_right_even_when_the_loader_is_gone(corpus: Path, expected: list[tuple]):
+def test_all_batches_can_be_kept(corpus: Path, expected: list[tuple]):
+    """They stay correct when the loader is gone."""
     with loader_of(corpus, workers=1) as batches:
         kept = [next(batches) for _ in range(20)]
     del batches
@@ -95,7 +97,7 @@ def test_batches_that_are_all_kept_are_all_right_even_when_the_loader_is_gone(co
     assert len({batch.groups[0].frames.data_ptr() for batch in kept}) == 20
 
 
-def test_a_killed_worker_leaves_kept_batches_alone(corpus: Path, expected: list[tuple]):
+def test_a_killed_worker_does_not_change_kept_batches(corpus: Path, expected: list[tuple]):
     kept = []
     with loader_of(corpus, start_method="fork") as batches:  # whose children have the trainer's batches, too
         for step in range(14):
@@ -108,7 +110,7 @@ def test_a_killed_worker_leaves_kept_batches_alone(corpus: Path, expected: list[
     assert [digest(batch) for batch in kept] == expected[:14:3]
 
 
-def test_two_loaders_do_not_mix_their_blocks(corpus: Path, expected: list[tuple]):
+def test_two_loaders_do_not_mix_their_buffers(corpus: Path, expected: list[tuple]):
     with loader_of(corpus, workers=1) as one, loader_of(corpus, workers=1) as other:
         kept = next(one)
         for step in range(12):
@@ -117,7 +119,7 @@ def test_two_loaders_do_not_mix_their_blocks(corpus: Path, expected: list[tuple]
         assert digest(kept) == expected[0]
 
 
-def test_descriptors_and_memory_do_not_pile_up(corpus: Path):
+def test_file_descriptors_and_memory_do_not_leak(corpus: Path):
     def held() -> tuple[int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text().splitlines()
@@ -133,11 +135,11 @@ def test_descriptors_and_memory_do_not_pile_up(corpus: Path):
     at_rest = held()
     assert draw(60) <= at_work
     assert held() <= at_rest
-    assert at_work[1] == at_rest[1] + 4  # two workers' blocks, their states, and the watchdog's board
+    assert at_work[1] == at_rest[1] + 4  # buffers of two workers, their states, and the board of the watchdog
 
 
 @pytest.mark.parametrize("crop_on", ["cpu", "device"])
-def test_lengths_of_16_and_64_frames_share_a_run_and_its_blocks(videos, make_corpus, tmp_path: Path, crop_on: str):
+def test_clips_of_16_and_64_frames_share_a_buffer(videos, make_corpus, tmp_path: Path, crop_on: str):
     still, facts = videos[0], {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
     folder = make_corpus(tmp_path / "c", [[{"key": f"k{i}", "video": still, **facts} for i in range(5)]])
     sources = tuple(Source(shards=str(folder), frames=frames, fps=12) for frames in (16, 64))
@@ -149,15 +151,15 @@ def test_lengths_of_16_and_64_frames_share_a_run_and_its_blocks(videos, make_cor
             for _ in range(8):
                 yield next(batches)
 
-    places = set()
+    addresses = set()
     for here, there in zip(read(0), read(1), strict=True):
         assert digest(here) == digest(there)
         short, long = there.on(torch.device("cpu")).groups
         assert short.frames.shape == (3, 16, PX, PX, 3)
         assert long.frames.shape == (3, 64, PX, PX, 3)
         assert there.pixels[0].untyped_storage().data_ptr() == there.pixels[1].untyped_storage().data_ptr()
-        places.add(there.pixels[0].data_ptr())
-    assert len(places) <= 2
+        addresses.add(there.pixels[0].data_ptr())
+    assert len(addresses) <= 2
 
 
 @pytest.fixture
@@ -165,60 +167,62 @@ def as_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_worker_info", lambda: SimpleNamespace(id=0))
 
 
-def send(blocks: SharedBuffers, value: int, *, clips: int = 2) -> SharedBuffer | None:
-    """Do what a worker does, as far as the message."""
-    (pixels,), block = blocks.take([(clips, 1, 8, 8, 3)])
+def send(buffers: SharedBuffers, value: int, *, clips: int = 2) -> SharedBuffer | None:
+    """Do the same as a worker, up to the message."""
+    (pixels,), buffer = buffers.take([(clips, 1, 8, 8, 3)])
     pixels.fill_(value)
     batch = Batch(0, (Clips(pixels, (0, 1), ("a", "b"), (0, 0), (0.0, 0.0)),))
-    if block is not None:
-        inbox.append(bytes(ForkingPickler.dumps(InSharedBuffer(batch, block))))
-    return block
+    if buffer is not None:
+        inbox.append(bytes(ForkingPickler.dumps(InSharedBuffer(batch, buffer))))
+    return buffer
 
 
 inbox: list[bytes] = []
 
 
-def test_a_block_is_free_when_the_last_view_is_dropped_and_not_before(as_worker: None):
-    blocks = SharedBuffers(workers=1, each=2, size=2 * 8 * 8 * 3)
-    first, second = send(blocks, 1), send(blocks, 2)
+def test_a_buffer_is_free_once_its_last_view_is_dropped(as_worker: None):
+    """And not before."""
+    buffers = SharedBuffers(workers=1, each=2, size=2 * 8 * 8 * 3)
+    first, second = send(buffers, 1), send(buffers, 2)
     assert first
     assert second
     assert (first.place, second.place) == (0, 1)
-    assert send(blocks, 3) is None
+    assert send(buffers, 3) is None
     batch = pickle.loads(inbox.pop(0))
     view = batch.groups[0].frames.numpy()[0, 0, 0]
     del batch
-    assert send(blocks, 3) is None
+    assert send(buffers, 3) is None
     assert view.max() == 1
     del view
-    assert send(blocks, 3) == first
+    assert send(buffers, 3) == first
     assert pickle.loads(inbox.pop(0)).groups[0].frames.max() == 2
-    assert send(blocks, 4) == second
+    assert send(buffers, 4) == second
     inbox.clear()
 
 
-def test_a_batch_that_is_larger_than_a_block_goes_without(as_worker: None):
-    blocks = SharedBuffers(workers=1, each=2, size=2 * 8 * 8 * 3)
-    assert send(blocks, 1, clips=3) is None
-    assert send(blocks, 1, clips=1)
+def test_a_batch_larger_than_a_buffer_takes_fresh_memory(as_worker: None):
+    buffers = SharedBuffers(workers=1, each=2, size=2 * 8 * 8 * 3)
+    assert send(buffers, 1, clips=3) is None
+    assert send(buffers, 1, clips=1)
     assert pickle.loads(inbox.pop()).groups[0].frames.untyped_storage().nbytes() == 8 * 8 * 3
 
 
-def test_a_copy_in_other_memory_leaves_the_block_free(as_worker: None):
-    """As DataLoader's thread does, which pins batches: it receives them, copies, and keeps the copy."""
-    blocks = SharedBuffers(workers=1, each=1, size=2 * 8 * 8 * 3)
-    send(blocks, 1)
+def test_a_copied_batch_frees_its_buffer(as_worker: None):
+    """The pinning thread of DataLoader receives batches, copies them, and keeps the copy."""
+    buffers = SharedBuffers(workers=1, each=1, size=2 * 8 * 8 * 3)
+    send(buffers, 1)
     received = pickle.loads(inbox.pop())
     copied = received.with_pixels(p.clone() for p in received.pixels)
     del received
-    assert send(blocks, 2)
+    assert send(buffers, 2)
     assert copied.groups[0].frames.max() == 1
     inbox.clear()
 
 
-def test_a_forked_process_that_drops_its_copy_does_not_free_the_block(as_worker: None):
-    blocks = SharedBuffers(workers=1, each=1, size=2 * 8 * 8 * 3)
-    send(blocks, 1)
+def test_a_forked_process_does_not_free_the_buffer(as_worker: None):
+    """It drops only its copy of the batch."""
+    buffers = SharedBuffers(workers=1, each=1, size=2 * 8 * 8 * 3)
+    send(buffers, 1)
     batch = pickle.loads(inbox.pop())
     child = os.fork()
     if child == 0:
@@ -226,7 +230,7 @@ def test_a_forked_process_that_drops_its_copy_does_not_free_the_block(as_worker:
         gc.collect()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert send(blocks, 2) is None
+    assert send(buffers, 2) is None
     assert batch.groups[0].frames.max() == 1
 
 
@@ -234,7 +238,7 @@ def echo(inward, outward) -> None:
     outward.put(inward.get().groups[0].frames.int().sum().item())
 
 
-def test_a_batch_may_be_passed_on_to_another_process(corpus: Path, expected: list[tuple]):
+def test_a_batch_can_go_to_another_process(corpus: Path, expected: list[tuple]):
     context = torch.multiprocessing.get_context("forkserver")
     inward, outward = context.Queue(), context.Queue()
     child = context.Process(target=echo, args=(inward, outward), daemon=True)

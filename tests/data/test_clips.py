@@ -23,7 +23,7 @@ def test_each_frame_is_the_nearest_to_its_exact_time(frames: int, fps: float, fi
         assert error_s <= Fraction(1, 2) / Fraction(file_fps) + Fraction(1, 10**9)
 
 
-def test_a_fractional_step_keeps_the_speed_of_the_film():
+def test_fractional_steps_keep_the_speed_of_the_video():
     assert offsets(frames=5, fps=4, file_fps=30).tolist() == [0, 8, 15, 23, 30]
     assert offsets(frames=16, fps=4, file_fps=30000 / 1001)[-1] == 112  # 3.75 s, where steps of 7 frames reach 105
 
@@ -32,10 +32,10 @@ def test_a_fractional_step_keeps_the_speed_of_the_film():
 def test_a_clip_lies_inside_its_video(file_frames: int, file_fps: float, frames: int, slot: int):
     ask = {"frames": frames, "fps": 4.0}
     if can_serve(np.array([file_frames]), np.array([file_fps]), **ask)[0]:
-        look = choose(file_frames=file_frames, file_fps=file_fps, **ask, seed=0, step=1, slot=slot)
-        assert 0 <= look.frames[0] <= look.frames[-1] < file_frames
-        assert len(look.frames) == frames
-        assert look.start_s == (look.frames[0] / file_fps,)
+        times = choose(file_frames=file_frames, file_fps=file_fps, **ask, seed=0, step=1, slot=slot)
+        assert 0 <= times.frames[0] <= times.frames[-1] < file_frames
+        assert len(times.frames) == frames
+        assert times.start_s == (times.frames[0] / file_fps,)
     else:
         assert offsets(**ask, file_fps=file_fps)[-1] >= file_frames
 
@@ -52,27 +52,29 @@ def test_a_video_slower_than_the_rate_is_refused(file_fps: float, good: bool):
     assert can_serve(np.array([1000]), np.array([file_fps]), frames=16, fps=4)[0] == good
 
 
-def test_one_frame_is_served_by_any_video():
+def test_any_video_has_a_clip_of_one_frame():
     assert can_serve(np.array([1]), np.array([1.0]), frames=1, fps=30.0)[0]
 
 
-def test_samples_that_cannot_serve_are_left_out_and_counted(videos, make_corpus, tmp_path: Path):
+def test_ineligible_samples_are_left_out_and_counted(videos, make_corpus, tmp_path: Path):
     facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
     lengths = [48, 10, 48, 12, 13, 48]  # 4 frames at 3 fps reach 12 frames ahead, so take 13
     samples = [{"key": f"k{i}", "frames": n, **facts} for i, n in enumerate(lengths)]
     index = Index(make_corpus(tmp_path / "c", [samples[:2], samples[2:4], samples[4:]]))
-    offer = EligibleSamples(index, frames=4, pace=Pace(fps=3))
-    assert offer.left_out == 2
-    assert offer.counts.tolist() == [1, 1, 2]
-    assert [offer.members(s).tolist() for s in range(3)] == [[0], [2], [4, 5]]
+    eligible = EligibleSamples(index, frames=4, pace=Pace(fps=3))
+    assert eligible.left_out == 2
+    assert eligible.counts.tolist() == [1, 1, 2]
+    assert [eligible.members(s).tolist() for s in range(3)] == [[0], [2], [4, 5]]
 
 
-def test_a_corpus_that_can_serve_nothing_is_refused_with_the_numbers(corpus: Path):
+def test_a_corpus_without_eligible_samples_is_refused(corpus: Path):
+    """The error states the lengths and rates."""
     with pytest.raises(BadInput, match=r"none of the 26 train .* 64 frames at 4 fps \(15.75 s\); .* has 4.00 s"):
         EligibleSamples(Index(corpus), frames=64, pace=Pace(fps=4))
 
 
-def test_steps_of_frames_ignore_the_rate_and_a_duration_is_spread_evenly(videos, make_corpus, tmp_path: Path):
+def test_frame_steps_durations_and_rates_set_the_pace(videos, make_corpus, tmp_path: Path):
+    """`frame_step` ignores the rate of the file, and `duration_s` is spread evenly."""
     facts = {"width": 96, "height": 64, "video": videos[0], "frames": 48}
     folder = make_corpus(tmp_path / "c", [[{"key": f"k{i}", "fps": fps, **facts} for i, fps in enumerate((12.0, 6.0))]])
     ahead = {}
@@ -80,16 +82,16 @@ def test_steps_of_frames_ignore_the_rate_and_a_duration_is_spread_evenly(videos,
         source = Source(shards=str(folder), **pace)
         plan = pipeline.open_plan(Data(sources=(source,), clip=Clip(frames=4)), seed=0, batch_size=2)
         draws = [plan.draw(0, slot) for slot in (0, 1)]
-        looks = {d.sample: pipeline.choose(plan, Crop(), d, step=0, slot=slot).times for slot, d in enumerate(draws)}
-        ahead[name] = [[f - looks[i].frames[0] for f in looks[i].frames] for i in (0, 1)]
+        chosen = {d.sample: pipeline.choose(plan, Crop(), d, step=0, slot=slot).times for slot, d in enumerate(draws)}
+        ahead[name] = [[f - chosen[i].frames[0] for f in chosen[i].frames] for i in (0, 1)]
     assert ahead == {
         "step": [[0, 3, 6, 9], [0, 3, 6, 9]],
-        "duration": [[0, 6, 12, 18], [0, 3, 6, 9]],  # 4 frames in 2 s of films of 12 and 6 frames a second
+        "duration": [[0, 6, 12, 18], [0, 3, 6, 9]],  # 4 frames in 2 s of videos at 12 and 6 fps
         "fps": [[0, 6, 12, 18], [0, 3, 6, 9]],
     }
     assert len({EligibleSamples(Index(folder), frames=4, pace=p).name for p in (Pace(fps=3), Pace(frame_step=3))}) == 2
 
 
-def test_two_paces_are_refused():
+def test_two_settings_of_the_rate_are_refused():
     with pytest.raises(ValidationError, match="fps and frame_step all set the frame rate of a clip; keep only one"):
         Source(shards="x", fps=4, frame_step=2)

@@ -20,7 +20,8 @@ def test_a_box_lies_inside_the_picture(height: int, width: int, slot: int):
     assert box.width > 0
 
 
-def test_boxes_have_the_areas_aspects_and_flips_asked_for():
+def test_boxes_follow_the_settings():
+    """Areas, aspects and flips have the distributions that the settings state."""
     crop = Crop(scale=(0.3, 1.0), aspect=(0.75, 1.35), flip=0.5)
     boxes = [choose(crop, height=1000, width=1000, seed=0, step=0, slot=s) for s in range(4000)]
     areas = np.array([b.height * b.width for b in boxes]) / 1e6
@@ -39,7 +40,7 @@ def test_a_crop_is_a_function_of_seed_step_and_slot():
     assert len({draw(), draw(seed=1), draw(step=1), draw(slot=1), draw(attempt=1)}) == 5
 
 
-def test_a_picture_that_no_box_fits_is_cropped_at_its_centre():
+def test_a_frame_that_no_box_fits_is_cropped_at_its_centre():
     assert choose(Crop(scale=(1, 1)), height=10, width=100, seed=0, step=0, slot=0).width == 14
 
 

@@ -111,7 +111,7 @@ def test_too_many_consecutive_rejects_stop_the_run(copy: Path):
         with (
             ClipLoader(settings(copy, in_a_row=20), Loader(workers=workers), seed=0, batch_size=4) as loader,
             pytest.raises(
-                TooManyRejects, match=r"^20 samples in a row cannot be used, the last is toy-\d{4} in .*verify`$"
+                TooManyRejects, match=r"^20 samples in a row are unreadable, the last is toy-\d{4} in .*verify`$"
             ),
         ):
             next(loader)
@@ -120,7 +120,7 @@ def test_too_many_consecutive_rejects_stop_the_run(copy: Path):
 def test_too_large_a_share_of_rejects_stops_the_run(copy: Path):
     (copy / "shards" / "toy-train-000003.tar").unlink()
     loader = ClipLoader(settings(copy, max_share=0.01), Loader(workers=0), seed=0, batch_size=4)
-    with loader, pytest.raises(TooManyRejects, match=r"of the last \d+ samples cannot be used, more than .* \(0.01\)"):
+    with loader, pytest.raises(TooManyRejects, match=r"of the last \d+ samples are unreadable, more than .* \(0.01\)"):
         list(itertools.islice(loader, 250))
 
 

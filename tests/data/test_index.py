@@ -16,13 +16,13 @@ from vjepa_data.settings import BadInput
 
 @pytest.fixture
 def copy(corpus: Path, tmp_path: Path) -> Path:
-    """A corpus that a test may damage."""
+    """A copy of the corpus that a test may damage."""
     shutil.copytree(corpus, tmp_path / "copy")
     return tmp_path / "copy"
 
 
 def read_with_webdataset(urls: str) -> list[dict]:
-    """Read shards as any user of webdataset does; it leaves its files to the garbage collector."""
+    """Read shards as any user of webdataset does. It leaves open files to the garbage collector."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(wds.WebDataset(urls, shardshuffle=False))  # pyright: ignore[reportAttributeAccessIssue]
@@ -30,27 +30,28 @@ def read_with_webdataset(urls: str) -> list[dict]:
     return samples
 
 
-def test_samples_are_those_that_webdataset_reads(corpus: Path):
+def test_samples_equal_those_of_webdataset(corpus: Path):
     index = Index(corpus)
     theirs = read_with_webdataset(str(corpus / "shards" / "toy-train-{000000..000003}.tar"))
     count = 0
-    for i, sample in enumerate(theirs):
-        mine = index.read(i)
-        assert (mine.key, mine.json, mine.video) == (sample["__key__"], sample["json"], sample["mp4"])
-        assert json.loads(mine.json)["key"] == mine.key
+    for i, other in enumerate(theirs):
+        sample = index.read(i)
+        assert (sample.key, sample.json, sample.video) == (other["__key__"], other["json"], other["mp4"])
+        assert json.loads(sample.json)["key"] == sample.key
         count += 1
     assert count == len(index) == 26
     assert index.first.tolist() == [0, 9, 10, 22, 26]
 
 
-def test_columns_are_arrays_that_are_not_copied(corpus: Path):
+def test_columns_are_arrays_without_copies(corpus: Path):
     index = Index(corpus)
     assert index.frames.dtype == np.int32
     assert not index.fps.flags.owndata
     assert index.fps.tolist() == [12.0] * 26
 
 
-def test_a_large_index_is_mapped_from_a_file_that_is_written_once(copy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_large_index_is_memory_mapped(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its file is written once."""
     want = Index(copy)
     monkeypatch.setattr("vjepa_data.corpus.index.MAPPED_FROM", 10)
     first = Index(copy)
@@ -63,9 +64,7 @@ def test_a_large_index_is_mapped_from_a_file_that_is_written_once(copy: Path, mo
     assert str(file) in Path("/proc/self/maps").read_text()
 
 
-def test_a_large_index_of_a_read_only_corpus_goes_to_the_user_cache(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_index_of_a_read_only_corpus_goes_to_the_cache(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("vjepa_data.corpus.index.MAPPED_FROM", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (copy / ".index").write_text("in the way")  # works for root too, unlike permissions
@@ -78,7 +77,7 @@ def damage_cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "reason"), [(damage_cut, "size"), (Path.unlink, "missing")])
-def test_a_shard_that_is_cut_or_missing_is_noticed(copy: Path, damage, reason: str):
+def test_a_truncated_or_missing_shard_is_detected(copy: Path, damage, reason: str):
     damage(copy / "shards" / "toy-train-000002.tar")
     index = Index(copy)
     assert index.read(9).key == "toy-0009"
@@ -89,7 +88,7 @@ def test_a_shard_that_is_cut_or_missing_is_noticed(copy: Path, damage, reason: s
         assert "toy-train-000002.tar" in e.value.detail
 
 
-def test_a_flipped_bit_is_noticed_in_the_sample_that_has_it(copy: Path):
+def test_a_flipped_bit_is_detected_in_its_sample(copy: Path):
     index = Index(copy)
     path = copy / "shards" / "toy-train-000002.tar"
     data = bytearray(path.read_bytes())
@@ -104,7 +103,8 @@ def test_a_flipped_bit_is_noticed_in_the_sample_that_has_it(copy: Path):
     assert bad == [(16, "hash")]
 
 
-def test_a_cut_at_a_header_that_webdataset_accepts_in_silence_is_noticed(copy: Path):
+def test_a_tar_truncated_at_a_header_is_detected(copy: Path):
+    """WebDataset reads such a tar without an error."""
     path = copy / "shards" / "toy-train-000002.tar"
     index = Index(copy)
     cut = int(index.json_offset[15]) - 512
@@ -115,13 +115,13 @@ def test_a_cut_at_a_header_that_webdataset_accepts_in_silence_is_noticed(copy: P
 
 
 @pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "pipe:touch evil", "file:///etc/passwd", "a/../b"])
-def test_a_manifest_cannot_point_elsewhere_or_run_anything(copy: Path, edit_manifest, file: str):
+def test_a_manifest_cannot_name_other_files_or_commands(copy: Path, edit_manifest, file: str):
     edit_manifest(copy, lambda m: m["shards"][0].update(file=file))
     with pytest.raises(BadInput, match="is not a plain relative path"):
         Index(copy)
 
 
-def test_bad_corpora_are_refused_in_one_line(copy: Path, tmp_path: Path, edit_manifest):
+def test_invalid_corpora_are_refused(copy: Path, tmp_path: Path, edit_manifest):
     with pytest.raises(BadInput, match="No such file or directory; give a folder that"):
         Index(tmp_path)
     with pytest.raises(BadInput, match="has no split 'val', only train"):

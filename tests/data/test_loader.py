@@ -28,7 +28,7 @@ def settings(*folders: Path, **more) -> Data:
 
 
 def stream(data: Data, steps: range, *, world: int = 1, workers: int = 0, method: str = "forkserver") -> list[dict]:
-    """Read some steps on each rank of a world; give {slot: (key, hash of pixels)} for each step."""
+    """Read some steps on each rank of a world. Return {slot: (key, hash of pixels)} for each step."""
     seen: list[dict] = [{} for _ in steps]
     loader = Loader(workers=workers, start_method=method)  # pyright: ignore[reportArgumentType]
     for rank in range(world):
@@ -50,14 +50,12 @@ def expected(corpus: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 1), (4, 0)])
-def test_keys_and_pixels_are_the_same_for_any_world_and_workers(
-    corpus: Path, expected: list[dict], world: int, workers: int
-):
+def test_the_stream_is_the_same_for_any_world_and_workers(corpus: Path, expected: list[dict], world: int, workers: int):
     assert stream(settings(corpus), range(6), world=world, workers=workers) == expected
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
-def test_resuming_at_a_step_equals_walking_there(corpus: Path, expected: list[dict], step: int):
+def test_resuming_at_a_step_equals_reading_up_to_it(corpus: Path, expected: list[dict], step: int):
     assert stream(settings(corpus), range(step, 6), world=2, workers=step % 2) == expected[step:]
 
 
@@ -72,7 +70,8 @@ def test_an_epoch_shows_each_sample_once(corpus: Path):
     assert {keys.count(k) for k in set(keys)} == {6}
 
 
-def test_sources_are_mixed_and_may_have_clips_of_their_own_length(corpus: Path, videos, make_corpus, tmp_path: Path):
+def test_sources_may_have_clips_of_different_length(corpus: Path, videos, make_corpus, tmp_path: Path):
+    """They are mixed by their weights, and a batch has a group per length."""
     facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
     other = make_corpus(tmp_path / "b", [[{"key": f"b{i}", "video": videos[0], **facts} for i in range(5)]], name="b")
     sources = (Source(shards=str(corpus), weight=3), Source(shards=str(other), frames=8, fps=2.5))
@@ -98,7 +97,7 @@ def batch_of(slots: list[tuple[int, ...]]) -> Batch:
     return Batch(7, tuple(groups))
 
 
-def test_micro_batches_are_cut_by_slot():
+def test_micro_batches_are_split_by_slot():
     parts = batch_of([(0, 1, 6, 7), (2, 3, 8, 9)]).split(4)
     assert [sorted(s for g in p.groups for s in g.slots) for p in parts] == [[0, 1], [2, 3], [6, 7], [8, 9]]
     for part in parts:
@@ -110,7 +109,7 @@ def test_micro_batches_are_cut_by_slot():
         batch_of([(0, 1, 6, 7), (2, 3, 8, 9)]).split(3)
 
 
-def test_more_shared_memory_than_there_is_is_refused(corpus: Path):
+def test_too_little_shared_memory_is_refused(corpus: Path):
     data = settings(corpus, crop=Crop(px=4096), clip=Clip(frames=16, fps=4))
     with pytest.raises(BadInput, match=r"need [\d.]+ GB of shared memory, .* /dev/shm has .* lower loader.workers"):
         ClipLoader(data, Loader(workers=8, prefetch_steps=10), seed=0, batch_size=120)
@@ -118,7 +117,7 @@ def test_more_shared_memory_than_there_is_is_refused(corpus: Path):
 
 def test_ranks_of_one_machine_share_its_memory(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     ClipLoader(settings(corpus), Loader(workers=1), seed=0, batch_size=BATCH).close()
-    with monkeypatch.context() as patch:  # the other rank holds its part already, as after a roll-back
+    with monkeypatch.context() as patch:  # the other rank has allocated its part already, as after a roll-back
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**9 // 2))
         big = settings(corpus, crop=Crop(px=512), clip=Clip(frames=8, fps=4))
         ClipLoader(big, Loader(workers=1), seed=0, batch_size=24, ranks_here=2).close()
@@ -126,7 +125,9 @@ def test_ranks_of_one_machine_share_its_memory(corpus: Path, monkeypatch: pytest
         ClipLoader(settings(corpus), Loader(workers=1), seed=0, batch_size=BATCH, ranks_here=10**9)
 
 
-def test_clips_left_out_are_told_of_at_the_start(videos, make_corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_left_out_samples_are_logged_at_the_start(
+    videos, make_corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     facts = {"fps": 12.0, "width": 96, "height": 64, "video": videos[0]}
     samples = [{"key": f"k{i}", "frames": 48 if i else 5, **facts} for i in range(4)]
     folder = make_corpus(tmp_path / "c", [samples])
@@ -139,49 +140,52 @@ def test_clips_left_out_are_told_of_at_the_start(videos, make_corpus, tmp_path: 
     assert keys == {"k1", "k2", "k3"}
 
 
-def test_short_videos_may_be_held_and_pictures_are_videos_of_one_frame(videos, make_corpus, tmp_path: Path):
+def test_short_videos_and_images_may_be_held(videos, make_corpus, tmp_path: Path):
+    """Images are videos of one frame. The last frame is repeated."""
     picture = io.BytesIO()
     Image.new("RGB", (96, 64), (255, 0, 0)).save(picture, "JPEG")
     facts = {"width": 96, "height": 64}
     still = {"key": "still", "frames": 1, "fps": 1.0, "video": picture.getvalue(), "suffix": "jpg", **facts}
-    film = {"key": "film", "frames": 48, "fps": 12.0, "video": videos[0], **facts}
-    folder = make_corpus(tmp_path / "c", [[still, film]])
+    video = {"key": "video", "frames": 48, "fps": 12.0, "video": videos[0], **facts}
+    folder = make_corpus(tmp_path / "c", [[still, video]])
     for clip in [Clip(frames=1, fps=3), Clip(frames=16, fps=3, short="hold")]:
         data = settings(folder, clip=clip, crop=Crop(px=32, scale=(1, 1)))
         with ClipLoader(data, Loader(workers=0), seed=0, batch_size=2) as loader:
             (clips,) = next(loader).groups
-            assert set(clips.keys) == {"still", "film"}
+            assert set(clips.keys) == {"still", "video"}
             red = clips.frames[clips.keys.index("still")]
             assert red.shape == (clip.frames, 32, 32, 3)
             assert red[..., 0].min() > 250
             assert red[..., 1:].max() < 5
-            if clip.frames == 16:  # 4 s of film, and then its last frame
-                moving = clips.frames[clips.keys.index("film")].int()
+            if clip.frames == 16:  # 4 s of video, then its last frame
+                moving = clips.frames[clips.keys.index("video")].int()
                 assert [bool((a - b).abs().max() > 8) for a, b in itertools.pairwise(moving)] == [True] * 12 + [
                     False
                 ] * 3
     with ClipLoader(settings(folder), Loader(workers=0), seed=0, batch_size=2) as loader:
-        assert set(next(loader).groups[0].keys) == {"film"}
+        assert set(next(loader).groups[0].keys) == {"video"}
     pictures = make_corpus(tmp_path / "pictures", [[still]])
     with pytest.raises(BadInput, match=r"all 1 train samples of .* are images.* set data.sources\[\].frames=1"):
         ClipLoader(settings(pictures), Loader(workers=0), seed=0, batch_size=2)
 
 
-def test_keys_that_are_not_wanted_are_never_drawn_and_tell_streams_apart(corpus: Path, tmp_path: Path):
+def test_unwanted_keys_are_never_drawn(corpus: Path, tmp_path: Path):
+    """They are a part of the fingerprint."""
     (tmp_path / "a.txt").write_text("toy-0003\ntoy-0021\n\n")
     (tmp_path / "b.jsonl").write_text('{"key": "toy-0003", "reason": "hash"}\n{"key": "toy-0021"}\n')
-    prints, whole = [], settings(corpus)
+    fingerprints, data = [], settings(corpus)
     for name in ("a.txt", "b.jsonl"):
         source = Source(shards=str(corpus), without=str(tmp_path / name))
-        plan = open_plan(whole.model_copy(update={"sources": (source,)}), seed=0, batch_size=BATCH)
-        keys = {plan.populations[0].index.key(plan.draw(s, b).sample) for s in range(4) for b in range(BATCH)}  # pyright: ignore[reportAttributeAccessIssue]
+        plan = open_plan(data.model_copy(update={"sources": (source,)}), seed=0, batch_size=BATCH)
+        keys = {plan.sources[0].index.key(plan.draw(s, b).sample) for s in range(4) for b in range(BATCH)}  # pyright: ignore[reportAttributeAccessIssue]
         assert len(keys) == 24
         assert not keys & {"toy-0003", "toy-0021"}
-        prints.append(plan.fingerprint)
-    assert prints[0] == prints[1] != open_plan(whole, seed=0, batch_size=BATCH).fingerprint
+        fingerprints.append(plan.fingerprint)
+    assert fingerprints[0] == fingerprints[1] != open_plan(data, seed=0, batch_size=BATCH).fingerprint
 
 
-def test_several_clips_of_a_video_differ_and_it_is_opened_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+def test_several_clips_of_a_video_open_it_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    """The clips differ."""
     opened = []
     begin = DecodeWorker.begin
     monkeypatch.setattr(
@@ -193,10 +197,10 @@ def test_several_clips_of_a_video_differ_and_it_is_opened_once(corpus: Path, mon
             (clips,) = next(loader).groups
             assert clips.keys[0] == clips.keys[1] != clips.keys[2] == clips.keys[3]
             assert not torch.equal(clips.frames[0], clips.frames[1])
-    assert len(opened) == 6 + 1  # and one ahead
+    assert len(opened) == 6 + 1  # plus one prefetched
 
 
-def test_clips_that_need_no_scaling_outlive_the_next_that_are_decoded(corpus: Path):
+def test_unscaled_clips_outlive_the_next_decoded_video(corpus: Path):
     crop = Crop(px=64, scale=(2 / 3, 2 / 3), aspect=(1, 1), flip=0)
     with ClipLoader(settings(corpus, crop=crop), Loader(workers=0), seed=0, batch_size=8) as loader:
         (clips,) = next(loader).groups
@@ -209,7 +213,7 @@ def test_clips_that_need_no_scaling_outlive_the_next_that_are_decoded(corpus: Pa
             assert torch.equal(frames, torch.from_numpy(want[:, :, left : left + 64]))
 
 
-EARLY = """
+SIGNALLED = """
 import math, multiprocessing, os, signal, sys
 from multiprocessing import forkserver, resource_tracker
 from vjepa_data.child_process import STOP_SIGNALS, start_fork_server
@@ -228,6 +232,13 @@ assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 """
 
 
-def test_what_is_sent_to_all_of_a_job_while_workers_start_reaches_the_trainer_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=False)
+def test_signals_during_the_start_reach_only_the_trainer() -> None:
+    """A scheduler signals all processes of a job, also while workers start."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_package_exports_the_loader_without_importing_torch():
+    code = "import sys, vjepa_data; assert 'torch' not in sys.modules; print(vjepa_data.ClipLoader.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "vjepa_data.reader.loader"

@@ -10,7 +10,7 @@ from vjepa_data.settings import BadInput
 
 
 class Shards:
-    """A population whose shards offer all their samples."""
+    """A source whose samples are all eligible."""
 
     def __init__(self, counts: list[int], name: str = "a") -> None:
         self.counts, self.name = np.array(counts, dtype=np.int64), name
@@ -28,7 +28,7 @@ uneven = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
 
 
 @given(st.integers(1, 200), st.integers(1, 64))
-def test_the_lanes_of_an_epoch_are_a_partition_of_its_list(samples: int, lanes: int):
+def test_the_lanes_of_an_epoch_partition_its_list(samples: int, lanes: int):
     seen: Counter[tuple[int, int]] = Counter()
     for lane in range(lanes):
         cursor, epochs = 0, []
@@ -37,7 +37,7 @@ def test_the_lanes_of_an_epoch_are_a_partition_of_its_list(samples: int, lanes: 
             epochs.append(where)
             cursor += 1
         assert epochs == sorted(epochs)  # a lane walks forward through its part
-        assert abs(cursor - 3 * samples / lanes) < 1  # and no lane falls behind
+        assert abs(cursor - 3 * samples / lanes) < 1  # no lane falls behind
     assert seen == Counter((e, i) for e in range(3) for i in range(samples))
 
 
@@ -64,7 +64,7 @@ def test_any_world_and_accumulation_fills_the_same_slots(
     batch = lanes * data.draw(st.integers(1, 3))
     world = data.draw(st.sampled_from([n for n in range(1, lanes + 1) if lanes % n == 0]))
     make = lambda: Plan([Shards(a), Shards(b, "b")], [3, 1], seed=seed, batch_size=batch, lanes=lanes)  # noqa: E731
-    whole = keys(make(), step)
+    expected = keys(make(), step)
     plan = make()
     filled = {}
     for rank in range(world):
@@ -74,19 +74,19 @@ def test_any_world_and_accumulation_fills_the_same_slots(
             draw = plan.draw(step, slot)
             assert slot not in filled
             filled[slot] = (draw.source, draw.sample)
-    assert [filled[slot] for slot in range(batch)] == whole
+    assert [filled[slot] for slot in range(batch)] == expected
 
 
 @settings(deadline=None, max_examples=30)
 @given(uneven, st.integers(0, 40))
-def test_seeking_equals_walking(counts: list[int], target: int):
+def test_seeking_equals_reading_in_order(counts: list[int], target: int):
     walker = Plan([Shards(counts), Shards([5, 5], "b")], [0.7, 0.3], seed=1, batch_size=4)
     walked = [keys(walker, step) for step in range(target + 1)][-1]
     assert keys(Plan([Shards(counts), Shards([5, 5], "b")], [0.7, 0.3], seed=1, batch_size=4), target) == walked
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 10**12), st.integers(1, 500))
-def test_every_stretch_of_the_mixture_has_the_shares_asked_for(weights: list[float], start: int, length: int):
+def test_every_part_of_the_schedule_has_the_exact_shares(weights: list[float], start: int, length: int):
     mixture = SourceSchedule(weights)
     for source, weight in enumerate(weights):
         drawn = mixture.count(source, start + length) - mixture.count(source, start)
@@ -105,7 +105,7 @@ def test_a_million_draws_have_the_shares_of_v_jepa_2():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 32])
-def test_each_rank_meets_the_mixture_in_every_step(world: int):
+def test_each_rank_gets_the_exact_shares_in_every_step(world: int):
     plan = Plan([Shards([400]), Shards([400], "b")], [1, 1], seed=0, batch_size=64)
     for step in range(5):
         for rank in range(world):
@@ -113,14 +113,15 @@ def test_each_rank_meets_the_mixture_in_every_step(world: int):
             assert sum(mine) == len(mine) / 2
 
 
-def test_two_epochs_have_different_orders_and_other_owners():
+def test_two_epochs_have_different_orders():
+    """Their samples go to other ranks, too."""
     plan = Plan([Shards([50] * 20)], [1], seed=0, batch_size=20, window_shards=2)
     mine = set(plan.slots(0, 2))
     seen = [[plan.draw(s, b) for s in range(50 * e, 50 * e + 50) for b in mine] for e in range(2)]
     a, b = ({d.sample for d in epoch} for epoch in seen)
     assert {d.epoch for d in seen[0]} == {0}
     assert {d.epoch for d in seen[1]} == {1}
-    assert 0.3 < len(a & b) / len(a) < 0.7  # a half, were they independent
+    assert 0.3 < len(a & b) / len(a) < 0.7  # 0.5 if they are independent
     assert [d.sample for d in seen[0]] != [d.sample for d in seen[1]]
 
 
@@ -129,7 +130,7 @@ def test_another_seed_gives_another_stream():
     assert streams[0] != streams[1]
 
 
-def test_a_corpus_smaller_than_the_batch_fills_every_slot_evenly():
+def test_a_corpus_smaller_than_the_batch_fills_every_slot():
     plan = Plan([Shards([5])], [1], seed=0, batch_size=32)
     drawn = Counter(plan.draw(step, slot).sample for step in range(5) for slot in range(32))
     assert drawn == Counter(dict.fromkeys(range(5), 32))
@@ -152,7 +153,7 @@ def test_a_lane_reads_few_shards_at_a_time():
         assert len(shards) <= 8  # two windows at most
 
 
-def test_replacements_keep_the_source_and_stay_in_the_window():
+def test_replacements_come_from_the_same_source_and_window():
     plan = Plan([Shards([50] * 40), Shards([7], "b")], [1, 1], seed=3, batch_size=8, window_shards=2)
     for slot in range(8):
         draws = [plan.redraw(2, slot, attempt) for attempt in range(1, 9)]
@@ -173,7 +174,7 @@ def test_several_clips_of_a_video_lie_in_one_lane():
     assert epoch == Counter(dict.fromkeys(range(40), 2))
 
 
-def test_sources_may_take_different_numbers_of_clips_from_a_video():
+def test_clips_per_video_may_differ_between_sources():
     plan = Plan([Shards([6]), Shards([4], "b")], [1, 1], seed=0, batch_size=8, lanes=2, clips_per_video=[1, 3])
     drawn = Counter((d.source, d.sample, d.view) for step in range(12) for d in [plan.draw(step, s) for s in range(8)])
     assert drawn == Counter({(0, i, 0): 8 for i in range(6)} | {(1, i, view): 4 for i in range(4) for view in range(3)})
@@ -185,7 +186,7 @@ def test_digits_are_reversed():
         assert sorted(reverse_digits(i, size) for i in range(size)) == list(range(size))
 
 
-def test_twenty_million_samples_need_neither_time_nor_memory():
+def test_twenty_million_samples_take_little_time_and_memory():
     import time
     import tracemalloc
 
@@ -213,11 +214,12 @@ def test_a_world_that_does_not_divide_the_lanes_is_refused():
 
 
 def test_an_empty_source_is_refused():
-    with pytest.raises(BadInput, match="source b offers no samples"):
+    with pytest.raises(BadInput, match="source b has no samples"):
         Plan([Shards([10]), Shards([0], "b")], [1, 1], seed=0, batch_size=8)
 
 
-def test_the_fingerprint_tells_streams_apart_and_survives_pickling():
+def test_different_streams_have_different_fingerprints():
+    """A plan keeps its fingerprint and draws when it is pickled."""
     import pickle
 
     plans = [

@@ -5,7 +5,7 @@ from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 
 
-def test_what_is_told_of_the_stream_is_what_the_loader_gives(corpus: Path):
+def test_the_described_stream_equals_that_of_the_loader(corpus: Path):
     data = Data(sources=(Source(shards=str(corpus)),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
     with ClipLoader(data, Loader(workers=0), seed=3, batch_size=8, step=9) as loader:
         (clips,) = next(loader).groups
@@ -19,7 +19,7 @@ def test_what_is_told_of_the_stream_is_what_the_loader_gives(corpus: Path):
             assert shard.read(12)[4:8] == b"ftyp"
 
 
-def test_a_person_can_read_it(corpus: Path):
+def test_the_description_names_sample_time_and_crop(corpus: Path):
     data = Data(sources=(Source(shards=str(corpus)),), clip=Clip(frames=4, fps=4), crop=Crop(px=32))
     text = show.stream(data, seed=3, batch_size=8, step=9, slots=2)
     assert text.count("slot ") == 2

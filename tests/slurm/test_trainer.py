@@ -48,7 +48,7 @@ def test_a_disturbed_run_is_bit_identical_to_an_undisturbed_run(
     ][1:]
     assert step_metrics(disturbed) == step_metrics(undisturbed)
     assert [row["step"] for row in disturbed.metrics()] == list(range(1, STEPS + 1))
-    assert "starting the workers again" in disturbed.log()
+    assert "restarting all workers" in disturbed.log()
     recorded = list(disturbed.folder.glob("wandb/offline-run-*"))
     assert len(recorded) == 3
     assert {folder.name.split("-")[3] for folder in recorded} == {

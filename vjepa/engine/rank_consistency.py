@@ -68,7 +68,7 @@ def check_data(run: Run, world: World, plan: Plan, *, number: int) -> list[str]:
     Raises:
         BadInput: see `check_alike`.
     """
-    manifests = [cast(EligibleSamples, population).index.hash for population in plan.populations]
+    manifests = [cast(EligibleSamples, population).index.hash for population in plan.sources]
     check_alike(
         world,
         {

@@ -1,4 +1,4 @@
-"""How fast clips arrive on this machine, what each stage costs, and how many workers a GPU needs."""
+"""Benchmark of the loader: its rate on this machine, the cost of each stage, and the workers that a GPU needs."""
 
 import functools
 import math
@@ -25,24 +25,24 @@ from vjepa_data.reader.plan import Draw
 from vjepa_data.settings import BadInput, Data, Loader
 
 T = TypeVar("T")
-TOGETHER = 10  # clips drawn at once, as workers do with those of a step
-HEADROOM = 1.3  # a loader that is only just fast enough makes the GPU wait at every hiccup
+DRAWN_AT_ONCE = 10  # clips; a worker draws those of a step at once
+HEADROOM = 1.3  # a loader without reserve makes the GPU wait at every delay
 
 
 @dataclass(frozen=True)
 class Stages:
-    """CPU milliseconds per clip of each stage, in one process and its servant, one after another."""
+    """CPU milliseconds per clip of each stage, measured one after another in one process and its decode worker."""
 
     plan: float
-    """Which sample, which frames, which crop."""
+    """Drawing the sample, frames and crop."""
     read: float
-    """Reading and verifying the bytes, the JSON included."""
+    """Reading and verifying the bytes, including the JSON."""
     decode: float
-    """All of the servant: receiving the bytes, decoding, handing over the frames."""
+    """Time of the decode worker: receiving the bytes, decoding, returning the frames."""
     ask: float
-    """Giving it the bytes and waiting for it."""
+    """Sending the bytes to the decode worker and waiting for it."""
     crop: float
-    """Cutting out, scaling, mirroring, and writing into the batch."""
+    """Cutting out, scaling, flipping, and writing into the batch."""
     megabytes: float
     """Size of an encoded clip."""
 
@@ -53,7 +53,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Rate:
-    """What the whole loader does."""
+    """The rate of the complete loader."""
 
     workers: int
     first_batch_s: float
@@ -61,13 +61,13 @@ class Rate:
     cpu_ms: float
     """CPU milliseconds per clip of all its processes."""
     waits_ms: tuple[float, ...]
-    """How long each step waited for its batch, under the demand that was simulated."""
+    """Wait of each step for its batch, at the simulated demand."""
 
 
 def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, clips: int = 100) -> Stages:
-    """Take some clips through the stages one after another and charge each for its CPU time."""
+    """Measure the CPU time of each stage with some clips, one stage after another."""
     plan = open_plan(data, seed=seed, batch_size=batch_size, loader=loader)
-    servant = DecodeWorker(loader.decoder, timeout_s=loader.decode_timeout_s)
+    decoder = DecodeWorker(loader.decoder, timeout_s=loader.decode_timeout_s)
     spent: dict[str, float] = {"plan": 0.0, "read": 0.0, "ask": 0.0, "crop": 0.0}
     out: dict[int, torch.Tensor] = {}
     size = 0
@@ -81,22 +81,22 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
     def ask(sample: Sample, choice: Choice, expect: Expect) -> np.ndarray:
         box = choice.box
         part = (box.top, box.left, box.height, box.width)
-        servant.begin(sample.video, choice.times.frames, expect, suffix=sample.suffix, part=part)
-        return servant.finish()
+        decoder.begin(sample.video, choice.times.frames, expect, suffix=sample.suffix, part=part)
+        return decoder.finish()
 
     def draw_some(first: int) -> list[tuple[Draw, Choice]]:
-        places = [divmod(number, batch_size) for number in range(first, first + TOGETHER)]
+        places = [divmod(number, batch_size) for number in range(first, first + DRAWN_AT_ONCE)]
         draws = [plan.draw(*place) for place in places]
         return [(d, choose(plan, data.crop, d, step=s, slot=b)) for d, (s, b) in zip(draws, places, strict=True)]
 
-    def one(draw: Draw, choice: Choice) -> bool:
+    def measure(draw: Draw, choice: Choice) -> bool:
         nonlocal size
         index, i = index_of(plan, draw), draw.sample
         expect = Expect(int(index.frames[i]), int(index.width[i]), int(index.height[i]))
         try:
             sample = charge("read", lambda: index.read(i))
             frames = charge("ask", lambda: ask(sample, choice, expect))
-        except Unreadable:  # the loader would replace it
+        except Unreadable:  # the loader would replace the sample
             return False
         row = out.setdefault(len(frames), torch.empty(len(frames), data.crop.px, data.crop.px, 3, dtype=torch.uint8))
         charge("crop", lambda: row.copy_(crops.cut_out(frames, choice.box.inside(choice.box), data.crop.px)))
@@ -107,19 +107,19 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for drawn in draw_some(0)[:5]:
-        one(*drawn)
+        measure(*drawn)
     spent, size = dict.fromkeys(spent, 0.0), 0
-    before = cpu_seconds({servant.pid})
+    before = cpu_seconds({decoder.pid})
     good = number = 0
     drawn = []
     while good < clips:
         drawn = drawn or charge("plan", functools.partial(draw_some, number))
-        good += one(*drawn.pop(0))
+        good += measure(*drawn.pop(0))
         number += 1
         if number == 2 * clips + 100:
-            raise BadInput(f"{number - good} of {number} samples cannot be used; check the data with `vjepa verify`")
-    decode = (cpu_seconds({servant.pid}) - before) * 1000 / clips
-    servant.close()
+            raise BadInput(f"{number - good} of {number} samples are unreadable; check the data with `vjepa verify`")
+    decode = (cpu_seconds({decoder.pid}) - before) * 1000 / clips
+    decoder.close()
     torch.set_num_threads(threads)
     ms = {stage: seconds * 1000 / clips for stage, seconds in spent.items()}
     return Stages(ms["plan"], ms["read"], decode, ms["ask"], ms["crop"], size / clips / 1e6)
@@ -128,18 +128,18 @@ def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, cl
 def measure_rate(
     data: Data, loader: Loader, *, seed: int, batch_size: int, seconds: float = 20.0, demand: float | None = None
 ) -> Rate:
-    """Run the loader as a trainer would, and take note of rate, CPU time and waits.
+    """Run the loader as a trainer does, and measure rate, CPU time and waits.
 
     Args:
-        data, loader, seed, batch_size: as for `ClipLoader`, one rank.
-        seconds: how long to measure, after the first batch.
-        demand: clips per second that a GPU would take; by default as many as come.
+        data, loader, seed, batch_size: as of `ClipLoader`, for one rank.
+        seconds: duration of the measurement after the first batch.
+        demand: clips per second that a GPU would take. Default: unlimited.
     """
     opened = time.perf_counter()
     with ClipLoader(data, loader, seed=seed, batch_size=batch_size) as batches:
         next(batches)
         first_s = time.perf_counter() - opened
-        for _ in range(loader.workers * loader.prefetch_steps):  # what was made while the processes started
+        for _ in range(loader.workers * loader.prefetch_steps):  # batches made while the processes started
             next(batches)
         workers = descendants(os.getpid())
         began, cpu, clips, waits = time.perf_counter(), cpu_seconds({os.getpid()} | workers), 0, []
@@ -155,7 +155,7 @@ def measure_rate(
 
 
 def describe(stages: Stages, rate: Rate, demand: float | None) -> str:
-    """Say it in words: what `vjepa bench loader` prints."""
+    """Describe the measurements, as `vjepa bench loader` prints them."""
     lines = ["CPU milliseconds per clip, one clip after another"]
     for name in ("plan", "read", "ask", "decode", "crop"):
         value = getattr(stages, name)
@@ -181,7 +181,7 @@ def describe(stages: Stages, rate: Rate, demand: float | None) -> str:
 
 
 def descendants(pid: int) -> set[int]:
-    """List the processes that descend from one."""
+    """Return the ids of all child processes of a process, and of their children."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (text := _stat(int(entry.name))):
@@ -194,7 +194,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def cpu_seconds(pids: set[int]) -> float:
-    """Sum the user and system time of some processes."""
+    """Return the total user and system time of some processes."""
     ticks = sum(int(text[11]) + int(text[12]) for pid in pids if (text := _stat(pid)))
     return ticks / os.sysconf("SC_CLK_TCK")
 

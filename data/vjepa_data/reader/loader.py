@@ -188,7 +188,7 @@ class ClipLoader:
 
     def _batch_bytes(self) -> int:
         """Return the size of the pixels of a batch. With `crop_on: device` that is an upper estimate: whole frames."""
-        sources = cast(list[EligibleSamples], self.plan.populations)
+        sources = cast(list[EligibleSamples], self.plan.sources)
         picture = self.data.crop.px**2
         if self.settings.crop_on == "device":
             picture = math.ceil(max(o.index.width.mean() * o.index.height.mean() for o in sources))

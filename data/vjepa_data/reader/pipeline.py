@@ -123,7 +123,7 @@ def choose(plan: Plan, crop: Crop, draw: Draw, *, step: int, slot: int) -> Choic
 
 def eligible_of(plan: Plan, draw: Draw) -> EligibleSamples:
     """Return the samples that a draw is from."""
-    return cast(EligibleSamples, plan.populations[draw.source])
+    return cast(EligibleSamples, plan.sources[draw.source])
 
 
 def index_of(plan: Plan, draw: Draw) -> Index:
@@ -149,7 +149,7 @@ class Samples(IterableDataset):
     def __init__(self, plan: Plan, data: Data, *, rank: int, world: int, step: int) -> None:
         super().__init__()
         self.plan, self.data, self.slots, self.step = plan, data, plan.slots(rank, world), step
-        self.is_remote = any(cast(EligibleSamples, p).index.cache is not None for p in plan.populations)
+        self.is_remote = any(cast(EligibleSamples, p).index.cache is not None for p in plan.sources)
         self._members = (*map(member_of_signal, data.signals), *map(member_of_text, data.texts))
         self._last: tuple[tuple[int, int], Sample] | None = None
 

@@ -1,16 +1,16 @@
-"""Which sample fills which slot of which step: arithmetic only, nothing is stored or replayed.
+"""The plan: a function from (step, slot) to a sample. It is arithmetic only; nothing is stored or replayed.
 
-    shards of a source        0 1 2 3 4 5 6 7       as they lie in the index
+    shards of a source        0 1 2 3 4 5 6 7       in the order of the index
     permuted for the epoch    5 2 7 0 3 1 6 4       a function of (seed, source, epoch)
-    windows of W shards      [5 2 7 0][3 1 6 4]     samples are shuffled inside a window
+    windows of W shards      [5 2 7 0][3 1 6 4]     samples are shuffled within a window
     the list of the epoch     . . . . . . . . .     all N samples, each once
-    cut into L lanes         |   |   |   |   |      N // L samples each or one more; they take turns at the longer part
+    cut into L lanes         |   |   |   |   |      N // L samples each or one more; lanes alternate in having more
     lane l                    feeds slots l*q .. l*q+q-1 of every step, q = batch / L
 
-A lane walks through its part of epoch 0, then of epoch 1, and so on; where it stands at step `s` is a division. Rank
-`r` of `world` owns the lanes `l % world == r`. Lanes and batch are settings of the run, the world is not, so the same
-samples fill the same slots whatever the world. Several sources are mixed by a fixed, exact, evenly spread schedule,
-whose counts are arithmetic too, so each source has a cursor in each lane that nobody has to store.
+A lane walks through its part of epoch 0, then of epoch 1, and so on. Its position at step `s` is a division. Rank `r`
+of `world` owns the lanes `l % world == r`. Lanes and batch size are settings of the run and the world is not, so the
+same samples fill the same slots for any number of ranks. Several sources are mixed by a fixed schedule with exact,
+evenly spread shares. Its counts are arithmetic too, so the cursor of each source in each lane need not be stored.
 """
 
 import functools
@@ -24,68 +24,70 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from vjepa_data.errors import BadInput
 from vjepa_data.rng import generator
-from vjepa_data.settings import BadInput
 
-LONGEST_PERIOD = 1 << 16  # positions of the mixture's schedule; finer weights are rounded to 1/65536
+LONGEST_PERIOD = 1 << 16  # positions of the schedule of sources; finer weights are rounded to 1/65536
 
 
 @runtime_checkable
-class Population(Protocol):
-    """What the plan needs to know of a source: how many samples each shard offers, and which."""
+class SampleSource(Protocol):
+    """The samples of one source that the plan may draw, by shard."""
 
     name: str
-    """What the source is: goes into the fingerprint of the plan."""
+    """Description that identifies the source in the fingerprint of the plan."""
 
     @property
     def counts(self) -> np.ndarray:
-        """Number of samples that each shard offers, int64 [shards]."""
+        """Number of eligible samples of each shard, int64 [shards]."""
         ...
 
     def members(self, shard: int) -> np.ndarray:
-        """Ids of the samples that a shard offers, int64 [counts[shard]]."""
+        """Return the ids of the eligible samples of a shard, int64 [counts[shard]]."""
         ...
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample for one slot."""
+    """A sample drawn for one slot."""
 
     source: int
-    """Which source of the mixture."""
+    """Number of the source in the mixture."""
 
     sample: int
-    """Its id in that source's index."""
+    """Id in the index of the source."""
 
     epoch: int
-    """How often that source was walked through before."""
+    """Number of complete passes through the source before this draw."""
 
     position: int
-    """Place in the list of that epoch."""
+    """Position in the list of the epoch."""
 
     view: int = 0
-    """Which of the clips that are taken from this video in a row: 0 .. clips_per_video - 1."""
+    """Number of this clip among consecutive clips of the video, 0 .. clips_per_video - 1."""
 
     attempt: int = 0
-    """0 for the draw of the plan; 1, 2, ... for what replaces a sample that could not be decoded."""
+    """0 for the draw of the plan, and 1, 2, ... for replacements of samples that cannot be decoded."""
 
 
 class Order:
-    """The lists of one source: for each epoch, all its samples in an order that mixes well and reads well.
+    """The lists of one source: for each epoch, all samples in an order that is well mixed yet reads few shards at once.
 
-    Only the permutation of the shards of the epochs in use, and of the samples of the windows in use, are ever in
-    memory: 22 million samples in 22,000 shards take 180 kB for each epoch and 8 kB for each window.
+    Only the permutations in use are in memory: the shards of an epoch, and the samples of a window. 22 million samples
+    in 22,000 shards take 180 kB per epoch and 8 kB per window.
     """
 
     def __init__(
         self, counts: np.ndarray, *, seed: int, source: int, window_shards: int, windows_kept: int = 256
     ) -> None:
-        """Args:
-        counts: samples of each shard, int64 [shards].
-        seed: seed of the run.
-        source: number of the source in the mixture; keeps the orders of two sources apart.
-        window_shards: shards among which samples are shuffled.
-        windows_kept: windows whose permutations stay in memory.
+        """Set up the lists. Permutations are made on demand.
+
+        Args:
+            counts: samples of each shard, int64 [shards].
+            seed: seed of the run.
+            source: number of the source in the mixture, so that two sources have different orders.
+            window_shards: shards among which samples are shuffled.
+            windows_kept: windows whose permutations stay in memory.
         """
         self.counts = np.asarray(counts, dtype=np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])
@@ -94,22 +96,22 @@ class Order:
         self._shards = functools.lru_cache(maxsize=8)(self._permute_shards)
         self._window = functools.lru_cache(maxsize=windows_kept)(self._shuffle_window)
 
-    def at(self, epoch: int, place: int) -> tuple[int, int]:
-        """Say which sample stands at a place of the list of an epoch.
+    def at(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return the sample at a position of the list of an epoch.
 
         Args:
             epoch: 0, 1, ...
-            place: 0 .. samples - 1.
+            position: 0 .. samples - 1.
 
         Returns:
-            Its shard, and its number among the samples that this shard offers.
+            Its shard, and its number among the eligible samples of the shard.
         """
-        window, inside = self._locate(epoch, place)
+        window, inside = self._locate(epoch, position)
         return self._pick(epoch, window, inside)
 
-    def near(self, epoch: int, place: int, draws: np.random.Generator) -> tuple[int, int]:
-        """Draw any sample of the window that holds `place`: its shards are being read anyway."""
-        window, _ = self._locate(epoch, place)
+    def near(self, epoch: int, position: int, draws: np.random.Generator) -> tuple[int, int]:
+        """Draw any sample of the window that contains a position. The shards of this window are being read anyway."""
+        window, _ = self._locate(epoch, position)
         starts = self._shards(epoch)[1]
         return self._pick(epoch, window, int(draws.integers(int(starts[window + 1] - starts[window]))))
 
@@ -119,10 +121,10 @@ class Order:
         shard = int(np.searchsorted(self.first, ordinal, side="right")) - 1
         return shard, ordinal - int(self.first[shard])
 
-    def _locate(self, epoch: int, place: int) -> tuple[int, int]:
+    def _locate(self, epoch: int, position: int) -> tuple[int, int]:
         starts = self._shards(epoch)[1]
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        return window, place - int(starts[window])
+        window = int(np.searchsorted(starts, position, side="right")) - 1
+        return window, position - int(starts[window])
 
     def _pick(self, epoch: int, window: int, inside: int) -> tuple[int, int]:
         shards, ends, shuffled = self._window(epoch, window)
@@ -131,7 +133,7 @@ class Order:
         return int(shards[i]), ordinal - (int(ends[i - 1]) if i else 0)
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Give the shards in the order of an epoch, and the place where each of its windows starts (and the end)."""
+        """Return the shards in the order of an epoch, and the start of each window in its list, then the end."""
         shards = generator(self.seed, "order of shards", self.source, epoch).permutation(len(self.counts))
         shards = shards[self.counts[shards] > 0].astype(np.int32)
         ends = np.cumsum(self.counts[shards])
@@ -141,7 +143,7 @@ class Order:
         return shards, starts
 
     def _shuffle_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Give the shards of a window, where each ends when laid end to end, and a permutation of the whole."""
+        """Return the shards of a window, their cumulative sample counts, and a permutation of all samples."""
         a = window * self.window_shards
         shards = self._shards(epoch)[0][a : a + self.window_shards]
         ends = np.cumsum(self.counts[shards])
@@ -151,11 +153,11 @@ class Order:
 
 
 def cut(samples: int, lanes: int, lane: int, cursor: int) -> tuple[int, int]:
-    """Say where a lane stands after it has drawn `cursor` samples.
+    """Return the position of a lane after it has drawn `cursor` samples.
 
-    The list of every epoch is cut into `lanes` parts of `samples // lanes` or one more, and the lanes take turns at the
-    longer parts, so that nothing is dropped and no lane falls behind: after `e` epochs lane `l` has drawn exactly
-    (e * samples + l) // lanes. This works for fewer samples than lanes too; a part may then be empty.
+    The list of every epoch is cut into `lanes` parts of `samples // lanes` samples or one more. The lanes alternate in
+    having the longer part, so no sample is dropped and no lane falls behind: after `e` epochs lane `l` has drawn
+    exactly (e * samples + l) // lanes. With fewer samples than lanes some parts are empty.
 
     Args:
         samples: length of the list of each epoch.
@@ -164,15 +166,15 @@ def cut(samples: int, lanes: int, lane: int, cursor: int) -> tuple[int, int]:
         cursor: samples that this lane has drawn before.
 
     Returns:
-        The epoch, and the place in its list.
+        The epoch, and the position in its list.
     """
     epoch = ((cursor + 1) * lanes - 1 - lane) // samples
     inside = cursor - (epoch * samples + lane) // lanes
     every, rest = divmod(samples, lanes)
 
     def floors(end: int) -> int:  # the sum of i // lanes over i < end
-        whole, part = divmod(end, lanes)
-        return lanes * whole * (whole - 1) // 2 + whole * part
+        quotient, remainder = divmod(end, lanes)
+        return lanes * quotient * (quotient - 1) // 2 + quotient * remainder
 
     turn = epoch * rest
     longer_before = (floors(turn + rest + lane) - floors(turn + rest)) - (floors(turn + lane) - floors(turn))
@@ -180,10 +182,10 @@ def cut(samples: int, lanes: int, lane: int, cursor: int) -> tuple[int, int]:
 
 
 class SourceSchedule:
-    """An endless sequence of source numbers in which each source has its exact share, as evenly spread as can be.
+    """An endless sequence of source numbers in which each source has its exact share, spread as evenly as possible.
 
-    In any `n` positions in a row each source appears its share of `n` times, to within one or two. The sequence repeats
-    after `period` positions; weights that no period up to 65,536 can express are rounded to one that can.
+    In any `n` consecutive positions a source appears its share of `n` times, to within one or two. The sequence repeats
+    after `period` positions. Weights that need a period above 65,536 are rounded.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -203,17 +205,17 @@ class SourceSchedule:
         self._places = [np.flatnonzero(self._sequence == i) for i in range(len(parts))]
 
     def source(self, position: int) -> int:
-        """Give the source of a position."""
+        """Return the source of a position."""
         return int(self._sequence[position % self.period])
 
     def count(self, source: int, end: int) -> int:
-        """Count how often a source appears in positions 0 .. end - 1."""
+        """Return how often a source appears in positions 0 .. end - 1."""
         periods, rest = divmod(end, self.period)
         return periods * self.parts[source] + int(np.searchsorted(self._places[source], rest))
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Share out `total` in proportion to `weights`, at least one each, by largest remainder."""
+    """Divide `total` in proportion to `weights`, at least 1 each, by the method of largest remainders."""
     ideal = np.asarray(weights, dtype=np.float64) / math.fsum(weights) * total
     parts = np.maximum(np.floor(ideal).astype(np.int64), 1)
     while (left := total - int(parts.sum())) != 0:
@@ -227,9 +229,9 @@ def _apportion(weights: Sequence[float], total: int) -> list[int]:
 def reverse_digits(number: int, size: int) -> int:
     """Write `number` in the mixed radix of the prime factors of `size` and read the digits backwards.
 
-    This permutes 0 .. size - 1 so that the numbers that are equal modulo 2, 4, 8, ... (then 3, ...) end up side by
-    side. Lanes take their part of the list in this order: the lanes of a rank, which are equal modulo the world, then
-    read neighbouring parts and so the same shards, and each rank meets the mixture in its true proportions.
+    This permutes 0 .. size - 1 so that numbers that are equal modulo 2, 4, 8, ... (then 3, ...) become neighbours.
+    Lanes take their part of the list in this order. The lanes of a rank, which are equal modulo the world, then read
+    neighbouring parts and so the same shards, and each rank gets the sources in their true proportions.
 
         size 8:  0 1 2 3 4 5 6 7  ->  0 4 2 6 1 5 3 7
     """
@@ -252,11 +254,11 @@ def _prime_factors(number: int) -> tuple[int, ...]:
 
 
 class Plan:
-    """The stream: a function from (step, slot) to a sample. The only state that a run keeps of it is its step."""
+    """The order of samples: a function from (step, slot) to a sample. The only state of a run is its step."""
 
     def __init__(
         self,
-        populations: Sequence[Population],
+        sources: Sequence[SampleSource],
         weights: Sequence[float],
         *,
         seed: int,
@@ -265,44 +267,45 @@ class Plan:
         window_shards: int = 4,
         clips_per_video: int | Sequence[int] = 1,
     ) -> None:
-        """Args:
-        populations: the sources.
-        weights: share of the stream of each source, relative to the others.
-        seed: seed of the run.
-        batch_size: slots of a step over all ranks.
-        lanes: cursors through an epoch; by default as many as the batch allows.
-        window_shards: shards among which samples are shuffled.
-        clips_per_video: clips that a lane takes from a video, one after another, before it goes on; one number, or
-            one for each source.
+        """Set up the plan.
+
+        Args:
+            sources: the samples of each source.
+            weights: share of the stream of each source, relative to the others.
+            seed: seed of the run.
+            batch_size: slots of a step over all ranks.
+            lanes: cursors through an epoch. Default: as many as the batch allows.
+            window_shards: shards among which samples are shuffled.
+            clips_per_video: consecutive clips that a lane takes from a video: one number, or one per source.
 
         Raises:
-            BadInput: a source offers nothing, or the lanes do not divide the batch.
+            BadInput: a source is empty, or the lanes do not divide the batch.
         """
-        for p in populations:
-            if int(np.sum(p.counts)) == 0:
-                raise BadInput(f"source {p.name} offers no samples; check its folder, its split and the clip's length")
-        counts = [clips_per_video] * len(populations) if isinstance(clips_per_video, int) else list(clips_per_video)
+        for source in sources:
+            if int(np.sum(source.counts)) == 0:
+                raise BadInput(f"source {source.name} has no samples; check its folder, split and clip length")
+        counts = [clips_per_video] * len(sources) if isinstance(clips_per_video, int) else list(clips_per_video)
         if lanes is None:
             lanes = batch_size // max(counts) if batch_size % max(counts) == 0 else batch_size
         if batch_size % lanes:
             near = max(n for n in range(1, min(lanes, batch_size) + 1) if batch_size % n == 0)
             raise BadInput(f"lanes ({lanes}) must divide batch_size ({batch_size}); try lanes={near}")
-        self.populations, self.seed = list(populations), seed
+        self.sources, self.seed = list(sources), seed
         self.batch_size, self.lanes, self.slots_per_lane = batch_size, lanes, batch_size // lanes
         self.window_shards, self.clips_per_video = window_shards, counts
         self.mixture = SourceSchedule(weights)
-        self._places = [reverse_digits(lane, lanes) for lane in range(lanes)]
+        self._order_of_lanes = [reverse_digits(lane, lanes) for lane in range(lanes)]
         self.orders = [
             Order(p.counts, seed=seed, source=i, window_shards=window_shards, windows_kept=max(64, 2 * lanes))
-            for i, p in enumerate(populations)
+            for i, p in enumerate(sources)
         ]
-        self._members = functools.lru_cache(maxsize=1024)(lambda source, shard: self.populations[source].members(shard))
+        self._members = functools.lru_cache(maxsize=1024)(lambda source, shard: self.sources[source].members(shard))
 
     def slots(self, rank: int, world: int) -> tuple[int, ...]:
-        """List the slots that a rank owns in every step, in rising order.
+        """Return the slots that a rank owns in every step, in ascending order.
 
         Raises:
-            BadInput: the lanes cannot be shared out evenly.
+            BadInput: the number of ranks does not divide the lanes.
         """
         if self.lanes % world:
             good = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
@@ -315,31 +318,31 @@ class Plan:
         return tuple(lane * q + j for lane in range(rank, self.lanes, world) for j in range(q))
 
     def source(self, step: int, slot: int) -> int:
-        """Say which source fills a slot."""
+        """Return the source that fills a slot."""
         lane, j = divmod(slot, self.slots_per_lane)
-        return self.mixture.source((self._places[lane] + step) * self.slots_per_lane + j)
+        return self.mixture.source((self._order_of_lanes[lane] + step) * self.slots_per_lane + j)
 
     def draw(self, step: int, slot: int) -> Draw:
-        """Say which sample fills a slot of a step. Takes the same time for every step."""
+        """Draw the sample that fills a slot of a step. Every step takes the same time."""
         lane, j = divmod(slot, self.slots_per_lane)
-        place = self._places[lane]
-        start = place * self.slots_per_lane
+        part = self._order_of_lanes[lane]
+        start = part * self.slots_per_lane
         position = start + step * self.slots_per_lane + j
         source = self.mixture.source(position)
         cursor = self.mixture.count(source, position) - self.mixture.count(source, start)
         cursor, view = divmod(cursor, self.clips_per_video[source])
         order = self.orders[source]
-        epoch, at = cut(order.samples, self.lanes, place, cursor)
+        epoch, at = cut(order.samples, self.lanes, part, cursor)
         return Draw(source, self._sample(source, *order.at(epoch, at)), epoch, at, view)
 
     def redraw(self, step: int, slot: int, attempt: int) -> Draw:
-        """Say which sample replaces one that could not be decoded: same source, nothing else of the stream moves.
+        """Draw a replacement for a sample that cannot be decoded. It is of the same source; no other slot changes.
 
-        The first replacements come from the same window, whose shards are at hand; after eight of those, which means
-        that a whole shard is bad, from anywhere in the source.
+        The first eight replacements come from the same window, whose shards are open. If all eight fail, an entire
+        shard is probably bad, and later replacements come from anywhere in the source.
 
         Args:
-            step, slot: the place to fill.
+            step, slot: the slot to fill.
             attempt: 1 for the first replacement.
         """
         first = self.draw(step, slot)
@@ -354,12 +357,12 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that two ranks, or a run and its resumption, share exactly if they draw the same samples."""
+        """Hash of 16 hex digits, equal for two ranks, or a run and its resumption, if they draw equal samples."""
         counts = [
             hashlib.sha256(np.ascontiguousarray(o.counts, dtype="<i8").tobytes()).hexdigest() for o in self.orders
         ]
         facts = {
-            "sources": [[p.name, c, n] for p, c, n in zip(self.populations, counts, self.mixture.parts, strict=True)],
+            "sources": [[s.name, c, n] for s, c, n in zip(self.sources, counts, self.mixture.parts, strict=True)],
             "seed": self.seed,
             "batch": self.batch_size,
             "lanes": self.lanes,
@@ -369,7 +372,7 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple:
-        """Travel to another process as settings and populations; caches stay at home."""
+        """Pickle the settings and sources without the caches."""
         settings = {"seed": self.seed, "batch_size": self.batch_size, "lanes": self.lanes}
         settings |= {"window_shards": self.window_shards, "clips_per_video": self.clips_per_video}
-        return functools.partial(Plan, self.populations, self.mixture.parts, **settings), ()
+        return functools.partial(Plan, self.sources, self.mixture.parts, **settings), ()
