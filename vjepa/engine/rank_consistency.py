@@ -112,7 +112,8 @@ def first_batch(run: Run, plan: Plan, *, number: int) -> str:
         batch = next(clips).on(torch.device("cpu"))  # resized on the CPU, wherever training resizes
     hasher = hashlib.blake2b("\n".join(draws).encode(), digest_size=8)
     for group in batch.groups:
-        hasher.update(group.frames.numpy().tobytes())
+        for tensor in group.tensors:  # the frames, then the signals
+            hasher.update(tensor.numpy().tobytes())
         grid = clip_grid(group.frames.shape[1], run.data.crop.px, run.model)
         for mask in sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=number, slots=group.slots):
             hasher.update(torch.cat((mask.visible, mask.hidden), dim=1).numpy().tobytes())
