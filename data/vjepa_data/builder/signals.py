@@ -36,7 +36,7 @@ MAX_TEXT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SidecarParts:
-    """The signals and texts of one clip."""
+    """The signals and texts of a clip."""
 
     members: dict[str, bytes] = field(default_factory=dict)
     """Contents of each tar member, by suffix."""

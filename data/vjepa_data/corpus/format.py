@@ -79,7 +79,7 @@ class RejectRecord:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One sample for the shard writer."""
+    """A sample for the shard writer."""
 
     key: str
     """Lower-case letters, digits, `_` and `-`, at most 64. Dots are not allowed: WebDataset reads them as suffixes."""
@@ -117,7 +117,7 @@ class Manifest:
     hash: str = ""
 
     def root(self, place: str) -> str:
-        """Return the folder or URL of the shards: that of the manifest, or the one that was indexed."""
+        """Return the folder or URL of the shards: next to the manifest, or where the indexed shards are."""
         return str(self.spec.get("root", place)) if self.spec.get("foreign") else place
 
     def with_hash(self) -> "Manifest":
@@ -199,7 +199,7 @@ class _Hashing(io.RawIOBase):
 
 
 class ShardWriter:
-    """Writes one shard and its commit record. Nothing is visible before `commit`.
+    """Writes a shard and its commit record. Nothing is visible before `commit`.
 
     Args:
         folder: the corpus's folder.
@@ -223,7 +223,7 @@ class ShardWriter:
         os.utime(self._temporary)  # renews the claim on this shard
 
     def write(self, sample: SampleRecord) -> None:
-        """Append one sample: its JSON, its video, then its signals and texts."""
+        """Append a sample: its JSON, its video, then its signals and texts."""
         stored = sample.facts["stored"]
         text = canonical_json(sample.facts)
         json_at = self._append(sample.key, "json", text)
@@ -253,7 +253,7 @@ class ShardWriter:
         self._rows.append(row)
 
     def _append(self, key: str, suffix: str, data: bytes) -> int:
-        """Append one member and return the offset of its data. Our keys fit a plain header, which is one block."""
+        """Append a member and return the offset of its data. Our keys fit a plain header, which is a single block."""
         header = tarfile.TarInfo(f"{key}.{suffix}")  # no time stamp and no owner: equal samples make equal bytes
         header.size = len(data)
         begin = self._sink.tell() + tarfile.BLOCKSIZE

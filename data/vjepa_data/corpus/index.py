@@ -51,7 +51,7 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """The members of one sample, as bytes."""
+    """The members of a sample, as bytes."""
 
     key: str
     shard: str
@@ -74,7 +74,7 @@ class Sample:
 
 
 class Index:
-    """The samples of one split of a corpus: numpy arrays with one entry per sample, sorted by shard."""
+    """The samples of a split of a corpus: numpy arrays with an entry per sample, sorted by shard."""
 
     shard: np.ndarray
     """Position in `shards`, int32 [N]."""
@@ -273,7 +273,7 @@ class _RemoteFile:
 
 
 def _read_members(file: "_File | _RemoteFile", name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Return the bytes of some spans (offset, size), with one read if they are adjacent, as our writer packs them."""
+    """Return the bytes of some spans (offset, size), with a single read if they are adjacent, as in our shards."""
     start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
     if end - start > sum(size for _, size in spans) + GAP_BYTES:
         return [_read_members(file, name, [span])[0] for span in spans]
@@ -344,7 +344,7 @@ def prepare(folder: Path, manifest: Manifest) -> None:
 
 
 def _read_table(folder: Path, split: str, corpus: str, extra: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read the rows of a split in one chunk, memory-mapped if there are many."""
+    """Read the rows of a split as a single chunk, memory-mapped if there are many."""
     path = folder / "samples.parquet"
     try:
         rows = pq.read_metadata(path).num_rows

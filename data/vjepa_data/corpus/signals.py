@@ -33,11 +33,11 @@ class SignalSpec(Settings):
     combines all actions between two frames."""
 
     combine: Literal["sum", "last", "mean", "stack"] | None = None
-    """How the actions between two frames become one: `sum` for differences, `last` or `mean` for absolute commands,
+    """How the actions between two frames are combined: `sum` for differences, `last` or `mean` for absolute commands,
     `stack` to keep every row. `stack` needs the same number of rows between any two frames."""
 
     rate_hz: float | None = Field(default=None, gt=0)
-    """Rows per second of source time. Default: one row for each frame of the source video."""
+    """Rows per second of source time. Default: a row for each frame of the source video."""
 
     shift_s: float = 0.0
     """Time of the first row, in seconds after the first frame. Negative if the rows come late."""
@@ -54,7 +54,7 @@ class SignalSpec(Settings):
         for name, values in (("units", self.units), ("flip", self.flip)):
             if values is not None and len(values) != len(self.columns):
                 raise ValueError(
-                    f"{name} has {len(values)} entries for {len(self.columns)} columns; give one per column"
+                    f"{name} has {len(values)} entries for {len(self.columns)} columns; give a value per column"
                 )
         if (self.kind == "action") != (self.combine is not None):
             raise ValueError(

@@ -49,7 +49,7 @@ def _signal(values: np.ndarray, valid: np.ndarray, columns: tuple[str, ...], uni
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips of one length. Row `i` of every field belongs to clip `i`.
+    """Clips of equal length. Row `i` of every field belongs to clip `i`.
 
     With `data.clip.sequence: K` the K clips of a slot are K neighbouring rows in the order of time, so `slots` names
     each slot K times and `frames.unflatten(0, (-1, clips.sequence))` is [slots K T H W C].
@@ -115,7 +115,7 @@ def _pick(values: Sequence, at: Iterable[int]) -> tuple:
 
 @dataclass(frozen=True)
 class Uncropped:
-    """Clips of one length that are cut out but not scaled yet, as the loader gives them with `crop_on: device`."""
+    """Clips of equal length that are cut out but not scaled yet, as the loader gives them with `crop_on: device`."""
 
     pixels: UInt8[Tensor, " n"]
     """The boxes [T h w C] of all clips, flattened and concatenated."""
@@ -159,7 +159,7 @@ class RejectedSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """The clips of one rank in one step: a group for each length of clip, usually one."""
+    """The clips of a rank in a step: a group for each length of clip, usually a single group."""
 
     step: int
     groups: tuple[Clips, ...]
@@ -218,7 +218,7 @@ class Batch:
         return replace(batch, groups=groups, uncropped=uncropped)
 
     def on(self, device: torch.device) -> "Batch":
-        """Move all clips to a device and scale the uncropped ones there. Copies from pinned memory are asynchronous."""
+        """Move all clips to a device and scale uncropped clips there. Copies from pinned memory are asynchronous."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)

@@ -25,13 +25,13 @@ from vjepa_data.reader.plan import Draw
 from vjepa_data.settings import BadInput, Data, Loader
 
 T = TypeVar("T")
-DRAWN_AT_ONCE = 10  # clips; a worker draws those of a step at once
+DRAWN_AT_ONCE = 10  # clips; a worker draws all clips of a step at once
 HEADROOM = 1.3  # a loader without reserve makes the GPU wait at every delay
 
 
 @dataclass(frozen=True)
 class Stages:
-    """CPU milliseconds per clip of each stage, measured one after another in one process and its decode worker."""
+    """CPU milliseconds per clip of each stage, measured in sequence in a single process and its decode worker."""
 
     plan: float
     """Drawing the sample, frames and crop."""
@@ -65,7 +65,7 @@ class Rate:
 
 
 def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, clips: int = 100) -> Stages:
-    """Measure the CPU time of each stage with some clips, one stage after another."""
+    """Measure the CPU time of each stage with some clips, stage by stage."""
     plan = open_plan(data, seed=seed, batch_size=batch_size, loader=loader)
     decoder = DecodeWorker(loader.decoder, timeout_s=loader.decode_timeout_s)
     spent: dict[str, float] = {"plan": 0.0, "read": 0.0, "ask": 0.0, "crop": 0.0}
@@ -131,7 +131,7 @@ def measure_rate(
     """Run the loader as a trainer does, and measure rate, CPU time and waits.
 
     Args:
-        data, loader, seed, batch_size: as of `ClipLoader`, for one rank.
+        data, loader, seed, batch_size: as of `ClipLoader`, for a single rank.
         seconds: duration of the measurement after the first batch.
         demand: clips per second that a GPU would take. Default: unlimited.
     """
@@ -156,7 +156,7 @@ def measure_rate(
 
 def describe(stages: Stages, rate: Rate, demand: float | None) -> str:
     """Describe the measurements, as `vjepa bench loader` prints them."""
-    lines = ["CPU milliseconds per clip, one clip after another"]
+    lines = ["CPU milliseconds per clip, clips in sequence"]
     for name in ("plan", "read", "ask", "decode", "crop"):
         value = getattr(stages, name)
         lines.append(f"    {name:7} {value:8.2f}   {value / stages.total:6.1%}")

@@ -1,8 +1,8 @@
 """Clip times: which frames of a video make a clip.
 
 A clip is defined in seconds: `frames` frames, 1 / fps apart. It starts on a random frame of the file. Each frame is the
-one nearest to its exact time, so a 29.97 fps video sampled at 4 fps keeps its speed (steps of 7 and 8 frames) instead
-of running 7 % fast (steps of 7).
+file frame nearest to its exact time. A 29.97 fps video sampled at 4 fps therefore keeps its speed (steps of 7 and 8
+frames) instead of running 7 % fast (steps of 7).
 
     sequence: 3      |--clip 0--|  gap  |--clip 1--|  gap  |--clip 2--|      one video, one slot, one crop
 """
@@ -27,7 +27,7 @@ RATE_TOLERANCE = 1.001  # a 29.97 fps file may serve 30 fps: one frame in a thou
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """The frames of one slot: one clip, or the clips of a sequence one after another."""
+    """The frames of a slot: those of its clip, or of all clips of its sequence in order."""
 
     frames: tuple[int, ...]
     """Frame numbers in the file, ascending; `sequence` times as many as a clip has."""
@@ -55,12 +55,12 @@ def offsets(*, frames: int, fps: float, file_fps: float, sequence: int = 1, gap_
         frames: frames of a clip.
         fps: frames per second of video time asked for.
         file_fps: frames per second of the file.
-        sequence: clips, one after another.
+        sequence: number of consecutive clips.
         gap_s: video time between the end of a clip and the start of the next, seconds. A frame lasts 1 / fps seconds.
 
     Returns:
-        int64 [sequence * frames], from 0. Frame `k` of the first clip is the one nearest to k / fps seconds, and the
-        later one of two equally near.
+        int64 [sequence * frames], from 0. Frame `k` of the first clip is the nearest to k / fps seconds, or the
+        later of two equally near frames.
     """
     return np.floor(_frame_times(frames, fps, sequence, gap_s) * (file_fps / fps) + 0.5).astype(np.int64)
 
@@ -92,7 +92,7 @@ def can_serve(
         sequence, gap_s: as of `offsets`.
 
     Returns:
-        bool [N]. Any rate is accepted for clips of one frame and for images.
+        bool [N]. Any rate is accepted for single frames and for images.
     """
     fast = (file_fps * RATE_TOLERANCE >= fps) | (file_frames == 1) | (frames == 1)
     if hold:
@@ -152,7 +152,7 @@ class Pace:
 
 
 class EligibleSamples:
-    """The samples of one source that are long and fast enough for its clips. The plan draws from them."""
+    """The samples of a source that are long and fast enough for its clips. The plan draws from them."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class EligibleSamples:
 
 
 def read_keys(path: Path) -> set[str]:
-    """Read a list of keys: one per line, or the `key` of each line of a `rejected.jsonl`.
+    """Read a list of keys: each line is a key, or the `key` of each line of a `rejected.jsonl`.
 
     Raises:
         BadInput: the file cannot be read.

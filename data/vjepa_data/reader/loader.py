@@ -1,4 +1,4 @@
-"""Batches of uint8 clips for one rank, from any step on, without end.
+"""Batches of uint8 clips for a rank, from any step on, without end.
 
 The plan names the samples, the pipeline turns them into batches, and a DataLoader spreads the pipeline over processes
 and returns the batches in order. The only state to save is the step.
@@ -44,7 +44,7 @@ RESTARTS = 5  # times that killed workers are replaced before the loader gives u
 
 
 class ClipLoader:
-    """The stream of one rank: an endless iterator of `Batch`, starting at a given step.
+    """The stream of a rank: an endless iterator of `Batch`, starting at a given step.
 
         loader = ClipLoader(run.data, run.loader, seed=0, batch_size=256, rank=3, world=8, step=1000)
         for batch in loader: ...      # the batches of steps 1000, 1001, ...
@@ -180,7 +180,7 @@ class ClipLoader:
         shut_down_workers(batches)
 
     def _shared_buffers(self) -> SharedBuffers | None:
-        """Allocate the memory that workers write to: prefetched batches, and one per worker that the trainer holds."""
+        """Allocate the memory that workers write to: prefetched batches, and a batch per worker for the trainer."""
         settings = self.settings
         if not settings.workers:
             return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class LoaderWatchdog:
-    """Reports a wait that takes too long: `with watchdog: wait()`. It runs one thread, which sleeps nearly always."""
+    """Reports a wait that takes too long: `with watchdog: wait()`. It runs a thread, which sleeps nearly always."""
 
     def __init__(self, limit_s: float, report: Callable[[float], None]) -> None:
         """Start the thread.

@@ -133,7 +133,7 @@ def index_of(plan: Plan, draw: Draw) -> Index:
 
 @dataclass(frozen=True)
 class SlotDraw:
-    """The sample, frames and crop that fill one slot of one step."""
+    """The sample, frames and crop that fill a slot of a step."""
 
     step: int
     slot: int
@@ -223,7 +223,7 @@ class ReadySlot:
 
 @dataclass
 class _Decoding:
-    """Slots of one video on their way through the decode worker."""
+    """Slots of a video on their way through the decode worker."""
 
     slots: list[SlotDraw]
     frames: list[int] = field(default_factory=list)
@@ -352,7 +352,7 @@ class Decode:
 
 
 def _video(sample: dict) -> tuple[int, int, int, int]:
-    """Return a key that the slots share that take their clips from one video at once."""
+    """Return a key that the slots share that take their clips from a video at once."""
     slot: SlotDraw = sample["__draw__"]
     return slot.step, slot.draw.source, slot.draw.epoch, slot.draw.position
 

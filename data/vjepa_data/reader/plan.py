@@ -32,7 +32,7 @@ LONGEST_PERIOD = 1 << 16  # positions of the schedule of sources; finer weights 
 
 @runtime_checkable
 class SampleSource(Protocol):
-    """The samples of one source that the plan may draw, by shard."""
+    """The samples of a source that the plan may draw, by shard."""
 
     name: str
     """Description that identifies the source in the fingerprint of the plan."""
@@ -49,7 +49,7 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """A sample drawn for one slot."""
+    """A sample drawn for a slot."""
 
     source: int
     """Number of the source in the mixture."""
@@ -71,7 +71,7 @@ class Draw:
 
 
 class Order:
-    """The lists of one source: for each epoch, all samples in an order that is well mixed yet reads few shards at once.
+    """The lists of a source: for each epoch, all samples in an order that is well mixed yet reads few shards at once.
 
     Only the permutations in use are in memory: the shards of an epoch, and the samples of a window. 22 million samples
     in 22,000 shards take 180 kB per epoch and 8 kB per window.
@@ -271,12 +271,12 @@ class Plan:
 
         Args:
             sources: the samples of each source.
-            weights: share of the stream of each source, relative to the others.
+            weights: share of the stream of each source, relative to other sources.
             seed: seed of the run.
             batch_size: slots of a step over all ranks.
             lanes: cursors through an epoch. Default: as many as the batch allows.
             window_shards: shards among which samples are shuffled.
-            clips_per_video: consecutive clips that a lane takes from a video: one number, or one per source.
+            clips_per_video: consecutive clips that a lane takes from a video: a number, or a number per source.
 
         Raises:
             BadInput: a source is empty, or the lanes do not divide the batch.

@@ -32,7 +32,7 @@ Rows = Float32[np.ndarray, "N A"]
 
 @dataclass(frozen=True)
 class CutSignal:
-    """The part of a signal that belongs to the clips of one slot."""
+    """The part of a signal that belongs to the clips of a slot."""
 
     values: Float32[np.ndarray, "K n *A"]
     valid: Bool[np.ndarray, "K n"]
@@ -48,7 +48,7 @@ def row_positions(times_s: np.ndarray, *, rate_hz: float, start_s: float) -> Flo
 def sample_states(
     rows: Rows, times_s: np.ndarray, *, rate_hz: float, start_s: float
 ) -> tuple[Float32[np.ndarray, "T A"], Bool[np.ndarray, " T"]]:
-    """Return the state at each frame: the row nearest in time, the later one of two equally near.
+    """Return the state at each frame: the row nearest in time, or the later of two equally near rows.
 
     Args:
         rows: the stored rows of the sample.
@@ -114,7 +114,7 @@ def stack_size(*, fps: float, file_fps: float, rate_hz: float) -> int:
 def check_signals(
     names: Sequence[str], texts: Sequence[str], sources: Sequence[EligibleSamples], *, flip: float
 ) -> None:
-    """Make sure that every source has the signals and texts, in a form that one batch can hold.
+    """Make sure that every source has the signals and texts, in a form that a batch can hold.
 
     Args:
         names, texts: the signals and texts asked for.
@@ -122,7 +122,7 @@ def check_signals(
         flip: probability of a horizontal flip.
 
     Raises:
-        BadInput: one is missing, differs between sources, cannot be flipped, or cannot be stacked.
+        BadInput: a signal is missing, differs between sources, cannot be flipped, or cannot be stacked.
     """
     for source in sources:
         index = source.index
@@ -143,7 +143,7 @@ def check_signals(
             ):
                 raise BadInput(
                     f"signal {name!r} of {index.place} has other columns, units, kind or combine than that of "
-                    f"{sources[0].index.place}; build both with one description"
+                    f"{sources[0].index.place}; build both with the same description"
                 )
             if flip > 0 and spec.flip is None:
                 raise BadInput(
@@ -156,7 +156,7 @@ def check_signals(
 
 
 def _check_stack(name: str, sources: Sequence[EligibleSamples]) -> None:
-    """Make sure that `stack` finds the same number of rows between any two frames of clips of one length."""
+    """Make sure that `stack` finds the same number of rows between any two frames of clips of equal length."""
     sizes: dict[int, int] = {}
     for source in sources:
         index = source.index
@@ -179,7 +179,7 @@ def _check_stack(name: str, sources: Sequence[EligibleSamples]) -> None:
             if sizes.setdefault(source.frames, round(counts[0])) != round(counts[0]):
                 raise BadInput(
                     f"signal {name!r} is stacked, but {index.place} has {counts[0]:g} rows between two frames and "
-                    f"others have {sizes[source.frames]}; give all sources one frame_step"
+                    f"others have {sizes[source.frames]}; set the same data.sources[].frame_step for all"
                 )
 
 
@@ -193,7 +193,7 @@ def cut_signals(
     fps: float,
     flip: bool,
 ) -> dict[str, CutSignal]:
-    """Cut the signals of one sample with the frame times of its clips.
+    """Cut the signals of a sample with the frame times of its clips.
 
     Args:
         names: the signals asked for.
@@ -247,7 +247,7 @@ def read_rows(data: bytes, *, columns: int, name: str) -> Rows:
 
 
 def read_texts(names: Sequence[str], members: Mapping[str, Any]) -> dict[str, str]:
-    """Read the texts of one sample.
+    """Read the texts of a sample.
 
     Raises:
         Unreadable: a text is not UTF-8.
