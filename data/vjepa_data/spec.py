@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
-from vjepa_data.corpus.signals import Name, SignalSpec
 from vjepa_data.settings import Settings, Share
+from vjepa_data.signal_spec import Name, SignalSpec
 
 
 class Columns(Settings):

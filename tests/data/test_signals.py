@@ -25,7 +25,6 @@ from vjepa_data.builder.signals import read_rows
 from vjepa_data.builder.verify import verify
 from vjepa_data.corpus.format import Manifest
 from vjepa_data.corpus.index import Index
-from vjepa_data.corpus.signals import SignalSpec
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.media.video import Refused
 from vjepa_data.reader import show
@@ -36,6 +35,7 @@ from vjepa_data.reader.loader import ClipLoader, open_plan
 from vjepa_data.reader.signals import combine_actions, sample_states
 from vjepa_data.reader.signals import read_rows as read_member
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
+from vjepa_data.signal_spec import SignalSpec
 from vjepa_data.spec import Cut, Encode, Spec
 
 FPS_PAIRS = [(30.0, 4.0), (30000 / 1001, 4.0), (30.0, 5.0), (10.0, 10.0), (50.0, 5.0), (25.0, 4.0)]

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from vjepa_data.corpus.signals import SNAP_ROWS, SignalSpec, member_of_signal, member_of_text
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.tasks import StoredSample
 from vjepa_data.media.video import Reason, Refused, VideoInfo
+from vjepa_data.signal_spec import SNAP_ROWS, SignalSpec, member_of_signal, member_of_text
 from vjepa_data.spec import Spec
 
 MAX_SIGNAL_BYTES = 256 << 20

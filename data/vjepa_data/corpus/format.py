@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from vjepa_data.atomic import atomic_write, sync_folder, temporary_name
-from vjepa_data.corpus.signals import member_of_signal, member_of_text, signals_of, texts_of
 from vjepa_data.errors import BadInput
+from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
 
 FORMAT = 1
 

@@ -29,8 +29,8 @@ from vjepa_data.atomic import atomic_write, remove_leftovers, temporary_name
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, member_columns, read_manifest
 from vjepa_data.corpus.remote import Gone, is_remote, read_range
-from vjepa_data.corpus.signals import member_of_signal, member_of_text, signals_of, texts_of
 from vjepa_data.errors import BadInput, Unreadable
+from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
 
 MAPPED_FROM = 200_000  # samples; reading the parquet of fewer takes less than 0.1 s and 40 MB (measured once)
 OPEN_SHARDS = 128  # file descriptors that one process keeps

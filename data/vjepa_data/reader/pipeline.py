@@ -23,7 +23,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.index import Index, Sample
-from vjepa_data.corpus.signals import member_of_signal, member_of_text
 from vjepa_data.decoding.backends import Expect
 from vjepa_data.decoding.decode_worker import DecodeWorker
 from vjepa_data.errors import BadInput, Unreadable
@@ -35,6 +34,7 @@ from vjepa_data.reader.rejects import TooManyRejects
 from vjepa_data.reader.shared_buffers import InSharedBuffer, SharedBuffers
 from vjepa_data.reader.signals import CutSignal, check_signals, cut_signals, read_texts
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
+from vjepa_data.signal_spec import member_of_signal, member_of_text
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from vjepa_data.corpus.signals import SignalSpec
 from vjepa_data.reader.pipeline import Choice, Samples, index_of, open_plan
 from vjepa_data.reader.signals import CutSignal
 from vjepa_data.settings import Data
+from vjepa_data.signal_spec import SignalSpec
 
 
 @dataclass(frozen=True)

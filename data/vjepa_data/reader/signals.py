@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
 from vjepa_data.corpus.index import Index
-from vjepa_data.corpus.signals import SNAP_ROWS, member_of_signal, member_of_text
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.reader.clip_times import RATE_TOLERANCE, EligibleSamples, offsets
+from vjepa_data.signal_spec import SNAP_ROWS, member_of_signal, member_of_text
 
 SLACK_ROWS = 0.5  # rows that may be missing at the edge of a video, as the builder allows
 
