@@ -1,4 +1,4 @@
-"""What a corpus of shards is made of: every choice of `vjepa shard` that changes the bytes."""
+"""Spec of a corpus of shards: every setting of `vjepa shard` that changes the stored bytes."""
 
 from typing import Any, Literal
 
@@ -9,139 +9,139 @@ from vjepa_data.signal_spec import Name, SignalSpec
 
 
 class Columns(Settings):
-    """What the columns of a manifest (CSV, TSV, JSONL, parquet) are called."""
+    """Names of the columns of a table of videos (CSV, TSV, JSONL, parquet)."""
 
     path: str = "path"
-    """Path of the video, relative to the manifest, or a URL."""
+    """Path of the video, relative to the folder of the table, or a URL."""
 
     start: str = "start_s"
-    """Where the part to use begins, in seconds; the start of the video when empty or absent."""
+    """Start of the part to use, in seconds (default: the start of the video)."""
 
     end: str = "end_s"
-    """Where the part to use ends, in seconds; the end of the video when empty or absent."""
+    """End of the part to use, in seconds (default: the end of the video)."""
 
     group: str = "group"
-    """Videos that must not be divided between splits (same film, same person); the video itself when absent."""
+    """Group of videos that must stay in one split (same film, same person). Default: the video."""
 
     split: str = "split"
-    """The split that the video belongs to; drawn from the group when empty or absent."""
+    """Split of the video (default: drawn from the group)."""
 
     labels: tuple[str, ...] | None = None
-    """Columns to keep as labels; by default every column that has no other meaning."""
+    """Columns to keep as labels (default: all other columns)."""
 
 
 class Encode(Settings):
     """The canonical form of a stored clip: H.264 yuv420p, constant rate, closed GOPs, no edit list, no audio."""
 
     short_side_px: int = Field(default=256, ge=16, le=2160, multiple_of=2)
-    """Length of the shorter side; smaller videos are enlarged, so that every stored clip has it."""
+    """Length of the shorter side of every stored clip. Smaller videos are enlarged."""
 
     crop_bars: bool = False
-    """Cut off black bars above and below, or left and right, that are as wide on both sides all the time."""
+    """Crop black bars above and below, or left and right, if they are symmetric and constant in time."""
 
     max_fps: float = Field(default=30.0, gt=0)
-    """Faster videos are thinned by a whole number (60 becomes 30, 50 becomes 25), so that motion stays even."""
+    """Higher rates are divided by an integer (60 becomes 30, 50 becomes 25), so that motion stays even."""
 
     fps: float | None = Field(default=None, gt=0)
-    """One rate for all clips, when training will never sample faster: 8 saves a third of the bytes."""
+    """A single rate for all clips, if training never samples faster. 8 saves a third of the bytes."""
 
     gop: int = Field(default=12, ge=1)
-    """Frames from one key frame to the next: what a decoder must read to reach any frame."""
+    """Frames from one key frame to the next, which a decoder may have to decode to reach any frame."""
 
     crf: int = Field(default=23, ge=0, le=51)
-    """x264's constant rate factor: lower is better and larger."""
+    """Constant rate factor of x264. Lower values give higher quality and larger files."""
 
     jpeg_quality: int = Field(default=92, ge=1, le=100)
-    """Quality of stored images."""
+    """JPEG quality of stored images."""
 
     preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "veryfast"
-    """x264's effort."""
+    """Speed preset of x264."""
 
 
 class Filter(Settings):
-    """Which videos and clips are worth keeping. Each refusal has a reason code in `rejects.parquet`."""
+    """Limits for videos and clips. Each rejected one has a reason code in `rejects.parquet`."""
 
     min_duration_s: float = Field(default=0.5, ge=0)
     """Shortest clip, in seconds."""
 
     max_duration_s: float | None = Field(default=None, gt=0)
-    """Longest video, in seconds; longer ones are refused, not cut (see `cut`)."""
+    """Longest video, in seconds. Longer videos are rejected, not cut (see `cut`)."""
 
     min_short_side_px: int = Field(default=32, ge=1)
-    """Smallest shorter side of the video as it is."""
+    """Smallest shorter side of the source."""
 
     max_aspect: float = Field(default=4.0, ge=1)
     """Largest ratio of the longer to the shorter side."""
 
     min_fps: float = Field(default=0.0, ge=0)
-    """Slowest average rate of the video as it is."""
+    """Lowest average frame rate of the source."""
 
     codecs: tuple[str, ...] | None = None
-    """Codecs to accept, by FFmpeg's names (h264, hevc, vp9, ...); by default all that can be decoded."""
+    """Accepted codecs, by FFmpeg's names (h264, hevc, vp9, ...). Default: every codec that can be decoded."""
 
     min_motion: float = Field(default=0.0, ge=0)
-    """Refuse still clips: smallest mean absolute difference between frames a second apart, in grey levels of 255."""
+    """Smallest motion of a clip: mean absolute difference between frames a second apart, in grey levels of 255."""
 
     min_brightness: float = Field(default=0.0, ge=0, le=255)
-    """Refuse black clips: smallest mean luma, in grey levels of 255."""
+    """Smallest brightness of a clip: mean luma, in grey levels of 255."""
 
     deny: str | None = None
-    """Text file of sources (as in `samples.parquet`) or sha256 sums to leave out, one a line."""
+    """Text file of sources (names as in `rejects.parquet`) or sha256 sums to exclude, one per line."""
 
 
 class Cut(Settings):
-    """How a video becomes clips."""
+    """How to cut a video into clips."""
 
     kind: Literal["none", "fixed", "scene"] = "none"
-    """Whole videos, windows of `length_s`, or scenes (cut again to at most `length_s`)."""
+    """Entire videos, windows of `length_s`, or scenes (cut further to at most `length_s`)."""
 
     length_s: float = Field(default=10.0, gt=0)
-    """Length of a window, in seconds; of a scene, at most."""
+    """Length of a window, and largest length of a scene, in seconds."""
 
     threshold: float = Field(default=10.0, gt=0, le=100)
-    """How large a change from frame to frame begins a new scene, in percent: FFmpeg's `scdet`, whose default is 10."""
+    """Change from frame to frame that begins a new scene, in percent. Unit and default are from FFmpeg's `scdet`."""
 
 
 class Dedupe(Settings):
-    """Which copies to drop. The first source, in order of name, stays."""
+    """Which copies to drop. The first source in order of name is kept."""
 
     exact: bool = True
-    """Drop videos whose files are equal byte for byte."""
+    """Drop videos with identical bytes."""
 
     perceptual_bits: int | None = Field(default=None, ge=0, le=64)
-    """Drop videos of equal length whose perceptual hashes differ in at most this many bits of 64; 4 is a good start."""
+    """Drop videos of equal length whose perceptual hashes differ in at most this many bits of 64. Start with 4."""
 
 
 class Split(Settings):
-    """Which groups are held out. A group is never divided."""
+    """Which groups are held out. A group is never divided between splits."""
 
     val_share: Share = 0.0
-    """Share of the groups that go to `val`, chosen by a hash of the group's name."""
+    """Fraction of the groups in `val`, chosen by a hash of the group's name."""
 
     group: Literal["file", "folder"] = "file"
-    """What a group is where the source does not say: the video, or the folder that it lies in."""
+    """Default group of a source without one: the video itself, or its folder."""
 
     salt: str = ""
-    """Changes which groups are chosen."""
+    """Seed of the hash. Another salt selects other groups."""
 
 
 class Spec(Settings):
-    """A corpus of shards: what goes in, what comes out. The same sources and spec give the same bytes."""
+    """Settings of a corpus of shards. The same sources and spec give the same bytes."""
 
     name: str = Field(default="videos", pattern=r"^[a-z0-9_-]{1,40}$")
-    """Name of the corpus; begins the names of shards and the keys of samples."""
+    """Name of the corpus, and prefix of the names of shards and the keys of samples."""
 
     licence: str = ""
-    """Licence of the sources, kept in the manifest."""
+    """Licence of the sources, recorded in the manifest."""
 
     origin: str = ""
-    """Where the sources come from, kept in the manifest."""
+    """Origin of the sources, recorded in the manifest."""
 
     media: Literal["videos", "images"] = "videos"
-    """What the sources hold; images become samples of one frame, stored as `.jpg`."""
+    """Type of the sources. Images become samples of one frame, stored as `.jpg`."""
 
     mode: Literal["transcode", "copy"] = "transcode"
-    """`copy` keeps files that already have the canonical form, byte for byte, and encodes the others."""
+    """`copy` keeps canonical files unchanged, byte for byte, and encodes all other files."""
 
     columns: Columns = Columns()
     filter: Filter = Filter()
@@ -157,16 +157,16 @@ class Spec(Settings):
     """Texts of each video. `caption` comes from VIDEO.caption.txt."""
 
     shard_mb: float = Field(default=384.0, gt=0)
-    """Size at which a shard is full, in 10^6 bytes, judged before encoding."""
+    """Largest size of a shard, in 10^6 bytes, estimated before encoding."""
 
     shard_samples: int = Field(default=1000, ge=1)
-    """Most samples in a shard."""
+    """Largest number of samples in a shard."""
 
     max_rejects: Share = 1.0
-    """Largest share of the sources that may be refused; above it the build fails."""
+    """Largest fraction of rejected sources. Above it the build fails."""
 
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds after which a clip that is still being read, encoded or checked is refused."""
+    """Seconds after which a clip that is still being read, encoded or checked is rejected."""
 
     @model_validator(mode="after")
     def _signals_need_videos(self) -> "Spec":

@@ -1,4 +1,4 @@
-"""Generated scenes: the labels are the truth, and a video is a function of its number."""
+"""Labels of generated scenes match their pixels, and a video is a function of seed and number."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def painted(frames: np.ndarray, colour: str) -> np.ndarray:
-    """Pixels that are nearly of a colour."""
+    """Return a mask of the pixels that have nearly the given colour."""
     return np.abs(frames / 255 - np.array(COLOURS[colour])).max(-1) < 0.1
 
 
 def middle(mask: np.ndarray) -> np.ndarray:
-    """Centre of mass, x and y, in sides of the frame."""
+    """Return the centre of mass, x and y, in sides of the frame."""
     y, x = np.nonzero(mask)
     return (np.array([x.mean(), y.mean()]) + 0.5) / mask.shape[1]
 
@@ -40,7 +40,7 @@ def test_a_video_is_a_function_of_its_seed_and_number(tmp_path):
     assert not np.array_equal(decoded(short[0]), decoded(other[0]))
 
 
-def test_the_object_is_where_its_track_says(tmp_path):
+def test_an_object_is_where_its_track_says(tmp_path):
     for path in write_corpus(tmp_path, videos=8, seed=0, px=64, seconds=1, rules=ALONE):
         labels, frames = json.loads(path.with_suffix(".json").read_text()), decoded(path)
         (track,) = labels["tracks"]
@@ -50,7 +50,7 @@ def test_the_object_is_where_its_track_says(tmp_path):
             assert np.abs(middle(painted(frame, track["colour"])) - (x, y)).max() < 0.03
 
 
-def test_each_object_of_several_has_its_own_colour_and_track():
+def test_each_object_has_its_own_colour_and_track():
     scene = draw_scene(3, 1, frames=24, fps=12, rules=Rules(objects=(3, 3), size=(0.1, 0.15), pillar_share=0))
     frames = draw_frames(scene, 64)
     for k, colour in enumerate(scene.colours):
@@ -58,7 +58,7 @@ def test_each_object_of_several_has_its_own_colour_and_track():
             assert np.abs(middle(painted(frame, colour)) - centre).max() < 0.03
 
 
-def test_what_is_behind_the_pillar_is_not_visible():
+def test_objects_behind_the_pillar_are_not_visible():
     seen, hidden = 0, 0
     for number in range(20):
         scene = draw_scene(0, number, frames=24, fps=12, rules=Rules(pillar_share=1))
@@ -74,7 +74,7 @@ def test_what_is_behind_the_pillar_is_not_visible():
     assert hidden > 50
 
 
-def test_speed_and_direction_are_those_of_the_first_track():
+def test_speed_and_direction_match_the_first_track():
     for number in range(20):
         labels = describe(draw_scene(1, number, frames=24, fps=240, rules=Rules(gravity_share=0, objects=(1, 1))))
         track = labels["tracks"][0]
@@ -86,7 +86,7 @@ def test_speed_and_direction_are_those_of_the_first_track():
         assert bounced or np.abs(velocity - expected).max() < 0.05
 
 
-def test_objects_stay_in_the_box_and_out_of_each_other():
+def test_objects_stay_in_the_box_and_do_not_overlap():
     for number in range(20):
         scene = draw_scene(2, number, frames=60, fps=12, rules=Rules(objects=(2, 2)))
         assert (scene.centres >= scene.sizes[:, None] - 0.02).all()
@@ -95,7 +95,7 @@ def test_objects_stay_in_the_box_and_out_of_each_other():
         assert (apart > scene.sizes.sum() - 0.03).all()
 
 
-def test_without_gravity_energy_is_kept_through_every_bounce():
+def test_bounces_conserve_energy_without_gravity():
     for number in range(10):
         scene = draw_scene(4, number, frames=600, fps=100, rules=Rules(gravity_share=0, objects=(2, 2)))
         speed2 = (np.diff(scene.centres, axis=0) ** 2).sum(-1) * 100**2
@@ -109,7 +109,7 @@ def test_colours_come_in_pairs_around_mid_grey():
 
 
 @pytest.mark.parametrize(("videos", "px"), [(0, 64), (1, 63), (1, 8)])
-def test_a_corpus_that_cannot_be_is_refused(tmp_path, videos, px):
+def test_an_impossible_corpus_is_an_error(tmp_path, videos, px):
     with pytest.raises(BadInput, match="must be"):
         write_corpus(tmp_path / "out", videos=videos, seed=0, px=px)
     assert not (tmp_path / "out").exists()

@@ -1,14 +1,14 @@
-"""Physics scenes with known truth, as real mp4 files: what the demo learns from, and can be asked about afterwards.
+"""Generate physics scenes with known labels as real mp4 files, for the demo and its evaluation.
 
-One or two flat shapes move in a box: under gravity or without, bouncing off the walls and off each other, now and then
-behind a pillar. Shape, colour, size, speed and direction are drawn for each video and kept as labels, with the path of
-every object beside them. A video is a function of (seed, its number).
+One or two flat shapes move in a box, with or without gravity. They bounce off the walls and each other, and some scenes
+have a pillar in front. Shape, colour, size, speed and direction are drawn for each video and stored as labels, together
+with the path of every object. A video is a function of (seed, number).
 
-Two choices keep the questions honest (a probe must not be able to answer from the colour of a pixel):
-colours come in complementary pairs around mid-grey, so an object is as often darker than the background as it is
-brighter, in every channel, and a linear readout of pixels averages to nothing; and objects are flat, so that a patch
-inside of one looks the same wherever it lies. One choice makes the demo short: the wall behind is plain. With a wall of
-another shade and slope in each video a tiny model spends its minutes on walls.
+Two choices prevent a probe from answering by the colour of a pixel. Colours come in complementary pairs around
+mid-grey, so an object is as often darker than the background as brighter, in every channel, and a linear readout of
+pixels averages to zero. Objects are flat, so a patch inside an object looks the same everywhere. A third choice keeps
+the demo short: the background is plain. With a different shade and gradient in each video, a tiny model spends its
+minutes on backgrounds.
 
 Letters: F frames, K objects, P height and width in pixels. Lengths are in sides of the frame, x to the right, y down.
 """
@@ -43,40 +43,40 @@ COLOURS = {
     "black": (0.05, 0.05, 0.05),
 }
 
-SUBSTEPS = 8  # of the simulation in each frame: an object moves at most 1 % of the frame in one
+SUBSTEPS = 8  # simulation steps per frame: an object moves at most 1 % of the frame per step
 WALL = 0.5
 PILLAR_SHADE = (0.3, 0.7)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What scenes are drawn from. Ranges are uniform."""
+    """Distribution of scenes. Ranges are uniform."""
 
     objects: tuple[int, int] = (1, 2)
-    """Fewest and most objects."""
+    """Smallest and largest number of objects."""
 
     size: tuple[float, float] = (0.18, 0.28)
-    """Radius of the circle around an object; a fifth less where there are two, a third where there are more."""
+    """Radius of the circle around an object, scaled by 0.8 for two objects and by 0.65 for more."""
 
     speed: tuple[float, float] = (0.25, 0.9)
-    """At the start, in sides per second."""
+    """Initial speed, in sides per second."""
 
     gravity: tuple[float, float] = (0.3, 1.2)
-    """In sides per second squared, where there is any."""
+    """Acceleration in scenes with gravity, in sides per second squared."""
 
     gravity_share: float = 0.4
-    """Scenes with gravity."""
+    """Fraction of scenes with gravity."""
 
     pillar_share: float = 0.2
-    """Scenes with a pillar in front."""
+    """Fraction of scenes with a pillar in front."""
 
     spin: float = 1.0
-    """Fastest rotation, in radians per second, either way."""
+    """Fastest rotation in either direction, in radians per second."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One video, before it is drawn."""
+    """Content and motion of one video."""
 
     shapes: tuple[str, ...]
     colours: tuple[str, ...]
@@ -84,20 +84,20 @@ class Scene:
     centres: Float[ndarray, "F K 2"]
     angles: Float[ndarray, "F K"]
     speed: float
-    """Of the first object at the start, in sides per second."""
+    """Initial speed of the first object, in sides per second."""
 
     direction: float
-    """Of the first object at the start, in radians: 0 is right, a quarter turn is down."""
+    """Initial direction of the first object, in radians: 0 is right, pi / 2 is down."""
 
     gravity: float
     pillar: tuple[float, float] | None
-    """Left and right end of what stands in front."""
+    """Left and right edge of the pillar."""
 
     pillar_shade: float
 
     @property
     def visible(self) -> Bool[ndarray, "F K"]:
-        """Whether the centre of an object is in sight."""
+        """True where the centre of an object is not behind the pillar."""
         if self.pillar is None:
             return np.ones(self.centres.shape[:2], dtype=bool)
         left, right = self.pillar
@@ -106,14 +106,14 @@ class Scene:
 
 
 def draw_scene(seed: int, number: int, *, frames: int, fps: float, rules: Rules = Rules()) -> Scene:
-    """Draw what is in a video and let it move.
+    """Draw the content of a video, and simulate its motion.
 
     Args:
-        seed: of the corpus.
-        number: of the video.
+        seed: seed of the corpus.
+        number: number of the video.
         frames: length of the video.
         fps: frames per second.
-        rules: what scenes are drawn from.
+        rules: distribution of scenes.
     """
     draw = generator(seed, "scene", number)
     count = int(draw.integers(rules.objects[0], rules.objects[1], endpoint=True))
@@ -124,7 +124,7 @@ def draw_scene(seed: int, number: int, *, frames: int, fps: float, rules: Rules 
     speed = draw.uniform(*rules.speed, count)
     gravity = draw.uniform(*rules.gravity) if draw.random() < rules.gravity_share else 0.0
     velocity = speed[:, None] * np.stack((np.cos(direction), np.sin(direction)), axis=1)
-    centres = _move(_place(draw, sizes), velocity, sizes, gravity=gravity, frames=frames, fps=fps)
+    centres = _move(_draw_centres(draw, sizes), velocity, sizes, gravity=gravity, frames=frames, fps=fps)
     turned = (
         draw.uniform(0, 2 * np.pi, count) + np.arange(frames)[:, None] / fps * draw.uniform(-1, 1, count) * rules.spin
     )
@@ -145,8 +145,8 @@ def draw_scene(seed: int, number: int, *, frames: int, fps: float, rules: Rules 
     )
 
 
-def _place(draw: np.random.Generator, sizes: Float[ndarray, " K"]) -> Float[ndarray, "K 2"]:
-    """Places in the box where objects do not touch; the last try if a hundred fail (they then push each other away)."""
+def _draw_centres(draw: np.random.Generator, sizes: Float[ndarray, " K"]) -> Float[ndarray, "K 2"]:
+    """Draw centres of objects that do not touch. After 100 failures they may overlap, and then repel each other."""
     centres = np.empty((len(sizes), 2))
     for _ in range(100):
         centres = draw.uniform(sizes[:, None], 1 - sizes[:, None], (len(sizes), 2))
@@ -165,7 +165,7 @@ def _move(
     frames: int,
     fps: float,
 ) -> Float[ndarray, "F K 2"]:
-    """Follow the objects: they fall, and bounce without loss off the walls and, as discs, off each other."""
+    """Simulate objects that fall, and bounce without loss off the walls and, as discs, off each other."""
     centres, velocity = centres.copy(), velocity.copy()
     low, high = sizes[:, None], 1 - sizes[:, None]
     step_s = 1 / fps / SUBSTEPS
@@ -186,7 +186,7 @@ def _move(
 def _bounce(
     centres: Float[ndarray, "K 2"], velocity: Float[ndarray, "K 2"], sizes: Float[ndarray, " K"], i: int, j: int
 ) -> None:
-    """Let two objects that touch bounce off each other, in place; their masses are as their areas."""
+    """Update two objects that touch, in place, with masses proportional to their areas."""
     apart = centres[i] - centres[j]
     distance = math.hypot(*apart)
     overlap = sizes[i] + sizes[j] - distance
@@ -203,10 +203,10 @@ def _bounce(
 
 
 def draw_frames(scene: Scene, px: int) -> UInt8[ndarray, "F P P 3"]:
-    """Draw a scene with smooth edges: the objects in front of a plain wall, behind the pillar if there is one.
+    """Draw a scene with smooth edges: objects in front of a plain background, and behind the pillar if there is one.
 
     Args:
-        scene: what to draw.
+        scene: the scene.
         px: height and width of a frame.
     """
     grid = ((np.arange(px) + 0.5) / px).astype(np.float32)
@@ -230,7 +230,7 @@ def draw_frames(scene: Scene, px: int) -> UInt8[ndarray, "F P P 3"]:
 def _distance(
     shape: str, x: Float32[ndarray, "F P P"], y: Float32[ndarray, "F P P"], radius: float
 ) -> Float32[ndarray, "F P P"]:
-    """How far outside of a shape a point lies, negative inside; `radius` is that of the circle around it, roughly."""
+    """Compute the signed distance of points to a shape, negative inside. Its circumcircle has about this `radius`."""
     match shape:
         case "disc":
             return np.hypot(x, y) - radius
@@ -244,7 +244,7 @@ def _distance(
 
 
 def describe(scene: Scene) -> dict[str, Any]:
-    """The labels of a video: what it shows, and where every object is in every frame."""
+    """Return the labels of a video, including the path of every object."""
     tracks = [
         {
             "shape": scene.shapes[k],
@@ -272,27 +272,27 @@ def describe(scene: Scene) -> dict[str, Any]:
 def write_corpus(
     out: Path, *, videos: int, seed: int, px: int = 64, seconds: float = 4.0, fps: int = 12, rules: Rules = Rules()
 ) -> list[Path]:
-    """Write a corpus: for each video an mp4 (H.264) and, beside it, a json with its labels.
+    """Write an mp4 (H.264) and a json with labels for each video.
 
     Args:
-        out: folder; made if it is not there.
-        videos: how many.
-        seed: of the corpus; video n of a seed is the same in a corpus of any length.
+        out: folder, created if it does not exist.
+        videos: number of videos.
+        seed: seed of the corpus. Video n of a seed is the same in a corpus of any length.
         px: height and width, even.
         seconds: length of a video.
         fps: frames per second.
-        rules: what scenes are drawn from.
+        rules: distribution of scenes.
 
     Returns:
-        The videos.
+        Paths of the videos.
 
     Raises:
-        BadInput: no video, or one that H.264 cannot hold.
+        BadInput: the number of videos is below 1, or the size is odd or too small for H.264.
     """
     if videos < 1:
-        raise BadInput(f"videos must be at least 1, got {videos}; 400 are enough for the demo")
+        raise BadInput(f"videos ({videos}) must be at least 1; try 400")
     if px % 2 or px < 16:
-        raise BadInput(f"px must be even and at least 16, got {px}; try 64")
+        raise BadInput(f"px ({px}) must be even and at least 16; try 64")
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(videos):
@@ -306,7 +306,7 @@ def write_corpus(
 def _write_video(
     path: Path, frames: Sequence[UInt8[ndarray, "P P 3"]] | UInt8[ndarray, "F P P 3"], *, fps: int
 ) -> None:
-    """Encode at high quality, since the builder encodes once more. One thread: same frames, same bytes."""
+    """Encode at high quality, since the builder encodes once more. One thread makes the bytes reproducible."""
     options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
