@@ -33,7 +33,7 @@ from odd_files import X264, ffmpeg, make_odd_files
 from rich.console import Console
 
 from vjepa_data.builder import shard
-from vjepa_data.builder.status import status
+from vjepa_data.builder.status import read_status
 from vjepa_data.builder.verify import verify
 from vjepa_data.config_files import load_settings
 from vjepa_data.corpus.format import read_manifest
@@ -104,7 +104,7 @@ def throughput(args: argparse.Namespace, work: Path) -> None:
             else:
                 out = work / f"out-{number}"
                 shard([str(folder)], out, spec=spec("dedupe.exact=false"), workers=args.workers, console=QUIET)
-                tally = status(out).builders[0].tally
+                tally = read_status(out).builders[0].tally
                 checks.append(tally.check_s)
                 encodes.append(tally.encode_s)
             results[name].append((time.monotonic() - begin, cpu_s() - before))

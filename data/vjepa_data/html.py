@@ -1,4 +1,4 @@
-"""A page in one file: no script, nothing from elsewhere, readable on a phone and on paper."""
+"""Render a page as one HTML file: no scripts, no external resources, readable on a phone and on paper."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ header { border-bottom: 1px solid var(--line); padding-bottom: 28px; margin-bott
 h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px }
 h2 { font-size: 21px; letter-spacing: -0.01em; margin: 44px 0 6px }
 h3 { font-size: 15px; margin: 22px 0 4px }
-p { color: var(--faint); margin: 0 0 18px; max-width: 78ch }
+p { color: var(--faint); margin: 0 0 18px; max-width: 78ch; overflow-wrap: anywhere }
 .facts { display: flex; flex-wrap: wrap; gap: 12px 40px; margin: 24px 0 0 }
 .facts div { min-width: 90px }
 .facts b { display: block; font-size: 25px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums }
@@ -26,8 +26,13 @@ figcaption { color: var(--faint); font: 12.5px ui-monospace, Menlo, Consolas, mo
 .strip { display: grid; grid-template-columns: 88px 1fr; align-items: center; margin-bottom: 3px }
 .strip span { color: var(--faint); font-size: 12.5px }
 .strip img { max-width: 100%; height: auto; border-radius: 3px; image-rendering: pixelated }
+.sheet { display: flex; flex-wrap: wrap; gap: 6px }
+.sheet img { height: 72px; border-radius: 3px; display: block }
 table { border-collapse: collapse; width: 100%; margin: 8px 0 20px; font-size: 14px }
 table { font-variant-numeric: tabular-nums }
+td:first-child { white-space: nowrap }
+td { overflow-wrap: anywhere }
+code { font: 12.5px ui-monospace, Menlo, Consolas, monospace }
 th { text-align: left; font-weight: 600; color: var(--faint); font-size: 12.5px }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: baseline }
 small { color: var(--faint); font-weight: 400; font-size: 12px; white-space: nowrap }
@@ -47,25 +52,25 @@ footer { border-top: 1px solid var(--line) }
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page."""
+    """One section of a page."""
 
     title: str
     text: str
-    """A paragraph under the title: HTML."""
+    """Paragraph under the title, as HTML."""
     body: str = ""
-    """What is shown: HTML."""
+    """Content, as HTML."""
 
 
 def render(title: str, subtitle: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
-    """Put a page together.
+    """Render a page.
 
     Args:
         title, subtitle: plain text.
-        facts: label and value of the numbers at the top, plain text.
-        sections: the rest.
+        facts: label and value of each number at the top, plain text.
+        sections: content below the numbers.
     """
     numbers = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in facts)
-    parts = "".join(f"<section><h2>{escape(one.title)}</h2><p>{one.text}</p>{one.body}</section>" for one in sections)
+    parts = "".join(f"<section><h2>{escape(s.title)}</h2><p>{s.text}</p>{s.body}</section>" for s in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -76,21 +81,33 @@ def render(title: str, subtitle: str, facts: Sequence[tuple[str, str]], sections
 
 
 def note(title: str, text: str) -> Section:
-    """A section that says why it is empty; plain text."""
+    """Return a section without content and the reason for that, in plain text."""
     return Section(title, escape(text))
 
 
 def strips(caption: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Picture strips of one clip above each other: names and `data:` addresses."""
+    """Render image strips of one clip above each other, given their names and `data:` URLs."""
     lines = "".join(
-        f'<div class="strip"><span>{escape(name)}</span><img src="{address}" alt="{escape(name)}"></div>'
-        for name, address in rows
+        f'<div class="strip"><span>{escape(name)}</span><img src="{url}" alt="{escape(name)}"></div>'
+        for name, url in rows
     )
     return f"<figure><figcaption>{escape(caption)}</figcaption>{lines}</figure>"
 
 
+def sheet(images: Sequence[tuple[str, str]]) -> str:
+    """Render a contact sheet, given the captions and `data:` URLs of its images."""
+    parts = "".join(f'<img loading="lazy" title="{escape(caption)}" src="{url}">' for caption, url in images)
+    return f'<div class="sheet">{parts}</div>'
+
+
+def values(rows: Sequence[tuple[str, str]]) -> str:
+    """Render a table of names and values, given as plain text."""
+    lines = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<div class="wide"><table><tbody>{lines}</tbody></table></div>'
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells; the first row is the head."""
+    """Render a table of HTML cells. The first row is the header."""
     head, *rest = rows
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rest)
     names = "".join(f"<th>{name}</th>" for name in head)

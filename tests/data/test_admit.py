@@ -1,4 +1,4 @@
-"""Tars that others wrote are indexed as they are, and read by the training stream's index."""
+"""Foreign tars are indexed unchanged, and read by the training stream's index."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from object_store import ObjectStore, Trouble
 from PIL import ExifTags, Image
 
-from vjepa_data.builder.index_foreign import admit
+from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.builder.verify import verify
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.index import Index
@@ -31,7 +31,7 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
 
 @pytest.fixture
 def foreign(videos: list[bytes], tmp_path: Path) -> Path:
-    """Tars as video2dataset writes them: keys that repeat from tar to tar, captions, a clip that is damaged."""
+    """Tars as video2dataset writes them: keys that repeat across tars, captions, and a damaged clip."""
     folder = tmp_path / "webvid"
     caption = {"caption": "a cat", "views": 7, "clips": [[0, 1]]}
     members = {"00000.mp4": videos[0], "00000.txt": b"a cat", "00000.json": json.dumps(caption).encode()}
@@ -40,9 +40,9 @@ def foreign(videos: list[bytes], tmp_path: Path) -> Path:
     return folder
 
 
-def test_foreign_shards_are_admitted_as_they_are(foreign: Path, videos: list[bytes]) -> None:
+def test_foreign_shards_are_indexed_unchanged(foreign: Path, videos: list[bytes]) -> None:
     before = {path: path.read_bytes() for path in foreign.rglob("*.tar")}
-    found = admit(foreign, splits={"*-val.tar": "val"})
+    found = index_shards(foreign, splits={"*-val.tar": "val"})
     assert {path: path.read_bytes() for path in foreign.rglob("*.tar")} == before
     assert found.manifest.splits["train"]["samples"] == 2
     assert found.manifest.splits["val"]["samples"] == 1
@@ -58,15 +58,16 @@ def test_foreign_shards_are_admitted_as_they_are(foreign: Path, videos: list[byt
     assert [json.loads(text) for text in labels] == [{"caption": "a cat", "views": 7}, {}, {}]
 
 
-def test_what_is_not_canonical_is_told(foreign: Path) -> None:
-    assert admit(foreign).flaws == {"it has an edit list": 3}
+def test_clips_that_are_not_canonical_are_counted(foreign: Path) -> None:
+    assert index_shards(foreign).flaws == {"it has an edit list": 3}
 
 
-def test_a_tar_in_any_order_keeps_its_labels_and_what_is_left_out_is_said(videos: list[bytes], tmp_path: Path) -> None:
+def test_members_of_a_sample_may_be_apart_in_a_tar(videos: list[bytes], tmp_path: Path) -> None:
+    """Labels are kept, and every omitted file is listed as a reject."""
     apart = [("a.json", b'{"of": "a"}'), ("b.json", b'{"of": "b"}'), ("pad.bin", bytes(100_000))]
     odd = [("c.webm", videos[2]), ("take 2.0.mp4", videos[3]), ("a.mp4", videos[4]), ("d.txt", b"no video")]
     write_tar(tmp_path / "in" / "x.tar", [*apart, ("a.mp4", videos[0]), ("b.mp4", videos[1]), *odd])
-    found = admit(tmp_path / "in")
+    found = index_shards(tmp_path / "in")
     assert found.rejects == {"duplicate": 1, "not_canonical": 2}
     index = Index(tmp_path / "in")
     samples = [index.read(number) for number in range(len(index))]
@@ -78,21 +79,21 @@ def test_a_tar_in_any_order_keeps_its_labels_and_what_is_left_out_is_said(videos
     assert names == ["x.tar/a.mp4", "x.tar/c.webm", "x.tar/take 2.0.mp4"]
 
 
-def test_tars_of_one_name_in_several_folders_do_not_share_keys(videos: list[bytes], tmp_path: Path) -> None:
+def test_tars_with_the_same_name_do_not_share_keys(videos: list[bytes], tmp_path: Path) -> None:
     for folder, video in zip(("train", "val"), videos, strict=False):
         write_tar(tmp_path / folder / "00000.tar", {"0.mp4": video})
-    admit(tmp_path)
+    index_shards(tmp_path)
     assert [Index(tmp_path).key(number) for number in range(2)] == ["train/00000/0", "val/00000/0"]
     assert verify(tmp_path).problems == ()
 
 
-def test_photos_of_others_are_upright_as_their_exif_says(tmp_path: Path) -> None:
+def test_foreign_photos_are_rotated_by_their_exif(tmp_path: Path) -> None:
     picture, turned, file = Image.new("RGB", (40, 24), "black"), Image.Exif(), io.BytesIO()
-    picture.paste("white", (0, 0, 20, 24))  # the left half, which a turn to the right puts on top
+    picture.paste("white", (0, 0, 20, 24))  # the left half, which a clockwise rotation moves to the top
     turned[ExifTags.Base.Orientation] = 6
     picture.save(file, "JPEG", quality=95, exif=turned)
     write_tar(tmp_path / "photos.tar", {"one.jpg": file.getvalue()})
-    assert admit(tmp_path, deep=True).rejects == {}
+    assert index_shards(tmp_path, deep=True).rejects == {}
     index = Index(tmp_path)
     expect = Expect(1, int(index.width[0]), int(index.height[0]))
     (shown,) = decode(index.read(0).video, [0], backend="image", expect=expect)
@@ -101,7 +102,7 @@ def test_photos_of_others_are_upright_as_their_exif_says(tmp_path: Path) -> None
     assert shown[25:].max() < 15
 
 
-def test_pictures_that_cannot_be_decoded_are_left_out(tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_omitted(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     members = {}
     for kind in ("JPEG", "PNG", "BMP", "GIF"):
@@ -110,57 +111,57 @@ def test_pictures_that_cannot_be_decoded_are_left_out(tmp_path: Path) -> None:
         members[f"{kind.lower()}.jpg"] = file.getvalue()
     members["cut.jpg"] = members["jpeg.jpg"][:-1000]
     write_tar(tmp_path / "pictures.tar", members)
-    assert sum(admit(tmp_path).rejects.values()) == 3
+    assert sum(index_shards(tmp_path).rejects.values()) == 3
     assert [Index(tmp_path).key(number) for number in range(2)] == ["jpeg", "png"]
 
 
-def test_tars_that_may_not_be_touched_are_linked_to(foreign: Path, tmp_path: Path, videos: list[bytes]) -> None:
-    admit(foreign, out=tmp_path / "o", deep=True)
+def test_with_out_the_tars_are_linked(foreign: Path, tmp_path: Path, videos: list[bytes]) -> None:
+    index_shards(foreign, out=tmp_path / "o", deep=True)
     assert not (foreign / "manifest.json").exists()
     assert Index(tmp_path / "o", "train").read(2).video == videos[3]
     assert verify(tmp_path / "o").problems == ()
 
 
-def test_two_tars_whose_links_would_have_one_name_are_refused(foreign: Path, tmp_path: Path) -> None:
+def test_links_with_the_same_name_are_an_error(foreign: Path, tmp_path: Path) -> None:
     write_tar(foreign / "sub-00001-val.tar", {"00000.mp4": b""})
     with pytest.raises(BadInput, match=r"would both be linked as shards/sub-00001-val\.tar; rename one"):
-        admit(foreign, out=tmp_path / "o")
+        index_shards(foreign, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
-def test_damaged_or_missing_tars_are_bad_input(foreign: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no tars below it"):
-        admit(tmp_path / "nothing")
+def test_damaged_or_missing_tars_are_errors(foreign: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no tars found"):
+        index_shards(tmp_path / "nothing")
     tar = foreign / "00000.tar"
     tar.write_bytes(tar.read_bytes()[:2000])
-    with pytest.raises(BadInput, match=r"^00000\.tar: .* goes on after the end of the tar; copy it again"):
-        admit(foreign, out=tmp_path / "linked")
+    with pytest.raises(BadInput, match=r"^00000\.tar: .* extends past the end of the tar; copy it again"):
+        index_shards(foreign, out=tmp_path / "linked")
     with pytest.raises(BadInput, match=r"00000.tar: .*copy it again"):
-        admit(foreign)
+        index_shards(foreign)
     assert not (foreign / "manifest.json").exists()
 
 
-def test_a_corpus_with_a_manifest_is_left_alone(foreign: Path) -> None:
-    admit(foreign)
-    with pytest.raises(BadInput, match="has a manifest already"):
-        admit(foreign)
+def test_an_existing_manifest_is_not_replaced(foreign: Path) -> None:
+    index_shards(foreign)
+    with pytest.raises(BadInput, match="already has a manifest"):
+        index_shards(foreign)
 
 
 @pytest.fixture
 def address(foreign: Path, store: ObjectStore) -> str:
-    """Of the tars on a web server that knows no ranges, and is busy at every other request."""
+    """URL of the tars on a web server that ignores ranges, and is busy at every other request."""
     store.take(foreign)
     store.trouble = lambda asked: Trouble(status=503) if len(store.requests) % 2 else Trouble(knows_ranges=False)
     return f"{store.url}/{foreign.name}"
 
 
-def test_tars_behind_addresses_are_indexed_and_read_from_there(
+def test_remote_tars_are_indexed_and_read_remotely(
     foreign: Path, store: ObjectStore, address: str, videos: list[bytes], tmp_path: Path
 ) -> None:
     (foreign / "sub" / "00001-val.tar").rename(foreign / "00001.tar")
     store.take(foreign)
-    found = admit(f"{address}/{{00000..00001}}.tar", out=tmp_path / "o", name="far")
-    here = admit(foreign, name="far", out=tmp_path / "here")
+    found = index_shards(f"{address}/{{00000..00001}}.tar", out=tmp_path / "o", name="far")
+    here = index_shards(foreign, name="far", out=tmp_path / "here")
     assert [(s.file, s.sha256, s.bytes) for s in found.manifest.shards] == [
         (s.file.removeprefix("shards/"), s.sha256, s.bytes) for s in here.manifest.shards
     ]
@@ -173,22 +174,22 @@ def test_tars_behind_addresses_are_indexed_and_read_from_there(
     assert [index.read(number).video for number in range(3)] == [videos[0], videos[1], videos[3]]
     assert verify(tmp_path / "o", deep=True).problems == ()
     del store.objects[f"{foreign.name}/00001.tar"]
-    assert verify(tmp_path / "o").problems == ("00001.tar: it is not there",)
+    assert verify(tmp_path / "o").problems == ("00001.tar: missing",)
 
 
-def test_addresses_that_cannot_be_indexed_are_said(address: str, tmp_path: Path) -> None:
+def test_urls_that_cannot_be_indexed_are_errors(address: str, tmp_path: Path) -> None:
     for place, out, message in [
-        (f"{address}/00000.tar", None, "give --out a folder"),
-        (f"{address}/", tmp_path / "o", "a web server does not list its files; name them, as in"),
+        (f"{address}/00000.tar", None, "give a local folder with --out"),
+        (f"{address}/", tmp_path / "o", "web servers cannot be listed; name the tars"),
         (f"{address}/absent.tar", tmp_path / "o", "absent.tar: cannot be read"),
         ("pipe:cat x.tar", tmp_path / "o", "is no place to read shards from"),
     ]:
         with pytest.raises(BadInput, match=message):
-            admit(place, out=out)
+            index_shards(place, out=out)
 
 
-def test_a_manifest_that_places_its_shards_elsewhere_on_this_machine_is_refused(foreign: Path, edit_manifest) -> None:
-    admit(foreign)
+def test_a_manifest_cannot_point_to_other_local_files(foreign: Path, edit_manifest) -> None:
+    index_shards(foreign)
     edit_manifest(foreign, lambda manifest: manifest["spec"].update(root="/etc"))
     with pytest.raises(BadInput, match="which is no address"):
         Index(foreign, "train")

@@ -1,4 +1,4 @@
-"""Raw videos to shards: real files, real child processes, real signals."""
+"""Build shards from raw videos, with real files, processes and signals."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ import webdataset as wds
 from rich.console import Console
 
 from vjepa_data.builder import shard
-from vjepa_data.builder.status import lasting, status
+from vjepa_data.builder.status import format_duration, read_status
 from vjepa_data.builder.survey import survey
 from vjepa_data.builder.verify import verify
 from vjepa_data.config_files import load_settings
@@ -81,13 +81,13 @@ def corpus(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every file of a corpus with its sha256, without the two that tell of the run."""
+    """Return the sha256 of every file of a corpus, except the report and the status."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "report.html")
     files = (path for path in files if path.parent.name != "status")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_every_source_is_stored_or_refused_with_its_reason(corpus: Path) -> None:
+def test_every_source_is_stored_or_rejected_with_a_reason(corpus: Path) -> None:
     samples = pq.read_table(corpus / "samples.parquet").to_pylist()
     rejects = pq.read_table(corpus / "rejects.parquet").to_pylist()
     assert len(samples) == 9
@@ -98,8 +98,8 @@ def test_every_source_is_stored_or_refused_with_its_reason(corpus: Path) -> None
     }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its tars open
-def test_plain_webdataset_reads_every_shard_and_offsets_give_the_same_bytes(corpus: Path) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves tars open
+def test_webdataset_and_offsets_read_the_same_bytes(corpus: Path) -> None:
     manifest = read_manifest(corpus)
     rows = pq.read_table(corpus / "samples.parquet").to_pylist()
     seen = []
@@ -123,14 +123,14 @@ def test_plain_webdataset_reads_every_shard_and_offsets_give_the_same_bytes(corp
     assert len(seen) == len(set(seen)) == 9
 
 
-def test_labels_beside_a_video_are_kept(corpus: Path) -> None:
+def test_labels_next_to_a_video_are_kept(corpus: Path) -> None:
     rows = pq.read_table(corpus / "samples.parquet").to_pylist()
     labels = {row["group"]: json.loads(row["labels"]) for row in rows}
     assert labels["videos/b/clip 3.mp4"] == {"speed": 3, "shape": "disc"}
     assert labels["videos/b/clip 1.mp4"] == {}
 
 
-def test_a_group_is_in_one_split_only(corpus: Path, videos: Path, tmp_path: Path) -> None:
+def test_a_group_is_never_divided_between_splits(corpus: Path, videos: Path, tmp_path: Path) -> None:
     assert set(read_manifest(corpus).splits) == {"train", "val"}
     build(videos, tmp_path / "o", "split.val_share=0.5", "split.group=folder", "cut.kind=fixed", "cut.length_s=0.7")
     rows = pq.read_table(tmp_path / "o" / "samples.parquet").to_pylist()
@@ -140,15 +140,13 @@ def test_a_group_is_in_one_split_only(corpus: Path, videos: Path, tmp_path: Path
     assert all(splits[row["group"]] == row["split"] for row in rows)
 
 
-def test_the_result_is_the_same_for_any_place_and_any_number_of_workers(
-    videos: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_bytes_do_not_depend_on_location_or_workers(videos: Path, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(videos, tmp_path / "elsewhere" / "videos")
     build(tmp_path / "elsewhere" / "videos", tmp_path / "o", "split.val_share=0.3", workers=3)
     assert digests(tmp_path / "o") == digests(corpus)
 
 
-def test_a_second_call_finds_everything_done(videos: Path, corpus: Path) -> None:
+def test_a_second_call_writes_no_shard_again(videos: Path, corpus: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (corpus / "shards").iterdir()}
     assert build(videos, corpus, "split.val_share=0.3") == read_manifest(corpus)
     assert {path: path.stat().st_mtime_ns for path in (corpus / "shards").iterdir()} == before
@@ -172,9 +170,8 @@ def wait_for(claim: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_build_that_is_killed_goes_on_to_the_same_bytes_and_leaves_no_process(
-    videos: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_killed_build_resumes_to_the_same_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
+    """No process survives the kill, and temporary files of the killed builder are removed."""
     out = tmp_path / "o"
     builder = start(videos, out)
     wait_for(lambda: list((out / "shards").glob("*.tar")) != [] if (out / "shards").exists() else False)
@@ -190,9 +187,7 @@ def test_a_build_that_is_killed_goes_on_to_the_same_bytes_and_leaves_no_process(
     assert digests(out) == digests(corpus)
 
 
-def test_a_build_that_is_asked_to_stop_exits_with_75_and_leaves_no_temporary_file(
-    videos: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_sigterm_exits_with_75_and_removes_temporary_files(videos: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     builder = start(videos, out)
     wait_for(lambda: list((out / "shards").glob(".*.tmp")) != [] if (out / "shards").exists() else False)
@@ -204,7 +199,7 @@ def test_a_build_that_is_asked_to_stop_exits_with_75_and_leaves_no_temporary_fil
     assert digests(out) == digests(corpus)
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
@@ -213,7 +208,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     for name, message in {
         "empty": r"no videos in .*empty \(empty\); give",
         "texts": r"no videos in .*texts \(1 other files: 1 x .txt\); give",
-        "bad": r"none of the 1 sources can be used \(1 no_index\); the first is bad/a.mp4: .*; give",
+        "bad": r"none of the 1 sources can be used \(1 no_index\), for example bad/a.mp4: .*; give",
         "absent": r"absent: no such file or folder; give",
     }.items():
         with pytest.raises(BadInput, match=message) as caught:
@@ -222,29 +217,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "o").exists()
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(videos: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_not_touched(videos: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(BadInput, match=r"holds other things \(thesis.tex\); give"):
+    with pytest.raises(BadInput, match=r"holds other files \(thesis.tex\); give"):
         build(videos, tmp_path)
-    with pytest.raises(BadInput, match=r"x cannot be written .*; give another folder to --out"):
+    with pytest.raises(BadInput, match=r"--out /proc/x cannot be written .*; give another folder"):
         build(videos, Path("/proc/x"))
-    with pytest.raises(BadInput, match=r"another spec \(encode.crf was 23, now 20\); give a new --out"):
+    with pytest.raises(BadInput, match=r"different spec \(encode.crf was 23, now 20\); give another --out"):
         build(videos, corpus, "encode.crf=20", "split.val_share=0.3")
     (tmp_path / "later").mkdir()
     write_video(tmp_path / "later" / "a.mp4")
-    with pytest.raises(BadInput, match=r"other sources; give a new --out.*`vjepa merge` mixes them"):
+    with pytest.raises(BadInput, match=r"different sources; give another --out.* mix them with `vjepa merge`"):
         build(tmp_path / "later", corpus, "split.val_share=0.3")
-    with pytest.raises(BadInput, match=r"videos is --out itself or lies in it; give"):
+    with pytest.raises(BadInput, match=r"videos is --out or lies inside it; write"):
         build(videos, videos)
     assert verify(corpus).problems == ()
 
 
-def test_too_many_refusals_fail_the_build(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"3 of 12 sources were refused .*, at most 10% allowed"):
+def test_too_many_rejects_fail_the_build(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"3 of 12 sources were rejected .*, more than 10%; repair"):
         build(videos, tmp_path / "o", "max_rejects=0.1")
 
 
-def test_filters_give_their_reason(videos: Path, tmp_path: Path) -> None:
+def test_each_filter_has_its_own_reason(videos: Path, tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "short.mp4", frames=3)
     write_video(tmp_path / "in" / "tiny.mp4", px=16)
     write_video(tmp_path / "in" / "long.mp4", frames=60)
@@ -262,7 +257,7 @@ def test_filters_give_their_reason(videos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_tables_name_videos_with_labels_parts_and_splits(kind: str, tmp_path: Path) -> None:
+def test_tables_give_labels_time_ranges_and_splits(kind: str, tmp_path: Path) -> None:
     write_video(tmp_path / "a, b.mp4", look=1)
     write_video(tmp_path / "c.mp4", look=2)
     rows = [
@@ -288,13 +283,13 @@ def test_tables_name_videos_with_labels_parts_and_splits(kind: str, tmp_path: Pa
     assert (found["c.mp4"]["frames"], found["c.mp4"]["split"]) == (20, "train")
 
 
-def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:
+def test_a_missing_column_is_an_error_that_lists_the_others(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("file,label\na.mp4,1\n")
-    with pytest.raises(BadInput, match=r"no column 'path', it has file, label; set columns.path=NAME"):
+    with pytest.raises(BadInput, match=r"no column 'path' among file, label; set columns.path=NAME"):
         build(tmp_path / "t.csv", tmp_path / "o")
 
 
-def test_canonical_files_are_kept_byte_for_byte_when_asked(corpus: Path, videos: Path, tmp_path: Path) -> None:
+def test_copy_mode_keeps_canonical_files_byte_for_byte(corpus: Path, videos: Path, tmp_path: Path) -> None:
     row = pq.read_table(corpus / "samples.parquet").to_pylist()[0]
     data = (corpus / read_manifest(corpus).shards[0].file).read_bytes()[row["video_offset"] :][: row["video_size"]]
     (tmp_path / "in").mkdir()
@@ -306,7 +301,7 @@ def test_canonical_files_are_kept_byte_for_byte_when_asked(corpus: Path, videos:
     assert found["in/encoded.mp4"] != row["xxh64"]
 
 
-def test_a_folder_that_cannot_be_written_is_said(videos: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(BadInput, match=r"cannot be written|is a file"):
         build(videos, tmp_path / "file")
@@ -317,7 +312,7 @@ def test_a_folder_that_cannot_be_written_is_said(videos: Path, tmp_path: Path) -
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 kB."""
+    """Mount a file system of 300 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
@@ -327,10 +322,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_and_more_room_is_all_it_takes(videos: Path, corpus: Path, small_disk: Path) -> None:
+def test_a_build_resumes_after_a_full_disk(videos: Path, corpus: Path, small_disk: Path) -> None:
     out = small_disk / "o"
     (small_disk / "ballast").write_bytes(bytes(230_000))
-    with pytest.raises(BadInput, match=r"cannot be written \(No space left on device\); make room"):
+    with pytest.raises(BadInput, match=r"cannot be written \(No space left on device\); free some space"):
         build(videos, out, "split.val_share=0.3")
     assert not (out / "manifest.json").exists()
     assert list(out.rglob(".*")) == []
@@ -339,13 +334,13 @@ def test_a_full_disk_is_said_and_more_room_is_all_it_takes(videos: Path, corpus:
     assert digests(out) == digests(corpus)
 
 
-def test_a_disk_that_may_only_be_read_is_said(videos: Path, small_disk: Path) -> None:
+def test_a_read_only_disk_is_an_error(videos: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(BadInput, match=r"cannot be written \(Read-only file system\)"):
         build(videos, small_disk / "o")
 
 
-def test_a_survey_says_what_a_build_would_do_and_writes_nothing(videos: Path, corpus: Path) -> None:
+def test_a_survey_predicts_the_build_and_writes_nothing(videos: Path, corpus: Path) -> None:
     before = sorted(videos.rglob("*"))
     found = survey([str(videos)], spec=spec("split.val_share=0.3"), workers=1, console=Console(file=io.StringIO()))
     assert (found.sources, found.clips, found.trials) == (12, 9, 9)
@@ -359,7 +354,7 @@ def test_a_survey_says_what_a_build_would_do_and_writes_nothing(videos: Path, co
     assert sorted(videos.rglob("*")) == before
 
 
-def test_a_corpus_below_its_sources_is_none_of_them(videos: Path, tmp_path: Path) -> None:
+def test_a_corpus_below_its_sources_is_not_a_source(videos: Path, tmp_path: Path) -> None:
     raw = shutil.copytree(videos, tmp_path / "videos")
     built = build(raw, raw / "corpus", "split.val_share=0.3")
     assert build(raw, raw / "corpus", "split.val_share=0.3").hash == built.hash
@@ -367,7 +362,7 @@ def test_a_corpus_below_its_sources_is_none_of_them(videos: Path, tmp_path: Path
     assert found.sources == 12
 
 
-def test_a_link_that_leads_nowhere_is_refused_rather_than_passed_over(videos: Path, tmp_path: Path) -> None:
+def test_a_broken_link_is_rejected_as_missing(videos: Path, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "gone.mp4").symlink_to("/nonexistent/gone.mp4")
@@ -381,28 +376,28 @@ def test_a_link_that_leads_nowhere_is_refused_rather_than_passed_over(videos: Pa
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3.42, "3.4 s"), (119, "119.0 s"), (125, "2.1 min"), (9e3, "2.5 h"), (4e6, "1,111.1 h")]
 )
-def test_a_time_is_told_in_a_unit_that_suits_it(seconds: float, text: str) -> None:
-    assert lasting(seconds) == text
+def test_a_duration_has_a_suitable_unit(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
-def test_a_status_is_read_from_the_files_of_a_build(videos: Path, corpus: Path, tmp_path: Path) -> None:
-    found = status(corpus)
+def test_status_is_read_from_the_files_of_a_build(videos: Path, corpus: Path, tmp_path: Path) -> None:
+    found = read_status(corpus)
     assert (found.stage, found.shards, found.shards_done) == ("complete", 3, 3)
     assert (found.clips, found.clips_done) == (9, 9)
     assert sum(builder.tally.clips for builder in found.builders) == 9
     shutil.copytree(corpus, tmp_path / "half")
     (tmp_path / "half" / "manifest.json").unlink()
     (tmp_path / "half" / "shards" / "000001.json").unlink()
-    found = status(tmp_path / "half")
+    found = read_status(tmp_path / "half")
     assert (found.stage, found.shards_done, found.clips_done < 9) == ("writing", 2, True)
     (tmp_path / "half" / "plan" / "plan.json").unlink()
-    found = status(tmp_path / "half")
-    assert (found.stage, found.sources, found.sources_seen) == ("looking", 12, 12)
-    with pytest.raises(BadInput, match="no build was begun there"):
-        status(tmp_path)
+    found = read_status(tmp_path / "half")
+    assert (found.stage, found.sources, found.sources_done) == ("analyzing", 12, 12)
+    with pytest.raises(BadInput, match="holds no build"):
+        read_status(tmp_path)
 
 
-def test_each_task_of_an_array_has_one_status_file_for_all_its_attempts(videos: Path, tmp_path: Path) -> None:
+def test_attempts_of_an_array_task_share_a_status_file(videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     sources, quiet = [str(videos)], Console(file=io.StringIO())
     for number in (2, 0, 2):
@@ -413,13 +408,13 @@ def test_each_task_of_an_array_has_one_status_file_for_all_its_attempts(videos: 
         "task-00000-of-00003.json": 0,
         "task-00002-of-00003.json": 9,
     }
-    assert "  task 2 of 3: 9 clips" in status(out).text()
+    assert "  task 2 of 3: 9 clips" in read_status(out).text()
     (out / "status" / "task-00009-of-00009.json").write_text('{"builder": "of another version"}')
-    with pytest.raises(BadInput, match=r"task-00009-of-00009\.json: not what this version writes"):
-        status(out)
+    with pytest.raises(BadInput, match=r"task-00009-of-00009\.json: unknown format"):
+        read_status(out)
 
 
-def test_looks_that_were_written_down_are_not_taken_again(videos: Path, corpus: Path, tmp_path: Path) -> None:
+def test_stored_analyses_are_reused(videos: Path, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "plan", tmp_path / "o" / "plan")
     (tmp_path / "o" / "plan" / "plan.json").unlink()
     seen = tmp_path / "o" / "plan" / "seen-000000.json"

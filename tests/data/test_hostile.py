@@ -1,4 +1,4 @@
-"""Files that mean harm, and processes that are shot: nothing is run, nothing is lost, nothing is left behind."""
+"""Hostile files and killed processes: no file is executed, no clip is lost, and no temporary file remains."""
 
 import hashlib
 import io
@@ -43,14 +43,14 @@ def reasons(out: Path) -> dict[str, str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every file of a corpus with its sha256, without the two that tell of the run."""
+    """Return the sha256 of every file of a corpus, except the report and the status."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "report.html")
     files = (path for path in files if path.parent.name != "status")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def write_video(path: Path, *, look: int = 0, times: list[int] | None = None, px: int = 48) -> Path:
-    """A short video, 10 frames per second, or with frames at given times in tenths of a second."""
+    """Write a short video of 10 frames per second, or with frames at given times in tenths of a second."""
     path.parent.mkdir(parents=True, exist_ok=True)
     times = list(range(12)) if times is None else times
     with av.open(str(path), "w", format="matroska" if path.suffix == ".mkv" else "mp4") as container:
@@ -81,7 +81,7 @@ def corpus(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_hostile_names_stay_names(tmp_path: Path) -> None:
+def test_hostile_file_names_are_harmless(tmp_path: Path) -> None:
     names = ["-i.mp4", "a b'\"\n.mp4", "http:x.mp4", "<script>.mp4", "$(touch x).mp4", "ü#?%.mp4", "x...mp4"]
     for number, name in enumerate([*map(os.fsencode, names), b"\xff\xfe.mp4"]):
         video = write_video(tmp_path / "v.mp4", look=number)
@@ -94,7 +94,7 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o"]
 
 
-def test_labels_that_cannot_be_kept_cost_their_video_alone(tmp_path: Path) -> None:
+def test_invalid_labels_reject_only_their_video(tmp_path: Path) -> None:
     labels = {
         "deep": "[" * 100_000,
         "half": r'{"caption": "\ud800"}',
@@ -114,7 +114,7 @@ def test_labels_that_cannot_be_kept_cost_their_video_alone(tmp_path: Path) -> No
     assert [row["group"] for row in rows_of(tmp_path / "o")] == ["in/fine.mp4"]
 
 
-def test_what_is_no_file_and_what_lies_elsewhere_is_never_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     write_video(tmp_path / "secret" / "v.mp4")
     write_video(tmp_path / "fine.mp4", look=1)
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -132,7 +132,7 @@ def test_what_is_no_file_and_what_lies_elsewhere_is_never_opened(tmp_path: Path)
     }
 
 
-def test_sizes_that_are_only_declared_cost_nothing(tmp_path: Path) -> None:
+def test_declared_sizes_are_not_allocated(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     data = write_video(folder / "fine.mp4").read_bytes()
     (folder / "picture.y4m").write_bytes(b"YUV4MPEG2 W16000 H16000 F25:1 C420\nFRAME\n" + bytes(1000))
@@ -149,11 +149,11 @@ def test_sizes_that_are_only_declared_cost_nothing(tmp_path: Path) -> None:
         "in/box.mp4": "no_index",
         "in/sample.mp4": "damaged",
     }
-    with pytest.raises(BadInput, match=r"none of the 1 sources can be used|is not a whole tar"):
+    with pytest.raises(BadInput, match=r"none of the 1 sources can be used|not a complete tar"):
         build(tmp_path / "x.tar", tmp_path / "p")
 
 
-def test_a_file_that_would_be_encoded_for_ever_is_given_up(tmp_path: Path) -> None:
+def test_endless_encoding_times_out(tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "endless.mkv", times=[590 * n for n in range(3000)])
     write_video(tmp_path / "in" / "fine.mp4")
     begin = time.monotonic()
@@ -169,12 +169,12 @@ def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def complaints(stderr: bytes) -> list[str]:
-    """What is no progress."""
+    """Return the lines that are not progress."""
     lines = (line.strip() for line in stderr.decode().splitlines())
-    return [line for line in lines if line and not line.startswith(("looking at sources", "writing clips"))]
+    return [line for line in lines if line and not line.startswith(("analyzing sources", "writing clips"))]
 
 
-def test_encoders_that_are_killed_again_and_again_change_nothing(videos: Path, corpus: Path, tmp_path: Path) -> None:
+def test_killed_encoders_do_not_change_the_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
     builder = start(videos, tmp_path / "o")
     killed: set[str] = set()
     while builder.poll() is None:
@@ -191,7 +191,7 @@ def test_encoders_that_are_killed_again_and_again_change_nothing(videos: Path, c
     assert digests(tmp_path / "o") == digests(corpus)
 
 
-def test_four_builders_at_once_give_the_same_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
+def test_four_concurrent_builders_give_the_same_bytes(videos: Path, corpus: Path, tmp_path: Path) -> None:
     builders = [start(videos, tmp_path / "o") for _ in range(4)]
     for builder in builders:
         assert complaints(builder.communicate(timeout=200)[1]) == []

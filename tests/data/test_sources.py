@@ -1,4 +1,4 @@
-"""Where videos come from and how they are told apart: tars, addresses, images, scenes, copies."""
+"""Sources of videos: tars, URLs, images, scenes and duplicates."""
 
 import io
 import itertools
@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from vjepa_data.builder import shard
-from vjepa_data.builder.index_foreign import admit
+from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.builder.ingest import ingest
 from vjepa_data.builder.verify import verify
 from vjepa_data.config_files import load_settings
@@ -25,7 +25,7 @@ from vjepa_data.corpus.index import Index
 from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media import fetch
 from vjepa_data.media.analysis import difference_hash, perceptual_hashes, scene_starts
-from vjepa_data.media.fetch import FileRef, local
+from vjepa_data.media.fetch import FileRef, open_local
 from vjepa_data.media.video import Reason, Refused, probe
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Spec
@@ -43,7 +43,7 @@ def rows_of(out: Path, table: str = "samples") -> list[dict]:
 
 
 def write_scenes(path: Path, looks: list[int], *, seconds: float = 2.0, px: int = 64, crf: int = 23) -> Path:
-    """A video of still-standing textures that drift, a new one every `seconds`."""
+    """Write a video of drifting textures, with a new texture every `seconds`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=10, options={"preset": "ultrafast", "crf": str(crf)})
@@ -59,12 +59,12 @@ def write_scenes(path: Path, looks: list[int], *, seconds: float = 2.0, px: int 
     return path
 
 
-def test_scenes_are_found_where_they_begin(tmp_path: Path) -> None:
+def test_scene_starts_are_found(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "v.mp4", [1, 2, 3])
     assert scene_starts(path, probe(path), threshold=10.0) == (2.0, 4.0)
 
 
-def test_a_video_is_cut_at_its_scenes_and_long_ones_again(tmp_path: Path) -> None:
+def test_videos_are_cut_at_scenes_and_long_scenes_again(tmp_path: Path) -> None:
     write_scenes(tmp_path / "in" / "v.mp4", [1, 2, 3])
     build([tmp_path / "in"], tmp_path / "o", "cut.kind=scene", "cut.length_s=1.5")
     facts = sorted((f["start_s"], f["end_s"], f["stored"]["frames"]) for f in jsons(tmp_path / "o"))
@@ -82,7 +82,7 @@ def jsons(out: Path) -> list[dict]:
     return found
 
 
-def test_copies_that_were_encoded_again_look_the_same_and_others_do_not(tmp_path: Path) -> None:
+def test_re_encoded_copies_are_near_duplicates(tmp_path: Path) -> None:
     first = write_scenes(tmp_path / "in" / "a.mp4", [1, 2])
     write_scenes(tmp_path / "in" / "b.mp4", [1, 2], px=96, crf=35)
     write_scenes(tmp_path / "in" / "c.mp4", [3, 4])
@@ -97,8 +97,8 @@ def test_copies_that_were_encoded_again_look_the_same_and_others_do_not(tmp_path
     assert first.exists()
 
 
-def test_black_bars_are_cut_off_where_they_are_bars(tmp_path: Path) -> None:
-    """A picture of 64 x 36 between bars of 14; the same with a dark half, which is no bar; one that fills its frame."""
+def test_black_bars_are_cropped(tmp_path: Path) -> None:
+    """Bars of 14 pixels are cropped. A dark half, a full frame and a dark sky are kept."""
 
     def framed(path: Path, top: int, bottom: int, *, dark: bool = False) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def test_a_difference_hash_ignores_brightness_and_contrast() -> None:
     assert difference_hash(grey) != difference_hash(grey[:, ::-1])
 
 
-def test_tars_are_taken_in_with_their_labels_and_nothing_else_in_them_is_touched(tmp_path: Path) -> None:
+def test_tars_give_videos_and_labels_and_nothing_else(tmp_path: Path) -> None:
     video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
     members = {
         "a.mp4": video,
@@ -173,7 +173,7 @@ def test_tars_are_taken_in_with_their_labels_and_nothing_else_in_them_is_touched
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "v.mp4", "w.mp4", "x.tar"]
 
 
-def test_a_corpus_can_be_sharded_again_without_losing_a_bit(tmp_path: Path) -> None:
+def test_a_corpus_can_be_sharded_again_without_loss(tmp_path: Path) -> None:
     for look in range(5):
         write_scenes(tmp_path / "in" / f"{look}.mp4", [look])
         (tmp_path / "in" / f"{look}.json").write_text(json.dumps({"look": look}))
@@ -187,7 +187,7 @@ def test_a_corpus_can_be_sharded_again_without_losing_a_bit(tmp_path: Path) -> N
     assert len(known(tmp_path / "one")) == 5
 
 
-def test_a_name_with_dots_in_a_tar_is_a_video_of_its_own(tmp_path: Path) -> None:
+def test_names_with_dots_in_a_tar_are_separate_videos(tmp_path: Path) -> None:
     scenes = [write_scenes(tmp_path / f"{n}.mp4", [n]).read_bytes() for n in range(3)]
     tar = tmp_path / "x.tar"
     members = [("take 2.0 (clean).mp4", scenes[0]), ("take 2.1.mp4", scenes[1]), ("take 2.1.json", b'{"n": 1}')]
@@ -201,7 +201,7 @@ def test_a_name_with_dots_in_a_tar_is_a_video_of_its_own(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["k400.csv", "k400.txt"])
-def test_lists_of_paths_and_classes_are_read_as_v_jepa_reads_them(name: str, tmp_path: Path) -> None:
+def test_lists_of_paths_and_classes_are_read_as_by_v_jepa(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("\ufeffa.mp4 3\r\nb c/d.webm,12\nno-class.mp4\n\n")
     found = ingest([str(tmp_path / name)], spec=Spec())
     assert [(source.name, source.labels) for source in found] == [
@@ -209,15 +209,15 @@ def test_lists_of_paths_and_classes_are_read_as_v_jepa_reads_them(name: str, tmp
         ("b c/d.webm", {"label": 12}),
         ("no-class.mp4", {}),
     ]
-    assert found[1].place.path == str(tmp_path / "b c" / "d.webm")
+    assert found[1].file.path == str(tmp_path / "b c" / "d.webm")
     (tmp_path / name).write_text("a.mp4 3\na.mp4 4\n")
-    with pytest.raises(BadInput, match=r"'a\.mp4' is listed twice; keep one"):
+    with pytest.raises(BadInput, match=r"'a\.mp4' is listed twice; remove one"):
         ingest([str(tmp_path / name)], spec=Spec())
 
 
-def test_a_tar_that_was_cut_off_is_bad_input(tmp_path: Path) -> None:
+def test_a_truncated_tar_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"\1" * 2000)
-    with pytest.raises(BadInput, match="is not a whole tar"):
+    with pytest.raises(BadInput, match="not a complete tar"):
         build([tmp_path / "x.tar"], tmp_path / "o")
 
 
@@ -246,8 +246,8 @@ def test_images_become_samples_of_one_frame(tmp_path: Path) -> None:
         assert [member.name.split(".")[1] for member in tar] == ["json", "jpg"] * 3
 
 
-def mood(asked: Asked) -> Trouble | None:
-    """What goes wrong with a file, by its name."""
+def trouble_of(asked: Asked) -> Trouble | None:
+    """Return the error that the server simulates for a file, by its name."""
     name = Path(asked.key).stem
     if name == "busy" and asked.time < 3:
         return Trouble(status=503)
@@ -263,33 +263,31 @@ def mood(asked: Asked) -> Trouble | None:
 
 @pytest.fixture
 def videos_at(store: ObjectStore, tmp_path: Path) -> str:
-    """Address of a folder of files that are not had as easily as others."""
+    """URL of a folder of files, most of which fail to download in some way."""
     video = write_scenes(tmp_path / "served" / "v.mp4", [1]).read_bytes()
     for name in ("away", "busy", "fine", "huge", "short", "stall"):
         store.objects[f"videos/{name}.mp4"] = video
-    store.trouble = mood
+    store.trouble = trouble_of
     return f"{store.url}/videos"
 
 
 def reason_of(url: str) -> tuple[Reason, str]:
-    with pytest.raises(Refused) as caught, local(FileRef(url)):
+    with pytest.raises(Refused) as caught, open_local(FileRef(url)):
         pass
     return caught.value.reason, caught.value.detail
 
 
-def test_a_server_that_is_busy_or_stalls_is_asked_again(
+def test_busy_and_stalled_downloads_are_retried(
     store: ObjectStore, videos_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "STALL_S", 0.5)
     for name, times in (("busy", 3), ("stall", 2)):
-        with local(FileRef(f"{videos_at}/{name}.mp4")) as path:
+        with open_local(FileRef(f"{videos_at}/{name}.mp4")) as path:
             assert path.read_bytes() == store.objects[f"videos/{name}.mp4"]
         assert store.count(key=f"videos/{name}.mp4") == times
 
 
-def test_a_server_that_will_not_give_is_said(
-    store: ObjectStore, videos_at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_downloads_are_rejected(store: ObjectStore, videos_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "ATTEMPTS", 2)
     assert reason_of(f"{videos_at}/gone.mp4") == (Reason.UNREACHABLE, "HTTP 404")
     assert reason_of(f"{videos_at}/huge.mp4")[0] is Reason.TOO_LARGE
@@ -302,7 +300,7 @@ def test_a_server_that_will_not_give_is_said(
     assert times == {"gone": 1, "huge": 1, "short": 2, "away": 1}
 
 
-def test_a_list_of_addresses_is_built(videos_at: str, tmp_path: Path) -> None:
+def test_a_list_of_urls_is_built(videos_at: str, tmp_path: Path) -> None:
     names = ["busy.mp4", "fine.mp4", "gone.mp4"]
     (tmp_path / "list.txt").write_text("".join(f"{videos_at}/{name}\n" for name in names))
     build([tmp_path / "list.txt"], tmp_path / "o", "dedupe.exact=false")
@@ -310,16 +308,16 @@ def test_a_list_of_addresses_is_built(videos_at: str, tmp_path: Path) -> None:
     assert [row["reason"] for row in rows_of(tmp_path / "o", "rejects")] == ["unreachable"]
 
 
-def test_addresses_of_other_kinds_are_bad_input(tmp_path: Path) -> None:
-    for url, message in itertools.product(["ftp://a/b.mp4", "simplecache::s3://a/b.mp4"], ["is not opened, only"]):
+def test_unsupported_urls_are_errors(tmp_path: Path) -> None:
+    for url, message in itertools.product(["ftp://a/b.mp4", "simplecache::s3://a/b.mp4"], ["unsupported scheme"]):
         with pytest.raises(BadInput, match=message):
             build([url], tmp_path / "o")
-    with pytest.raises(BadInput, match="does not list its files"):
+    with pytest.raises(BadInput, match="web servers cannot be listed"):
         build(["https://example.com/videos/"], tmp_path / "o")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
-def test_a_bucket_is_listed_and_read_through_errors_that_pass(s3: ObjectStore, tmp_path: Path) -> None:
+def test_a_bucket_is_read_despite_transient_errors(s3: ObjectStore, tmp_path: Path) -> None:
     video = write_scenes(tmp_path / "v.mp4", [1]).read_bytes()
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         header = tarfile.TarInfo("a.mp4")
@@ -330,10 +328,10 @@ def test_a_bucket_is_listed_and_read_through_errors_that_pass(s3: ObjectStore, t
     s3.trouble = lambda asked: Trouble(status=503) if len(s3.requests) % 2 else None
     [source] = ingest(["s3://bucket/raw/"], spec=Spec())
     assert source.name == "s3://bucket/raw/v.mp4"
-    with local(source.place) as path:
+    with open_local(source.file) as path:
         assert path.read_bytes() == video
     assert reason_of("s3://bucket/raw/absent.mp4")[0] is Reason.UNREACHABLE
     build(["s3://bucket/raw/"], tmp_path / "o")
     assert [row["group"] for row in rows_of(tmp_path / "o")] == ["s3://bucket/raw/v.mp4"]
-    admit("s3://bucket/shards/", out=tmp_path / "index")
+    index_shards("s3://bucket/shards/", out=tmp_path / "index")
     assert Index(tmp_path / "index", "train", Cache(tmp_path / "cache", 1)).read(0).video == video

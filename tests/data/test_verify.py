@@ -1,4 +1,4 @@
-"""What is done to a corpus is noticed: each test damages a real one in one way."""
+"""Each test damages a real corpus in one way, which verification must report."""
 
 import json
 import shutil
@@ -11,8 +11,7 @@ import pytest
 from object_store import ObjectStore
 
 from vjepa_data.builder.verify import verify
-from vjepa_data.corpus.format import SampleRecord as Stored
-from vjepa_data.corpus.format import ShardWriter, read_manifest, write_manifest
+from vjepa_data.corpus.format import SampleRecord, ShardWriter, read_manifest, write_manifest
 from vjepa_data.media.transcode import transcode
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Encode, Filter
@@ -27,7 +26,7 @@ def clip(videos: list[bytes], tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def corpus(clip, tmp_path: Path) -> Path:
-    """Two shards of three samples each, as the builder writes them."""
+    """Write two shards of three samples each, as the builder does."""
     folder = tmp_path / "corpus"
     (folder / "shards").mkdir(parents=True)
     records = []
@@ -37,7 +36,7 @@ def corpus(clip, tmp_path: Path) -> Path:
             stored = {"frames": 48, "fps": 12.0, "width": clip.stored.width, "height": 64, "duration_s": 4.0}
             key = f"toy-{number}{position}"
             facts = {"key": key, "group": key, "labels": {}, "stored": stored}
-            writer.write(Stored(key, clip.data, "mp4", facts))
+            writer.write(SampleRecord(key, clip.data, "mp4", facts))
         writer.commit(plan="p")
         records.append(json.loads((folder / "shards" / f"{number:06d}.json").read_bytes()))
     write_manifest(folder, records, [], name="toy", spec={}, tools={})
@@ -50,39 +49,39 @@ def edit(path: Path, change: Callable[[bytearray], None]) -> None:
     path.write_bytes(data)
 
 
-def test_a_whole_corpus_has_no_problems_and_each_clip_decodes(corpus: Path) -> None:
+def test_an_intact_corpus_has_no_problems(corpus: Path) -> None:
     verdict = verify(corpus, deep=True)
     assert (verdict.problems, verdict.samples, verdict.decoded) == ((), 6, 6)
     assert verdict.bytes == sum(shard.bytes for shard in read_manifest(corpus).shards)
 
 
-def test_one_flipped_bit_in_a_video_is_found_and_located(corpus: Path) -> None:
+def test_a_flipped_bit_in_a_video_is_located(corpus: Path) -> None:
     row = pq.read_table(corpus / "samples.parquet").to_pylist()[4]
     edit(corpus / "shards/toy-train-000001.tar", lambda data: data.__setitem__(row["video_offset"] + 99, 0xAB))
     found = verify(corpus).problems
     assert len(found) == 2
     assert "sha256 differs" in found[0]
-    assert f"{row['key']}: the mp4 is not the one that was stored" in found[1]
+    assert f"{row['key']}: its mp4 has changed" in found[1]
 
 
 def test_a_flipped_bit_in_a_header_is_found(corpus: Path) -> None:
     edit(corpus / "shards/toy-train-000000.tar", lambda data: data.__setitem__(3, 0x5A))
-    assert any("its members are not those" in line for line in verify(corpus).problems)
+    assert any("members differ" in line for line in verify(corpus).problems)
 
 
-def test_a_shard_cut_at_a_member_is_found(corpus: Path) -> None:
+def test_a_shard_truncated_at_a_member_is_found(corpus: Path) -> None:
     row = pq.read_table(corpus / "samples.parquet").to_pylist()[1]
     edit(corpus / "shards/toy-train-000000.tar", lambda data: data.__delitem__(slice(row["json_offset"] - 512, None)))
-    assert ["bytes, the manifest says" in line for line in verify(corpus).problems] == [True]
+    assert ["bytes, expected" in line for line in verify(corpus).problems] == [True]
 
 
-def test_a_lost_shard_is_found(corpus: Path) -> None:
+def test_a_missing_shard_is_found(corpus: Path) -> None:
     (corpus / "shards/toy-train-000001.tar").unlink()
-    assert verify(corpus).problems == ("shards/toy-train-000001.tar: it is not there",)
+    assert verify(corpus).problems == ("shards/toy-train-000001.tar: missing",)
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_a_corpus_behind_an_address_is_verified_from_there(
+def test_a_remote_corpus_is_verified(
     corpus: Path, s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -94,11 +93,11 @@ def test_a_corpus_behind_an_address_is_verified_from_there(
     s3.flip("corpus/shards/toy-train-000001.tar", row["video_offset"] + 99)
     del s3.objects["corpus/shards/toy-train-000000.tar"]
     assert verify(place).problems == (
-        "shards/toy-train-000000.tar: it is not there",
-        "shards/toy-train-000001.tar: its sha256 differs from the manifest's",
-        f"shards/toy-train-000001.tar: {row['key']}: the mp4 is not the one that was stored (xxh64 differs)",
+        "shards/toy-train-000000.tar: missing",
+        "shards/toy-train-000001.tar: sha256 differs from the manifest",
+        f"shards/toy-train-000001.tar: {row['key']}: its mp4 has changed (xxh64 differs)",
     )
-    assert not list((tmp_path / "cache").rglob("*.tar"))  # copied one by one, and not kept
+    assert not list((tmp_path / "cache").rglob("*.tar"))  # copied one at a time, and not kept
 
 
 def test_swapped_shards_are_found(corpus: Path) -> None:
@@ -109,14 +108,14 @@ def test_swapped_shards_are_found(corpus: Path) -> None:
     assert sum("sha256 differs" in line for line in verify(corpus).problems) == 2
 
 
-def test_a_clip_that_is_stored_whole_but_does_not_decode_is_found_by_a_deep_look(corpus: Path, clip) -> None:
+def test_deep_finds_a_stored_clip_that_does_not_decode(corpus: Path, clip) -> None:
     folder = corpus.parent / "bad"
     (folder / "shards").mkdir(parents=True)
     writer = ShardWriter(folder, number=0, file="shards/toy-train-000000.tar", split="train")
     noise = np.random.default_rng(0).bytes(len(clip.data) // 2)
     stored = {"frames": 48, "fps": 12.0, "width": clip.stored.width, "height": 64, "duration_s": 4.0}
     damaged = clip.data[: len(clip.data) // 2] + noise
-    writer.write(Stored("toy-0", damaged, "mp4", {"key": "toy-0", "group": "g", "labels": {}, "stored": stored}))
+    writer.write(SampleRecord("toy-0", damaged, "mp4", {"key": "toy-0", "group": "g", "labels": {}, "stored": stored}))
     writer.commit(plan="p")
     write_manifest(folder, [json.loads((folder / "shards/000000.json").read_bytes())], [], name="t", spec={}, tools={})
     assert verify(folder).problems == ()
@@ -130,16 +129,16 @@ def test_a_group_in_two_splits_is_found(corpus: Path) -> None:
         for row in record["samples"]:
             row["group"] = "same"
     write_manifest(corpus, records, [], name="toy", spec={}, tools={})
-    assert any("1 groups are in several splits" in line for line in verify(corpus).problems)
+    assert any("groups in several splits: 1" in line for line in verify(corpus).problems)
 
 
-def test_a_changed_manifest_or_table_is_refused(corpus: Path) -> None:
+def test_a_changed_manifest_or_table_is_an_error(corpus: Path) -> None:
     shutil.copytree(corpus, corpus.parent / "two")
     edit(corpus / "manifest.json", lambda data: data.__setitem__(slice(None), data.replace(b'"toy"', b'"tox"')))
     with pytest.raises(BadInput, match="changed after it was written"):
         verify(corpus)
     edit(corpus.parent / "two" / "samples.parquet", lambda data: data.__setitem__(60, data[60] ^ 1))
-    with pytest.raises(BadInput, match="not the table that the manifest names"):
+    with pytest.raises(BadInput, match=r"samples.parquet: differs from the manifest"):
         verify(corpus.parent / "two")
     with pytest.raises(BadInput, match="No such file"):
         verify(corpus.parent)

@@ -1,4 +1,4 @@
-"""What a video file is, and why it is refused: real files, made on the spot."""
+"""Probe, transcode and reject real video files, which the tests create."""
 
 import io
 import shutil
@@ -12,8 +12,8 @@ import pytest
 from odd_files import ffmpeg, turned
 
 from vjepa_data.decoding.backends import Expect, decode
-from vjepa_data.media.transcode import StoredClip, check, shown_at, stored_rate, stored_size, transcode
-from vjepa_data.media.video import Reason, Refused, Stored, probe, read_canonical
+from vjepa_data.media.transcode import StoredClip, check, resample_frames, stored_rate, stored_size, transcode
+from vjepa_data.media.video import ClipFormat, Reason, Refused, probe, read_canonical
 from vjepa_data.spec import Encode, Filter
 
 FORM = Encode(short_side_px=64)
@@ -23,7 +23,7 @@ needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="odd fi
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seconds of a moving pattern: 128x72, 25 frames per second, H.264 with a key frame every 250."""
+    """Write three seconds of a moving pattern: 128x72, 25 frames per second, H.264, a key frame every 250."""
     path = tmp_path_factory.mktemp("good") / "good.mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
@@ -54,15 +54,15 @@ def reason_of(call: Callable[..., object], *args, **kwargs) -> Reason:
     return caught.value.reason
 
 
-def test_a_probe_says_what_the_file_is(good: Path) -> None:
+def test_probe_reads_the_declared_properties(good: Path) -> None:
     facts = probe(good)
     assert (facts.codec, facts.width, facts.height, facts.rate) == ("h264", 128, 72, (25, 1))
     assert (facts.duration_s, facts.frames, facts.audio) == (3.0, 75, False)
 
 
-def test_a_stored_clip_has_the_canonical_form_and_all_decoders_agree_on_it(good: Path) -> None:
+def test_a_stored_clip_is_canonical_for_all_decoders(good: Path) -> None:
     clip = store(good)
-    assert clip.stored == Stored(frames=75, rate=(25, 1), width=114, height=64)
+    assert clip.stored == ClipFormat(frames=75, rate=(25, 1), width=114, height=64)
     assert read_canonical(clip.data, gop=12) == clip.stored
     with av.open(io.BytesIO(clip.data), "r") as container:
         kinds = [(frame.key_frame, frame.pts) for frame in container.decode(video=0)]
@@ -77,11 +77,11 @@ def test_the_same_video_gives_the_same_bytes(good: Path) -> None:
     assert store(good).data == store(good).data
 
 
-def test_a_part_begins_at_its_time_and_has_its_length(good: Path) -> None:
-    whole, part = store(good), store(good, start_s=1.0, end_s=2.2)
+def test_a_part_has_the_requested_start_and_length(good: Path) -> None:
+    full, part = store(good), store(good, start_s=1.0, end_s=2.2)
     assert part.stored.frames == 30
-    difference = frames_of(part, [0, 29]).astype(int) - frames_of(whole, [25, 54])
-    neighbour = frames_of(part, [0, 29]).astype(int) - frames_of(whole, [26, 55])
+    difference = frames_of(part, [0, 29]).astype(int) - frames_of(full, [25, 54])
+    neighbour = frames_of(part, [0, 29]).astype(int) - frames_of(full, [26, 55])
     assert np.abs(difference).mean() < 0.5 * np.abs(neighbour).mean()
 
 
@@ -89,7 +89,7 @@ def test_a_part_beyond_the_end_is_truncated(good: Path) -> None:
     assert reason_of(store, good, start_s=2.0, end_s=9.0) is Reason.TRUNCATED
 
 
-def test_still_and_dark_clips_are_refused_when_asked(good: Path) -> None:
+def test_still_and_dark_clips_are_rejected_on_request(good: Path) -> None:
     assert reason_of(store, good, min_motion=200.0) is Reason.STILL
     assert reason_of(store, good, min_brightness=250.0) is Reason.DARK
 
@@ -97,35 +97,39 @@ def test_still_and_dark_clips_are_refused_when_asked(good: Path) -> None:
 @pytest.mark.parametrize(
     ("rate", "stored"), [(24, 24), (30, 30), (60, 30), (50, 25), (48, 24), (120, 30), ("30000/1001", "30000/1001")]
 )
-def test_fast_videos_are_thinned_by_a_whole_number(rate: int | str, stored: int | str) -> None:
+def test_high_rates_are_divided_by_an_integer(rate: int | str, stored: int | str) -> None:
     assert stored_rate(Fraction(rate), encode=Encode()) == Fraction(stored)
 
 
-def test_the_shorter_side_is_as_asked_and_both_are_even() -> None:
+def test_the_shorter_side_is_exact_and_both_are_even() -> None:
     assert stored_size(1920, 1080, encode=Encode()) == (456, 256)
     assert stored_size(1080, 1920, encode=Encode()) == (256, 456)
     assert stored_size(17, 17, encode=Encode(short_side_px=32)) == (32, 32)
 
 
-def test_each_tick_shows_the_frame_that_is_on_the_screen_then() -> None:
+def test_resampling_takes_the_frame_on_display() -> None:
     at = [Fraction(n) for n in (0, 1, 4, 5)]
-    assert list(shown_at(zip(at, "abcd", strict=True), start_s=None, seconds=None, rate=Fraction(1))) == list("abbbcd")
-    assert list(shown_at(zip(at, "abcd", strict=True), start_s=1.0, seconds=3.0, rate=Fraction(1))) == list("bbb")
+    assert list(resample_frames(zip(at, "abcd", strict=True), start_s=None, seconds=None, rate=Fraction(1))) == list(
+        "abbbcd"
+    )
+    assert list(resample_frames(zip(at, "abcd", strict=True), start_s=1.0, seconds=3.0, rate=Fraction(1))) == list(
+        "bbb"
+    )
     sixty = zip([Fraction(n, 60) for n in range(8)], "abcdefgh", strict=True)
-    assert list(shown_at(sixty, start_s=None, seconds=None, rate=Fraction(30))) == list("aceg")
+    assert list(resample_frames(sixty, start_s=None, seconds=None, rate=Fraction(30))) == list("aceg")
     slow = zip([Fraction(n, 10) for n in range(3)], "abc", strict=True)
-    assert list(shown_at(slow, start_s=None, seconds=None, rate=Fraction(20))) == list("aabbc")
+    assert list(resample_frames(slow, start_s=None, seconds=None, rate=Fraction(20))) == list("aabbc")
 
 
-def test_a_clock_that_stands_still_or_runs_back_is_damage() -> None:
+def test_time_stamps_with_jumps_are_damage() -> None:
     for times in ([0, 100], [0, 2, 1]):
         frames = [(Fraction(time), "x") for time in times]
         with pytest.raises(Refused) as caught:
-            list(shown_at(iter(frames), start_s=None, seconds=None, rate=Fraction(1)))
+            list(resample_frames(iter(frames), start_s=None, seconds=None, rate=Fraction(1)))
         assert caught.value.reason is Reason.DAMAGED
 
 
-def test_files_that_are_no_videos_are_refused_by_name(good: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_videos_are_told_apart(good: Path, tmp_path: Path) -> None:
     data = good.read_bytes()
     made = {
         "empty.mp4": (b"", Reason.EMPTY),
@@ -143,7 +147,7 @@ def test_files_that_are_no_videos_are_refused_by_name(good: Path, tmp_path: Path
     assert found == {name: reason for name, (_, reason) in made.items()} | {"absent.mp4": Reason.MISSING}
 
 
-def test_an_mp4_that_lost_its_index_is_told_apart(good: Path, tmp_path: Path) -> None:
+def test_an_mp4_without_its_index_has_its_own_reason(good: Path, tmp_path: Path) -> None:
     data = good.read_bytes()
     at = data.index(b"moov")
     (tmp_path / "x.mp4").write_bytes(data[: at - 4] + data[at - 4 :].replace(b"moov", b"junk", 1))
@@ -151,7 +155,7 @@ def test_an_mp4_that_lost_its_index_is_told_apart(good: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "difference"),
     [
         (["-g", "48"], "key frames"),
         (["-pix_fmt", "yuv444p"], "yuv444p"),
@@ -164,29 +168,31 @@ def test_an_mp4_that_lost_its_index_is_told_apart(good: Path, tmp_path: Path) ->
     ],
 )
 @needs_ffmpeg
-def test_what_is_not_canonical_says_in_what(good: Path, tmp_path: Path, words: list[str], what: str) -> None:
+def test_differences_from_the_canonical_form_are_named(
+    good: Path, tmp_path: Path, words: list[str], difference: str
+) -> None:
     path = tmp_path / "x.mp4"
     form = ["-c:v", "libx264", "-bf", "0", "-g", "12", "-use_editlist", "0", "-movflags", "faststart"]
     ffmpeg("-i", good, *form, path)
     assert read_canonical(path.read_bytes(), gop=12).frames == 75
     ffmpeg("-i", good, *form, *words, path)
-    with pytest.raises(Refused, match=what):
+    with pytest.raises(Refused, match=difference):
         read_canonical(path.read_bytes(), gop=12)
 
 
-def test_a_turned_video_is_stored_upright(good: Path, tmp_path: Path) -> None:
+def test_a_rotated_video_is_stored_upright(good: Path, tmp_path: Path) -> None:
     (tmp_path / "turned.mp4").write_bytes(turned(good.read_bytes()))
     assert (probe(tmp_path / "turned.mp4").width, probe(tmp_path / "turned.mp4").height) == (72, 128)
     clip = store(tmp_path / "turned.mp4")
     assert (clip.stored.width, clip.stored.height) == (64, 114)
     clockwise = np.rot90(frames_of(store(good), [10])[0].astype(int), -1)
     assert np.abs(frames_of(clip, [10])[0] - clockwise).mean() < 4
-    with pytest.raises(Refused, match="turned"):
+    with pytest.raises(Refused, match="rotated"):
         read_canonical(turned(clip.data), gop=12)
 
 
 @needs_ffmpeg
-def test_odd_files_of_the_wild_are_stored_or_refused_with_the_right_reason(good: Path, tmp_path: Path) -> None:
+def test_odd_files_are_stored_or_rejected_with_a_reason(good: Path, tmp_path: Path) -> None:
     source = "testsrc2=size=128x72:rate=25:duration=2"
     made: dict[str, list[str | Path]] = {
         "sound.mp4": ["-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac"],
@@ -204,8 +210,8 @@ def test_odd_files_of_the_wild_are_stored_or_refused_with_the_right_reason(good:
     }
     for name, words in made.items():
         ffmpeg(*words, *(["-preset", "ultrafast"] if "libx264" in words else []), tmp_path / name)
-    whole = (tmp_path / "vary.mkv").read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 6 // 10])
+    data = (tmp_path / "vary.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 6 // 10])
     ffmpeg("-i", tmp_path / "stream.ts", "-c:v", "mpeg2video", tmp_path / "a.ts")
     ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64:rate=25:duration=1", "-c:v", "mpeg2video", tmp_path / "b.ts")
     (tmp_path / "sizes.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())

@@ -20,7 +20,7 @@ from vjepa.evals import embed as embed_module
 from vjepa.evals.attentive import _labels as attentive_labels
 from vjepa.evals.embed import embed
 from vjepa.weights.load import load_encoder
-from vjepa_data.builder.index_foreign import admit
+from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.evaluation import video_files as files_module
 from vjepa_data.evaluation.clips import EvalClips, square_views
 from vjepa_data.evaluation.video_files import file_clips, find_videos
@@ -57,7 +57,7 @@ def test_shards_of_others_are_embedded_with_what_they_say_or_do_not(
             if facts is not None:
                 (tmp_path / "facts.json").write_text(json.dumps(facts))
                 tar.add(tmp_path / "facts.json", f"{key}.json")
-    admit(tmp_path / "in")
+    index_shards(tmp_path / "in")
     clips = EvalClips(tmp_path / "in", split="train", px=32, frames=4, fps=8.0)
     assert {clip.key: clip.labels for clip in clips} == {"a": {}, "b": said["b"], "c": {}, "d": said["d"]}
     assert embed(trained, [tmp_path / "in"], tmp_path / "f.parquet").broken == 0
@@ -73,7 +73,7 @@ def test_a_picture_is_a_clip_that_stands_still(trained: Path, tmp_path: Path) ->
         header = tarfile.TarInfo("one.png")
         header.size = len(file.getvalue())
         tar.addfile(header, io.BytesIO(file.getvalue()))
-    admit(tmp_path)
+    index_shards(tmp_path)
     embed(trained, [tmp_path], tmp_path / "f.parquet", clips_per_video=3)
     (row,) = rows_of(tmp_path / "f.parquet")
     still = torch.from_numpy(picture).expand(1, 4, -1, -1, -1)

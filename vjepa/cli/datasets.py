@@ -95,14 +95,14 @@ def task(text: str) -> tuple[int, int]:
 
 def shard(args: argparse.Namespace) -> None:
     from vjepa_data.builder.shard import shard
-    from vjepa_data.builder.status import counted, lasting, refusals, status
+    from vjepa_data.builder.status import count_rejects, format_count, format_duration, read_status
     from vjepa_data.builder.survey import survey
     from vjepa_data.config_files import load_settings
     from vjepa_data.settings import BadInput
     from vjepa_data.spec import Spec
 
     if args.status:
-        print(status(args.out).text())
+        print(read_status(args.out).text())
         return
     if not args.sources:
         raise BadInput("no sources; give folders, video files, tables of videos, tars or URLs")
@@ -114,18 +114,18 @@ def shard(args: argparse.Namespace) -> None:
         print("\n".join(survey(args.sources, spec=spec, workers=args.workers, out=args.out).lines()))
         return
     manifest = shard(args.sources, args.out, spec=spec, workers=args.workers, task=args.task)
-    refused = refusals(args.out)
+    refused = count_rejects(args.out)
     parts = [
-        f"{counted(int(one['samples']), 'clip')} ({lasting(one['seconds'])}) in {name}"
+        f"{format_count(int(one['samples']), 'clip')} ({format_duration(one['seconds'])}) in {name}"
         for name, one in manifest.splits.items()
     ]
     if refused:
-        parts.append(f"refused: {', '.join(f'{count} {reason}' for reason, count in refused.items())}")
+        parts.append(f"rejected: {', '.join(f'{count} {reason}' for reason, count in refused.items())}")
     print(f"{args.out}: {', '.join(parts)}; corpus {manifest.hash[:12]}; report in {args.out / 'report.html'}")
 
 
 def index(args: argparse.Namespace) -> None:
-    from vjepa_data.builder.index_foreign import admit
+    from vjepa_data.builder.index_foreign import index_shards
     from vjepa_data.settings import BadInput
 
     splits = {}
@@ -135,7 +135,7 @@ def index(args: argparse.Namespace) -> None:
             raise BadInput(f"--split {word!r}: expected PATTERN=NAME, such as '*val*=val'")
         splits[pattern] = name
     with bar("reading tars") as advance:
-        found = admit(
+        found = index_shards(
             args.place,
             out=args.out,
             name=args.name,

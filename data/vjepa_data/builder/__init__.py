@@ -1,13 +1,13 @@
-"""Raw videos to shards, in stages with a file each.
+"""Turn raw videos into shards, in stages with one file each.
 
-    ingest    what there is: folders, files, tables -> a list of sources
-    select    what is worth keeping: probe, filter, duplicates, cut, splits -> a list of clips
-    pack      which clip goes to which shard, frozen as a file
-    write     encode, check, store; any number of times, on any number of machines
-    report    a page about the result
+    ingest    folders, files and tables -> a list of sources
+    select    analyze, filter, deduplicate, cut and split the sources -> a list of clips
+    pack      assign clips to shards and save the plan
+    write     encode, check and store the clips, on any number of machines
+    report    render a page about the result
 
-`shard` runs them all. Its result is a function of the sources and the spec alone. `survey` says beforehand what it will
-cost, `admit` makes a corpus of shards that others wrote, and `verify` asks whether a corpus is what it says.
+`shard` runs all stages. Its result depends only on the sources and the spec. `survey` estimates the cost beforehand,
+`index_foreign` makes a corpus of shards that another tool wrote, and `verify` checks a corpus against its manifest.
 """
 
 from vjepa_data.builder.shard import shard

@@ -1,8 +1,8 @@
-"""Shards of others: WebDataset tars that this project did not write get a table and a manifest, and can be trained on.
+"""Index foreign shards: write a sample table and a manifest for WebDataset tars that another tool wrote.
 
-Nothing is copied and nothing in the tars is changed. Members other than one video or image and one json a sample are
-never looked at. What is stored in another form than ours still trains where the decoder can read it, but slower, and
-with less certainty: the report says how much of it there is.
+Nothing is copied, and the tars are not changed. Members other than one video or image and one json per sample are never
+read. Clips that do not have our canonical form can still train if the decoder reads them, but decode slower and less
+reliably. The result counts them.
 """
 
 import fnmatch
@@ -10,9 +10,9 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -33,29 +33,41 @@ SUFFIXES = ("mp4", "jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
-class Admission:
-    """What was admitted."""
+class IndexResult:
+    """Outcome of indexing foreign shards."""
 
     manifest: Manifest
     flaws: dict[str, int]
-    """Samples that are not of the canonical form, by what is wrong; they were admitted."""
+    """Indexed samples that are not canonical, counted by the first difference."""
     rejects: dict[str, int]
-    """Samples that cannot be decoded, by reason; they were left out."""
+    """Omitted samples, counted by reason."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One sample in a tar: where its data lies."""
+    """Byte ranges of one sample in a tar."""
 
     key: str
     suffix: str
     video: tuple[int, int]
     """Offset and size in bytes."""
     json: tuple[int, int]
-    """Of size 0 if it has none."""
+    """Offset and size in bytes. The size is 0 if the sample has no json."""
 
 
-def admit(
+@dataclass(frozen=True)
+class _Tar:
+    """Everything that the manifest records about one tar."""
+
+    file: str
+    bytes: int
+    sha256: str
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    rejects: list[RejectRecord] = field(default_factory=list)
+    flaws: Counter[str] = field(default_factory=Counter)
+
+
+def index_shards(
     place: str | Path,
     *,
     out: Path | None = None,
@@ -66,104 +78,111 @@ def admit(
     workers: int = 1,
     timeout_s: float = 120.0,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Admission:
+) -> IndexResult:
     """Index WebDataset tars of any origin.
 
     Args:
-        place: folder that holds the tars, at any depth, or their addresses (`find_tars`). Remote tars are read once,
-            one after another, and stay where they are: a run reads samples from there through its cache.
-        out: where to write the table and the manifest, with links to local tars; by default the folder itself.
-        name: of the corpus; by default the place's.
-        splits: pattern of a tar's name to split, e.g. {"*val*": "val"}; what fits none is `train`.
-        labels: fields of a sample's json to keep in the table; by default those that are texts, numbers or truths.
-        deep: decode every clip from first to last frame; otherwise the first frame, and the form of the rest.
-        workers: processes that open clips.
-        timeout_s: after which a clip counts as one that cannot be read.
-        advance: called with the tars that are done, and the tars that there are.
+        place: folder of the tars, searched recursively, or their URL (`find_tars`). Remote tars are read once, one
+            after another, and are not kept: a run reads samples from the URL through its cache.
+        out: folder for the table and the manifest, with links to local tars (default: `place` itself).
+        name: name of the corpus (default: that of `place`).
+        splits: split for each pattern of tar names, e.g. {"*val*": "val"} (default: `train`).
+        labels: fields of a sample's json to keep in the table (default: all strings, numbers and booleans).
+        deep: decode every frame of every clip, otherwise decode the first frame and check the form of the rest.
+        workers: number of processes that open clips.
+        timeout_s: seconds after which a clip is rejected.
+        advance: called with the number of finished tars and the number of all tars.
 
     Raises:
-        BadInput: there are no tars, they are damaged or out of reach, or a manifest is there already.
+        BadInput: there are no tars, they are damaged or unreachable, or a manifest exists already.
     """
-    place = str(place)
+    place, splits = str(place), dict(splits or {})
     if is_remote(place) and out is None:
-        raise BadInput(f"{place}: an index is written here, not there; give --out a folder")
+        raise BadInput(f"{place}: an index cannot be written to a URL; give a local folder with --out")
     target = out or Path(place)
     if (target / "manifest.json").exists():
-        raise BadInput(f"{target} has a manifest already; remove it, or give another --out")
-    tars = find_tars(place)
-    is_linked = out is not None and not is_remote(place)
-    if is_linked:
-        _refuse_equal_links(tars.files)
+        raise BadInput(f"{target} already has a manifest; remove it or give another --out")
+    found = find_tars(place)
+    links = _link_names(found.files) if out is not None and not is_remote(place) else {}
     target.mkdir(parents=True, exist_ok=True)
-    records, flaws, rejects = [], Counter[str](), Counter[str]()
-    seen: Counter[str] = Counter()
+    tars: list[_Tar] = []
     with WorkerPool[ExamineTask, Examined]("vjepa_data.media.tasks", workers=workers, timeout_s=timeout_s) as pool:
-        for done, file in enumerate(tars.files, start=1):
-            base = file.rpartition("/")[2]
-            split = next((s for pattern, s in (splits or {}).items() if fnmatch.fnmatch(base, pattern)), "train")
-            with local_tar(tars.root, file, scratch=target) as path:
+        for file in found.files:
+            with local_tar(found.root, file, scratch=target) as path:
                 if path is None:
-                    raise BadInput(f"{tars.root}/{file}: cannot be read; check the address and the keys")
-                record = _examine(path, file, split, pool, flaws, labels, deep=deep)
-            record["file"] = _link_name(file) if is_linked else file
-            rejects.update(reject["reason"] for reject in record["rejects"])
-            seen.update(row["key"] for row in record["samples"])
-            records.append(record)
-            advance(done, len(tars.files))
-    for record, file in zip(records, tars.files, strict=True):
-        for row in record["samples"]:
-            if seen[row["key"]] > 1:  # keys are often unique in their tar only
-                row["key"] = f"{file.removesuffix('.tar')}/{row['key']}"
-            row["group"] = row["group"] or row["key"]
-        if not record["samples"]:
-            record["file"] = None
-    if not any(record["samples"] for record in records):
+                    raise BadInput(f"{found.root}/{file}: cannot be read; check the URL and the credentials")
+                tars.append(_examine_tar(path, file, pool, labels, deep=deep))
+            advance(len(tars), len(found.files))
+    rejects = Counter(str(reject.reason) for tar in tars for reject in tar.rejects)
+    if not any(tar.samples for tar in tars):
         raise BadInput(
-            f"{place}: no sample of {len(records)} tars can be used ({_text(rejects)}); expected KEY.mp4 or KEY.jpg, "
-            "of other videos `vjepa shard` makes such tars"
+            f"{place}: none of the samples in {len(tars)} tars can be used ({_format_counts(rejects)}); expected "
+            "KEY.mp4 or KEY.jpg, and `vjepa shard` converts other videos"
         )
-    if is_linked:
-        _link(target, [(record["file"], Path(place, file)) for record, file in zip(records, tars.files, strict=True)])
-    spec = {"foreign": True, "splits": dict(splits or {}), "deep": deep}
-    if is_remote(place):
-        spec["root"] = tars.root
-    called = name or Path(tars.root.rstrip("/")).resolve().name
-    manifest = write_manifest(target, records, [], name=called, spec=spec, tools={})
+    _complete_rows(tars)
+    for tar in tars:
+        if tar.samples and links:
+            _link(target / links[tar.file], Path(place, tar.file))
+    records = [_commit_record(tar, links.get(tar.file, tar.file), splits) for tar in tars]
+    spec = {"foreign": True, "splits": splits, "deep": deep} | ({"root": found.root} if is_remote(place) else {})
+    title = name or Path(found.root.rstrip("/")).resolve().name
+    manifest = write_manifest(target, records, [], name=title, spec=spec, tools={})
     prepare(target, manifest)
-    return Admission(manifest, dict(flaws), dict(rejects))
+    return IndexResult(manifest, dict(sum((tar.flaws for tar in tars), Counter())), dict(rejects))
 
 
-def _link_name(file: str) -> str:
-    """Where the link to a tar lies in the corpus's folder."""
-    return f"shards/{file.replace('/', '-')}"
+def _complete_rows(tars: Sequence[_Tar]) -> None:
+    """Make keys unique over all tars, and let every sample without a group form its own."""
+    counts = Counter(row["key"] for tar in tars for row in tar.samples)
+    for tar in tars:
+        for row in tar.samples:
+            if counts[row["key"]] > 1:  # keys are often unique only within their tar
+                row["key"] = f"{tar.file.removesuffix('.tar')}/{row['key']}"
+            row["group"] = row["group"] or row["key"]
 
 
-def _refuse_equal_links(files: Sequence[str]) -> None:
-    names: dict[str, str] = {}
-    for file in files:
-        other = names.setdefault(_link_name(file), file)
-        if other != file:
-            raise BadInput(f"{other} and {file} would both be linked as {_link_name(file)}; rename one of them")
+def _commit_record(tar: _Tar, file: str, splits: Mapping[str, str]) -> dict[str, Any]:
+    """Return the commit record that the builder would have written for this tar."""
+    base = tar.file.rpartition("/")[2]
+    return {
+        "file": file if tar.samples else None,
+        "split": next((split for pattern, split in splits.items() if fnmatch.fnmatch(base, pattern)), "train"),
+        "bytes": tar.bytes,
+        "sha256": tar.sha256,
+        "samples": tar.samples,
+        "rejects": [asdict(reject) for reject in tar.rejects],
+    }
 
 
-def _link(out: Path, tars: Sequence[tuple[str | None, Path]]) -> None:
-    for name, path in tars:
-        if name is None:
-            continue
-        link = out / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(path.resolve())
-
-
-def members(path: Path, file: str) -> Iterator[Member | RejectRecord]:
-    """The samples of a tar, called `file` in messages, and what is left out: all files of one key, wherever they lie.
-
-    WebDataset groups neighbours only, and makes two halves of a sample whose files were not packed side by side.
+def _link_names(files: Sequence[str]) -> dict[str, str]:
+    """Choose a path in the corpus for the link to each tar.
 
     Raises:
-        BadInput: the tar is damaged or cut off.
+        BadInput: two links would have the same name.
+    """
+    links = {file: f"shards/{file.replace('/', '-')}" for file in files}
+    first: dict[str, str] = {}
+    for file, link in links.items():
+        if first.setdefault(link, file) != file:
+            raise BadInput(f"{first[link]} and {file} would both be linked as {link}; rename one of them")
+    return links
+
+
+def _link(link: Path, path: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(path.resolve())
+
+
+def list_members(path: Path, file: str) -> Iterator[Member | RejectRecord]:
+    """Yield the samples of a tar, called `file` in messages, and the omitted files.
+
+    All files with the same key form a sample, wherever they lie. WebDataset groups only adjacent files, and so splits a
+    sample whose files are apart.
+
+    Raises:
+        BadInput: the tar is damaged or truncated.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     size = path.stat().st_size
@@ -171,103 +190,91 @@ def members(path: Path, file: str) -> Iterator[Member | RejectRecord]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.offset_data + member.size > size:
-                    raise BadInput(f"{file}: {member.name} goes on after the end of the tar; copy it again")
+                    raise BadInput(f"{file}: {member.name} extends past the end of the tar; copy it again")
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 if not member.isreg() or not dot:
                     continue
                 found = samples.setdefault(f"{folder}{slash}{stem}", {})
                 if suffix.lower() in found:
-                    yield _left_out(f"{file}/{member.name}", Reason.DUPLICATE, "a file of this name comes before it")
+                    yield _reject(f"{file}/{member.name}", Reason.DUPLICATE, "an earlier file has the same name")
                 found.setdefault(suffix.lower(), (member.offset_data, member.size))
     except tarfile.TarError as error:
-        raise BadInput(f"{file}: is not a whole tar ({error}); copy it again") from None
+        raise BadInput(f"{file}: not a complete tar ({error}); copy it again") from None
     for key, found in samples.items():
         suffix = next((suffix for suffix in SUFFIXES if suffix in found), None)
         if suffix is not None:
             yield Member(key, suffix, found[suffix], found.get("json", (found[suffix][0], 0)))
-        for other in found if suffix is None else ():
+            continue
+        for other in found:
             if f".{other.rpartition('.')[2]}" in VIDEOS:
-                detail = "after its first dot comes no mp4; `vjepa shard` takes such files"
-                yield _left_out(f"{file}/{key}.{other}", Reason.NOT_CANONICAL, detail)
+                detail = "the suffix after the first dot is not mp4; use `vjepa shard` for such files"
+                yield _reject(f"{file}/{key}.{other}", Reason.NOT_CANONICAL, detail)
 
 
-def _left_out(name: str, reason: Reason, detail: str) -> RejectRecord:
+def _reject(name: str, reason: Reason, detail: str) -> RejectRecord:
     return RejectRecord(name, None, None, "index", reason, detail)
 
 
-def _examine(
-    path: Path,
-    file: str,
-    split: str,
-    pool: WorkerPool[ExamineTask, Examined],
-    flaws: Counter[str],
-    labels: Sequence[str] | None,
-    *,
-    deep: bool,
-) -> dict[str, Any]:
-    """The commit record that the builder would have written for this tar."""
-    rows: list[dict[str, Any]] = []
-    found = list(members(path, file))
-    own = [one for one in found if isinstance(one, Member)]
-    rejects = [one.__dict__ for one in found if isinstance(one, RejectRecord)]
+def _examine_tar(
+    path: Path, file: str, pool: WorkerPool[ExamineTask, Examined], labels: Sequence[str] | None, *, deep: bool
+) -> _Tar:
+    """Hash a tar and examine its clips."""
+    found = list(list_members(path, file))
+    members = [member for member in found if isinstance(member, Member)]
     gop = Encode().gop
-    tasks = (ExamineTask(n, FileRef(str(path), *one.video), one.suffix, gop, deep) for n, one in enumerate(own))
-    with path.open("rb") as tar:
-        sha256 = hashlib.file_digest(tar, "sha256").hexdigest()
+    tasks = (ExamineTask(n, FileRef(str(path), *m.video), m.suffix, gop, deep) for n, m in enumerate(members))
+    with path.open("rb") as data:
+        tar = _Tar(file, path.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest())
+        tar.rejects.extend(reject for reject in found if isinstance(reject, RejectRecord))
         for task, answer in pool.map(tasks):
-            one = own[task.number]
+            member = members[task.number]
             if isinstance(answer, Refused):
-                rejects.append(_left_out(f"{file}/{one.key}", answer.reason, answer.detail).__dict__)
+                tar.rejects.append(_reject(f"{file}/{member.key}", answer.reason, answer.detail))
                 continue
             if answer.flaw:
-                flaws[answer.flaw.partition(" (")[0].partition(":")[0]] += 1
-            facts = _facts(tar, one)
-            rows.append(_row(tar, one, answer, facts, labels))
-    return {
-        "file": file,
-        "split": split,
-        "bytes": path.stat().st_size,
-        "sha256": sha256,
-        "samples": rows,
-        "rejects": rejects,
-    }
+                tar.flaws[answer.flaw.partition(" (")[0].partition(":")[0]] += 1
+            tar.samples.append(_row(data, member, answer, labels))
+    return tar
 
 
-def _facts(tar: Any, one: Member) -> dict[str, Any]:
-    """A sample's json if it is an object, else nothing."""
-    tar.seek(one.json[0])
+def _read_facts(tar: BinaryIO, member: Member) -> dict[str, Any]:
+    """Read a sample's json. Return an empty dictionary if it is missing or invalid."""
+    tar.seek(member.json[0])
     try:
-        return read_labels(tar.read(min(one.json[1], MAX_BYTES + 1))) if one.json[1] else {}
+        return read_labels(tar.read(min(member.json[1], MAX_BYTES + 1))) if member.json[1] else {}
     except ValueError:
         return {}
 
 
-def _row(tar: Any, one: Member, seen: Examined, facts: dict[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:
-    tar.seek(one.video[0])
-    kept = facts["labels"] if is_ours(facts) else facts
-    plain = {name: value for name, value in kept.items() if isinstance(value, (str, int, float, bool))}
-    if labels is not None:
-        plain = {name: kept[name] for name in labels if name in kept}
-    stored = seen.stored
-    is_video = one.suffix == "mp4"
+def _row(tar: BinaryIO, member: Member, examined: Examined, labels: Sequence[str] | None) -> dict[str, Any]:
+    """Return a sample's row of the table."""
+    facts = _read_facts(tar, member)
+    known = facts["labels"] if is_ours(facts) else facts
+    if labels is None:
+        kept = {name: value for name, value in known.items() if isinstance(value, (str, int, float, bool))}
+    else:
+        kept = {name: known[name] for name in labels if name in known}
+    stored = examined.stored
+    is_video = member.suffix == "mp4"
+    tar.seek(member.video[0])
     return {
-        "key": one.key,
-        "video_offset": one.video[0],
-        "video_size": one.video[1],
-        "json_offset": one.json[0],
-        "json_size": one.json[1],
-        "suffix": one.suffix if is_video else "jpg",
+        "key": member.key,
+        "video_offset": member.video[0],
+        "video_size": member.video[1],
+        "json_offset": member.json[0],
+        "json_size": member.json[1],
+        "suffix": member.suffix if is_video else "jpg",
         "frames": stored.frames,
         "fps": stored.fps,
         "width": stored.width,
         "height": stored.height,
         "duration_s": round(stored.frames / stored.fps, 6) if is_video else 0.0,
         "group": facts["group"] if is_ours(facts) else "",
-        "labels": canonical_json(plain).decode(),
-        "xxh64": xxhash.xxh64_hexdigest(tar.read(one.video[1])),
+        "labels": canonical_json(kept).decode(),
+        "xxh64": xxhash.xxh64_hexdigest(tar.read(member.video[1])),
     }
 
 
-def _text(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "none"
+def _format_counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no samples"

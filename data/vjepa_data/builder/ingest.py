@@ -1,4 +1,4 @@
-"""What there is: folders, files, lists, tables and tars of videos become one list of sources."""
+"""Stage 1 of a build: turn folders, files, lists, tables and tars of videos into one list of sources."""
 
 import itertools
 import os
@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from vjepa_data.builder.labels import MAX_BYTES, plain, read_labels
+from vjepa_data.builder.tars import list_prefix
 from vjepa_data.corpus.format import is_ours
-from vjepa_data.corpus.remote import store_errors
 from vjepa_data.media.fetch import SCHEMES, FileRef
 from vjepa_data.media.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
 from vjepa_data.settings import BadInput
@@ -28,20 +27,20 @@ TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 
 @dataclass(frozen=True)
 class InputFile:
-    """One video to take in, or a part of it."""
+    """One source: a video, or a part of it."""
 
     name: str
-    """What the corpus calls it, for ever: its path below the folder that was given, or its place in the table.
-    Does not depend on where the folder lies."""
-    place: FileRef
-    """Where it is now."""
+    """Permanent name in the corpus: the path below the given folder, or the text in the table. Independent of where
+    the folder lies."""
+    file: FileRef
+    """Current location."""
     labels: dict[str, Any] = field(default_factory=dict)
     group: str | None = None
     split: str | None = None
     start_s: float | None = None
     end_s: float | None = None
     refused: tuple[str, str] | None = None
-    """Reason and detail, if it is known already that it cannot be used."""
+    """Reason and detail, if it is already known to be unusable."""
 
     def as_refusal(self) -> Refused | None:
         return Refused(Reason(self.refused[0]), self.refused[1]) if self.refused else None
@@ -51,31 +50,30 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
     """List every source in order of name.
 
     Args:
-        sources: folders (searched with all below them), video files, tables (CSV, TSV, JSONL, parquet) with one video
-            a row, lists (.txt) with one a line, WebDataset tars, and addresses (http, https, s3, gs) of single
-            files, or of a prefix if it ends in `/`.
-        spec: says whether videos or images are wanted, and the names of a table's columns.
-        out: a folder that is none of the sources though it lies below one: where the corpus will be.
+        sources: folders (searched recursively), video files, tables (CSV, TSV, JSONL, parquet) with one video per
+            row, lists (.txt) with one per line, WebDataset tars, and URLs (http, https, s3, gs) of single files, or of
+            a prefix if it ends in `/`.
+        spec: whether to look for videos or images, and the names of a table's columns.
+        out: folder of the corpus, which is skipped if it lies below a source.
 
     Raises:
-        BadInput: one does not exist, cannot be read as what it is, or no video is found.
+        BadInput: a source does not exist or cannot be read, two sources have the same name, or no video is found.
     """
     if not sources:
         raise BadInput("no sources; give folders, video files or tables of videos")
-    within = [one for one in sources if out and "://" not in one and Path(one).resolve().is_relative_to(out.resolve())]
-    if within:
-        raise BadInput(f"{within[0]} is --out itself or lies in it; give the corpus another folder")
-    found = [source for text in sources for source in _one(text, spec, out)]
+    for text in sources:
+        if out and "://" not in text and Path(text).resolve().is_relative_to(out.resolve()):
+            raise BadInput(f"source {text} is --out or lies inside it; write the corpus to another folder")
+    found = [source for text in sources for source in _expand(text, spec, out)]
     if not found:
-        wanted = spec.media
-        raise BadInput(f"no {wanted} in {', '.join(sources)}{_what_else(sources)}; give a folder that holds some")
+        raise BadInput(f"no {spec.media} in {', '.join(sources)}{_other_files(sources)}; give a folder that has some")
     found.sort(key=lambda source: (source.name, source.start_s or 0.0, source.end_s or 0.0))
-    for one, following in itertools.pairwise(found):
-        if (one.name, one.start_s, one.end_s) == (following.name, following.start_s, following.end_s):
-            if one.place == following.place:
-                raise BadInput(f"{one.name!r} is listed twice; keep one of the two, or give them parts of their own")
-            places = f"{one.place.path} and {following.place.path}"
-            raise BadInput(f"two sources are called {one.name!r} ({places}); rename a folder or a file")
+    for source, following in itertools.pairwise(found):
+        if (source.name, source.start_s, source.end_s) == (following.name, following.start_s, following.end_s):
+            if source.file == following.file:
+                raise BadInput(f"{source.name!r} is listed twice; remove one entry, or give them different time ranges")
+            paths = f"{source.file.path} and {following.file.path}"
+            raise BadInput(f"two sources have the name {source.name!r} ({paths}); rename a folder or a file")
     return found
 
 
@@ -83,9 +81,9 @@ def _suffixes(spec: Spec) -> frozenset[str]:
     return SUFFIXES if spec.media == "videos" else IMAGE_SUFFIXES
 
 
-def _one(text: str, spec: Spec, out: Path | None) -> Iterable[InputFile]:
+def _expand(text: str, spec: Spec, out: Path | None) -> Iterable[InputFile]:
     if "://" in text:
-        return _address(text, spec)
+        return _from_url(text, spec)
     path = Path(text).resolve()
     if path.is_dir():
         return _folder(path, spec, out.resolve() if out else None)
@@ -102,9 +100,9 @@ def _one(text: str, spec: Spec, out: Path | None) -> Iterable[InputFile]:
 
 
 def _folder(folder: Path, spec: Spec, out: Path | None) -> Iterator[InputFile]:
-    """Every file below a folder that is called like a video, or a tar; hidden files and folders are left alone.
+    """Yield every file below a folder that has the suffix of a video or a tar. Hidden files and folders are skipped.
 
-    A link that leads nowhere is a source too, which will be refused, so that nobody misses it in silence.
+    A broken link is a source too. It will be rejected as missing, so that it is reported.
     """
     wanted = _suffixes(spec)
     for path in sorted(folder.rglob("*")):
@@ -120,7 +118,7 @@ def _folder(folder: Path, spec: Spec, out: Path | None) -> Iterator[InputFile]:
 
 
 def _file(path: Path, name: str) -> InputFile:
-    """A video file, with the labels in the JSON file of the same stem if there is one."""
+    """Describe a video file, with the labels from the JSON file of the same stem if that exists."""
     name, sidecar = readable(name), path.with_suffix(".json")
     if not sidecar.is_file():
         return InputFile(name, FileRef(str(path)))
@@ -132,33 +130,22 @@ def _file(path: Path, name: str) -> InputFile:
 
 
 def readable(name: str) -> str:
-    """A file's name as text; bytes in it that are no UTF-8 are spelled out."""
+    """Return a file name as text, with invalid UTF-8 bytes escaped."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _address(url: str, spec: Spec) -> Iterator[InputFile]:
+def _from_url(url: str, spec: Spec) -> list[InputFile]:
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
-        raise BadInput(f"{url}: {scheme}: is not opened, only {', '.join(sorted(SCHEMES))}; copy the files here first")
+        raise BadInput(f"{url}: unsupported scheme {scheme!r}; use {', '.join(sorted(SCHEMES))} or copy the files")
     if not url.endswith("/"):
-        yield InputFile(url, FileRef(url))
-        return
-    if scheme in ("http", "https"):
-        raise BadInput(f"{url}: a web server does not list its files; give a .txt or .csv with one address a row")
-    try:
-        system, root = fsspec.url_to_fs(url)
-        paths = sorted(system.find(root))
-    except (OSError, ImportError, ValueError, *store_errors()) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{url}: cannot be listed ({reason}); check the address and the keys") from None
-    for path in paths:
-        if PurePosixPath(path).suffix.lower() in _suffixes(spec):
-            address = f"{scheme}://{path}"
-            yield InputFile(address, FileRef(address))
+        return [InputFile(url, FileRef(url))]
+    found = list_prefix(url, hint="give a .txt or .csv file of URLs")
+    return [InputFile(file, FileRef(file)) for file in found if PurePosixPath(file).suffix.lower() in _suffixes(spec)]
 
 
-def _what_else(sources: Sequence[str]) -> str:
-    """What lies there instead, for a message."""
+def _other_files(sources: Sequence[str]) -> str:
+    """Summarize the other files in the sources, for a message."""
     suffixes: dict[str, int] = {}
     for text in sources:
         for path in Path(text).rglob("*"):
@@ -170,19 +157,19 @@ def _what_else(sources: Sequence[str]) -> str:
     return f" ({sum(suffixes.values())} other files: {', '.join(f'{suffixes[s]} x {s}' for s in common)})"
 
 
-def _where(folder: Path, text: str) -> FileRef:
-    """The place that a cell or line names: an address, or a path from the folder of its table."""
+def _locate(folder: Path, text: str) -> FileRef:
+    """Resolve a cell or line: a URL, or a path relative to the folder of its table."""
     return FileRef(text if "://" in text else str((folder / text).resolve()))
 
 
 def _has_no_header(path: Path, spec: Spec) -> bool:
-    """Whether a `.csv` is a list of paths and class numbers, as V-JEPA and VideoMAE read them."""
+    """Tell whether a `.csv` is a list of paths and class numbers, as V-JEPA and VideoMAE read them."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return _labelled(file.readline(), spec) is not None
+        return _path_and_class(file.readline(), spec) is not None
 
 
-def _labelled(line: str, spec: Spec) -> tuple[str, int] | None:
-    """The path and the class of a line `PATH NUMBER`; None if it is another."""
+def _path_and_class(line: str, spec: Spec) -> tuple[str, int] | None:
+    """Split a line `PATH NUMBER` into path and class, or None if it has another form."""
     found = re.fullmatch(r"(.+?)[\s,]+([0-9]{1,9})", line.strip())
     if found is None or PurePosixPath(found[1]).suffix.lower() not in _suffixes(spec):
         return None
@@ -193,14 +180,14 @@ def _list(path: Path, spec: Spec) -> Iterator[InputFile]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise BadInput(f"{path}: is not a text file; give a list with one path or address a line") from None
+        raise BadInput(f"{path}: not a text file; give a list with one path or URL per line") from None
     for line in filter(None, map(str.strip, lines)):
-        name, label = _labelled(line, spec) or (line, None)
-        yield InputFile(name, _where(path.parent, name), labels={} if label is None else {"label": label})
+        name, label = _path_and_class(line, spec) or (line, None)
+        yield InputFile(name, _locate(path.parent, name), labels={} if label is None else {"label": label})
 
 
 def _tar(path: Path, name: str, spec: Spec) -> Iterator[InputFile]:
-    """The samples of a WebDataset tar, with what their json and txt say; nothing else in them is looked at."""
+    """Yield the samples of a WebDataset tar, with labels from their json and txt. Other members are not read."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -209,40 +196,40 @@ def _tar(path: Path, name: str, spec: Spec) -> Iterator[InputFile]:
                 if member.isreg() and dot:
                     samples.setdefault(member.name[: -len(suffix) - 1], {})[suffix.lower()] = member
             for key, members in samples.items():
-                whole = next((suffix for suffix in members if f".{suffix}" in _suffixes(spec)), None)
-                for suffix in [whole] if whole else _dotted(members, spec):
+                plain_suffix = next((suffix for suffix in members if f".{suffix}" in _suffixes(spec)), None)
+                for suffix in [plain_suffix] if plain_suffix else _dotted_suffixes(members, spec):
                     part = suffix.rpartition(".")[0]
                     own = {s.removeprefix(f"{part}."): member for s, member in members.items()}
-                    called = f"{name}/{key}.{part}" if part else f"{name}/{key}"
-                    yield _tar_sample(tar, path, called, members[suffix], own)
+                    sample = f"{name}/{key}.{part}" if part else f"{name}/{key}"
+                    yield _tar_sample(tar, path, sample, members[suffix], own)
     except (tarfile.TarError, OSError) as error:
-        raise BadInput(f"{path}: is not a whole tar ({error}); copy it again") from None
+        raise BadInput(f"{path}: not a complete tar ({error}); copy it again") from None
 
 
-def _dotted(suffixes: Iterable[str], spec: Spec) -> list[str]:
-    """What follows the first dot of videos that have dots in their names, which WebDataset takes for suffixes."""
+def _dotted_suffixes(suffixes: Iterable[str], spec: Spec) -> list[str]:
+    """Select suffixes of videos with dots in their names. WebDataset splits a name at its first dot."""
     return [suffix for suffix in suffixes if f".{suffix.rpartition('.')[2]}" in _suffixes(spec)]
 
 
 def _tar_sample(
     tar: tarfile.TarFile, path: Path, name: str, video: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]
 ) -> InputFile:
-    name, place = readable(name), FileRef(str(path), video.offset_data, video.size)
-    text = {suffix: _small(tar, members[suffix]) for suffix in ("json", "txt") if suffix in members}
+    name, file = readable(name), FileRef(str(path), video.offset_data, video.size)
+    text = {suffix: _read_start(tar, members[suffix]) for suffix in ("json", "txt") if suffix in members}
     try:
         facts = read_labels(text["json"]) if "json" in text else {}
         caption = {"caption": text["txt"].decode().strip()} if "txt" in text else {}
     except ValueError as error:
-        return InputFile(name, place, refused=(Reason.BAD_LABELS, f"json: {error}"))
+        return InputFile(name, file, refused=(Reason.BAD_LABELS, f"json: {error}"))
     if is_ours(facts):
         split = facts.get("split")
         return InputFile(
-            name, place, facts["labels"], group=facts["group"], split=split if isinstance(split, str) else None
+            name, file, facts["labels"], group=facts["group"], split=split if isinstance(split, str) else None
         )
-    return InputFile(name, place, {**facts, **caption})
+    return InputFile(name, file, {**facts, **caption})
 
 
-def _small(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _read_start(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     return file.read(MAX_BYTES + 1) if file is not None else b""
 
@@ -251,21 +238,23 @@ def _table(path: Path, columns: Columns) -> Iterator[InputFile]:
     table = _read_table(path, columns)
     if columns.path not in table.column_names:
         raise BadInput(
-            f"{path}: no column {columns.path!r}, it has {', '.join(table.column_names)}; set columns.path=NAME"
+            f"{path}: no column {columns.path!r} among {', '.join(table.column_names)}; set columns.path=NAME"
         )
     meaning = {columns.path, columns.start, columns.end, columns.group, columns.split}
     labels = [name for name in table.column_names if name not in meaning] if columns.labels is None else columns.labels
     missing = [name for name in labels if name not in table.column_names]
     if missing:
-        raise BadInput(f"{path}: no column {missing[0]!r}, it has {', '.join(table.column_names)}; set columns.labels")
+        raise BadInput(
+            f"{path}: no column {missing[0]!r} among {', '.join(table.column_names)}; set columns.labels=NAMES"
+        )
     for number, row in enumerate(table.to_pylist(), start=1):
-        where = row[columns.path]
-        if not isinstance(where, str) or not where:
+        name = row[columns.path]
+        if not isinstance(name, str) or not name:
             raise BadInput(f"{path}: row {number} has no {columns.path!r}; remove the row or fill it in")
         yield InputFile(
-            name=where,
-            place=_where(path.parent, where),
-            labels={name: plain(row[name]) for name in labels if row[name] not in (None, "")},
+            name=name,
+            file=_locate(path.parent, name),
+            labels={label: plain(row[label]) for label in labels if row[label] not in (None, "")},
             group=_text(row.get(columns.group)),
             split=_split(path, number, _text(row.get(columns.split))),
             start_s=_seconds(path, number, row.get(columns.start)),
@@ -287,9 +276,8 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
             convert_options=pa_csv.ConvertOptions(column_types=texts, strings_can_be_null=True),
         )
     except (OSError, pa.ArrowException) as error:
-        raise BadInput(
-            f"{path}: cannot be read as {suffix[1:]}: {str(error).splitlines()[0]}; check the file"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: cannot be parsed as {suffix[1:]} ({reason}); check the file") from None
 
 
 def _text(value: Any) -> str | None:
@@ -298,7 +286,7 @@ def _text(value: Any) -> str | None:
 
 def _split(path: Path, number: int, split: str | None) -> str | None:
     if split is not None and not (split.isascii() and split.isalnum() and split.islower() and len(split) <= 16):
-        raise BadInput(f"{path}: row {number}: split {split!r} is no short lower-case word; write for example val")
+        raise BadInput(f"{path}: row {number}: invalid split {split!r}; use up to 16 characters a-z, 0-9, such as val")
     return split
 
 
@@ -310,5 +298,5 @@ def _seconds(path: Path, number: int, value: Any) -> float | None:
     except (TypeError, ValueError):
         seconds = -1.0
     if not 0 <= seconds < 1e9:
-        raise BadInput(f"{path}: row {number}: {value!r} is no time in seconds; write for example 12.5")
+        raise BadInput(f"{path}: row {number}: {value!r} is not a time in seconds; write for example 12.5")
     return seconds

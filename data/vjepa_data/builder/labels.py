@@ -1,4 +1,4 @@
-"""Labels as strangers write them: any JSON object, small, and nothing that cannot be written down again."""
+"""Read labels from untrusted JSON: any small object that can be written as JSON again."""
 
 import json
 import math
@@ -7,17 +7,17 @@ from typing import Any
 from vjepa_data.corpus.format import canonical_json
 
 MAX_BYTES = 1 << 20
-"""Longest JSON that is read for the labels of one sample."""
+"""Largest JSON file that is read for the labels of one sample."""
 
 
 def read_labels(data: bytes) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: it is none, is longer than 1 MiB, or holds what JSON cannot (NaN, halves of characters).
+        ValueError: it is not a JSON object, exceeds 1 MiB, or holds invalid values (NaN, lone surrogates).
     """
     if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes")
+        raise ValueError(f"larger than {MAX_BYTES} bytes")
     try:
         value = json.loads(data)
         canonical_json(value)
@@ -29,7 +29,7 @@ def read_labels(data: bytes) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A cell of a table as JSON has it: dates and the like as text, what is no number as nothing."""
+    """Convert a table cell to a JSON value: dates and other types become text, NaN and infinity become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

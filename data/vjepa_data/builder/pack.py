@@ -1,8 +1,8 @@
-"""Which clip goes to which shard: decided once, frozen as files, the same for every builder that comes after.
+"""Stage 3 of a build: assign clips to shards and save this plan, which all builders of a corpus share.
 
-OUT/plan/clips.parquet   one row a clip, with its shard, in the order in which it is stored
-OUT/plan/rejects.parquet what was refused before anything was encoded
-OUT/plan/plan.json       written last: spec, tools, and the sums of what it was made from and of the two tables
+OUT/plan/clips.parquet   one row per clip, with its shard, in stored order
+OUT/plan/rejects.parquet sources that were rejected before encoding
+OUT/plan/plan.json       written last: spec, tools, and the hashes of the sources and of the two tables
 """
 
 import hashlib
@@ -18,16 +18,16 @@ import pyarrow.parquet as pq
 
 from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.ingest import InputFile
-from vjepa_data.builder.select import Cutting
+from vjepa_data.builder.select import PlannedClip
 from vjepa_data.corpus.format import REJECT_COLUMNS, RejectRecord, canonical_json, table_bytes
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Spec
 
 BYTES_PER_PIXEL = 0.018
-"""Of a canonical clip at crf 23: median over 12 public clips (0.008 to 0.031). Only the size of shards hangs on it."""
+"""Canonical clip at crf 23: median over 12 public clips (0.008 to 0.031). It only affects the size of shards."""
 
 BYTES_PER_PIXEL_IMAGE = 0.35
-"""Of a JPEG of quality 92, roughly; only the size of shards hangs on it."""
+"""JPEG of quality 92, roughly. It only affects the size of shards."""
 
 CLIP_COLUMNS = pa.schema(
     [
@@ -47,35 +47,35 @@ CLIP_COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be written."""
+    """One shard to write."""
 
     number: int
     file: str
     split: str
-    clips: tuple[Cutting, ...]
+    clips: tuple[PlannedClip, ...]
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All shards of a build. `hash` goes into every commit record: a shard of another plan does not count."""
+    """All shards of a build. Every commit record holds `hash`, so that shards of another plan are ignored."""
 
     hash: str
     shards: tuple[ShardPlan, ...]
     rejects: tuple[RejectRecord, ...]
 
 
-def pack(clips: Sequence[Cutting], *, spec: Spec) -> list[tuple[int, Cutting]]:
-    """Deal the clips to shards: shuffled by a hash of their keys, so that every shard is like the whole.
+def pack(clips: Sequence[PlannedClip], *, spec: Spec) -> list[tuple[int, PlannedClip]]:
+    """Assign clips to shards, shuffled by a hash of their keys, so that every shard resembles the corpus.
 
     Returns:
-        Number of the shard, and clip, in the order in which they are stored.
+        Pairs of shard number and clip, in stored order.
     """
-    packed: list[tuple[int, Cutting]] = []
+    packed: list[tuple[int, PlannedClip]] = []
     number = -1
     for split in sorted({clip.split for clip in clips}):
         size, count = float("inf"), 0
         for clip in sorted((c for c in clips if c.split == split), key=_order):
-            estimate = estimated_bytes(clip, spec=spec)
+            estimate = estimate_bytes(clip, spec=spec)
             if size + estimate > spec.shard_mb * 1e6 or count >= spec.shard_samples:
                 number, size, count = number + 1, 0.0, 0
             size, count = size + estimate, count + 1
@@ -83,12 +83,12 @@ def pack(clips: Sequence[Cutting], *, spec: Spec) -> list[tuple[int, Cutting]]:
     return packed
 
 
-def _order(clip: Cutting) -> bytes:
+def _order(clip: PlannedClip) -> bytes:
     return hashlib.blake2b(clip.key.encode(), digest_size=16, person=b"vjepa.pack").digest()
 
 
-def estimated_bytes(clip: Cutting, *, spec: Spec) -> float:
-    """Size of a clip before it is encoded, from its length and shape."""
+def estimate_bytes(clip: PlannedClip, *, spec: Spec) -> float:
+    """Estimate the size of an encoded clip in bytes from its length and shape."""
     original = json.loads(clip.original)
     if spec.mode == "copy" and clip.start_s is None and clip.end_s is None:
         return original["bytes"]
@@ -101,16 +101,16 @@ def estimated_bytes(clip: Cutting, *, spec: Spec) -> float:
     return clip.seconds * fps * pixels * BYTES_PER_PIXEL
 
 
-def freeze(
+def save_plan(
     out: Path,
-    clips: Sequence[Cutting],
+    clips: Sequence[PlannedClip],
     rejects: Sequence[RejectRecord],
     *,
     sources: Sequence[InputFile],
     spec: Spec,
     tools: dict[str, str],
 ) -> BuildPlan:
-    """Write the plan and read it back as every other builder will."""
+    """Write the plan, and read it back as every other builder will."""
     folder = out / "plan"
     folder.mkdir(exist_ok=True)
     rows = [{"shard": number, **asdict(clip)} for number, clip in pack(clips, spec=spec)]
@@ -122,14 +122,14 @@ def freeze(
         atomic_write(folder / f"{name}.parquet", data)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
     counts = Counter(row["shard"] for row in rows)
-    values = {**_heading(sources, spec, tools), **sums, "shard_clips": [counts[n] for n in sorted(counts)]}
+    values = {**_inputs(sources, spec, tools), **sums, "shard_clips": [counts[n] for n in sorted(counts)]}
     atomic_write(folder / "plan.json", json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
-    plan = thaw(out, sources=sources, spec=spec, tools=tools)
+    plan = load_plan(out, sources=sources, spec=spec, tools=tools)
     assert plan is not None
     return plan
 
 
-def _heading(sources: Sequence[InputFile], spec: Spec, tools: dict[str, str]) -> dict[str, Any]:
+def _inputs(sources: Sequence[InputFile], spec: Spec, tools: dict[str, str]) -> dict[str, Any]:
     listing = [(s.name, s.labels, s.group, s.split, s.start_s, s.end_s) for s in sources]
     return {
         "format": 1,
@@ -139,31 +139,30 @@ def _heading(sources: Sequence[InputFile], spec: Spec, tools: dict[str, str]) ->
     }
 
 
-def thaw(out: Path, *, sources: Sequence[InputFile], spec: Spec, tools: dict[str, str]) -> BuildPlan | None:
-    """Read the plan of a build that was begun, or None if there is none.
+def load_plan(out: Path, *, sources: Sequence[InputFile], spec: Spec, tools: dict[str, str]) -> BuildPlan | None:
+    """Read the plan of a build that was begun, or None if there is no plan.
 
     Raises:
-        BadInput: it was made from other sources, with another spec or by other tools.
+        BadInput: the plan was made from other sources, with another spec or by other tools.
     """
     path = out / "plan" / "plan.json"
     if not path.exists():
         return None
     values = json.loads(path.read_bytes())
-    for name, wanted in _heading(sources, spec, tools).items():
+    for name, wanted in _inputs(sources, spec, tools).items():
         if values.get(name) != wanted:
-            later = "; videos that came later make a corpus of their own (`vjepa merge` mixes them)"
+            hint = ". Put additional videos into a corpus of their own and mix them with `vjepa merge`"
             raise BadInput(
-                f"{out} holds a build with {'other' if name != 'spec' else 'another'} {name}"
-                f"{_difference(values.get(name), wanted)}; give a new --out, or remove that folder"
-                f"{later if name == 'sources' else ''}"
+                f"{out} holds a build with different {name}{_first_difference(values.get(name), wanted)}; "
+                f"give another --out or remove that folder{hint if name == 'sources' else ''}"
             )
     clips, rejects = (pq.read_table(out / "plan" / f"{name}.parquet").to_pylist() for name in ("clips", "rejects"))
-    names = [f.name for f in fields(Cutting)]
+    names = [f.name for f in fields(PlannedClip)]
     shards: list[ShardPlan] = []
     counts: dict[str, int] = {}
-    groups: dict[int, list[Cutting]] = {}
+    groups: dict[int, list[PlannedClip]] = {}
     for row in clips:
-        groups.setdefault(row["shard"], []).append(Cutting(**{name: row[name] for name in names}))
+        groups.setdefault(row["shard"], []).append(PlannedClip(**{name: row[name] for name in names}))
     for number, members in sorted(groups.items()):
         split = members[0].split
         count = counts[split] = counts.get(split, -1) + 1
@@ -175,9 +174,9 @@ def thaw(out: Path, *, sources: Sequence[InputFile], spec: Spec, tools: dict[str
     )
 
 
-def _difference(found: Any, wanted: Any, prefix: str = "") -> str:
-    """Which of two mappings' values differ first, for a message."""
+def _first_difference(found: Any, wanted: Any, prefix: str = "") -> str:
+    """Describe the first value that differs between two mappings, for a message."""
     if not isinstance(found, dict) or not isinstance(wanted, dict):
         return f" ({prefix} was {found!r}, now {wanted!r})" if prefix else ""
     name = next((name for name in wanted if found.get(name) != wanted[name]), None)
-    return _difference(found.get(name), wanted[name], f"{prefix}.{name}".lstrip(".")) if name else ""
+    return _first_difference(found.get(name), wanted[name], f"{prefix}.{name}".lstrip(".")) if name else ""

@@ -1,7 +1,7 @@
-"""What is worth keeping: sources are looked at, filtered, freed of copies, cut to clips and given a split.
+"""Stage 2 of a build: analyze every source, then filter, deduplicate, cut into clips and assign splits.
 
-Looking costs a read of every file, and a decode of it where scenes are wanted; so its results are written down in
-chunks, OUT/plan/seen-000000.json, which other builders and later runs find. Choosing costs nothing and is repeated.
+Analysis reads each file once, and decodes it where scenes are wanted. Results are therefore stored in chunks as
+OUT/plan/seen-000000.json, which other builders and later runs reuse. Selection is cheap and is repeated every time.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from vjepa_data.settings import BadInput
 from vjepa_data.spec import Filter, Spec
 
 CHUNK = 512
-"""Sources whose looks are written down together: what a killed builder may have to look at again."""
+"""Sources per stored chunk of analyses. A killed builder repeats at most this many."""
 
 SAME_LENGTH_S = 0.5
-"""Near copies may differ in length by so much, or by 2 %."""
+"""Largest difference in length between near duplicates, in seconds, or 2 % of the length if that is more."""
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """One clip to be stored: a part of a source, its name, and all that is known of it before it is encoded."""
+class PlannedClip:
+    """One clip to store: a part of a source, its key, and everything known before encoding."""
 
     key: str
     source: str
@@ -44,10 +44,10 @@ class Cutting:
     labels: str
     """JSON object."""
     original: str
-    """JSON object: what the source file is."""
+    """JSON object that describes the source file."""
 
 
-def look_at(
+def analyze_sources(
     sources: Sequence[InputFile],
     out: Path | None,
     *,
@@ -56,127 +56,141 @@ def look_at(
     start: float,
     advance: Callable[[int], None],
 ) -> list[Analysis | Refused]:
-    """Look at every source: what it is, what it shows.
+    """Analyze every source, or load its stored analysis.
 
     Args:
         sources: in order of name.
-        out: the corpus's folder, where looks are written down and found; None to write nothing.
-        spec: says what must be known of a source.
-        pool: processes that open files.
-        start: at which of the chunks to begin, as a share of them, so that several builders begin apart.
-        advance: called with the number of sources that were looked at or found written down.
+        out: folder of the corpus, where analyses are stored, or None to store nothing.
+        spec: decides which properties are needed.
+        pool: processes that open the files.
+        start: fraction of the chunks at which to begin, so that concurrent builders begin at different chunks.
+        advance: called with the number of sources that were just analyzed or loaded.
 
     Returns:
-        For each source what it is, or why it cannot be used.
+        For each source its analysis, or the reason why it cannot be used.
     """
-    of = _purpose(sources, spec)
-    chunks = [range(first, min(first + CHUNK, len(sources))) for first in range(0, len(sources), CHUNK)]
-    files = {chunk: out / "plan" / f"seen-{number:06d}.json" if out else None for number, chunk in enumerate(chunks)}
-    turn = int(start * len(chunks))
-    seen: dict[int, Analysis | Refused] = {}
+    analyses = _Analyses(sources, out, spec, advance)
+    for task, answer in pool.map(analyses.missing(start)):
+        analyses.record(task.number, answer)
+    return [analyses.known[number] for number in range(len(sources))]
 
-    def missing() -> Iterator[AnalyzeTask]:
-        for chunk in [*chunks[turn:], *chunks[:turn]]:
-            known = _read_looks(files[chunk], of)
-            if known is not None:
-                seen.update(zip(chunk, known, strict=True))
-                advance(len(chunk))
+
+class _Analyses:
+    """Analyses of all sources, in chunks. A chunk is stored as soon as its last source is known."""
+
+    def __init__(
+        self, sources: Sequence[InputFile], out: Path | None, spec: Spec, advance: Callable[[int], None]
+    ) -> None:
+        self.known: dict[int, Analysis | Refused] = {}
+        self._sources, self._out, self._spec, self._advance = sources, out, spec, advance
+        self._purpose = _purpose(sources, spec)
+        self._chunks = [range(at, min(at + CHUNK, len(sources))) for at in range(0, len(sources), CHUNK)]
+
+    def missing(self, start: float) -> Iterator[AnalyzeTask]:
+        """Yield a task for every source that is still unknown, from a fraction `start` of the chunks onwards."""
+        first = int(start * len(self._chunks))
+        for chunk in [*self._chunks[first:], *self._chunks[:first]]:
+            stored = self._load(chunk)  # only now: another builder may just have stored it
+            if stored is not None:
+                self.known.update(zip(chunk, stored, strict=True))
+                self._advance(len(chunk))
                 continue
             for number in chunk:
-                refusal = sources[number].as_refusal()
+                refusal = self._sources[number].as_refusal()
                 if refusal is None:
-                    yield AnalyzeTask(
-                        number=number,
-                        place=sources[number].place,
-                        media=spec.media,
-                        scene_threshold=spec.cut.threshold if spec.cut.kind == "scene" else None,
-                        wants_hashes=spec.dedupe.perceptual_bits is not None,
-                        wants_box=spec.encode.crop_bars,
-                    )
+                    yield self._task(number)
                 else:
-                    seen[number] = refusal
-                    advance(1)
+                    self.record(number, refusal)
 
-    written: set[range] = set()
-    for task, answer in pool.map(missing()):
-        seen[task.number] = answer
-        advance(1)
-        chunk = chunks[task.number // CHUNK]
-        if chunk not in written and all(number in seen for number in chunk):
-            written.add(chunk)
-            _write_looks(files[chunk], of, [seen[number] for number in chunk])
-    return [seen[number] for number in range(len(sources))]
+    def record(self, number: int, result: Analysis | Refused) -> None:
+        """Add the result for one source, and store its chunk if that is now complete."""
+        self.known[number] = result
+        self._advance(1)
+        chunk = self._chunks[number // CHUNK]
+        path = self._path(chunk)
+        if path is not None and all(other in self.known for other in chunk):
+            path.parent.mkdir(exist_ok=True)
+            rows = [_to_json(self.known[other]) for other in chunk]
+            atomic_write(path, canonical_json({"of": self._purpose, "seen": rows}) + b"\n")
+
+    def _task(self, number: int) -> AnalyzeTask:
+        spec = self._spec
+        return AnalyzeTask(
+            number=number,
+            file=self._sources[number].file,
+            media=spec.media,
+            scene_threshold=spec.cut.threshold if spec.cut.kind == "scene" else None,
+            wants_hashes=spec.dedupe.perceptual_bits is not None,
+            wants_box=spec.encode.crop_bars,
+        )
+
+    def _path(self, chunk: range) -> Path | None:
+        return self._out / "plan" / f"seen-{chunk.start // CHUNK:06d}.json" if self._out else None
+
+    def _load(self, chunk: range) -> list[Analysis | Refused] | None:
+        """Load a stored chunk, or None if there is none for these sources and this spec."""
+        path = self._path(chunk)
+        if path is None or not path.exists():
+            return None
+        values = json.loads(path.read_bytes())
+        return [_from_json(row) for row in values["seen"]] if values["of"] == self._purpose else None
 
 
 def _purpose(sources: Sequence[InputFile], spec: Spec) -> str:
-    """A sum of all that looks depend on, except for the files themselves."""
+    """Hash everything that analyses depend on, except the files themselves."""
     scenes = spec.cut.threshold if spec.cut.kind == "scene" else None
     listing = [source.name for source in sources]
     wanted = [listing, spec.media, scenes, spec.dedupe.perceptual_bits is not None, spec.encode.crop_bars]
     return hashlib.sha256(canonical_json(wanted)).hexdigest()
 
 
-def _write_looks(path: Path | None, of: str, looks: Sequence[Analysis | Refused]) -> None:
-    if path is None:
-        return
-    rows = [
-        {"reason": look.reason, "detail": look.detail} if isinstance(look, Refused) else asdict(look) for look in looks
-    ]
-    path.parent.mkdir(exist_ok=True)
-    atomic_write(path, canonical_json({"of": of, "seen": rows}) + b"\n")
+def _to_json(result: Analysis | Refused) -> dict[str, Any]:
+    return {"reason": result.reason, "detail": result.detail} if isinstance(result, Refused) else asdict(result)
 
 
-def _read_looks(path: Path | None, of: str) -> list[Analysis | Refused] | None:
-    if path is None or not path.exists():
-        return None
-    values = json.loads(path.read_bytes())
-    if values["of"] != of:
-        return None
-    looks: list[Analysis | Refused] = []
-    for row in values["seen"]:
-        if "reason" in row:
-            looks.append(Refused(Reason(row["reason"]), row["detail"]))
-        else:
-            probe = VideoInfo(**{**row["probe"], "rate": tuple(row["probe"]["rate"])})
-            box = PictureBox(**row["box"]) if row["box"] else None
-            looks.append(Analysis(probe, row["sha256"], tuple(row["scenes"]), tuple(row["hashes"]), box))
-    return looks
+def _from_json(row: dict[str, Any]) -> Analysis | Refused:
+    if "reason" in row:
+        return Refused(Reason(row["reason"]), row["detail"])
+    info = VideoInfo(**{**row["probe"], "rate": tuple(row["probe"]["rate"])})
+    box = PictureBox(**row["box"]) if row["box"] else None
+    return Analysis(info, row["sha256"], tuple(row["scenes"]), tuple(row["hashes"]), box)
 
 
-def choose(
-    sources: Sequence[InputFile], looks: Sequence[Analysis | Refused], *, spec: Spec
-) -> tuple[list[Cutting], list[RejectRecord]]:
-    """Decide for each source whether and in which clips it is used.
+def select_clips(
+    sources: Sequence[InputFile], analyses: Sequence[Analysis | Refused], *, spec: Spec
+) -> tuple[list[PlannedClip], list[RejectRecord]]:
+    """Decide which sources to use, and cut them into clips.
 
     Args:
-        sources: in order of name; of two copies the first stays.
-        looks: what each is.
+        sources: in order of name. The first of several copies is kept.
+        analyses: one per source.
         spec: the rules.
 
     Returns:
-        Clips in order of source and time, and what was refused.
+        Clips in order of source and time, and the rejected sources.
     """
-    denied = _deny_list(spec.filter)
-    clips: list[Cutting] = []
+    denied = _read_deny_list(spec.filter)
+    clips: list[PlannedClip] = []
     rejects: list[RejectRecord] = []
     sums: dict[tuple[str, float | None, float | None], str] = {}
-    gallery = Gallery(spec.dedupe.perceptual_bits) if spec.dedupe.perceptual_bits is not None else None
-    for source, look in zip(sources, looks, strict=True):
+    bits = spec.dedupe.perceptual_bits
+    near = NearDuplicates(bits) if bits is not None else None
+    for source, analysis in zip(sources, analyses, strict=True):
         stage = "ingest" if source.refused else "probe"
         try:
-            if isinstance(look, Refused):
-                raise look
+            if isinstance(analysis, Refused):
+                raise analysis
             stage = "filter"
-            start_s, end_s = _part(source, look.probe)
-            _admit(look, source, denied, spec, end_s - start_s)
-            sidecars = check_sidecars(source.place, look.probe, spec)
+            start_s, end_s = _time_range(source, analysis.probe)
+            _apply_filter(analysis, source, denied, spec, end_s - start_s)
+            sidecars = check_sidecars(source.place, analysis.probe, spec)
             stage = "dedupe"
-            same = (look.sha256, source.start_s, source.end_s)
+            same = (analysis.sha256, source.start_s, source.end_s)
             if spec.dedupe.exact and sums.setdefault(same, source.name) != source.name:
                 raise Refused(Reason.DUPLICATE, f"same bytes as {sums[same]}")
-            if gallery is not None and (twin := gallery.twin(source, look)) is not None:
-                raise Refused(Reason.NEAR_DUPLICATE, f"looks like {twin}")
-            clips.extend(_cut(source, look, spec, sidecars))
+            if near is not None and (match := near.match_or_add(source, analysis)) is not None:
+                raise Refused(Reason.NEAR_DUPLICATE, f"looks like {match}")
+            clips.extend(_cut_source(source, analysis, spec, sidecars))
         except Refused as refusal:
             rejects.append(
                 RejectRecord(source.name, source.start_s, source.end_s, stage, refusal.reason, refusal.detail)
@@ -184,11 +198,12 @@ def choose(
     return clips, rejects
 
 
-class Gallery:
-    """Finds an earlier video that looks the same.
+class NearDuplicates:
+    """Finds earlier videos whose perceptual hashes are close.
 
-    The hashes of a video are cut to bands of 16 bits, and videos are compared that agree in a band: of three hashes
-    that differ in 11 bits together one band of 12 must agree, so that none is missed up to 3 bits a hash, few above.
+    Hashes are cut into bands of 16 bits, and only videos that share a band are compared. Three hashes that differ in
+    at most 11 bits in total share at least one of their 12 bands, so nothing is missed up to 3 bits per hash, and
+    little above.
     """
 
     def __init__(self, bits: int) -> None:
@@ -196,85 +211,88 @@ class Gallery:
         self._bands: dict[tuple[int, int], list[int]] = {}
         self._known: list[tuple[str, float, tuple[int, ...]]] = []
 
-    def twin(self, source: InputFile, seen: Analysis) -> str | None:
-        """Name of an earlier video of the same look and length; else remember this one. Parts are left alone."""
-        if not seen.hashes or source.start_s is not None or source.end_s is not None:
+    def match_or_add(self, source: InputFile, analysis: Analysis) -> str | None:
+        """Return the name of an earlier video of similar content and length, or add this one. Parts are ignored."""
+        if not analysis.hashes or source.start_s is not None or source.end_s is not None:
             return None
-        length = seen.probe.duration_s
-        bands = [(4 * n + k, h >> 16 * k & 0xFFFF) for n, h in enumerate(seen.hashes) for k in range(4)]
+        length = analysis.probe.duration_s
+        bands = [(4 * n + k, h >> 16 * k & 0xFFFF) for n, h in enumerate(analysis.hashes) for k in range(4)]
         for other in sorted({other for band in bands for other in self._bands.get(band, ())}):
-            name, its_length, its_hashes = self._known[other]
-            if abs(length - its_length) > max(SAME_LENGTH_S, 0.02 * length):
+            name, other_length, other_hashes = self._known[other]
+            if abs(length - other_length) > max(SAME_LENGTH_S, 0.02 * length):
                 continue
-            distance = sum((a ^ b).bit_count() for a, b in zip(seen.hashes, its_hashes, strict=True))
-            if distance <= self._bits * len(seen.hashes):
+            distance = sum((a ^ b).bit_count() for a, b in zip(analysis.hashes, other_hashes, strict=True))
+            if distance <= self._bits * len(analysis.hashes):
                 return name
         for band in bands:
             self._bands.setdefault(band, []).append(len(self._known))
-        self._known.append((source.name, length, seen.hashes))
+        self._known.append((source.name, length, analysis.hashes))
         return None
 
 
-def _part(source: InputFile, probe: VideoInfo) -> tuple[float, float]:
-    """Start and end of the part to use, in seconds."""
-    start, end = source.start_s or 0.0, probe.duration_s if source.end_s is None else source.end_s
-    is_whole = source.start_s is None and source.end_s is None
-    if not is_whole and not start < end <= probe.duration_s + SAME_LENGTH_S:
-        raise Refused(Reason.BAD_RANGE, f"{start:g} to {end:g} s of {probe.duration_s:g} s")
+def _time_range(source: InputFile, info: VideoInfo) -> tuple[float, float]:
+    """Return start and end of the part to use, in seconds."""
+    start, end = source.start_s or 0.0, info.duration_s if source.end_s is None else source.end_s
+    is_part = source.start_s is not None or source.end_s is not None
+    if is_part and not start < end <= info.duration_s + SAME_LENGTH_S:
+        raise Refused(Reason.BAD_RANGE, f"{start:g} to {end:g} s, but the video has {info.duration_s:g} s")
     return start, end
 
 
-def _deny_list(accept: Filter) -> frozenset[str]:
+def _read_deny_list(accept: Filter) -> frozenset[str]:
     if accept.deny is None:
         return frozenset()
     try:
         return frozenset(line.strip() for line in Path(accept.deny).read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError):
-        raise BadInput(f"filter.deny={accept.deny}: cannot be read; give a text file with one source a line") from None
+        raise BadInput(f"filter.deny={accept.deny} cannot be read; give a text file with one source per line") from None
 
 
-def _admit(seen: Analysis, source: InputFile, denied: frozenset[str], spec: Spec, seconds: float) -> None:
-    """Refuse what the filter does not want, by what the file says of itself."""
-    probe, accept = seen.probe, spec.filter
-    picture = seen.box or probe
+def _apply_filter(analysis: Analysis, source: InputFile, denied: frozenset[str], spec: Spec, seconds: float) -> None:
+    """Reject a source that the filter excludes, judging by its declared properties."""
+    info, accept = analysis.probe, spec.filter
+    picture = analysis.box or info
     short, long = sorted((picture.width, picture.height))
-    if source.name in denied or seen.sha256 in denied:
+    size = f"{picture.width}x{picture.height}"
+    if source.name in denied or analysis.sha256 in denied:
         raise Refused(Reason.DENIED, "on the deny-list")
-    if accept.codecs is not None and probe.codec not in accept.codecs:
-        raise Refused(Reason.CODEC, f"{probe.codec}, wanted {', '.join(accept.codecs)}")
+    if accept.codecs is not None and info.codec not in accept.codecs:
+        raise Refused(Reason.CODEC, f"{info.codec}; accepted: {', '.join(accept.codecs)}")
     if short < accept.min_short_side_px:
-        raise Refused(Reason.TOO_SMALL, f"{picture.width}x{picture.height}, at least {accept.min_short_side_px} wanted")
+        raise Refused(Reason.TOO_SMALL, f"{size}; minimum short side: {accept.min_short_side_px}")
     if long > accept.max_aspect * short:
-        raise Refused(Reason.TOO_NARROW, f"{picture.width}x{picture.height}, at most {accept.max_aspect:g}:1 wanted")
+        raise Refused(Reason.TOO_NARROW, f"{size}; maximum aspect ratio: {accept.max_aspect:g}:1")
     if spec.media == "images":
         return
     if seconds < accept.min_duration_s:
-        raise Refused(Reason.TOO_SHORT, f"{seconds:g} s, at least {accept.min_duration_s:g} wanted")
+        raise Refused(Reason.TOO_SHORT, f"{seconds:g} s; minimum: {accept.min_duration_s:g} s")
     if accept.max_duration_s is not None and seconds > accept.max_duration_s:
-        raise Refused(Reason.TOO_LONG, f"{seconds:g} s, at most {accept.max_duration_s:g} wanted")
-    if probe.fps < accept.min_fps:
-        raise Refused(Reason.TOO_SLOW, f"{probe.fps:g} frames per second, at least {accept.min_fps:g} wanted")
+        raise Refused(Reason.TOO_LONG, f"{seconds:g} s; maximum: {accept.max_duration_s:g} s")
+    if info.fps < accept.min_fps:
+        raise Refused(Reason.TOO_SLOW, f"{info.fps:g} frames per second; minimum: {accept.min_fps:g}")
 
 
-def _cut(source: InputFile, seen: Analysis, spec: Spec, sidecars: dict[str, Any]) -> list[Cutting]:
-    """The clips of one source that passed."""
+def _cut_source(
+    source: InputFile, analysis: Analysis, spec: Spec, sidecars: dict[str, Any]
+) -> list[PlannedClip]:
+    """Cut an accepted source into clips."""
     group = source.group or (source.name.rpartition("/")[0] if spec.split.group == "folder" else source.name)
-    split = source.split or split_of(group, spec)
-    original: dict[str, Any] = {**asdict(seen.probe), "fps": seen.probe.fps, "sha256": seen.sha256}
+    split = source.split or assign_split(group, spec)
+    original: dict[str, Any] = {**asdict(analysis.probe), "fps": analysis.probe.fps, "sha256": analysis.sha256}
     del original["rate"], original["start_s"]
     original |= sidecars
-    if seen.box is not None:
-        original["box"] = asdict(seen.box)
-    start, end = _part(source, seen.probe)
+    if analysis.box is not None:
+        original["box"] = asdict(analysis.box)
+    start, end = _time_range(source, analysis.probe)
     windows = [(source.start_s, source.end_s)]
     if spec.media == "videos" and spec.cut.kind != "none":
-        bounds = [start, *(at for at in seen.scenes if start < at < end), end]
+        bounds = [start, *(at for at in analysis.scenes if start < at < end), end]
         windows = [window for a, b in itertools.pairwise(bounds) for window in cut_windows(a, b, spec=spec)]
         if not windows:
-            raise Refused(Reason.TOO_SHORT, f"no part of at least {spec.filter.min_duration_s:g} s between cuts")
+            raise Refused(Reason.TOO_SHORT, f"no part between cuts has {spec.filter.min_duration_s:g} s")
         windows = [(source.start_s, source.end_s)] if windows == [(start, end)] else windows
     return [
-        Cutting(
+        PlannedClip(
             key=f"{spec.name}-{_digest(source.name, begin, finish)}",
             source=source.name,
             start_s=begin,
@@ -290,9 +308,9 @@ def _cut(source: InputFile, seen: Analysis, spec: Spec, sidecars: dict[str, Any]
 
 
 def cut_windows(start: float, end: float, *, spec: Spec) -> list[tuple[float | None, float | None]]:
-    """Cut a time span to windows of `cut.length_s`, in seconds; the last may be shorter.
+    """Cut a time span into windows of `cut.length_s`, in seconds. The last window may be shorter.
 
-    A rest below half a window is left out, and so is what is shorter than the shortest clip.
+    A remainder below half a window is dropped, and so is any window shorter than `filter.min_duration_s`.
     """
     length = spec.cut.length_s
     count = max(1, int((end - start) / length + 0.5))
@@ -301,11 +319,11 @@ def cut_windows(start: float, end: float, *, spec: Spec) -> list[tuple[float | N
 
 
 def _digest(*parts: object) -> str:
-    """64 bits, in hexadecimal, of a few values."""
+    """Hash a few values to 64 bits, in hexadecimal."""
     return hashlib.blake2b(canonical_json(parts), digest_size=8).hexdigest()
 
 
-def split_of(group: str, spec: Spec) -> str:
-    """`val` for a share of the groups, chosen by a hash, so that a group stays where it is when others come or go."""
+def assign_split(group: str, spec: Spec) -> str:
+    """Assign a group to `val` or `train` by a hash of its name, so that it stays there as other groups come and go."""
     draw = int(_digest("split", spec.split.salt, group), 16) / 2**64
     return "val" if draw < spec.split.val_share else "train"

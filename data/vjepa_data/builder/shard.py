@@ -1,7 +1,8 @@
-"""The builder: runs the stages, may be killed at any time and run again, alone or beside others."""
+"""Run the stages of a build. A build can be killed and resumed at any time, alone or together with other builders."""
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -22,10 +23,10 @@ from rich.table import Column
 
 from vjepa_data.atomic import remove_leftovers
 from vjepa_data.builder.ingest import InputFile, ingest
-from vjepa_data.builder.pack import BuildPlan, ShardPlan, freeze, thaw
+from vjepa_data.builder.pack import BuildPlan, ShardPlan, load_plan, save_plan
 from vjepa_data.builder.report import write_report
-from vjepa_data.builder.select import choose, look_at
-from vjepa_data.builder.status import StatusFile, Tally, read_builders, total
+from vjepa_data.builder.select import analyze_sources, select_clips
+from vjepa_data.builder.status import StatusFile, Tally, read_builders, sum_tallies
 from vjepa_data.builder.write import write_shards
 from vjepa_data.corpus.format import Manifest, RejectRecord, read_manifest, read_record, write_manifest
 from vjepa_data.corpus.index import prepare
@@ -36,12 +37,12 @@ from vjepa_data.spec import Spec
 WRITTEN = frozenset(
     {"plan", "shards", "status", "manifest.json", "samples.parquet", "rejects.parquet", "report.html", ".index"}
 )
-"""All that a build puts into its folder."""
+"""Names of everything that a build writes into its folder."""
 
-DISK_TROUBLE = frozenset(
+DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 )
-"""What a disk may object to that a user can mend."""
+"""Errors of the file system that a user can resolve."""
 
 
 def shard(
@@ -55,34 +56,34 @@ def shard(
 ) -> Manifest:
     """Turn raw videos into a corpus of shards.
 
-    May be killed at any moment and called again with the same arguments, on any number of machines at once: the
-    result is the same to the byte.
+    The call can be killed at any moment and repeated with the same arguments, on any number of machines at once. The
+    result is always the same to the byte.
 
     Args:
         sources: folders, video files, tables of videos and more (`ingest`).
-        out: folder of the corpus; new, empty, or that of the same build begun earlier or elsewhere.
-        spec: what to take and how to store it.
-        workers: processes that decode and encode.
-        task: K and N, if this is task K of an array of N, counted from 0. Every task does what the others leave, so
-            that any of them may be missing; they only begin apart.
-        console: where to show progress; by default the terminal's.
+        out: folder of the corpus: new, empty, or that of the same build begun earlier or elsewhere.
+        spec: selects sources and sets how to store them.
+        workers: number of processes that decode and encode.
+        task: K and N, if this is task K of an array of N, counted from 0. Tasks only begin at different shards. Each
+            task does all work that the others leave, so that any of them may be missing.
+        console: where to show progress (default: standard error).
 
     Returns:
         The manifest of the corpus.
 
     Raises:
-        BadInput: nothing can be built from this, or not there. Nothing half-written is left behind.
-        SystemExit: 75, after TERM or USR2: whole shards stay, call again to go on.
+        BadInput: the sources or the folder cannot be used. No partial files are left behind.
+        SystemExit: 75, after SIGTERM or SIGUSR2. Complete shards are kept. Call again to resume.
     """
     found = ingest(sources, spec=spec, out=out)
     pool = WorkerPool[Any, Any]("vjepa_data.media.tasks", workers=workers, timeout_s=spec.timeout_s)
-    with stop_in_good_order(), _disk_trouble(out), show_progress(console) as progress, pool:
-        is_new = _open(out)
+    with exit_on_signal(), _explain_disk_errors(out), show_progress(console) as progress, pool:
+        is_new = _create_folder(out)
         try:
             return _build(found, out, spec=spec, pool=pool, task=task, progress=progress)
         except BadInput:
             if is_new and not any((out / "shards").glob("*.tar")):
-                _remove(out)
+                _remove_build(out)
             raise
 
 
@@ -95,40 +96,41 @@ def _build(
     task: tuple[int, int] | None,
     progress: Progress,
 ) -> Manifest:
-    """The stages, in order."""
+    """Run the stages in order."""
     start = task[0] / task[1] if task else os.getpid() % 97 / 97
     tools = tool_versions()
-    plan = thaw(out, sources=found, spec=spec, tools=tools)
+    plan = load_plan(out, sources=found, spec=spec, tools=tools)
     own = StatusFile(out, sources=len(found), task=task)
     if plan is None:
-        bar = progress.add_task("looking at sources", total=len(found), note="")
-        looks = look_at(found, out, spec=spec, pool=pool, start=start, advance=lambda n: progress.advance(bar, n))
-        clips, rejects = choose(found, looks, spec=spec)
+        bar = progress.add_task("analyzing sources", total=len(found), note="")
+        advance = functools.partial(progress.advance, bar)
+        analyses = analyze_sources(found, out, spec=spec, pool=pool, start=start, advance=advance)
+        clips, rejects = select_clips(found, analyses, spec=spec)
         if not clips:
-            raise BadInput(_nothing_left(len(found), rejects))
+            raise BadInput(_all_rejected(len(found), rejects))
         _limit_rejects(found, rejects, spec)
-        plan = freeze(out, clips, rejects, sources=found, spec=spec, tools=tools)
+        plan = save_plan(out, clips, rejects, sources=found, spec=spec, tools=tools)
     _remove_leftovers(out)
     show = _Progress(progress, plan, [s for s in plan.shards if read_record(out, s.number, plan=plan.hash)])
 
-    def advance(tally: Tally) -> None:
+    def report(tally: Tally) -> None:
         own.update(tally)
         show(tally)
 
-    places = {source.name: source.place for source in found}
-    write_shards(out, plan, places=places, spec=spec, pool=pool, start=start, advance=advance)
+    files = {source.name: source.file for source in found}
+    write_shards(out, plan, files=files, spec=spec, pool=pool, start=start, advance=report)
     own.update(show.tally, is_done=True)
-    if (out / "report.html").exists():  # another builder was first; the report is the last file of a build
+    if (out / "report.html").exists():  # the last file of a build, so another builder has finished it
         return read_manifest(out)
     manifest = _finish(found, out, plan, spec=spec, tools=tools)
     prepare(out, manifest)
-    write_report(out, manifest, total([builder.tally for builder in read_builders(out)]), pool=pool)
+    write_report(out, manifest, sum_tallies([builder.tally for builder in read_builders(out)]), pool=pool)
     _remove_leftovers(out)
     return manifest
 
 
 class _Progress:
-    """The bar of clips that are written, and beside it how fast, and what was refused."""
+    """Progress bar of written clips, with the speed and the rejects."""
 
     def __init__(self, progress: Progress, plan: BuildPlan, done: Sequence[ShardPlan]) -> None:
         self._progress, self._began, self.tally = progress, time.monotonic(), Tally()
@@ -141,7 +143,7 @@ class _Progress:
         took_s = max(1e-3, time.monotonic() - self._began)
         note = f"{tally.clips / took_s:.1f} clips/s, {tally.bytes / took_s / 1e6:.1f} MB/s"
         if tally.rejects:
-            note += f", refused: {', '.join(f'{count} {reason}' for reason, count in sorted(tally.rejects.items()))}"
+            note += f", rejected: {', '.join(f'{count} {reason}' for reason, count in sorted(tally.rejects.items()))}"
         self._progress.update(self._bar, completed=self._done + tally.clips, note=note)
 
 
@@ -158,7 +160,7 @@ def _finish(found: Sequence[InputFile], out: Path, plan: BuildPlan, *, spec: Spe
     late = [RejectRecord(**reject) for record in complete for reject in record["rejects"]]
     rejects = [*plan.rejects, *late]
     if not any(record["samples"] for record in complete):
-        raise BadInput(_nothing_left(len(found), rejects))
+        raise BadInput(_all_rejected(len(found), rejects))
     _limit_rejects(found, rejects, spec)
     return write_manifest(out, complete, plan.rejects, name=spec.name, spec=spec.model_dump(mode="json"), tools=tools)
 
@@ -167,15 +169,15 @@ def _limit_rejects(found: Sequence[InputFile], rejects: Sequence[RejectRecord], 
     refused = len({reject.source for reject in rejects})
     if refused > spec.max_rejects * len(found):
         raise BadInput(
-            f"{refused} of {len(found)} sources were refused ({_by_reason(rejects)}), at most {spec.max_rejects:.0%} "
-            f"allowed; mend the sources or raise max_rejects"
+            f"{refused} of {len(found)} sources were rejected ({_by_reason(rejects)}), more than "
+            f"{spec.max_rejects:.0%}; repair the sources or increase max_rejects"
         )
 
 
-def _nothing_left(sources: int, rejects: Sequence[RejectRecord]) -> str:
+def _all_rejected(sources: int, rejects: Sequence[RejectRecord]) -> str:
     first = rejects[0]
     return (
-        f"none of the {sources} sources can be used ({_by_reason(rejects)}); the first is {first.source}: "
+        f"none of the {sources} sources can be used ({_by_reason(rejects)}), for example {first.source}: "
         f"{first.reason}, {first.detail}; give videos that ffprobe can read, or relax `filter`"
     )
 
@@ -186,34 +188,34 @@ def _by_reason(rejects: Sequence[RejectRecord]) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of all that has a part in the bytes."""
+    """Return the versions of all libraries that affect the stored bytes."""
     versions = {name: metadata.version(name) for name in ("av", "decord", "pillow", "pyarrow")}
     versions["ffmpeg"] = str(av.ffmpeg_version_info)
     return versions
 
 
-def _open(out: Path) -> bool:
-    """Make the folder, and say whether it holds nothing yet.
+def _create_folder(out: Path) -> bool:
+    """Create the folder of the corpus, and return whether it was empty.
 
     Raises:
-        BadInput: it is a file, or holds something that no build wrote.
+        BadInput: it is a file, cannot be written, or holds files that are not from a build.
     """
     if re.match(r"[a-z0-9]+:/", str(out)):
-        raise BadInput(f"{out} is an address; give a folder to --out and copy it up when it is complete")
+        raise BadInput(f"--out {out} is a URL; give a local folder and upload it when it is complete")
     if out.exists() and not out.is_dir():
-        raise BadInput(f"{out} is a file; give a folder to --out")
+        raise BadInput(f"--out {out} is a file; give a folder")
     there = {path.name for path in out.iterdir() if not path.match(".*.tmp")} if out.exists() else set()
     if there - WRITTEN:
-        raise BadInput(f"{out} holds other things ({min(there - WRITTEN)}); give an empty or new folder to --out")
+        raise BadInput(f"--out {out} holds other files ({min(there - WRITTEN)}); give an empty or new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{out} cannot be written ({error.strerror}); give another folder to --out") from None
+        raise BadInput(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
     return not there
 
 
-def _remove(out: Path) -> None:
-    """Take away what a build that came to nothing wrote."""
+def _remove_build(out: Path) -> None:
+    """Remove the files of a build that failed without a shard."""
     for name in WRITTEN:
         path = out / name
         if path.is_dir():
@@ -225,28 +227,28 @@ def _remove(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_trouble(out: Path) -> Iterator[None]:
-    """Say in a user's words what the disk objects to."""
+def _explain_disk_errors(out: Path) -> Iterator[None]:
+    """Turn errors of the file system that a user can resolve into `BadInput`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if error.errno not in DISK_ERRORS:
             raise
         raise BadInput(
-            f"{out}: cannot be written ({error.strerror}); make room or give another --out, then run it again"
+            f"{out} cannot be written ({error.strerror}); free some space or give another --out, then run it again"
         ) from None
 
 
 @contextlib.contextmanager
-def stop_in_good_order() -> Iterator[None]:
-    """Turn TERM or USR2 into an exit with code 75, so that temporary files go and whole shards stay."""
+def exit_on_signal() -> Iterator[None]:
+    """Exit with code 75 on SIGTERM or SIGUSR2, so that temporary files are removed and complete shards kept."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)  # a second wish must not interrupt the tidying up
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise SystemExit(75)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}

@@ -1,6 +1,6 @@
-"""How far a build is, on however many machines: each builder keeps a small file in OUT/status.
+"""Progress of a build on any number of machines: each builder keeps a small file in OUT/status.
 
-A builder that is task K of N of an array has one file for all its attempts; what it did before it was requeued counts.
+Task K of an array of N has one file for all its attempts, so that work before a requeue counts.
 """
 
 import json
@@ -19,15 +19,15 @@ from vjepa_data.builder.select import CHUNK
 from vjepa_data.settings import BadInput
 
 EVERY_S = 5.0
-"""How often a builder writes down what it did."""
+"""Interval at which a builder updates its file, in seconds."""
 
 SILENT_S = 60.0
-"""After so long without a word a builder no longer counts as being at work."""
+"""Seconds without an update after which a builder no longer counts as active."""
 
 
 @dataclass
 class Tally:
-    """What one builder did; no part of the corpus."""
+    """Work done by one builder. Not a part of the corpus."""
 
     clips: int = 0
     bytes: int = 0
@@ -39,86 +39,89 @@ class Tally:
 
 @dataclass(frozen=True)
 class BuilderStatus:
-    """What one builder says of itself."""
+    """Last update of one builder."""
 
     builder: str
-    """Task of an array, or host, process number and time."""
+    """Task of an array, or else host, process id and time."""
     sources: int
-    """That it was given."""
+    """Number of sources given to the builder."""
     updated: float
     """Unix time in seconds."""
     clips_per_s: float
-    """Since it was started the last time."""
+    """Average since the last start."""
     is_done: bool
-    """It found the corpus complete."""
+    """The builder found the corpus complete."""
     tally: Tally
 
     @property
-    def is_at_work(self) -> bool:
+    def is_active(self) -> bool:
         return not self.is_done and time.time() - self.updated < SILENT_S
 
 
 @dataclass(frozen=True)
 class BuildStatus:
-    """What a build has done so far."""
+    """Progress of a build."""
 
     stage: str
-    """`looking`, `writing` or `complete`."""
+    """`analyzing`, `writing` or `complete`."""
     sources: int
-    sources_seen: int
-    """Sources, and those of them that were looked at and written down."""
+    sources_done: int
+    """Sources whose analysis is stored."""
     shards: int
     shards_done: int
     clips: int
+    """Clips in the plan."""
     clips_done: int
-    """Clips in the plan, and in shards that are done."""
+    """Clips in finished shards."""
     bytes_done: int
     rejects: dict[str, int]
-    """Of shards that are done, by reason."""
+    """Rejected clips of finished shards, by reason."""
     builders: tuple[BuilderStatus, ...]
-    """All that ever were."""
+    """All builders that ever worked on the corpus."""
 
     @property
     def clips_per_s(self) -> float:
-        return sum(builder.clips_per_s for builder in self.builders if builder.is_at_work)
+        return sum(builder.clips_per_s for builder in self.builders if builder.is_active)
 
     @property
     def left_s(self) -> float | None:
         return (self.clips - self.clips_done) / self.clips_per_s if self.clips_per_s else None
 
     def text(self) -> str:
-        """For a reader."""
-        if self.stage == "looking":
-            lines = [f"looking: {self.sources_seen} of {self.sources} sources"]
+        """Return the progress as text."""
+        if self.stage == "analyzing":
+            lines = [f"analyzing: {self.sources_done} of {self.sources} sources"]
         else:
             left = f", {self.left_s / 60:.0f} min left" if self.left_s is not None and self.stage == "writing" else ""
             lines = [
                 f"{self.stage}: {self.shards_done} of {self.shards} shards, {self.clips_done} of {self.clips} clips, "
-                f"{size(self.bytes_done)}" + (f"; {self.clips_per_s:.1f} clips/s{left}" if self.clips_per_s else "")
+                + format_bytes(self.bytes_done)
+                + (f", {self.clips_per_s:.1f} clips/s{left}" if self.clips_per_s else "")
             ]
-        lines += [f"  refused {count}: {reason}" for reason, count in sorted(self.rejects.items())]
-        for one in self.builders:
-            state = "done" if one.is_done else f"last heard of {time.time() - one.updated:.0f} s ago"
-            lines.append(f"  {one.builder}: {counted(one.tally.clips, 'clip')}, {size(one.tally.bytes)}, {state}")
+        lines += [f"  rejected {count}: {reason}" for reason, count in sorted(self.rejects.items())]
+        for builder in self.builders:
+            state = "done" if builder.is_done else f"last update {time.time() - builder.updated:.0f} s ago"
+            work = f"{format_count(builder.tally.clips, 'clip')}, {format_bytes(builder.tally.bytes)}"
+            lines.append(f"  {builder.builder}: {work}, {state}")
         return "\n".join(lines)
 
 
 class StatusFile:
-    """Writes down what this builder did, from time to time.
+    """Status file of this builder, updated every few seconds.
 
     Args:
-        out: the corpus's folder.
-        sources: how many this builder was given.
+        out: folder of the corpus.
+        sources: number of sources given to this builder.
         task: K and N, for task K of an array of N.
     """
 
     def __init__(self, out: Path, *, sources: int, task: tuple[int, int] | None) -> None:
         (out / "status").mkdir(exist_ok=True)
         self._started, self._written, self._sources = time.time(), 0.0, sources
-        # With the time: a second build in one process must not take the place of the first.
-        lone = f"{socket.gethostname()}-{os.getpid()}-{self._started:.3f}"
-        self._builder = lone if task is None else f"task {task[0]} of {task[1]}"
-        self._path = out / "status" / (f"{lone}.json" if task is None else f"task-{task[0]:05d}-of-{task[1]:05d}.json")
+        # The time keeps two builds in the same process apart.
+        name = f"{socket.gethostname()}-{os.getpid()}-{self._started:.3f}"
+        self._builder = name if task is None else f"task {task[0]} of {task[1]}"
+        self._path = out / "status" / (f"{name}.json" if task is None else f"task-{task[0]:05d}-of-{task[1]:05d}.json")
         self._before = (_read(self._path),) if self._path.exists() else ()
         self.update(Tally(), is_forced=True)
 
@@ -128,8 +131,8 @@ class StatusFile:
             return
         self._written = now
         rate = tally.clips / max(1.0, now - self._started)
-        whole = total([*(before.tally for before in self._before), tally])
-        status = BuilderStatus(self._builder, self._sources, now, rate, is_done, whole)
+        total = sum_tallies([*(before.tally for before in self._before), tally])
+        status = BuilderStatus(self._builder, self._sources, now, rate, is_done, total)
         atomic_write(self._path, json.dumps(asdict(status), sort_keys=True).encode() + b"\n", durable=False)
 
 
@@ -142,11 +145,11 @@ def _read(path: Path) -> BuilderStatus:
         values = json.loads(path.read_bytes())
         return BuilderStatus(**{**values, "tally": Tally(**values["tally"])})
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{path}: not what this version writes there; delete it, it only tells of the past") from None
+        raise BadInput(f"{path}: unknown format of a status file; delete it (it only holds statistics)") from None
 
 
-def total(tallies: Sequence[Tally]) -> Tally:
-    """What several builders did together, what was done twice counted twice."""
+def sum_tallies(tallies: Sequence[Tally]) -> Tally:
+    """Add the work of several builders. Work that was done twice counts twice."""
     rejects = sum((Counter(tally.rejects) for tally in tallies), Counter())
     return Tally(
         clips=sum(tally.clips for tally in tallies),
@@ -158,14 +161,14 @@ def total(tallies: Sequence[Tally]) -> Tally:
     )
 
 
-def refusals(out: Path) -> dict[str, int]:
-    """How many sources and clips a build that is complete refused, by reason."""
+def count_rejects(out: Path) -> dict[str, int]:
+    """Count the rejected sources and clips of a complete build, by reason."""
     reasons = pq.read_table(out / "rejects.parquet", columns=["reason"])["reason"].to_pylist()
     return dict(sorted(Counter(reasons).items()))
 
 
-def size(count: float) -> str:
-    """Bytes for a reader."""
+def format_bytes(count: float) -> str:
+    """Format a number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -173,33 +176,33 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def lasting(seconds: float) -> str:
-    """A time for a reader."""
+def format_duration(seconds: float) -> str:
+    """Format a time span."""
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.1f} s"
 
 
-def counted(count: int, thing: str) -> str:
-    """So many of a thing."""
+def format_count(count: int, thing: str) -> str:
+    """Format a number of things."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-def status(out: Path) -> BuildStatus:
-    """Say how far the build in a folder is, from its files alone.
+def read_status(out: Path) -> BuildStatus:
+    """Read the progress of the build in a folder from its files.
 
     Raises:
-        BadInput: no build was begun there.
+        BadInput: there is no build in the folder.
     """
     builders = read_builders(out) if out.is_dir() else ()
     plan = out / "plan" / "plan.json"
     sources = max((builder.sources for builder in builders), default=0)
     if not plan.exists():
         if not builders:
-            raise BadInput(f"{out}: no build was begun there; give the --out of a `vjepa shard`")
-        seen = min(sources, CHUNK * len(list((out / "plan").glob("seen-*.json"))))
-        return BuildStatus("looking", sources, seen, 0, 0, 0, 0, 0, {}, builders)
+            raise BadInput(f"{out} holds no build; give the --out of a `vjepa shard` command")
+        analyzed = min(sources, CHUNK * len(list((out / "plan").glob("seen-*.json"))))
+        return BuildStatus("analyzing", sources, analyzed, 0, 0, 0, 0, 0, {}, builders)
     counts = json.loads(plan.read_bytes())["shard_clips"]
     rejects: Counter[str] = Counter()
     done = clips = size = 0

@@ -1,5 +1,6 @@
-"""What a build would do and cost: everything is looked at, a few clips are encoded, nothing is written."""
+"""Estimate the result and cost of a build: analyze all sources and encode a few clips, but write nothing."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -12,74 +13,76 @@ from rich.console import Console
 
 from vjepa_data.builder.ingest import ingest
 from vjepa_data.builder.pack import pack
-from vjepa_data.builder.select import choose, look_at
+from vjepa_data.builder.select import analyze_sources, select_clips
 from vjepa_data.builder.shard import show_progress
-from vjepa_data.builder.status import counted, lasting, size
+from vjepa_data.builder.status import format_bytes, format_count, format_duration
 from vjepa_data.builder.write import store_task
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.video import Refused
 from vjepa_data.spec import Spec
 
 TRIALS = 12
-"""Clips that are encoded to learn what one costs."""
+"""Clips that are encoded to estimate the cost."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What `shard` would make of the same sources and spec."""
+    """Expected result of `shard` for the same sources and spec."""
 
     sources: int
     clips: int
     hours: float
-    """Of video."""
+    """Hours of video."""
     shards: int
     splits: dict[str, int]
-    """Clips of each."""
+    """Clips per split."""
     rejects: dict[str, int]
-    """Refused sources by reason; more may be refused when they are encoded."""
+    """Rejected sources by reason. Encoding may reject more."""
     bytes_in: int
-    """Of the files that the clips come from."""
+    """Size of the source files of all clips."""
     trials: int
-    """Clips that were encoded for the two estimates below; 0 if all of them failed."""
+    """Clips that were encoded for the two estimates below, or 0 if all of them failed."""
     bytes_out: float
     core_hours: float
-    """On this machine's cores, encoding and checking."""
+    """Encoding and checking, on one core of this machine."""
 
     def lines(self) -> list[str]:
-        """For a reader."""
-        refused = ", ".join(f"{count} {reason}" for reason, count in self.rejects.items()) or "none"
+        """Return the survey as lines of text."""
+        rejected = ", ".join(f"{count} {reason}" for reason, count in self.rejects.items()) or "none"
+        splits = ", ".join(f"{count} clips in {split}" for split, count in self.splits.items())
         return [
-            f"{self.sources} sources, {sum(self.rejects.values())} refused: {refused}",
-            f"{self.clips} clips, {lasting(3600 * self.hours)}, {size(self.bytes_in)} to read",
-            ", ".join(f"{count} clips in {split}" for split, count in self.splits.items())
-            + f"; {counted(self.shards, 'shard')}, about {size(self.bytes_out)} to write",
-            f"about {lasting(3600 * self.core_hours)} of one core like these, judged by {self.trials} clips",
+            f"{self.sources} sources, {sum(self.rejects.values())} rejected: {rejected}",
+            f"{self.clips} clips, {format_duration(3600 * self.hours)}, {format_bytes(self.bytes_in)} to read",
+            f"{splits}, {format_count(self.shards, 'shard')}, about {format_bytes(self.bytes_out)} to write",
+            f"about {format_duration(3600 * self.core_hours)} on one core of this machine, "
+            f"estimated from {format_count(self.trials, 'clip')}",
         ]
 
 
 def survey(
     sources: Sequence[str], *, spec: Spec, workers: int, out: Path | None = None, console: Console | None = None
 ) -> Survey:
-    """Say what a build would do, without writing anything.
+    """Estimate the result and cost of a build without writing anything.
 
     Args:
         sources, spec, workers, out, console: as for `shard`.
 
     Raises:
-        BadInput: as for `shard`, except that it is no error if nothing would be left.
+        BadInput: as for `shard`, except that rejecting every source is not an error.
     """
     found = ingest(sources, spec=spec, out=out)
     with (
         show_progress(console) as progress,
         WorkerPool[Any, Any]("vjepa_data.media.tasks", workers=workers, timeout_s=spec.timeout_s) as pool,
     ):
-        bar = progress.add_task("looking at sources", total=len(found), note="")
-        looks = look_at(found, None, spec=spec, pool=pool, start=0.0, advance=lambda n: progress.advance(bar, n))
-        clips, rejects = choose(found, looks, spec=spec)
+        bar = progress.add_task("analyzing sources", total=len(found), note="")
+        advance = functools.partial(progress.advance, bar)
+        analyses = analyze_sources(found, None, spec=spec, pool=pool, start=0.0, advance=advance)
+        clips, rejects = select_clips(found, analyses, spec=spec)
         trials = random.Random(0).sample(clips, min(TRIALS, len(clips)))
-        places = {source.name: source.place for source in found}
-        tasks = [store_task(clip, 0, number, places[clip.source], spec) for number, clip in enumerate(trials)]
-        bar = progress.add_task("trying a few clips", total=len(tasks), note="")
+        files = {source.name: source.file for source in found}
+        tasks = [store_task(clip, 0, number, files[clip.source], spec) for number, clip in enumerate(trials)]
+        bar = progress.add_task("encoding a few clips", total=len(tasks), note="")
         stored = cpu_s = seconds = 0.0
         tried = 0
         for task, answer in pool.map(tasks):

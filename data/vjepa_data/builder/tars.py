@@ -1,4 +1,4 @@
-"""Where shards of others lie: below a folder, or behind addresses. Whoever reads one whole gets a local file."""
+"""Find foreign tars below a folder or at a URL, and provide each as a local file."""
 
 import contextlib
 import os
@@ -19,66 +19,74 @@ BLOCK = 16 << 20
 
 @dataclass(frozen=True)
 class Tars:
-    """Tars below one place."""
+    """Tars below one folder or URL."""
 
     root: str
-    """Folder or address that all paths begin from."""
+    """Folder or URL that all paths are relative to."""
     files: tuple[str, ...]
-    """Paths below it, in order of name."""
+    """Paths below `root`, in order of name."""
 
 
 def find_tars(place: str) -> Tars:
-    """List the tars below a folder, below a prefix of a bucket (`s3://bucket/train/`), or named by an address.
+    """List the tars below a folder, below a bucket's prefix (`s3://bucket/train/`), or named by a URL.
 
-    An address may name many, as WebDataset's do: `https://host/train-{0000..0099}.tar`.
+    A URL may name many tars by WebDataset's braces: `https://host/train-{0000..0099}.tar`.
 
     Raises:
-        BadInput: there are none, or the place cannot be listed.
+        BadInput: there are no tars, or the place cannot be listed.
     """
     if not is_remote(place):
         folder = Path(place)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar") if path.is_file())
         if not files:
             packed = sum(1 for path in folder.rglob("*") if path.name.endswith((".tar.gz", ".tgz")))
-            hint = f" ({packed} are compressed; unpack them with gunzip)" if packed else ""
-            raise BadInput(f"{folder}: no tars below it{hint}; give a folder of WebDataset shards")
+            hint = f" ({packed} are compressed, unpack them with gunzip)" if packed else ""
+            raise BadInput(f"{folder}: no tars found{hint}; give a folder of WebDataset shards")
         return Tars(place, tuple(files))
-    urls = _named(place) if place.endswith(".tar") else _listed(place)
+    if place.endswith(".tar"):
+        urls = _expand_braces(place)
+    else:
+        hint = f"name the tars, such as {place.rstrip('/')}/train-{{0000..0099}}.tar"
+        urls = [url for url in list_prefix(place, hint=hint) if url.endswith(".tar")]
+    if not urls:
+        raise BadInput(f"{place}: no tars found; give a prefix of WebDataset shards")
     root = os.path.commonpath([url.rpartition("/")[0] for url in urls]).replace(":/", "://", 1)
     return Tars(root, tuple(sorted(url.removeprefix(f"{root}/") for url in urls)))
 
 
-def _named(url: str) -> list[str]:
+def _expand_braces(url: str) -> list[str]:
     try:
         return list(braceexpand(url))
     except ValueError as error:
-        raise BadInput(f"{url}: {error}; write for example train-{{0000..0099}}.tar") from None
+        raise BadInput(f"{url}: invalid braces ({error}); write for example train-{{0000..0099}}.tar") from None
 
 
-def _listed(url: str) -> list[str]:
+def list_prefix(url: str, *, hint: str) -> list[str]:
+    """List the URLs of all files below a bucket's prefix, in order of name.
+
+    Raises:
+        BadInput: the prefix cannot be listed, which is always so for web servers. `hint` then says what to do.
+    """
     scheme = url.partition("://")[0]
     if scheme in ("http", "https"):
-        raise BadInput(f"{url}: a web server does not list its files; name them, as in {url}/train-{{0000..0099}}.tar")
+        raise BadInput(f"{url}: web servers cannot be listed; {hint}")
     try:
         system, root = fsspec.url_to_fs(url)
-        found = [f"{scheme}://{path}" for path in system.find(root) if path.endswith(".tar")]
+        return [f"{scheme}://{path}" for path in sorted(system.find(root))]
     except (OSError, ImportError, ValueError, *store_errors()) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{url}: cannot be listed ({reason}); check the address and the keys") from None
-    if not found:
-        raise BadInput(f"{url}: no tars below it; give a prefix of WebDataset shards")
-    return found
+        raise BadInput(f"{url}: cannot be listed ({reason}); check the URL and the credentials") from None
 
 
 @contextlib.contextmanager
 def local_tar(root: str, file: str, *, scratch: Path) -> Iterator[Path | None]:
-    """Have a tar as a local file as long as the context lasts: itself, or a copy of a remote one.
+    """Provide a tar as a local file for the duration of the context, or None if it does not exist.
 
-    A copy has no name, so that a killed process leaves none; other processes of this machine can open it by the path
-    that is given. None if there is no such tar.
+    A remote tar is copied to an unnamed file, so that a killed process leaves nothing behind. Other processes of this
+    machine can open the copy by the returned path.
 
     Args:
-        root, file: as of `Tars`.
+        root, file: as in `Tars`.
         scratch: folder on a disk with room for the copy.
     """
     if not is_remote(root):

@@ -1,4 +1,4 @@
-"""Is a corpus what its manifest says? Every byte is read once; with `deep`, every clip is decoded as well."""
+"""Verify a corpus against its manifest: read every byte once and, with `deep`, decode every clip."""
 
 import hashlib
 import json
@@ -29,17 +29,17 @@ KEY = re.compile(r"[a-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was found in a corpus."""
+class VerifyResult:
+    """Outcome of verifying a corpus."""
 
     manifest: Manifest
     problems: tuple[str, ...]
-    """One line each; empty if all is well."""
+    """A line for each problem. Empty for an intact corpus."""
     bytes: int
-    """Bytes that were read."""
+    """Size of the shards in bytes."""
     samples: int
     decoded: int
-    """Clips that were decoded from first to last frame."""
+    """Clips of which every frame was decoded."""
 
 
 def verify(
@@ -49,18 +49,18 @@ def verify(
     workers: int = 1,
     timeout_s: float = 120.0,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Verdict:
-    """Check a corpus against its manifest: tables, sizes, sha256, and each sample at its recorded place.
+) -> VerifyResult:
+    """Check a corpus against its manifest: tables, sizes, sha256, and each sample at its recorded offset.
 
     Args:
-        place: folder or address of the corpus; remote shards are copied here one by one.
-        deep: decode every clip from first to last frame as well.
-        workers: processes that decode.
-        timeout_s: after which a clip that is still being decoded counts as bad.
-        advance: called with the bytes that were read, and the bytes that there are.
+        place: folder or URL of the corpus. Remote shards are copied to this machine one at a time.
+        deep: also decode every frame of every clip.
+        workers: number of processes that decode.
+        timeout_s: seconds after which a clip that is still being decoded is reported.
+        advance: called with the number of bytes read and the number of all bytes.
 
     Raises:
-        BadInput: there is no manifest, or it was changed.
+        BadInput: the manifest or the sample table is missing or was modified.
     """
     folder = mirror(str(place), user_cache()) if is_remote(str(place)) else Path(place)
     manifest = read_manifest(folder)
@@ -80,7 +80,7 @@ def verify(
             problems.extend(found)
             done += shard.bytes
             advance(done, total)
-    return Verdict(manifest, tuple(problems), done, table.num_rows, decoded)
+    return VerifyResult(manifest, tuple(problems), done, table.num_rows, decoded)
 
 
 def _read_table(folder: Path, manifest: Manifest) -> pa.Table:
@@ -88,61 +88,61 @@ def _read_table(folder: Path, manifest: Manifest) -> pa.Table:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); build the corpus again") from None
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); rebuild the corpus") from None
     if hashlib.sha256(data).hexdigest() != manifest.samples_sha256:
-        raise BadInput(f"{path}: it is not the table that the manifest names (sha256 differs); build the corpus again")
+        raise BadInput(f"{path}: differs from the manifest (sha256); rebuild the corpus")
     table = pq.read_table(path)
     missing = set(SAMPLE_COLUMNS.names) - set(table.column_names)
     if missing:
-        raise BadInput(f"{path}: no column {min(missing)!r}; build the corpus again")
+        raise BadInput(f"{path}: missing column {min(missing)!r}; rebuild the corpus")
     return table
 
 
 def _check_table(table: pa.Table, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the samples' table as a whole."""
+    """Report problems of the sample table as a whole."""
     repeated = table.num_rows - len(table["key"].unique())
     if repeated:
-        yield f"samples.parquet: {repeated} keys are not unique"
-    place = table.select(["split", "shard", "position"])
-    if not place.equals(place.sort_by([(name, "ascending") for name in place.column_names])):
-        yield "samples.parquet: rows are not in the order of split, shard and position"
+        yield f"samples.parquet: {repeated} duplicate keys"
+    order = table.select(["split", "shard", "position"])
+    if not order.equals(order.sort_by([(name, "ascending") for name in order.column_names])):
+        yield "samples.parquet: rows are not sorted by split, shard and position"
     splits = table.group_by("group").aggregate([("split", "count_distinct")])
-    torn = splits.filter(pc.field("split_count_distinct") > 1)["group"].to_pylist()
-    if torn:
-        yield f"samples.parquet: {len(torn)} groups are in several splits, the first {min(torn)!r}"
+    shared = splits.filter(pc.field("split_count_distinct") > 1)["group"].to_pylist()
+    if shared:
+        yield f"samples.parquet: groups in several splits: {len(shared)}, such as {min(shared)!r}"
     for split, totals in manifest.splits.items():
         count = table.filter(pc.field("split") == split).num_rows
         if count != totals["samples"]:
-            yield f"samples.parquet: {count} samples of {split}, the manifest says {totals['samples']}"
+            yield f"samples.parquet: {count} samples of split {split}, expected {totals['samples']}"
 
 
 def _check_shard(
     path: Path | None, shard: ShardEntry, rows: list[dict[str, Any]], *, is_foreign: bool
 ) -> Iterator[str]:
     if path is None:
-        yield f"{shard.file}: it is not there"
+        yield f"{shard.file}: missing"
         return
     with path.open("rb") as file:
         size = path.stat().st_size
         if size != shard.bytes:
-            yield f"{shard.file}: {size} bytes, the manifest says {shard.bytes}"
+            yield f"{shard.file}: {size} bytes, expected {shard.bytes}"
             return
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            yield f"{shard.file}: its sha256 differs from the manifest's"
+            yield f"{shard.file}: sha256 differs from the manifest"
         if len(rows) != shard.samples:
-            yield f"{shard.file}: {len(rows)} samples in samples.parquet, the manifest says {shard.samples}"
+            yield f"{shard.file}: {len(rows)} samples in samples.parquet, expected {shard.samples}"
         names = _member_names(file)
         suffixes = [(row["key"], ("json", row["suffix"], *_extra_members(row))) for row in rows]
         expected = [f"{key}.{suffix}" for key, of_key in suffixes for suffix in of_key]
         if names is None or (names != expected and not is_foreign):
-            yield f"{shard.file}: its members are not those of samples.parquet"
+            yield f"{shard.file}: members differ from samples.parquet"
         for row in rows:
             problems = _check_bytes(file, row) if is_foreign else _check_sample(file, row)
             yield from (f"{shard.file}: {row['key']}: {problem}" for problem in problems)
 
 
 def _member_names(file: BinaryIO) -> list[str] | None:
-    """Names of a tar's members in order, or None if it is damaged."""
+    """List the names of a tar's members in order, or None if the tar is damaged."""
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -152,18 +152,18 @@ def _member_names(file: BinaryIO) -> list[str] | None:
 
 
 def _check_sample(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the sample at its recorded place."""
+    """Report problems of the sample at its recorded offset."""
     if not KEY.fullmatch(row["key"]):
-        yield "a key may hold only a-z, 0-9, _ and -, at most 64"
+        yield "invalid key; use at most 64 characters a-z, 0-9, _ and -"
     yield from _check_bytes(file, row)
     file.seek(row["json_offset"])
     try:
         facts = json.loads(file.read(row["json_size"]))
     except ValueError:
-        yield "the json cannot be read"
+        yield "its json cannot be parsed"
         return
     if not isinstance(facts, dict) or facts.get("key", row["key"]) != row["key"]:
-        yield "the json belongs to another sample"
+        yield "its json belongs to another sample"
 
 
 def _extra_members(row: dict[str, Any]) -> list[str]:
@@ -174,7 +174,7 @@ def _extra_members(row: dict[str, Any]) -> list[str]:
 def _check_bytes(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
     file.seek(row["video_offset"])
     if xxhash.xxh64_hexdigest(file.read(row["video_size"])) != row["xxh64"]:
-        yield f"the {row['suffix']} is not the one that was stored (xxh64 differs)"
+        yield f"its {row['suffix']} has changed (xxh64 differs)"
     for member in _extra_members(row):
         file.seek(row[f"{member}.offset"])
         if xxhash.xxh64_hexdigest(file.read(row[f"{member}.size"])) != row[f"{member}.xxh64"]:
@@ -185,7 +185,7 @@ def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: WorkerP
     tasks = [
         CheckTask(
             key=row["key"],
-            place=FileRef(str(path), row["video_offset"], row["video_size"]),
+            file=FileRef(str(path), row["video_offset"], row["video_size"]),
             suffix=row["suffix"],
             expect=Expect(row["frames"], row["width"], row["height"]),
         )

@@ -1,4 +1,4 @@
-"""Encode, check, store: shards are written one by one, their clips by as many children as there are workers."""
+"""Stage 4 of a build: encode and check clips in worker processes, and write shards one at a time."""
 
 import json
 import time
@@ -12,7 +12,7 @@ import xxhash
 
 from vjepa_data.atomic import is_claimed, remove_leftovers
 from vjepa_data.builder.pack import BuildPlan, ShardPlan
-from vjepa_data.builder.select import Cutting
+from vjepa_data.builder.select import PlannedClip
 from vjepa_data.builder.signals import SidecarParts, with_sidecars
 from vjepa_data.builder.status import Tally
 from vjepa_data.corpus.format import RejectRecord, SampleRecord, ShardWriter, read_record
@@ -23,46 +23,48 @@ from vjepa_data.media.transcode import PictureBox
 from vjepa_data.media.video import Refused
 from vjepa_data.spec import Spec
 
-PATIENCE_S = 1.0
-"""How often to look whether other builders have finished what only they still write."""
+CANONICAL = {"codec": "h264", "pixel_format": "yuv420p"}
+
+POLL_S = 1.0
+"""Interval at which to check for shards that other builders are still writing, in seconds."""
 
 
 def write_shards(
     out: Path,
     plan: BuildPlan,
     *,
-    places: Mapping[str, FileRef],
+    files: Mapping[str, FileRef],
     spec: Spec,
     pool: WorkerPool[StoreTask, StoredSample],
     start: float,
     advance: Callable[[Tally], None],
 ) -> None:
-    """Write those shards of a plan that are not there yet; return when all are, whoever wrote them.
+    """Write the missing shards of a plan, and return when all shards exist, including those of other builders.
 
     Args:
-        out: the corpus's folder.
-        plan: the frozen plan.
-        places: where each source is now, by name.
+        out: folder of the corpus.
+        plan: the saved plan.
+        files: current location of each source, by name.
         spec: how to encode.
         pool: processes that encode.
-        start: at which of the shards to begin, as a share of them, so that several builders begin apart.
-        advance: called after each clip with all that was done here so far.
+        start: fraction of the shards at which to begin, so that concurrent builders begin at different shards.
+        advance: called after each clip with the totals of this builder.
     """
     (out / "shards").mkdir(exist_ok=True)
-    turn = int(start * len(plan.shards))
-    missing = [*plan.shards[turn:], *plan.shards[:turn]]
+    first = int(start * len(plan.shards))
+    missing = [*plan.shards[first:], *plan.shards[:first]]
     writers: dict[int, ShardWriter] = {}
     commits: deque[Future[None]] = deque()
     tally = Tally()
-    # Forcing a shard to the disk takes seconds, in which children that are done must find new work.
+    # Syncing a shard to disk takes seconds, during which idle workers must get new tasks.
     with ThreadPoolExecutor(1) as committer:
         try:
             while missing := [s for s in missing if read_record(out, s.number, plan=plan.hash) is None]:
                 free = [shard for shard in missing if not is_claimed(out / shard.file)]
                 if not free:
-                    time.sleep(PATIENCE_S)
+                    time.sleep(POLL_S)
                     remove_leftovers(out / "shards")
-                for task, answer in pool.map(_tasks(out, plan, free, writers, places, spec)):
+                for task, answer in pool.map(_tasks(out, plan, free, writers, files, spec)):
                     shard = plan.shards[task.shard]
                     clip = shard.clips[task.position]
                     span = {"original": clip.original, "start_s": clip.start_s, "seconds": clip.seconds}
@@ -92,25 +94,25 @@ def _tasks(
     plan: BuildPlan,
     shards: Sequence[ShardPlan],
     writers: dict[int, ShardWriter],
-    places: Mapping[str, FileRef],
+    files: Mapping[str, FileRef],
     spec: Spec,
 ) -> Iterator[StoreTask]:
-    """The clips of each shard that nobody wrote or claimed meanwhile; its writer is opened, which is our claim."""
+    """Yield the clips of each shard that is still missing and unclaimed. Opening its writer claims the shard."""
     for shard in shards:
         if read_record(out, shard.number, plan=plan.hash) is not None or is_claimed(out / shard.file):
             continue
         writers[shard.number] = ShardWriter(out, number=shard.number, file=shard.file, split=shard.split)
         for position, clip in enumerate(shard.clips):
-            yield store_task(clip, shard.number, position, places[clip.source], spec)
+            yield store_task(clip, shard.number, position, files[clip.source], spec)
 
 
-def store_task(clip: Cutting, shard: int, position: int, place: FileRef, spec: Spec) -> StoreTask:
-    """What a child must know to store a clip."""
+def store_task(clip: PlannedClip, shard: int, position: int, file: FileRef, spec: Spec) -> StoreTask:
+    """Return the task of storing a clip."""
     original = json.loads(clip.original)
     return StoreTask(
         shard=shard,
         position=position,
-        place=place,
+        file=file,
         bytes=original["bytes"],
         media=spec.media,
         start_s=clip.start_s,
@@ -123,7 +125,7 @@ def store_task(clip: Cutting, shard: int, position: int, place: FileRef, spec: S
 
 
 def _store(
-    writer: ShardWriter, clip: Cutting, answer: StoredSample | Refused, tally: Tally, sidecars: SidecarParts
+    writer: ShardWriter, clip: PlannedClip, answer: StoredSample | Refused, tally: Tally, sidecars: SidecarParts
 ) -> None:
     tally.clips += 1
     if isinstance(answer, Refused):
@@ -139,19 +141,19 @@ def _store(
     tally.check_s += answer.check_s
 
 
-def _suffix(clip: Cutting) -> str:
-    return "jpg" if is_image(json.loads(clip.original)) else "mp4"
+def _suffix(clip: PlannedClip) -> str:
+    return "jpg" if _is_image(json.loads(clip.original)) else "mp4"
 
 
-def is_image(original: Mapping[str, Any]) -> bool:
+def _is_image(original: Mapping[str, Any]) -> bool:
     return original["frames"] == 1 and original["duration_s"] == 0
 
 
-def sample_facts(clip: Cutting, done: StoredSample) -> dict[str, Any]:
-    """The JSON of a sample."""
+def sample_facts(clip: PlannedClip, done: StoredSample) -> dict[str, Any]:
+    """Return the JSON of a sample."""
     stored = done.clip.stored
     original = json.loads(clip.original)
-    form = {"codec": "jpeg", "pixel_format": "yuv444p"} if is_image(original) else CANONICAL
+    form = {"codec": "jpeg", "pixel_format": "yuv444p"} if _is_image(original) else CANONICAL
     return {
         "key": clip.key,
         "source": clip.source,
@@ -168,11 +170,8 @@ def sample_facts(clip: Cutting, done: StoredSample) -> dict[str, Any]:
             "fps": stored.fps,
             "width": stored.width,
             "height": stored.height,
-            "duration_s": 0.0 if is_image(original) else round(stored.frames / stored.fps, 6),
+            "duration_s": 0.0 if _is_image(original) else round(stored.frames / stored.fps, 6),
             "bytes": len(done.clip.data),
             "xxh64": xxhash.xxh64_hexdigest(done.clip.data),
         },
     }
-
-
-CANONICAL = {"codec": "h264", "pixel_format": "yuv420p"}

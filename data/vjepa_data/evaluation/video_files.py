@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vjepa_data.evaluation.clips import square_views
 from vjepa_data.media.pool import WorkerPool
-from vjepa_data.media.transcode import decode, shown_at
+from vjepa_data.media.transcode import decode, resample_frames
 from vjepa_data.media.video import SUFFIXES, Reason, Refused, open_video, probe, video_stream
 from vjepa_data.settings import BadInput
 
@@ -149,7 +149,7 @@ def _pictures(path: Path, *, start_s: float, origin_s: float, frames: int, fps: 
         own = Fraction(stream.average_rate or stream.guessed_rate or 25)
         timed = decode(container, stream, origin_s + start_s if start_s > 0 else None, own)
         pictures: list[np.ndarray] = []
-        for frame in shown_at(timed, start_s=origin_s + start_s, seconds=frames / fps, rate=rate):
+        for frame in resample_frames(timed, start_s=origin_s + start_s, seconds=frames / fps, rate=rate):
             pictures.append(_upright(frame))
             if len(pictures) == frames:
                 break

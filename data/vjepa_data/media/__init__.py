@@ -1,1 +1,1 @@
-"""One stranger's file at a time, fetched, probed, looked at, encoded and checked, in a child that may be killed."""
+"""Fetch, probe, analyze, encode and check one untrusted file at a time, in a child process that may be killed."""

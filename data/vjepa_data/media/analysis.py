@@ -1,4 +1,4 @@
-"""What a video shows, as far as a builder needs to know: where its scenes begin, and what it looks like at a glance."""
+"""Analyze the content of videos: scene starts, black bars and perceptual hashes."""
 
 import math
 from fractions import Fraction
@@ -12,28 +12,28 @@ from av.error import BlockingIOError, EOFError, FFmpegError
 from vjepa_data.media.transcode import PictureBox, decode
 from vjepa_data.media.video import Reason, Refused, VideoInfo, open_video, video_stream
 
-GLANCES = (0.2, 0.5, 0.8)
-"""Where in a video its perceptual hashes are taken, as shares of its length."""
+HASH_POSITIONS = (0.2, 0.5, 0.8)
+"""Positions of the hashed frames, as fractions of the length."""
 
-MOMENTS = 8
-"""Frames, spread over a video, in none of which a bar may hold anything."""
+BAR_FRAMES = 8
+"""Frames, spread over a video, in which bars must be black."""
 
 BLACK = 24
-"""Grey levels of 255 up to which a row or column is part of a bar, on average."""
+"""Largest mean of a row or column of a bar, in grey levels of 255."""
 
-UNEVEN = 0.02
-"""Bars on both sides may differ by this share of the frame; a dark corner of a scene makes no bar."""
+BAR_TOLERANCE = 0.02
+"""Largest difference between opposite bars, as a fraction of the frame. A dark corner of a scene is not a bar."""
 
-SHORT_S = 0.5
-"""Shortest scene; a second change within this time belongs to the first (flashes, dissolves)."""
+MIN_SCENE_S = 0.5
+"""Shortest scene, in seconds. A second change within this time belongs to the first (flashes, dissolves)."""
 
 
-def scene_starts(path: Path, facts: VideoInfo, *, threshold: float) -> tuple[float, ...]:
-    """Say when scenes begin, in seconds from the first frame, which is not named itself.
+def scene_starts(path: Path, info: VideoInfo, *, threshold: float) -> tuple[float, ...]:
+    """Find the start times of scenes, in seconds from the first frame. The first scene is not listed.
 
     Args:
         path: a local file.
-        facts: what the file says of itself.
+        info: its declared properties.
         threshold: smallest change from frame to frame, in percent.
 
     Raises:
@@ -42,7 +42,7 @@ def scene_starts(path: Path, facts: VideoInfo, *, threshold: float) -> tuple[flo
     Source: FFmpeg's `scdet` filter, at 160 pixels of width.
     """
     starts: list[float] = []
-    rate = Fraction(*facts.rate)
+    rate = Fraction(*info.rate)
     with open_video(path) as container:
         stream = video_stream(container)
         graph: av.filter.Graph | None = None
@@ -57,7 +57,7 @@ def scene_starts(path: Path, facts: VideoInfo, *, threshold: float) -> tuple[flo
             except (BlockingIOError, EOFError):
                 continue
             at = float(time - first)
-            if number and changed and at - (starts[-1] if starts else 0.0) >= SHORT_S:
+            if number and changed and at - (starts[-1] if starts else 0.0) >= MIN_SCENE_S:
                 starts.append(round(at, 6))
     return tuple(starts)
 
@@ -74,8 +74,8 @@ def _detector(frame: av.VideoFrame, threshold: float) -> av.filter.Graph:
     return graph
 
 
-def picture_box(path: Path, facts: VideoInfo) -> PictureBox | None:
-    """Say where in its frames a video's picture lies, or None if there are no black bars around it.
+def picture_box(path: Path, info: VideoInfo) -> PictureBox | None:
+    """Find the picture inside black bars, or None if there are no bars.
 
     Raises:
         Refused: a frame cannot be decoded, or frames differ in size.
@@ -83,17 +83,17 @@ def picture_box(path: Path, facts: VideoInfo) -> PictureBox | None:
     Source: the rule of FFmpeg's `cropdetect` (GPL, so not in PyAV's build): a line is black if its mean is below 24.
     """
     rows = columns = np.zeros(0, np.float32)
-    for number in range(MOMENTS):
-        frame = frame_at(path, facts, (number + 0.5) / MOMENTS)
+    for number in range(BAR_FRAMES):
+        frame = frame_at(path, info, (number + 0.5) / BAR_FRAMES)
         grey = np.rot90(frame.to_ndarray(format="gray"), frame.rotation // 90)
         rows, columns = (_brightest(*pair) for pair in ((rows, grey.mean(axis=1)), (columns, grey.mean(axis=0))))
     down, across = np.flatnonzero(rows > BLACK), np.flatnonzero(columns > BLACK)
     if not len(down) or not len(across):
         return None
-    wide, high = facts.width / len(columns), facts.height / len(rows)  # shown pixels, of those that are stored
+    wide, high = info.width / len(columns), info.height / len(rows)  # displayed pixels per stored pixel
     left, top = round(across[0] * wide), round(down[0] * high)
     box = PictureBox(left, top, round((across[-1] + 1) * wide) - left, round((down[-1] + 1) * high) - top)
-    return box if _is_framed(box, facts) else None
+    return box if _is_framed(box, info) else None
 
 
 def _brightest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
@@ -102,39 +102,39 @@ def _brightest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
     return np.maximum(before, now) if len(before) else now
 
 
-def _is_framed(box: PictureBox, facts: VideoInfo) -> bool:
-    """Whether what surrounds a box is bars: even, more than a blurred edge, and less than half of the frame."""
+def _is_framed(box: PictureBox, info: VideoInfo) -> bool:
+    """Tell whether the margins of a box are bars: symmetric, wider than a blurred edge, below half of the frame."""
     margins = (
-        (box.left, facts.width - box.left - box.width, facts.width),
-        (box.top, facts.height - box.top - box.height, facts.height),
+        (box.left, info.width - box.left - box.width, info.width),
+        (box.top, info.height - box.top - box.height, info.height),
     )
-    if any(abs(one - other) > UNEVEN * side or one + other > side / 2 for one, other, side in margins):
+    if any(abs(a - b) > BAR_TOLERANCE * side or a + b > side / 2 for a, b, side in margins):
         return False
-    return any(one + other > UNEVEN * side for one, other, side in margins)
+    return any(a + b > BAR_TOLERANCE * side for a, b, side in margins)
 
 
-def perceptual_hashes(path: Path, facts: VideoInfo) -> tuple[int, ...]:
-    """Hash what a video shows at three moments, 64 bits each: equal or nearly so after re-encoding or resizing.
+def perceptual_hashes(path: Path, info: VideoInfo) -> tuple[int, ...]:
+    """Hash three frames to 64 bits each. Hashes change little when a video is re-encoded or resized.
 
-    A bit says whether a picture of 9 x 8 grey levels grows brighter from one column to the next.
+    A bit tells whether an image of 9 x 8 grey levels gets brighter from one column to the next.
 
     Raises:
         Refused: a frame cannot be decoded.
 
     Source: the difference hash, Krawetz, "Kind of like that" (2013).
     """
-    frames = (frame_at(path, facts, share) for share in GLANCES)
+    frames = (frame_at(path, info, share) for share in HASH_POSITIONS)
     return tuple(difference_hash(frame.to_ndarray(format="gray")) for frame in frames)
 
 
-def frame_at(path: Path, facts: VideoInfo, share: float) -> av.VideoFrame:
-    """Decode the frame that is on the screen after a share of a video's length.
+def frame_at(path: Path, info: VideoInfo, share: float) -> av.VideoFrame:
+    """Decode the frame on display after a fraction of a video's length.
 
     Raises:
-        Refused: it cannot be decoded.
+        Refused: the frame cannot be decoded.
     """
-    at = facts.start_s + share * facts.duration_s
-    frame = _frame_at(path, at, seeks=True) or _frame_at(path, at, seeks=False)  # some files cannot be sought in
+    at = info.start_s + share * info.duration_s
+    frame = _frame_at(path, at, seeks=True) or _frame_at(path, at, seeks=False)  # seeking fails in some files
     if frame is None:
         raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
     return frame
@@ -159,7 +159,7 @@ def _frame_at(path: Path, at: float, *, seeks: bool) -> av.VideoFrame | None:
 
 
 def difference_hash(grey: np.ndarray) -> int:
-    """64 bits of a grey picture, uint8 [H W]: the signs of the differences between the columns of 8 rows of 9 means."""
+    """Hash a grey image, uint8 [H W], to 64 bits: signs of the differences between adjacent means of 8 rows of 9."""
     rows = np.array_split(grey.astype(np.float32), 8, axis=0)
     means = np.array([[block.mean() for block in np.array_split(row, 9, axis=1)] for row in rows])
     bits = (means[:, 1:] > means[:, :-1]).ravel()

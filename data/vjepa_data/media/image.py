@@ -1,4 +1,4 @@
-"""Images as samples of one frame: stored as JPEG, upright, RGB, of the size that is asked for."""
+"""Images as samples of one frame, stored as upright RGB JPEGs of the requested size."""
 
 import io
 import struct
@@ -8,20 +8,20 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vjepa_data.decoding.picture import upright_rgb
 from vjepa_data.media.transcode import StoredClip, stored_size
-from vjepa_data.media.video import MAX_PIXELS, Reason, Refused, Stored, VideoInfo
+from vjepa_data.media.video import MAX_PIXELS, ClipFormat, Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
-# What Pillow's readers were seen to raise on damaged files, or catch from one another; it promises nothing.
+# Exceptions that Pillow's readers were observed to raise on damaged files, or catch internally. They are undocumented.
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error)
 
 
 def probe_image(path: Path) -> VideoInfo:
-    """Read what an image file says of itself.
+    """Read the declared properties of an image file.
 
     Raises:
-        Refused: it is missing, empty, too large or no image.
+        Refused: the file is missing, empty, too large or not an image.
     """
     with _open(path) as image:
         width, height = _shown_size(image)
@@ -31,10 +31,10 @@ def probe_image(path: Path) -> VideoInfo:
 
 
 def store_image(path: Path, *, encode: Encode) -> StoredClip:
-    """Encode an image as it is stored.
+    """Encode an image in its stored form.
 
     Raises:
-        Refused: it is damaged, or longer than a JPEG can be.
+        Refused: the image is damaged, or longer than a JPEG can be.
     """
     file = io.BytesIO()
     with _open(path) as image:
@@ -45,16 +45,16 @@ def store_image(path: Path, *, encode: Encode) -> StoredClip:
             picture.save(file, "JPEG", quality=encode.jpeg_quality, subsampling=0)
         except DAMAGE as error:
             raise Refused(Reason.NOT_IMAGE, str(error)) from None
-    return StoredClip(file.getvalue(), Stored(1, (1, 1), width, height))
+    return StoredClip(file.getvalue(), ClipFormat(1, (1, 1), width, height))
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once it is upright; nothing is decoded for it."""
+    """Return width and height of the upright image, without decoding it."""
     try:
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except DAMAGE as error:
         raise Refused(Reason.NOT_IMAGE, str(error)) from None
-    return (image.height, image.width) if is_turned else (image.width, image.height)
+    return (image.height, image.width) if is_rotated else (image.width, image.height)
 
 
 def _open(path: Path) -> Image.Image:
@@ -64,7 +64,7 @@ def _open(path: Path) -> Image.Image:
         size = path.stat().st_size
         image = Image.open(path, formats=FORMATS) if size else None
     except UnidentifiedImageError:
-        raise Refused(Reason.NOT_IMAGE, "no image of a known kind") from None
+        raise Refused(Reason.NOT_IMAGE, "unknown image format") from None
     except Image.DecompressionBombError:
         raise Refused(Reason.TOO_LARGE, "decompression bomb") from None
     except OSError as error:

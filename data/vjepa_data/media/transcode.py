@@ -1,8 +1,8 @@
-"""Any video to the canonical form, with the libraries inside PyAV: no command, no second installation of FFmpeg.
+"""Convert any video to the canonical form, with the libraries inside PyAV and no separate FFmpeg.
 
-The same frames and settings give the same bytes on every x86-64 machine. For that, x264 runs in one thread without
-its macroblock tree, which in this build is not reproducible on AVX-512 and differs between generations of CPUs
-(costs about 8 % more bytes at equal PSNR), and swscale runs in its bit-exact mode.
+The same frames and settings give the same bytes on every x86-64 machine. To that end, swscale runs in its bit-exact
+mode, and x264 runs in one thread without its macroblock tree, which in this build is not reproducible on AVX-512 and
+differs between CPU generations. This costs about 8 % more bytes at equal PSNR.
 """
 
 import io
@@ -24,29 +24,38 @@ import numpy as np
 from av.error import BlockingIOError, EOFError, FFmpegError
 from av.video.frame import PictureType
 
-from vjepa_data.media.video import Reason, Refused, Stored, open_video, probe, read_canonical, shown_size, video_stream
+from vjepa_data.media.video import (
+    ClipFormat,
+    Reason,
+    Refused,
+    open_video,
+    probe,
+    read_canonical,
+    shown_size,
+    video_stream,
+)
 from vjepa_data.spec import Encode, Filter
 
-TURN = {
+ROTATION_FILTERS = {
     0: (),
     90: (("transpose", "cclock"),),
     180: (("hflip", None), ("vflip", None)),
     270: (("transpose", "clock"),),
 }
-"""FFmpeg's filters for a frame that is to be shown turned counter-clockwise by so many degrees."""
+"""FFmpeg filters that rotate a frame counter-clockwise by a number of degrees."""
 
 UNTIMED = frozenset(["avi", "h264", "hevc", "mpegvideo", "m4v", "av1", "obu", "yuv4mpegpipe"])
-"""Containers that do not say when a frame is shown."""
+"""Containers without presentation times."""
 
 MAX_GAP_S = 60
-"""Longest time that one frame may stay on the screen; a longer gap is a damaged clock."""
+"""Longest time between two frames, in seconds. A longer gap means damaged time stamps."""
 
 Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True)
 class PictureBox:
-    """A part of a picture, in pixels of the frame as it is shown."""
+    """A part of a frame, in displayed pixels."""
 
     left: int
     top: int
@@ -56,16 +65,16 @@ class PictureBox:
 
 @dataclass(frozen=True)
 class StoredClip:
-    """A stored clip: its bytes and its form."""
+    """Bytes and properties of a stored clip."""
 
     data: bytes
-    stored: Stored
+    stored: ClipFormat
 
 
 def stored_rate(rate: Fraction, *, encode: Encode) -> Fraction:
-    """Frames per second of the stored clip, from those of the video.
+    """Compute the frame rate of the stored clip from that of the video.
 
-    Never more than the video has: a faster one is thinned by a whole number, so that 60 becomes 30 and 50 becomes 25.
+    A rate above `max_fps` is divided by an integer, so that 60 becomes 30 and 50 becomes 25.
     """
     if encode.fps is not None:
         return Fraction(encode.fps).limit_denominator(1001)
@@ -73,29 +82,29 @@ def stored_rate(rate: Fraction, *, encode: Encode) -> Fraction:
 
 
 def stored_size(width: int, height: int, *, encode: Encode) -> tuple[int, int]:
-    """Width and height of the stored clip: the shorter side as asked, the longer one to the nearest even number."""
+    """Compute width and height of the stored clip. The longer side is rounded to an even number."""
     short = encode.short_side_px
     if width <= height:
         return short, 2 * max(1, round(height * short / width / 2))
     return 2 * max(1, round(width * short / height / 2)), short
 
 
-def shown_at(
+def resample_frames(
     frames: Iterator[tuple[Fraction, Frame]], *, start_s: float | None, seconds: float | None, rate: Fraction
 ) -> Iterator[Frame]:
-    """Choose for each tick of a constant rate the frame that is on the screen then.
+    """Resample frames to a constant rate by choosing the frame on display at each tick.
 
-    Frame k of the result is the last one that begins at or before `start_s + k / rate` (a quarter of a tick of slack
-    absorbs rounded time stamps). One that stays for many ticks is given as often, one that falls between two never.
+    Output frame k is the last input frame that starts at or before `start_s + k / rate`, with a tolerance of a quarter
+    of a tick for rounded time stamps. A frame may be repeated or skipped.
 
     Args:
-        frames: times in seconds, and frames, in order.
-        start_s: time of tick 0 on the same clock; by default that of the first frame.
-        seconds: length of the part to use; by default up to the last frame.
-        rate: ticks per second.
+        frames: pairs of time in seconds and frame, in order.
+        start_s: time of output frame 0 (default: that of the first input frame).
+        seconds: length of the part to use (default: up to the last frame).
+        rate: output frames per second.
 
     Raises:
-        Refused: the clock stands still for over a minute, or runs backwards.
+        Refused: two times are more than `MAX_GAP_S` apart, or not in order.
     """
     ticks = None if seconds is None else max(1, round(Fraction(seconds) * rate))
     start = None if start_s is None else Fraction(start_s)
@@ -105,7 +114,7 @@ def shown_at(
     for time, frame in frames:
         start = time if start is None else start
         if last is not None and not 0 <= time - last_time <= MAX_GAP_S:
-            raise Refused(Reason.DAMAGED, f"time goes from {float(last_time):.3f} to {float(time):.3f} s")
+            raise Refused(Reason.DAMAGED, f"time stamps jump from {float(last_time):.3f} to {float(time):.3f} s")
         while last is not None and start + tick / rate + slack < time:
             yield last
             tick += 1
@@ -125,47 +134,47 @@ def transcode(
     accept: Filter,
     box: PictureBox | None = None,
 ) -> StoredClip:
-    """Store a video, or a part of it, in the canonical form.
+    """Encode a video, or a part of it, in the canonical form.
 
     Args:
         path: a local file.
-        start_s, end_s: the part to use, in seconds from the first frame; by default all of it.
-        encode: the form.
-        accept: what the pictures must show.
-        box: the part of the picture to use; by default all of it.
+        start_s, end_s: the part to use, in seconds from the first frame (default: the entire video).
+        encode: size, rate and quality.
+        accept: limits of motion and brightness.
+        box: the part of each frame to use (default: the entire frame).
 
     Raises:
-        Refused: the video cannot be decoded from start to end, ends early, or is still or dark.
+        Refused: the video cannot be decoded from start to end, ends early, or is below the limits.
     """
-    facts = probe(path)
-    rate = stored_rate(Fraction(*facts.rate), encode=encode)
+    info = probe(path)
+    rate = stored_rate(Fraction(*info.rate), encode=encode)
     seconds = None if end_s is None else end_s - (start_s or 0.0)
     with open_video(path) as source:
         stream = video_stream(source)
-        begin = None if not start_s else facts.start_s + start_s
-        frames = shown_at(
-            decode(source, stream, begin, Fraction(*facts.rate)), start_s=begin, seconds=seconds, rate=rate
+        begin = None if not start_s else info.start_s + start_s
+        frames = resample_frames(
+            decode(source, stream, begin, Fraction(*info.rate)), start_s=begin, seconds=seconds, rate=rate
         )
         clip = _encode(frames, stream, rate=rate, encode=encode, accept=accept, box=box)
-    expected = seconds if seconds is not None else facts.duration_s - (start_s or 0.0)
-    missing = expected - clip.stored.frames / float(rate)
-    if missing > max(0.5, 0.02 * expected, 2 / facts.fps) and (seconds is not None or not facts.audio or facts.frames):
-        raise Refused(
-            Reason.TRUNCATED, f"{clip.stored.frames / float(rate):.2f} s of pictures, {expected:.2f} s declared"
-        )
+    # Without a frame count, the declared duration may be that of the audio.
+    is_declared = seconds is not None or not info.audio or info.frames
+    expected = seconds if seconds is not None else info.duration_s - (start_s or 0.0)
+    actual = clip.stored.frames / float(rate)
+    if is_declared and expected - actual > max(0.5, 0.02 * expected, 2 / info.fps):
+        raise Refused(Reason.TRUNCATED, f"{actual:.2f} s of video, but {expected:.2f} s declared")
     return clip
 
 
 def decode(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, begin: float | None, rate: Fraction
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Decode from the key frame at or before a time on the stream's own clock, and refuse damage instead of hiding it.
+    """Decode from the key frame at or before a time of the stream, and reject damage instead of concealing it.
 
-    Gives the time of each frame in seconds, and the frame. Where the container stores no times of showing (AVI, raw
-    streams), frames are counted at `rate`.
+    Yields the time of each frame in seconds, and the frame. If the container stores no presentation times (AVI, raw
+    streams), times are computed from `rate`.
 
     Raises:
-        Refused: a frame is damaged or of another size than the first.
+        Refused: a frame is damaged, or differs from the first in size or pixel format.
     """
     stream.codec_context.options = {"err_detect": "explode"}
     is_timed = container.format.name not in UNTIMED
@@ -177,7 +186,7 @@ def decode(
             if frame.is_corrupt:
                 raise Refused(Reason.DAMAGED, f"frame {number} is damaged")
             if size not in (None, (frame.width, frame.height, frame.format.name)):
-                raise Refused(Reason.SIZE_CHANGES, f"frame {number} is {frame.width}x{frame.height}, before {size}")
+                raise Refused(Reason.SIZE_CHANGES, f"frame {number} is {frame.width}x{frame.height}, previously {size}")
             size = (frame.width, frame.height, frame.format.name)
             if is_timed and frame.pts is not None and frame.time_base is not None:
                 yield frame.pts * frame.time_base, frame
@@ -198,12 +207,12 @@ def _encode(
 ) -> StoredClip:
     first = next(frames, None)
     if first is None:
-        raise Refused(Reason.DAMAGED, "no frame in the part to use")
+        raise Refused(Reason.DAMAGED, "no frame in the requested time range")
     shown = shown_size(first, stream)
     width, height = stored_size(*((box.width, box.height) if box else shown), encode=encode)
     graph = _graph(first, width, height, crop=_crop(first, shown, box) if box else None)
-    # In memory, so that a killed process leaves nothing behind; by a name, because the index is moved to the front
-    # in a second pass over the file.
+    # A file in memory, so that a killed process leaves nothing behind. FFmpeg needs its name, because a second pass
+    # moves the index to the front.
     with os.fdopen(os.memfd_create("clip"), "w+b") as file:
         target = av.open(
             f"/proc/self/fd/{file.fileno()}",
@@ -225,22 +234,22 @@ def _encode(
             "flags": "+bitexact+cgop",
             "x264-params": "mbtree=0",
         }
-        look = ContentStats(rate)
+        stats = ContentStats(rate)
         count = 0
         for count, frame in enumerate(_filtered(graph, itertools.chain([first], frames)), start=1):
-            look.at(frame)
+            stats.add(frame)
             frame.pts, frame.time_base, frame.pict_type = count - 1, 1 / rate, PictureType.NONE
             target.mux(output.encode(frame))
         target.mux(output.encode(None))
         target.close()
         file.seek(0)
         data = file.read()
-    look.judge(accept)
-    return StoredClip(data, Stored(count, (rate.numerator, rate.denominator), width, height))
+    stats.check(accept)
+    return StoredClip(data, ClipFormat(count, (rate.numerator, rate.denominator), width, height))
 
 
 def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """What comes out of the filters; one of them may hold frames back, so that out is not in step with in."""
+    """Yield the output of the filters. A filter may delay frames, so output is not aligned with input."""
     for frame in itertools.chain(frames, [None]):
         graph.vpush(frame)
         while True:
@@ -252,7 +261,7 @@ def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterat
 
 
 def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: PictureBox) -> str:
-    """Options of the filter that cuts a box out of a frame, which is upright by then, but may have oblong pixels."""
+    """Return the options of the crop filter, whose input is upright, but may have non-square pixels."""
     size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     across, down = (Fraction(now, side) for now, side in zip(size, shown, strict=True))
     width, left, height, top = (
@@ -263,7 +272,7 @@ def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: PictureBox) -> str:
 
 
 def _graph(frame: av.VideoFrame, width: int, height: int, *, crop: str | None) -> av.filter.Graph:
-    """One frame in, one out: deinterlaced if need be, upright, of the size and pixels that are stored."""
+    """Build the filters that deinterlace, rotate, crop and scale a frame to the stored form."""
     graph = av.filter.Graph()
     graph.threads = 1
     chain = [
@@ -273,21 +282,21 @@ def _graph(frame: av.VideoFrame, width: int, height: int, *, crop: str | None) -
     ]
     if frame.interlaced_frame:
         chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
-    chain.extend(graph.add(name, options) for name, options in TURN[frame.rotation % 360])
+    chain.extend(graph.add(name, options) for name, options in ROTATION_FILTERS[frame.rotation % 360])
     if crop is not None:
         chain.append(graph.add("crop", crop))
     chain.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:out_range=tv"))
     chain.append(graph.add("setsar", "1"))
     chain.append(graph.add("format", "pix_fmts=yuv420p"))
     chain.append(graph.add("buffersink"))
-    for one, following in itertools.pairwise(chain):
-        one.link_to(following)
+    for previous, following in itertools.pairwise(chain):
+        previous.link_to(following)
     graph.configure()
     return graph
 
 
 class ContentStats:
-    """How bright the frames of a clip are and how much changes within a second, in grey levels of 255."""
+    """Brightness of a clip, and change between frames a second apart, in grey levels of 255."""
 
     def __init__(self, rate: Fraction) -> None:
         self._every = max(1, round(rate))
@@ -296,7 +305,7 @@ class ContentStats:
         self._brightness: list[float] = []
         self._changes: list[float] = []
 
-    def at(self, frame: av.VideoFrame) -> None:
+    def add(self, frame: av.VideoFrame) -> None:
         if self._seen % self._every == 0:
             plane = frame.planes[0]
             luma = (
@@ -310,55 +319,59 @@ class ContentStats:
             self._last = luma
         self._seen += 1
 
-    def judge(self, accept: Filter) -> None:
-        """Refuse a clip that stays below the limits."""
+    def check(self, accept: Filter) -> None:
+        """Reject a clip that is below the limits."""
         brightness = max(self._brightness, default=0.0)
         change = max(self._changes, default=math.inf)
         if brightness < accept.min_brightness:
-            raise Refused(Reason.DARK, f"mean luma {brightness:.1f}, at least {accept.min_brightness:g} wanted")
+            raise Refused(Reason.DARK, f"mean luma {brightness:.1f}; minimum: {accept.min_brightness:g}")
         if change < accept.min_motion:
-            raise Refused(Reason.STILL, f"frames differ by {change:.2f}, at least {accept.min_motion:g} wanted")
+            raise Refused(Reason.STILL, f"frames differ by {change:.2f}; minimum: {accept.min_motion:g}")
 
 
-def check(data: bytes, stored: Stored, *, gop: int) -> None:
-    """Check a stored clip from its very bytes: its form, and that the training decoder gives every frame.
+def check(data: bytes, stored: ClipFormat, *, gop: int) -> None:
+    """Check that the bytes of a clip have the canonical form and that the training decoder returns every frame.
 
     Raises:
-        Refused: it is not canonical, or decord fails or gives another number or size of frames.
+        Refused: it is not canonical, or decord fails or returns a different number or size of frames.
     """
     found = read_canonical(data, gop=gop)
     if found != stored:
-        raise Refused(Reason.NOT_CANONICAL, f"{found} in the bytes, {stored} encoded")
+        raise Refused(Reason.NOT_CANONICAL, f"{found} in the file, but {stored} encoded")
     decode_all(data, frames=stored.frames, width=stored.width, height=stored.height)
 
 
 def decode_all(data: bytes, *, frames: int, width: int, height: int) -> None:
-    """Decode a stored clip from first to last frame with the training decoder.
+    """Decode every frame of a stored clip with the training decoder.
 
     Raises:
-        Refused: decord fails, or gives another number or size of frames.
+        Refused: decord fails, or returns a different number or size of frames.
     """
     reader, decord = open_decord(data)
     try:
         shapes = {reader.next().shape for _ in range(len(reader))}
     except decord.DECORDError as error:
-        raise Refused(Reason.CHECK_FAILED, f"decord: {said_by(error)}") from None
+        raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     if len(reader) != frames or shapes != {(height, width, 3)}:
         raise Refused(
-            Reason.CHECK_FAILED, f"decord gives {len(reader)} frames of {sorted(shapes)}, not {frames} {width}x{height}"
+            Reason.CHECK_FAILED,
+            f"decord returns {len(reader)} frames of {sorted(shapes)}, expected {frames} of {width}x{height}",
         )
 
 
 def open_decord(data: bytes) -> tuple[Any, Any]:
-    """A reader and its library, which brings a second FFmpeg that only a child process should load."""
+    """Open a clip with decord, and return the reader and the library.
+
+    decord loads a second FFmpeg, which only a child process should do.
+    """
     import decord
 
     try:
         return decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1), decord
     except decord.DECORDError as error:
-        raise Refused(Reason.CHECK_FAILED, f"decord: {said_by(error)}") from None
+        raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
 
 
-def said_by(error: Exception) -> str:
-    """What decord says is wrong, without the time and the place in its code, so that a second build says the same."""
+def decord_message(error: Exception) -> str:
+    """Extract decord's message without time and code location, so that builds are reproducible."""
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error).splitlines()[-1])

@@ -1,10 +1,9 @@
-"""What a video file is, and why it is refused."""
+"""Probe video files, and name the reasons for rejecting them."""
 
 import io
 import itertools
-import json
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
@@ -20,57 +19,57 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,mxf,dv,rm,h264,hevc,ivf,nut,y4m"
     ",yuv4mpegpipe,av1,obu,wtv"
 )
-"""Containers of pictures. Playlists (HLS, DASH, concat), which name other files, are not among them."""
+"""Accepted containers. Playlists (HLS, DASH, concat) are excluded because they refer to other files."""
 
 SUFFIXES = frozenset(
     """.mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .m2ts .mts .vob .flv .wmv .asf .ogv .ogg .gif .3gp .3g2 .mxf
     .dv .ivf .y4m .h264 .264 .hevc .265 .divx .rm .rmvb""".split()  # noqa: SIM905
 )
-"""File names that are taken for videos when a folder is searched; what such a file is, its content decides."""
+"""Suffixes of videos in a folder search. The content then decides whether the file is a video."""
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-"""File names that are taken for images when the corpus is one of images."""
+"""Suffixes of images in a folder search for a corpus of images."""
 
 MAX_PIXELS = 8192 * 8192
 
 
 class Reason(StrEnum):
-    """Why a source or clip was refused. The names are part of the format of `rejects.parquet`."""
+    """Why a source or clip was rejected. The names are part of the format of `rejects.parquet`."""
 
     MISSING = "missing"
-    """There is no such file, or it cannot be read."""
+    """The file does not exist or cannot be read."""
     EMPTY = "empty"
-    """The file has no bytes."""
+    """The file has 0 bytes."""
     UNREACHABLE = "unreachable"
-    """The URL did not give the file, after retries."""
+    """The file could not be downloaded, after retries."""
     BAD_LABELS = "bad_labels"
-    """The labels beside the video are no JSON object."""
+    """The file with the labels is not a JSON object."""
     BAD_SIGNAL = "bad_signal"
     """A signal or text beside the video is missing, damaged, or does not cover the video."""
     NOT_VIDEO = "not_video"
-    """No known container: a text, a web page, a playlist, noise."""
+    """The container is unknown: a text, a web page, a playlist, noise."""
     NO_INDEX = "no_index"
-    """An MP4 without its index (`moov`): a download or recording that was cut off."""
+    """An MP4 without its index (`moov`): an interrupted download or recording."""
     NOT_IMAGE = "not_image"
-    """No image of a known kind, or a damaged one."""
+    """The image is damaged or has an unknown format."""
     NO_VIDEO_STREAM = "no_video_stream"
-    """A container without moving pictures: sound only."""
+    """The container has no video stream, only sound."""
     NO_DECODER = "no_decoder"
-    """Pictures in a format that cannot be decoded."""
+    """The codec is unknown."""
     TOO_LARGE = "too_large"
-    """A declared picture size beyond 8192 x 8192."""
+    """The declared frame size exceeds 8192 x 8192, or the file exceeds a memory limit."""
     DAMAGED = "damaged"
-    """The pictures cannot be decoded from start to end."""
+    """The video cannot be decoded from start to end."""
     TRUNCATED = "truncated"
-    """The pictures end before the file says that they do."""
+    """The frames end before the declared duration."""
     SIZE_CHANGES = "size_changes"
-    """The picture size changes in the middle."""
+    """The frame size changes within the video."""
     DUPLICATE = "duplicate"
-    """The same bytes as an earlier source."""
+    """An earlier source has the same bytes."""
     NEAR_DUPLICATE = "near_duplicate"
-    """Looks the same as an earlier clip."""
+    """An earlier source looks the same."""
     DENIED = "denied"
-    """On the deny-list."""
+    """The source is on the deny-list."""
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
     TOO_SMALL = "too_small"
@@ -80,13 +79,13 @@ class Reason(StrEnum):
     STILL = "still"
     DARK = "dark"
     CHANGED = "changed"
-    """The file has another size than when it was looked at."""
+    """The size of the file has changed since the analysis."""
     BAD_RANGE = "bad_range"
-    """The part to use does not lie in the video."""
+    """The requested time range lies outside the video."""
     NOT_CANONICAL = "not_canonical"
-    """What we stored is not the canonical form: an encoder at fault."""
+    """The encoded clip does not have the canonical form, which is a bug."""
     CHECK_FAILED = "check_failed"
-    """The training decoder does not give back what was stored."""
+    """The training decoder does not reproduce the stored clip."""
     TIMED_OUT = "timed_out"
     """Reading, encoding or checking took longer than `timeout_s`, twice."""
     CRASHED = "crashed"
@@ -94,12 +93,12 @@ class Reason(StrEnum):
 
 
 class Refused(Exception):
-    """A video, clip or sample that does not enter the corpus.
+    """Raised for a video, clip or sample that is rejected.
 
     Args:
         reason: the code that is counted.
-        detail: one line for a reader; no times, paths of this machine or process numbers, so that a second build
-            says the same.
+        detail: one line of explanation. It must not contain times, local paths or process ids, so that builds are
+            reproducible.
     """
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
@@ -110,20 +109,20 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file says of itself."""
+    """Declared properties of a video or image file."""
 
     bytes: int
     container: str
     codec: str
     pixel_format: str
     width: int
-    """Pixels as shown: after rotation, with square pixels."""
+    """Displayed width: after rotation, in square pixels."""
     height: int
     rate: tuple[int, int]
     """Average frames per second, as a fraction."""
     duration_s: float
     frames: int
-    """Frames as declared, 0 if the container does not say."""
+    """Declared number of frames, or 0 if the container does not declare it."""
     start_s: float
     audio: bool
 
@@ -131,21 +130,18 @@ class VideoInfo:
     def fps(self) -> float:
         return self.rate[0] / self.rate[1]
 
-    def as_json(self) -> str:
-        return json.dumps(asdict(self))
-
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """Open a local file for reading; only containers of pictures, never another file or address that it names.
+    """Open a local video file. Other files or URLs that it refers to are never opened.
 
     Raises:
-        Refused: the file is missing, empty, or no container of pictures.
+        Refused: the file is missing, empty, or not a known container.
     """
     try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for, a device has no end
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, and a device has no end
             raise Refused(Reason.MISSING, "not a file")
-        size = facts.st_size
+        size = status.st_size
         with path.open("rb") as file:
             head = file.read(12)
             is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
@@ -155,7 +151,7 @@ def open_video(path: Path) -> av.container.InputContainer:
     if not size:
         raise Refused(Reason.EMPTY, "0 bytes")
     if is_mp4 and not has_index:
-        raise Refused(Reason.NO_INDEX, "an MP4 without a whole moov box")
+        raise Refused(Reason.NO_INDEX, "MP4 without a complete moov box")
     try:
         return av.open(
             f"file:{path.absolute()}",
@@ -167,7 +163,7 @@ def open_video(path: Path) -> av.container.InputContainer:
 
 
 def _has_index(file: BinaryIO, size: int) -> bool:
-    """Whether an MP4 holds the whole of its index."""
+    """Tell whether an MP4 contains its complete index."""
     at = 0
     while at + 8 <= size:
         file.seek(at)
@@ -183,14 +179,14 @@ def _has_index(file: BinaryIO, size: int) -> bool:
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    """The stream of moving pictures (not the cover art), one thread, ready to decode.
+    """Return the video stream (not the cover art), set to decode in one thread.
 
     Raises:
-        Refused: there is none, or none that can be decoded.
+        Refused: there is no video stream, or it cannot be decoded.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        raise Refused(Reason.NO_VIDEO_STREAM, f"{len(container.streams)} streams, none with moving pictures")
+        raise Refused(Reason.NO_VIDEO_STREAM, f"none of {len(container.streams)} streams is a video")
     stream = streams[0]
     if stream.codec_context is None:
         raise Refused(Reason.NO_DECODER, "unknown codec")
@@ -202,10 +198,10 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
 
 
 def probe(path: Path) -> VideoInfo:
-    """Read what a file says of itself, and decode one frame to learn what it shows.
+    """Read the declared properties of a video, and decode one frame to learn its displayed size.
 
     Raises:
-        Refused: it is no video that can be decoded.
+        Refused: the file is not a video, or cannot be decoded.
     """
     with open_video(path) as container:
         stream = video_stream(container)
@@ -237,7 +233,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def _duration(container: av.container.InputContainer, stream: av.video.stream.VideoStream, rate: Fraction) -> float:
-    """Seconds of moving pictures as declared: by the stream, else by its count of frames, else by the container."""
+    """Return the declared duration in seconds: of the stream, else from its frame count, else of the container."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     if stream.frames:
@@ -246,7 +242,7 @@ def _duration(container: av.container.InputContainer, stream: av.video.stream.Vi
 
 
 def shown_size(frame: av.VideoFrame, stream: av.video.stream.VideoStream) -> tuple[int, int]:
-    """Width and height in square pixels after rotation: what a player would show."""
+    """Return the displayed width and height: after rotation, in square pixels."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width, height = frame.width, frame.height
     if aspect > 0 and aspect != 1:
@@ -255,7 +251,7 @@ def shown_size(frame: av.VideoFrame, stream: av.video.stream.VideoStream) -> tup
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None) -> list[tuple[str, int, int]]:
-    """The boxes of an MP4 at one level: name, and where its content begins and ends, in bytes.
+    """List the boxes of an MP4 at one level: name, and offsets of the start and end of its content.
 
     Source: ISO/IEC 14496-12, section 4.2.
     """
@@ -273,8 +269,8 @@ def boxes(data: bytes, start: int = 0, end: int | None = None) -> list[tuple[str
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A stored clip's form, as its own bytes tell."""
+class ClipFormat:
+    """Properties of a stored clip."""
 
     frames: int
     rate: tuple[int, int]
@@ -286,64 +282,75 @@ class Stored:
         return self.rate[0] / self.rate[1]
 
 
-def read_canonical(data: bytes, *, gop: int) -> Stored:
-    """Check that the bytes are an MP4 of the canonical form, without decoding it, and say what is in them.
+def read_canonical(data: bytes, *, gop: int) -> ClipFormat:
+    """Check that an MP4 has the canonical form, without decoding it, and return its properties.
 
-    Canonical: index first, no edit list, one stream, H.264 yuv420p, square pixels, no rotation, a constant rate from 0,
-    and a key frame at least every `gop` frames.
+    Canonical: index first, no edit list, one track, H.264 yuv420p, square pixels, no rotation, constant rate from time
+    0, and a key frame at least every `gop` frames.
 
     Raises:
-        Refused: it is not; the detail says in what.
+        Refused: it has another form. The detail names the first difference.
     """
-
-    def refuse(what: str) -> Refused:
-        return Refused(Reason.NOT_CANONICAL, what)
-
-    top = {name: (start, end) for name, start, end in reversed(boxes(data))}
-    if not {"ftyp", "moov", "mdat"} <= top.keys():
-        raise refuse("not a complete MP4")
-    if top["moov"] > top["mdat"]:
-        raise refuse("the index is not at the front")
-    inside = boxes(data, *top["moov"])
-    tracks = [boxes(data, start, end) for name, start, end in inside if name == "trak"]
-    if len(tracks) != 1:
-        raise refuse(f"{len(tracks)} tracks, expected one")
-    if any(name == "edts" for name, _, _ in tracks[0]):
-        raise refuse("it has an edit list")
-    if any(name == "mvex" for name, _, _ in inside):
-        raise refuse("it is fragmented")
+    track = _check_boxes(data)
     try:
         with av.open(io.BytesIO(data), "r", format="mp4") as container:
             stream = container.streams.video[0] if container.streams.video else None
             if stream is None or stream.codec_context is None or stream.codec_context.name != "h264":
-                raise refuse("not H.264")
-            context = stream.codec_context
+                raise _not_canonical("not H.264")
+            context, step = stream.codec_context, stream.time_base
             packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None)
             if context.pix_fmt != "yuv420p":
-                raise refuse(f"pixels are {context.pix_fmt}, not yuv420p")
+                raise _not_canonical(f"pixel format {context.pix_fmt}, expected yuv420p")
             if (stream.sample_aspect_ratio or 1) != 1:
-                raise refuse(f"pixels are not square ({stream.sample_aspect_ratio})")
-            step = stream.time_base
+                raise _not_canonical(f"pixels are not square ({stream.sample_aspect_ratio})")
     except FFmpegError as error:
-        raise refuse(error.strerror or "cannot be read") from None
-    if _is_turned(data, tracks[0]):
-        raise refuse("it is shown turned")
+        raise _not_canonical(error.strerror or "cannot be read") from None
+    if _is_rotated(data, track):
+        raise _not_canonical("it is rotated")
+    gap = _check_timing(packets, gop)
+    assert step is not None
+    rate = 1 / (step * gap) if gap else Fraction(stream.average_rate or 1)
+    return ClipFormat(len(packets), (rate.numerator, rate.denominator), context.width, context.height)
+
+
+def _not_canonical(difference: str) -> Refused:
+    return Refused(Reason.NOT_CANONICAL, difference)
+
+
+def _check_boxes(data: bytes) -> list[tuple[str, int, int]]:
+    """Check the layout of an MP4, and return the boxes of its only track."""
+    top = {name: (start, end) for name, start, end in reversed(boxes(data))}
+    if not {"ftyp", "moov", "mdat"} <= top.keys():
+        raise _not_canonical("not a complete MP4")
+    if top["moov"] > top["mdat"]:
+        raise _not_canonical("the index is not at the front")
+    inside = boxes(data, *top["moov"])
+    tracks = [boxes(data, start, end) for name, start, end in inside if name == "trak"]
+    if len(tracks) != 1:
+        raise _not_canonical(f"{len(tracks)} tracks, expected 1")
+    if any(name == "edts" for name, _, _ in tracks[0]):
+        raise _not_canonical("it has an edit list")
+    if any(name == "mvex" for name, _, _ in inside):
+        raise _not_canonical("it is fragmented")
+    return tracks[0]
+
+
+def _check_timing(packets: list[tuple[int, bool]], gop: int) -> int:
+    """Check times and key frames of packets in display order, and return the ticks per frame (0 for a single frame)."""
     times = [pts for pts, _ in packets]
     gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
-    if not times or times[0] != 0 or len(gaps) > 1:
-        raise refuse(f"the rate is not constant from 0: {len(gaps)} different gaps, first frame at {times[:1]}")
+    if not times or times[0] != 0 or len(gaps) > 1 or 0 in gaps:
+        raise _not_canonical(f"the rate is not constant from 0: {len(gaps)} different gaps, first frame at {times[:1]}")
     keys = [number for number, (_, is_key) in enumerate(packets) if is_key]
-    longest = max(later - earlier for earlier, later in itertools.pairwise([*keys, len(packets)])) if keys else 0
+    longest = max((b - a for a, b in itertools.pairwise([*keys, len(packets)])), default=0)
     if not keys or keys[0] != 0 or longest > gop:
-        raise refuse(f"up to {longest or len(packets)} frames between key frames, at most {gop} wanted")
-    assert step is not None
-    rate = 1 / (step * gaps.pop()) if gaps else Fraction(stream.average_rate or 1)
-    return Stored(len(times), (rate.numerator, rate.denominator), context.width, context.height)
+        raise _not_canonical(f"{longest or len(packets)} frames between key frames, expected at most {gop}")
+    return gaps.pop() if gaps else 0
 
 
-def _is_turned(data: bytes, track: list[tuple[str, int, int]]) -> bool:
-    """Whether a track's header holds another matrix than the identity (ISO/IEC 14496-12, section 8.3.2)."""
+def _is_rotated(data: bytes, track: list[tuple[str, int, int]]) -> bool:
+    """Tell whether the matrix in a track's header differs from the identity (ISO/IEC 14496-12, section 8.3.2)."""
     start, end = next(((start, end) for name, start, end in track if name == "tkhd"), (0, 0))
-    matrix = data[end - 44 : end - 8]  # the nine numbers before width and height, at the end of the box
+    matrix = data[end - 44 : end - 8]  # nine numbers, followed by width and height at the end of the box
     identity = b"".join(n.to_bytes(4) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
     return start == end or matrix != identity

@@ -24,8 +24,8 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from vjepa_data.child_process import die_with_owner, die_with_parent, ignore_stop_signals, start_fork_server
-from vjepa_data.decoding.decode_worker_main import keep_memory
 from vjepa_data.compat import kill_workers_at_shutdown, loader_workers, shut_down_workers
+from vjepa_data.decoding.decode_worker_main import keep_memory
 from vjepa_data.errors import BadInput
 from vjepa_data.reader.batch import Batch, Clips
 from vjepa_data.reader.clip_times import EligibleSamples
