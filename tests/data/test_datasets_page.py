@@ -1,4 +1,4 @@
-"""Every command that docs/datasets.md tells to give is given here, in the order of the page, on a small folder."""
+"""Run every command of docs/datasets.md, in the order of the page, on a small folder."""
 
 import io
 import re
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 PAGE = Path(__file__).parents[2] / "docs" / "datasets.md"
 
 
-def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Path) -> None:
+def test_the_commands_of_the_page_work(videos: list[bytes], tmp_path: Path) -> None:
     (tmp_path / "videos" / "sub").mkdir(parents=True)
     for number, video in enumerate(videos):
         (tmp_path / "videos" / "sub" / f"{number}.mp4").write_bytes(video)
@@ -33,7 +33,7 @@ def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Pa
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         if words == shlex.split("vjepa shard videos --out corpus name=kitchen split.val_share=0.2"):
-            assert ", refused: 1 no_index; corpus " in done.stdout
+            assert ", rejected: 1 no_index; corpus " in done.stdout
 
     def rows(corpus: str, table: str = "samples") -> list[dict]:
         return pq.read_table(tmp_path / corpus / f"{table}.parquet").to_pylist()
@@ -47,7 +47,7 @@ def test_the_commands_of_the_page_work_as_told(videos: list[bytes], tmp_path: Pa
     assert not (tmp_path / "big").exists()
 
 
-def test_the_settings_of_the_page_are_settings(tmp_path: Path) -> None:
+def test_the_settings_of_the_page_exist(tmp_path: Path) -> None:
     from vjepa_data.config_files import load_settings
     from vjepa_data.spec import Spec
 
@@ -61,7 +61,7 @@ def test_the_settings_of_the_page_are_settings(tmp_path: Path) -> None:
             load_settings(Spec, None, [name])
 
 
-def test_every_reason_is_on_the_page() -> None:
+def test_the_page_lists_every_reason() -> None:
     from vjepa_data.media.video import Reason
 
     words = set(re.findall(r"`([a-z_]+)`", PAGE.read_text()))
