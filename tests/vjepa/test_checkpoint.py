@@ -86,7 +86,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_quietly_start_anew(wor
     with pytest.raises(BadInput, match="no complete checkpoint"):
         resolve(tmp_path)
     with pytest.raises(BadInput, match="is damaged"):
-        Sharded(step_dir(tmp_path / "checkpoints", 2), {"encoder": "target"})
+        Sharded(step_dir(tmp_path / "checkpoints", 2))
 
 
 def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_strangers_runs_nothing(world: World, tmp_path: Path, tr
     (path / "state.json").write_text(json.dumps(state))
     for read in (
         lambda: load_into({"target.weight": torch.zeros(300)}, path, world),
-        lambda: Sharded(path, {"encoder": "target"}),
+        lambda: Sharded(path),
     ):
         with pytest.raises(BadInput, match="is not read: that might run foreign code"):
             read()

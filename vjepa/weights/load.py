@@ -1,7 +1,7 @@
-"""A trained model, wherever it lies. Four layouts, told apart by what is in the folder:
+"""Load a trained model from any of four layouts, which are told apart by the files in the folder.
 
-runs/X                      a run: its newest complete checkpoint, wherever its settings say that it lies
-runs/X/checkpoints/step_*   one checkpoint, of any world size
+runs/X                      a run: its newest complete checkpoint, in the place that its settings name
+runs/X/checkpoints/step_*   one checkpoint, written at any world size
 a native export             model.json, model.safetensors
 a Hugging Face folder       config.json of model_type vjepa2, model.safetensors
 """
@@ -12,31 +12,41 @@ from pydantic import TypeAdapter
 
 from vjepa import config
 from vjepa.weights.huggingface import read_huggingface
-from vjepa.weights.native import VideoEncoder, check_there, open_native, read_provenance
+from vjepa.weights.native import check_there, open_native, read_provenance
 from vjepa.weights.sharded import read_checkpoint
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import Part, Weights, check_shapes
-from vjepa_data.settings import BadInput
+from vjepa.weights.world_model import WorldModel
+from vjepa_data.errors import BadInput
+
+
+def load(path: Path | str, part: Part = "target") -> WorldModel:
+    """Load a trained model onto the CPU in fp32; see `vjepa.load`.
+
+    Raises:
+        BadInput: there is no model at the path, it is damaged, or it is of another kind.
+    """
+    return read_weights(Path(path), part).world_model()
 
 
 def load_encoder(path: Path | str, part: Part = "target") -> VideoEncoder:
-    """Load a frozen encoder onto the CPU in fp32.
-
-    Args:
-        path: a run, a checkpoint, or an export.
-        part: of a run or a checkpoint: `target`, the moving average whose features V-JEPA 2 evaluates, or `encoder`,
-            the trained weights themselves. An export holds the one it was made of.
+    """Load only the encoder of a trained model; see `vjepa.load_encoder`.
 
     Raises:
-        BadInput: nothing there, torn, or another kind of model.
+        BadInput: as for `load`.
     """
     return read_weights(Path(path), part).encoder()
 
 
 def read_weights(path: Path, part: Part = "target") -> Weights:
-    """Open a model in any of the four layouts; tensors are read when asked for.
+    """Open a model in any of the four layouts. Tensors are read when they are used.
+
+    Args:
+        path: a run, a checkpoint, or an export.
+        part: which encoder of a run or a checkpoint, see `vjepa.load`.
 
     Raises:
-        BadInput: nothing there, torn, or another kind of model.
+        BadInput: there is no model at the path, it is damaged, or it is of another kind.
     """
     check_there(path)
     if any((path / name).exists() for name in ("state.json", "checkpoints", "config.yaml")):
@@ -47,7 +57,7 @@ def read_weights(path: Path, part: Part = "target") -> Weights:
         weights = read_huggingface(path)
     else:
         raise BadInput(
-            f"{path}: not a model: no checkpoints/, state.json, model.json or config.json in it; "
+            f"{path}: not a model: it has no checkpoints/, state.json, model.json or config.json; "
             "give a run, a checkpoint, or a folder made by `vjepa export`"
         )
     check_shapes(path, weights)

@@ -1,6 +1,6 @@
-"""Named tensors on disk and in memory, one at a time; and the two kinds of file that an export is made of.
+"""Named tensors on disk and in memory, read one at a time; and the two kinds of file that an export is made of.
 
-Imports torch and safetensors, nothing else, and so does `vjepa.weights.native`.
+This module imports torch and safetensors alone, so that a native export loads without our other dependencies.
 """
 
 import json
@@ -19,7 +19,7 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", t
 
 
 class Tensors(Mapping[str, Tensor], ABC):
-    """Named tensors that may lie on disk until asked for; their names and shapes cost nothing."""
+    """Named tensors that may stay on disk until they are used. Names and shapes cost nothing."""
 
     names: Collection[str]
 
@@ -36,12 +36,12 @@ class Tensors(Mapping[str, Tensor], ABC):
         return len(self.names)
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `encoder` or `predictor`, without the name of the part."""
+        """Return the tensors of one part (`encoder`, `predictor`) without its prefix."""
         return {key.removeprefix(f"{name}."): self[key] for key in self if key.startswith(f"{name}.")}
 
 
 class InMemory(Tensors):
-    """Tensors that are there already."""
+    """Tensors of a dict."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -54,43 +54,72 @@ class InMemory(Tensors):
         return tuple(self.tensors[name].shape)
 
 
+class Renamed(Tensors):
+    """Some parts of other tensors under new names: `{"encoder": "target"}` reads `encoder.*` from `target.*`."""
+
+    def __init__(self, tensors: Tensors, parts: Mapping[str, str]) -> None:
+        self.tensors = tensors
+        self.stored = {
+            f"{new}.{name.removeprefix(f'{old}.')}": name
+            for new, old in parts.items()
+            for name in tensors
+            if name.startswith(f"{old}.")
+        }
+        self.names = self.stored.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.stored[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.stored[name])
+
+
 class SafeTensors(Tensors):
-    """The tensors of a safetensors file, each read when asked for."""
+    """Tensors of a safetensors file, each read when it is used."""
 
     def __init__(self, path: Path) -> None:
         try:
             self.file = safe_open(path, framework="pt")
         except FileNotFoundError:
-            raise BadInput(f"{path} is missing; the folder is not complete, copy or export it again") from None
+            raise BadInput(f"{path} is missing; the folder is incomplete, copy or export it again") from None
         except SafetensorError as error:
-            raise BadInput(f"{path}: torn or no safetensors file ({error}); copy or export it again") from None
+            raise BadInput(f"{path}: truncated or not a safetensors file ({error}); copy or export it again") from None
         self.names = dict.fromkeys(self.file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        return self.file.get_tensor(name)
+        return aligned(self.file.get_tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.file.get_slice(name).get_shape())
 
 
 class InFiles(Tensors):
-    """Tensors that lie in several safetensors files, and an index that says in which: large models of Hugging Face."""
+    """Tensors of several safetensors files with an index, the layout of large Hugging Face models."""
 
     def __init__(self, index: Path) -> None:
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        file_of = read_json(index).get("weight_map")
+        if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
             raise BadInput(f"{index}: its weight_map names no files; copy it again")
-        self.files = {name: SafeTensors(index.with_name(Path(name).name)) for name in sorted(set(places.values()))}
-        self.places = {name: self.files[file] for name, file in places.items() if name in self.files[file]}
-        self.names = self.places.keys()
+        files = {name: SafeTensors(index.with_name(Path(name).name)) for name in sorted(set(file_of.values()))}
+        self.file_of = {name: files[file] for name, file in file_of.items() if name in files[file]}
+        self.names = self.file_of.keys()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.places[name][name]
+        return self.file_of[name][name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.places[name].shape(name)
+        return self.file_of[name].shape(name)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor at an address that is a multiple of 64 bytes, as torch allocates; copied only if need be.
+
+    The last bit of a matrix product depends on the alignment of its inputs, and a tensor that is mapped from a file
+    starts anywhere.
+    """
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -120,15 +149,15 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file.
+    """Return the JSON object of a file.
 
     Raises:
-        BadInput: missing, or something else.
+        BadInput: the file is missing, damaged, or holds something else.
     """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing; the folder is not complete, copy or make it again") from None
+        raise BadInput(f"{path} is missing; the folder is incomplete, copy or make it again") from None
     except ValueError as error:  # also what is not UTF-8
         raise BadInput(f"{path}: not JSON ({error}); the file is damaged, copy or make it again") from None
     if not isinstance(content, dict):
@@ -137,4 +166,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def some(names: Sequence[str]) -> str:
+    """Return the first three names and the number of others, for an error text."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,5 +1,6 @@
-"""What a trained model is outside of training: its shape, its tensors by V-JEPA 2's names, and where it came from."""
+"""The record of a trained model that has not been loaded: settings, tensors, origin."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,52 +11,59 @@ from torch import nn
 from vjepa import config
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.predictor import Predictor
-from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import InMemory, Tensors, some
-from vjepa_data.settings import BadInput
+from vjepa.weights.video_encoder import VideoEncoder
+from vjepa.weights.world_model import WorldModel, part_kinds
+from vjepa_data.errors import BadInput
 
 Part = Literal["target", "encoder"]
-"""Which encoder of a checkpoint: the moving average, or the one that was trained."""
+"""Encoder of a checkpoint: the moving average, or the trained weights."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's shape, its tensors and where it came from."""
+    """Settings, tensors and origin of a model."""
 
     model: config.Model
     px: int
-    """Height and width of the frames it was trained on last."""
+    """Height and width of the frames that it was trained on last."""
     frames: int
-    """Frames per clip it was trained on last."""
+    """Frames per clip that it was trained on last."""
     fps: float
     """Frames per second of video time."""
     masks: tuple[config.Mask, ...]
-    """Kinds of mask, in the order of the predictor's mask tokens; empty if not known."""
+    """Kinds of mask, in the order of the predictor's mask tokens; empty if unknown."""
     tensors: Tensors
-    """`encoder.*` and `predictor.*`, read when asked for."""
+    """`encoder.*`, and the other parts under their names (`predictor.*`). They are read when they are used."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mask_tokens(self) -> int:
-        """Of the predictor; 0 where there is none, as in what LeVJEPA trained."""
+        """Number of mask tokens of the predictor; 0 for a model without a predictor (LeVJEPA)."""
         name = "predictor.mask_tokens"
         return self.tensors.shape(name)[0] if name in self.tensors else 0
 
     def encoder(self) -> VideoEncoder:
-        """The encoder to use, on the CPU."""
-        clip = {"px": self.px, "frames": self.frames, "fps": self.fps}
-        return VideoEncoder(self.model, self.tensors, **clip, provenance=self.provenance)
+        """Load the encoder onto the CPU."""
+        return VideoEncoder(self.model, self.tensors, **self._clip(), provenance=self.provenance)
+
+    def world_model(self) -> WorldModel:
+        """Load all networks onto the CPU."""
+        return WorldModel(self.model, self.tensors, **self._clip(), provenance=self.provenance)
+
+    def _clip(self) -> dict[str, Any]:
+        return {"px": self.px, "frames": self.frames, "fps": self.fps}
 
 
 def random_encoder(like: VideoEncoder, seed: int) -> VideoEncoder:
-    """The same encoder as it was before training, for baselines: initialised from `seed`."""
+    """Return the encoder as it was before training, initialized from `seed`: a baseline."""
     tensors = {f"encoder.{name}": tensor for name, tensor in Encoder(like.model, seed=seed).state_dict().items()}
     clip = {"px": like.px, "frames": like.frames, "fps": like.fps}
     return VideoEncoder(like.model, InMemory(tensors), **clip, provenance={"part": "random", "seed": seed})
 
 
 def sized_encoder(width: int, depth: int, heads: int, mlp_ratio: float) -> config.EncoderSize:
-    """An encoder by its numbers, under its registry name if it has one."""
+    """Return the settings of an encoder of this size, under its registry name if it has one."""
     for name, numbers in config.ENCODERS.items():
         if numbers[:3] == (width, depth, heads) and int(width * numbers[3]) == int(width * mlp_ratio):
             return config.EncoderSize.model_validate(name)
@@ -63,30 +71,38 @@ def sized_encoder(width: int, depth: int, heads: int, mlp_ratio: float) -> confi
 
 
 def expected_shapes(model: config.Model, mask_tokens: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of a model, without making it; without a predictor for 0 mask tokens."""
+    """Return name and shape of each tensor of an encoder and, for mask_tokens > 0, a masked predictor."""
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"encoder": Encoder(model)}
         if mask_tokens:
             parts["predictor"] = Predictor(model, mask_tokens)
+    return _shapes(parts)
+
+
+def check_shapes(path: Path, weights: Weights) -> None:
+    """Check that the tensors are those that the settings describe.
+
+    Raises:
+        BadInput: they are not; the text names the first that do not fit.
+    """
+    with torch.device("meta"):
+        parts = {
+            kind.name: kind.build(weights.model, weights.tensors.shape) for kind in part_kinds(weights.tensors.names)
+        }
+        expected = _shapes({"encoder": Encoder(weights.model), **parts})
+    missing, extra = expected.keys() - set(weights.tensors), set(weights.tensors) - expected.keys()
+    if missing or extra:
+        sides = (("lacks", missing), ("has", extra))
+        difference = " and ".join(f"{word} {some(sorted(names))}" for word, names in sides if names)
+        raise BadInput(f"{path}: not the model that its settings describe: it {difference}")
+    for name, shape in expected.items():
+        if (got := weights.tensors.shape(name)) != shape:
+            raise BadInput(f"{path}: {name} has shape {list(got)}, its settings ask for {list(shape)}")
+
+
+def _shapes(parts: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     return {
         f"{part}.{name}": tuple(tensor.shape)
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
-
-
-def check_shapes(path: Path, weights: Weights) -> None:
-    """See whether the tensors are those that the settings describe.
-
-    Raises:
-        BadInput: they are not; names the first that do not fit.
-    """
-    expected = expected_shapes(weights.model, weights.mask_tokens)
-    missing, extra = expected.keys() - set(weights.tensors), set(weights.tensors) - expected.keys()
-    if missing or extra:
-        sides = (("lacks", missing), ("has", extra))
-        what = " and ".join(f"{word} {some(sorted(names))}" for word, names in sides if names)
-        raise BadInput(f"{path}: not the model that its settings describe: it {what}")
-    for name, shape in expected.items():
-        if (got := weights.tensors.shape(name)) != shape:
-            raise BadInput(f"{path}: {name} has shape {list(got)}, its settings ask for {list(shape)}")

@@ -1,0 +1,88 @@
+"""The frozen encoder of a trained model: clips of uint8 frames in, one feature per token out.
+
+This module imports torch and the network alone, so that a native export loads without our other dependencies.
+
+Letters: B clips, T frames, H W pixels, t h w the grid of tokens, V visible tokens, D width, LD width times levels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.grid import Grid
+from vjepa.nn.shapes import Float, Int, Model, UInt8
+from vjepa.weights.tensors import Tensors
+from vjepa_data.errors import BadInput
+
+
+class VideoEncoder(nn.Module):
+    """A frozen encoder with the form of the clips that it was trained on.
+
+    Attributes:
+        model: sizes, patch, positions.
+        px: height and width of those clips.
+        frames: frames per clip.
+        fps: frames per second of video time.
+        provenance: run, step, settings and corpora, as far as they are known.
+    """
+
+    def __init__(
+        self, model: Model, tensors: Tensors, *, px: int, frames: int, fps: float, provenance: Mapping[str, Any]
+    ) -> None:
+        """Build the encoder on the CPU from tensors named `encoder.*`."""
+        super().__init__()
+        with torch.device("meta"):
+            self.encoder = Encoder(model)
+        self.encoder.load_state_dict(tensors.part("encoder"), assign=True)
+        self.model, self.px, self.frames, self.fps = model, px, frames, fps
+        self.provenance = provenance
+        self.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Channels of a feature."""
+        return self.model.encoder.width
+
+    def grid(self, frames: UInt8[Tensor, "B T H W C"]) -> Grid:
+        """Return the grid of tokens of these clips.
+
+        Raises:
+            BadInput: the frames are not uint8 [B T H W 3], or not a whole number of tokens.
+        """
+        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+            raise BadInput(
+                f"frames are uint8 [B T H W 3], got {str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}; "
+                "move channels to the end with frames.movedim(-3, -1)"
+            )
+        _, steps, height, width, _ = frames.shape
+        return Grid.of(steps, height, width, self.model)
+
+    def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
+        """Encode RGB clips of one shape; H and W are multiples of the patch, T of the tubelet.
+
+        Raises:
+            BadInput: the frames have another form. Float frames are rejected because their range ([0, 1] or
+                [0, 255]) is ambiguous.
+        """
+        grid = self.grid(frames)
+        return self.features(frames).unflatten(1, (grid.t, grid.h, grid.w))
+
+    def features(
+        self, frames: UInt8[Tensor, "B T H W C"], visible: Int[Tensor, "B V"] | None = None, *, levels: bool = False
+    ) -> Float[Tensor, "B V LD"]:
+        """Encode the visible tokens of clips, as training does: hidden tokens are not read.
+
+        Args:
+            frames: RGB clips of one shape.
+            visible: sorted token ids, see `Grid`; by default all tokens.
+            levels: return the features of all `model.levels` side by side, the last block's last. By default, and for
+                a model without levels, L = 1: the last block alone.
+
+        Raises:
+            BadInput: as for `forward`.
+        """
+        self.grid(frames)
+        return self.encoder([View(normalise(frames), visible)], levels=levels)[0]

@@ -1,0 +1,255 @@
+"""A trained model at inference: an encoder, and the other networks that its method trained.
+
+    model = vjepa.load("runs/demo")               a run, a checkpoint, a native export or a Hugging Face folder
+    model.encode(frames)                          every model
+    model.predict(frames, visible, hidden)        models with a masked predictor (V-JEPA 2 and 2.1)
+    model.rollout(frames, actions)                models with a dynamics predictor
+
+The networks beside the encoder are listed in `PARTS`. Each is recognized by the names of its tensors and never by the
+method that trained it. A new network is one entry there; loading, export and this class stay as they are.
+
+This module imports torch and our networks alone, so that a native export loads without our other dependencies.
+
+Letters: B clips, T frames, H W pixels, t h w the grid of tokens, V visible and K hidden tokens, D width, LD width times
+levels, S steps of a rollout, A channels of an action.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjepa.nn.grid import Grid
+from vjepa.nn.predictor import Predictor, PredictorInput
+from vjepa.nn.shapes import Float, Int, Model, UInt8
+from vjepa.weights.tensors import Tensors
+from vjepa.weights.video_encoder import VideoEncoder
+from vjepa_data.errors import BadInput
+
+Capability = Literal["encode", "predict", "rollout"]
+
+Shape = Callable[[str], tuple[int, ...]]
+"""Shape of a tensor, by its full name."""
+
+
+@dataclass(frozen=True)
+class PartKind:
+    """One kind of network that a model may have beside its encoder."""
+
+    name: str
+    """Prefix of its tensors, and its name in `WorldModel.parts`."""
+
+    marker: str
+    """Tensor that only this kind has. Other networks with the same prefix (a projector) are ignored."""
+
+    build: Callable[[Model, Shape], nn.Module]
+    """Build the network from the model's settings and the shapes of its tensors."""
+
+    capability: Capability
+    """Method of `WorldModel` that the network enables."""
+
+    methods: tuple[str, ...]
+    """Names of the methods that train it, for error texts."""
+
+
+PARTS = (
+    PartKind(
+        name="predictor",
+        marker="predictor.mask_tokens",
+        build=lambda model, shape: Predictor(model, shape("predictor.mask_tokens")[0]),
+        capability="predict",
+        methods=("vjepa2", "vjepa2_1"),
+    ),
+)
+
+
+def part_kinds(names: Collection[str]) -> list[PartKind]:
+    """Return the kinds of network that tensors of these names hold beside the encoder."""
+    return [kind for kind in PARTS if kind.marker in names]
+
+
+class WorldModel(nn.Module):
+    """A frozen model. Move it with `.to(device)`; frames and tokens must then be on that device.
+
+    Gradients flow from results to floating-point inputs, never into the parameters.
+
+    Attributes:
+        encoder: the encoder alone.
+        parts: the other networks, by name.
+        px: height and width of the clips that the model was trained on last.
+        frames: frames per clip.
+        fps: frames per second of video time.
+        provenance: run, step, settings and corpora, as far as they are known.
+    """
+
+    def __init__(
+        self, model: Model, tensors: Tensors, *, px: int, frames: int, fps: float, provenance: Mapping[str, Any]
+    ) -> None:
+        """Build all networks on the CPU; `vjepa.load` is the usual way to do so.
+
+        Args:
+            model: sizes, patch, positions.
+            tensors: `encoder.*`, and those of the other parts under their names.
+            px, frames, fps: form of the clips that the model was trained on last.
+            provenance: where the model came from.
+        """
+        super().__init__()
+        self.encoder = VideoEncoder(model, tensors, px=px, frames=frames, fps=fps, provenance=provenance)
+        self.model, self.px, self.frames, self.fps = model, px, frames, fps
+        self.provenance = provenance
+        self._kinds = part_kinds(tensors.names)
+        self.parts = nn.ModuleDict()
+        for kind in self._kinds:
+            with torch.device("meta"):
+                part = kind.build(model, tensors.shape)
+            part.load_state_dict(tensors.part(kind.name), assign=True)
+            self.parts[kind.name] = part
+        self.eval().requires_grad_(False)
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """Masked predictor, or None."""
+        found = self._find("predict")
+        assert found is None or isinstance(found, Predictor)
+        return found
+
+    @property
+    def width(self) -> int:
+        """Channels of a feature."""
+        return self.encoder.width
+
+    @property
+    def levels(self) -> int:
+        """Levels of features that `predict` and `targets` give side by side; 1 for most models."""
+        return max(1, len(self.model.levels))
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Which of `encode`, `predict` and `rollout` this model can do."""
+        return frozenset(("encode", *(kind.capability for kind in self._kinds)))
+
+    def encode(self, frames: UInt8[Tensor, "B T H W C"], *, levels: bool = False) -> Float[Tensor, "B t h w LD"]:
+        """Encode RGB clips of one shape.
+
+        Args:
+            frames: H and W are multiples of the patch, T of the tubelet.
+            levels: return all levels side by side, the last block's last; by default the last block alone, L = 1.
+
+        Raises:
+            BadInput: the frames have another form.
+
+        Example:
+            >>> model = vjepa.load("model-native")
+            >>> model.encode(torch.zeros(2, 16, 256, 256, 3, dtype=torch.uint8)).shape
+            torch.Size([2, 8, 16, 16, 1024])
+        """
+        grid = self.encoder.grid(frames)
+        return self.encoder.features(frames, levels=levels).unflatten(1, (grid.t, grid.h, grid.w))
+
+    def targets(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w LD"]:
+        """Return the features that `predict` approximates: all levels, each layer-normed without scale and shift.
+
+        Exact for `part="target"`, the encoder that gave the targets in training.
+        """
+        features = self.encode(frames, levels=True).unflatten(-1, (self.levels, -1))
+        return F.layer_norm(features.float(), features.shape[-1:]).flatten(-2)
+
+    def predict(
+        self,
+        context: UInt8[Tensor, "B T H W C"] | Float[Tensor, "B V LD"],
+        visible: Int[Tensor, "B V"],
+        hidden: Int[Tensor, "B K"],
+        *,
+        mask_kind: int = 0,
+        grid: Grid | None = None,
+        still: bool = False,
+    ) -> Float[Tensor, "B K LD"]:
+        """Predict the features of hidden tokens from the visible tokens of the same clips.
+
+        A token's id is `(t * grid.h + row) * grid.w + column`. Ids of one clip may come in any order and need not
+        cover the clip. Training encodes the context with the trained encoder (`part="encoder"`) and predicts the
+        features of the moving average (`part="target"`).
+
+        Args:
+            context: frames, of which only the visible tokens are encoded; or features of the visible tokens, of all
+                levels, as `encoder.features(frames, visible, levels=True)` returns them.
+            visible: ids of the visible tokens.
+            hidden: ids of the tokens to predict.
+            mask_kind: which mask token stands for hidden tokens: the place of its kind in the masks of the run.
+            grid: grid of the clips. Only needed with features, and only if the clips do not have the size that the
+                model was trained on.
+            still: the features are those of still pictures. Only for a model with `still_tokens`; frames tell it
+                themselves.
+
+        Returns:
+            Features to compare with `targets`, all levels side by side.
+
+        Raises:
+            BadInput: the model has no masked predictor, or the arguments do not fit each other.
+
+        Example:
+            >>> model = vjepa.load("runs/demo")
+            >>> frames = torch.zeros(1, 8, 64, 64, 3, dtype=torch.uint8)
+            >>> tokens = torch.arange(model.encoder.grid(frames).tokens)[None]
+            >>> past, future = tokens.chunk(2, dim=1)
+            >>> predicted = model.predict(frames, past, future)
+            >>> actual = model.targets(frames).flatten(1, 3)[:, future[0]]
+            >>> surprise = (predicted - actual).abs().mean()
+        """
+        predictor = self._require("predict")
+        if context.dtype == torch.uint8:
+            grid, still = self.encoder.grid(context), context.shape[1] == 1
+        elif grid is None:
+            grid = Grid.of(1 if still else self.frames, self.px, self.px, self.model)
+        self._check_tokens(visible, hidden, mask_kind, grid)
+        if context.dtype == torch.uint8:
+            context = self.encoder.features(context, visible, levels=True)
+        expected = (*visible.shape, self.levels * self.width)
+        if tuple(context.shape) != expected:
+            raise BadInput(
+                f"features of the visible tokens are {list(expected)}, got {list(context.shape)}; "
+                "take them from model.encoder.features(frames, visible, levels=True)"
+            )
+        return predictor([PredictorInput(context, visible, hidden, grid, mask_kind, still=still)])[0]
+
+    def rollout(
+        self, frames: UInt8[Tensor, "B T H W C"], actions: Float[Tensor, "B S A"]
+    ) -> Float[Tensor, "B S h w D"]:
+        """Predict the features of the next S steps after the clips, under these actions.
+
+        Args:
+            frames: the clips to start from.
+            actions: action of each step.
+
+        Raises:
+            BadInput: the model has no dynamics predictor.
+        """
+        return self._require("rollout").rollout(self.encoder, frames, actions)
+
+    def _find(self, capability: Capability) -> nn.Module | None:
+        return next((self.parts[kind.name] for kind in self._kinds if kind.capability == capability), None)
+
+    def _require(self, capability: Capability) -> Any:
+        part = self._find(capability)
+        if part is None:
+            able = [name for kind in PARTS if kind.capability == capability for name in kind.methods]
+            remedy = f"load a model trained by {' or '.join(able)}" if able else "no method of this version can"
+            parts = ", ".join(["encoder", *self.parts])
+            raise BadInput(f"this model cannot {capability}: its parts are {parts}; {remedy}")
+        return part
+
+    def _check_tokens(self, visible: Tensor, hidden: Tensor, mask_kind: int, grid: Grid) -> None:
+        for name, ids in (("visible", visible), ("hidden", hidden)):
+            if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
+                kind = str(ids.dtype).removeprefix("torch.")
+                raise BadInput(f"{name} token ids are int64 [B N], got {kind} {list(ids.shape)}")
+            low, high = (int(end) for end in ids.aminmax())
+            if low < 0 or high >= grid.tokens:
+                wrong = low if low < 0 else high
+                raise BadInput(f"{name} has token {wrong}, and the clips have tokens 0 to {grid.tokens - 1}")
+        kinds = len(self._require("predict").mask_tokens)
+        if not 0 <= mask_kind < kinds:
+            raise BadInput(f"mask_kind is {mask_kind}, and the model has mask tokens 0 to {kinds - 1}")
