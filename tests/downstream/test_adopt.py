@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from vjepa import config
 from vjepa.export.export import export
-from vjepa.nn.blocks import sine_cosine
 from vjepa.nn.grid import Grid
+from vjepa.nn.positions import sine_cosine
 from vjepa.weights.fair_checkpoints import Sizes
 from vjepa.weights.import_checkpoint import import_checkpoint
 from vjepa.weights.load import load_encoder, read_weights

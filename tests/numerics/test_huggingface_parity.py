@@ -1,4 +1,4 @@
-"""Our network is the published one: random weights, copied to `transformers.VJEPA2Model`, give the same features."""
+"""Random weights give the same features in our networks and in `transformers.VJEPA2Model`."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def settings(head_width: int) -> Model:
 
 
 def perturb(module: nn.Module, generator: torch.Generator) -> None:
-    """Move every parameter: at initialisation biases are 0 and norms 1, and a swapped one would go unnoticed."""
+    """Change every parameter. At initialization biases are 0 and norms 1, so a swapped parameter would go unnoticed."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def huggingface(model: Model, encoder: Encoder, predictor: Predictor) -> nn.Module:
-    """The same weights in Hugging Face's model."""
+    """Return Hugging Face's model with the same weights."""
     config = transformers.VJEPA2Config(
         patch_size=model.patch_px,
         crop_size=PX,
@@ -88,7 +88,7 @@ def pair(head_width: int) -> tuple[Encoder, Predictor, nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
-def test_features_of_whole_clips_equal_hugging_face_bit_by_bit(head_width: int) -> None:
+def test_features_equal_hugging_face_bit_for_bit(head_width: int) -> None:
     encoder, _, other, frames = pair(head_width)
     with torch.no_grad():
         (ours,) = encoder([View(frames)])
@@ -97,8 +97,8 @@ def test_features_of_whole_clips_equal_hugging_face_bit_by_bit(head_width: int) 
 
 
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
-def test_guesses_equal_hugging_face_to_rounding(head_width: int) -> None:
-    """Not bit by bit: Hugging Face sorts the tokens of a sequence by place, so that sums run in another order."""
+def test_predictions_equal_hugging_face_to_rounding(head_width: int) -> None:
+    """Not bit for bit: Hugging Face sorts the tokens of a sequence by position, so sums run in another order."""
     encoder, predictor, other, frames = pair(head_width)
     generator = torch.Generator().manual_seed(1)
     grid = Grid(4, 4, 4)
@@ -108,7 +108,8 @@ def test_guesses_equal_hugging_face_to_rounding(head_width: int) -> None:
         out = other(frames.transpose(1, 2), context_mask=[visible], target_mask=[hidden])
         (whole,) = encoder([View(frames)])
         context = whole.gather(1, visible[..., None].expand(-1, -1, whole.shape[-1]))
-        (ours,) = predictor([PredictorInput(context, visible, hidden, grid, token=1)])  # Hugging Face knows no other
+        # Hugging Face uses mask token 1 alone.
+        (ours,) = predictor([PredictorInput(context, visible, hidden, grid, mask_kind=1)])
     theirs = out.predictor_output.last_hidden_state
     assert theirs.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -1,6 +1,6 @@
-"""Masks, features, training steps and run files are those of facebookresearch/vjepa2, as recorded in `fixtures/`.
+"""Masks, features, training steps and run files equal facebookresearch/vjepa2, as recorded in `fixtures/`.
 
-Recorded and compared by `benchmarks/parity_live.py`, which also compares with a clone, live.
+`benchmarks/parity_live.py` makes the recordings and compares with them. It can also compare with a clone directly.
 """
 
 import functools
@@ -24,30 +24,30 @@ def recorded(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", sorted(parity.COMPARISONS))
-def test_we_compute_what_the_reference_computed(name: str) -> None:
+def test_results_equal_the_recorded_reference(name: str) -> None:
     compare, tolerance = parity.COMPARISONS[name]
     assert compare(recorded(name)) <= tolerance
 
 
-def test_the_recording_of_steps_would_notice_a_mask_token_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's own defect: one token for all kinds of mask."""
+def test_the_comparison_of_steps_detects_a_shared_mask_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference has this defect: one token for all kinds of mask."""
     forward = Predictor.forward
 
-    def with_one_token(self: Predictor, guesses):
-        return forward(self, [type(g)(g.context, g.visible, g.hidden, g.grid, token=0) for g in guesses])
+    def with_one_token(self: Predictor, inputs):
+        return forward(self, [type(g)(g.context, g.visible, g.hidden, g.grid, mask_kind=0) for g in inputs])
 
     monkeypatch.setattr(Predictor, "forward", with_one_token)
     compare, tolerance = parity.COMPARISONS["reference_steps"]
     assert compare(recorded("reference_steps")) > 100 * tolerance
 
 
-def test_the_recording_of_features_would_notice_a_true_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_of_features_detects_a_true_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "NETWORK", parity.NETWORK.model_copy(update={"rope": "interleaved"}))
     compare, tolerance = parity.COMPARISONS["reference_network"]
     assert compare(recorded("reference_network")) > 100 * tolerance
 
 
-def test_projections_notice_one_wrong_number() -> None:
+def test_projections_detect_one_wrong_number() -> None:
     values = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     wrong = values.clone()
     wrong[17, 3] += 0.1
@@ -55,7 +55,7 @@ def test_projections_notice_one_wrong_number() -> None:
     assert difference[0, 1:].max() > 0.05
 
 
-def test_the_recording_of_settings_would_notice_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_of_settings_detects_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def changed(name: str):
         loaded = load_run(name)
         optim = loaded.settings.optim.model_copy(update={"lr": 5.26e-4})
@@ -133,7 +133,7 @@ def test_the_recording_of_settings_would_notice_one_number(monkeypatch: pytest.M
         ),
     ],
 )
-def test_other_run_files_have_the_numbers_of_their_papers(name: str, published: dict[str, object]) -> None:
+def test_other_run_files_match_their_papers(name: str, published: dict[str, object]) -> None:
     run = load_run(name).settings
     for path, value in published.items():
         assert functools.reduce(getattr, path.split("."), run) == value, path

@@ -1,4 +1,4 @@
-"""The seam: packed attention is attention within each sequence, whoever computes it."""
+"""Packed attention equals attention within each sequence, for every backend."""
 
 import inspect
 import logging
@@ -25,7 +25,7 @@ RUNS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9)), min_size=1, max
 
 
 def available() -> list[tuple[Backend, torch.device, torch.dtype]]:
-    """Every backend that this machine has, and sdpa."""
+    """Return the backends that work on this machine, with a device and a type for each."""
     cases: list[tuple[Backend, torch.device, torch.dtype]] = []
     cases.append(("sdpa", CPU, torch.float32))
     if torch.cuda.is_available():
@@ -40,7 +40,7 @@ def available() -> list[tuple[Backend, torch.device, torch.dtype]]:
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Attention of each sequence alone, written out."""
+    """Compute attention of each sequence alone, from the formula."""
     lengths = [length for count, length in runs for _ in range(count)]
     outputs = []
     for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
@@ -50,7 +50,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Ten
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Sequences filled up to the longest, whose filling is no key."""
+    """Compute attention over sequences padded to the longest, with padding masked out."""
     lengths = [length for count, length in runs for _ in range(count)]
     filled = (pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2) for x in (q, k, v))
     is_token = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
@@ -62,7 +62,7 @@ def padded(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Tens
 @pytest.mark.parametrize(("backend", "device", "dtype"), available())
 @settings(max_examples=30, deadline=None)
 @given(runs=RUNS)
-def test_packed_attention_is_attention_within_each_sequence(
+def test_packed_attention_equals_one_call_per_sequence(
     backend: Backend,
     device: torch.device,
     dtype: torch.dtype,
@@ -85,15 +85,15 @@ def test_neighbours_of_equal_length_are_one_run() -> None:
     assert Segments.of([(2, 3), (1, 3), (1, 4), (2, 3)], device=CPU).runs == ((3, 3), (1, 4), (2, 3))
 
 
-def test_starts_are_those_of_each_sequence() -> None:
+def test_varlen_gets_the_start_of_each_sequence() -> None:
     starts = Segments.of([(2, 3), (1, 4)], backend="varlen", device=CPU).starts
     assert starts is not None
     assert starts.dtype == torch.int32
     assert starts.tolist() == [0, 3, 6, 10]
 
 
-def test_varlen_is_asked_for_attention_within_each_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels need a GPU. Here a stand-in with torch's signature does what its documentation says."""
+def test_varlen_is_called_with_the_right_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU. A stand-in with torch's signature computes its documented formula."""
     signature = inspect.signature(varlen.varlen_attn)
 
     def by_starts(*given: object, **named: object) -> Tensor:
@@ -108,8 +108,8 @@ def test_varlen_is_asked_for_attention_within_each_sequence(monkeypatch: pytest.
     assert module._disagreement("varlen", CPU, torch.float32, 80) < 1e-5
 
 
-def test_varlen_takes_what_it_is_given_forward_and_backward() -> None:
-    """Its operator itself, registered derivative included, on tensors that have a shape and a type but no values."""
+def test_varlen_accepts_our_tensors() -> None:
+    """The real operator and its registered derivative run on fake tensors, forward and backward."""
     with FakeTensorMode():
         segments = Segments.of([(2, 24), (1, 17)], backend="varlen", device=CPU)
         qkv = torch.randn(segments.tokens, 3, 2, 88, dtype=torch.bfloat16, requires_grad=True)
@@ -121,8 +121,8 @@ def test_varlen_takes_what_it_is_given_forward_and_backward() -> None:
         assert qkv.grad.shape == qkv.shape
 
 
-def test_xformers_is_asked_for_attention_within_each_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels need a GPU. Here its own checks and its own mask are used, with the formula of its documentation."""
+def test_xformers_is_called_with_the_right_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU. A stand-in uses its own checks and mask with its documented formula."""
     fmha = pytest.importorskip("xformers.ops.fmha")
 
     def by_mask(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any) -> Tensor:
@@ -137,7 +137,7 @@ def test_xformers_is_asked_for_attention_within_each_sequence(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("width", [32, 48, 64, 80, 88])
-def test_xformers_objects_to_nothing_but_the_device(width: int) -> None:
+def test_xformers_rejects_only_the_cpu(width: int) -> None:
     fmha = pytest.importorskip("xformers.ops.fmha")
     segments = Segments.of([(2, 24), (1, 17)], backend="xformers", device=CPU)
     qkv = torch.randn(segments.tokens, 3, 2, width, dtype=torch.bfloat16)
@@ -147,7 +147,7 @@ def test_xformers_objects_to_nothing_but_the_device(width: int) -> None:
             assert re.match("device=cpu|bf16 is only supported on A100|operator wasn't built", reason), reason
 
 
-def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_logs_why_it_falls_back_to_sdpa(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vjepa.nn.attention"):
         assert choose("auto", CPU, torch.float32) == "sdpa"
     assert "varlen does not work here: it needs a CUDA device, got cpu" in caplog.text
@@ -157,7 +157,7 @@ def test_auto_falls_back_to_sdpa_on_the_cpu_and_says_why(caplog: pytest.LogCaptu
 
 @settings(max_examples=30, deadline=None)
 @given(runs=RUNS, seed=st.integers(0, 99))
-def test_with_times_a_token_sees_its_own_and_earlier_ones(runs: list[tuple[int, int]], seed: int) -> None:
+def test_with_times_attention_is_causal(runs: list[tuple[int, int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(count * length for count, length in runs)
     q, k, v = torch.randn(3, tokens, 2, 8, generator=generator)
@@ -173,23 +173,21 @@ def test_with_times_a_token_sees_its_own_and_earlier_ones(runs: list[tuple[int, 
 
 
 @pytest.mark.parametrize("backend", ["varlen", "xformers"])
-def test_a_backend_that_cannot_look_back_only_is_refused(backend: Backend) -> None:
+def test_backends_without_causal_masks_are_rejected(backend: Backend) -> None:
     with pytest.raises(BadInput, match=rf"parallel.attention \({backend}\).*model.causal is set; try auto"):
         choose(backend, CPU, torch.bfloat16, causal=True)
     assert choose("auto", CPU, torch.bfloat16, causal=True) == "sdpa"
 
 
 @pytest.mark.parametrize("backend", ["varlen", "xformers"])
-def test_an_explicit_choice_that_cannot_work_is_an_error_that_says_why(backend: Backend) -> None:
+def test_an_unusable_explicit_backend_is_an_error(backend: Backend) -> None:
     with pytest.raises(BadInput, match=rf"parallel.attention \({backend}\).*needs a CUDA device.*try auto"):
         choose(backend, CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", [ImportError, AssertionError])
-def test_a_backend_that_cannot_be_loaded_or_launched_is_refused(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a pretended CUDA device the probe really runs: here varlen has no kernel and xformers cannot be imported."""
+def test_a_broken_installation_is_rejected(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a simulated CUDA device, varlen has no kernel and xformers cannot be imported."""
 
     def broken() -> None:
         raise kind("built for another torch\nand more")
@@ -210,7 +208,7 @@ def _stay_on_cpu(real):
     return to
 
 
-def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_with_wrong_results_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     right = module._sdpa
     calls = []
 

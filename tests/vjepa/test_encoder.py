@@ -1,4 +1,4 @@
-"""One packed pass is as good as many."""
+"""The encoder: packing, visibility, causality, precision."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def perturbed(rope: str = "tiled") -> Encoder:
 
 
 def some_views() -> list[View]:
-    """Two masks of the same clips, a longer clip whole, a wide one masked."""
+    """Return two masks of the same clips, a longer clip without a mask, and a wide masked clip."""
     generator = torch.Generator().manual_seed(1)
     short, long = (torch.randn(2, 3, frames, 32, 32, generator=generator) for frames in (4, 8))
     wide = torch.randn(1, 3, 4, 16, 48, generator=generator)
@@ -45,7 +45,7 @@ def gradients(encoder: Encoder, outputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(encoder.parameters())))
 
 
-def test_one_packed_pass_equals_a_pass_for_each_view() -> None:
+def test_one_packed_pass_equals_one_pass_per_view() -> None:
     encoder, views = perturbed(), some_views()
     packed = encoder(views)
     single = [encoder([view])[0] for view in views]
@@ -55,7 +55,7 @@ def test_one_packed_pass_equals_a_pass_for_each_view() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_token_sees_the_visible_tokens_of_its_own_clip_only() -> None:
+def test_hidden_tokens_and_other_clips_have_no_influence() -> None:
     encoder, views = perturbed(), some_views()
     before = encoder(views)
     frames = views[0].frames.clone()
@@ -65,11 +65,11 @@ def test_a_token_sees_the_visible_tokens_of_its_own_clip_only() -> None:
         frames[1, :, 2 * t : 2 * t + 2, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 7.0
     frames[0] = 7.0
     after = encoder([View(frames, views[0].index), *views[1:]])
-    assert torch.equal(before[0][1], after[0][1])  # what clip 1 hides, and clip 0, say nothing of what it shows
+    assert torch.equal(before[0][1], after[0][1])
     assert not torch.equal(before[0][0], after[0][0])
 
 
-def test_all_ids_in_any_order_are_the_whole_clip() -> None:
+def test_the_order_of_ids_only_permutes_features() -> None:
     encoder, frames = perturbed(), some_views()[0].frames
     order = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     whole, shuffled = encoder([View(frames), View(frames, order)])
@@ -77,8 +77,8 @@ def test_all_ids_in_any_order_are_the_whole_clip() -> None:
 
 
 @pytest.mark.parametrize("rope", ["tiled", "interleaved"])
-def test_features_know_where_tokens_are_relative_to_each_other(rope: str) -> None:
-    """Interleaved positions are relative: moving all of a picture changes nothing, moving half of it does."""
+def test_interleaved_positions_are_relative(rope: str) -> None:
+    """With `interleaved`, moving the full picture changes nothing and moving half of it does."""
     encoder = perturbed(rope=rope)
     frames = torch.randn(1, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0))
     seen = torch.tensor([[0, 1, 4, 5]])  # two by two, in a corner
@@ -102,7 +102,7 @@ def with_class_token(*, causal: bool) -> Encoder:
     return encoder
 
 
-def test_a_causal_encoder_sees_its_own_tubelet_and_earlier_ones_whatever_is_visible() -> None:
+def test_later_tubelets_have_no_influence_on_a_causal_encoder() -> None:
     encoder, views = with_class_token(causal=True), some_views()
     before = encoder(views, class_token=True)
     later = [View(view.frames.clone(), view.index) for view in views]
@@ -117,8 +117,8 @@ def test_a_causal_encoder_sees_its_own_tubelet_and_earlier_ones_whatever_is_visi
         assert ((old - new)[:, 0].abs().amax(-1) > 1e-4).all()  # the class token reads the whole clip
 
 
-def test_a_causal_pass_equals_one_for_each_prefix() -> None:
-    """Features of tubelet t are those of a clip that ends with it."""
+def test_a_causal_pass_equals_one_pass_per_prefix() -> None:
+    """Features of tubelet t equal the features of a clip that ends with it."""
     encoder = Encoder(Model.model_validate({**SMALL.model_dump(), "causal": True}))
     frames = some_views()[2].frames  # 4 tubelets of 16 tokens
     (whole,) = encoder([View(frames)])
@@ -128,7 +128,7 @@ def test_a_causal_pass_equals_one_for_each_prefix() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_nothing_reads_the_class_token_of_a_causal_encoder(causal: bool) -> None:
+def test_no_token_attends_to_a_causal_class_token(causal: bool) -> None:
     encoder, views = with_class_token(causal=causal), some_views()
     before = encoder(views, class_token=True)
     assert [len(each[0]) for each in before] == [1 + 12, 1 + 20, 1 + 64, 1 + 4]
@@ -141,7 +141,7 @@ def test_nothing_reads_the_class_token_of_a_causal_encoder(causal: bool) -> None
         assert torch.equal(old[:, 1:], new[:, 1:]) == causal
 
 
-def test_bf16_follows_fp32() -> None:
+def test_bf16_features_are_close_to_fp32() -> None:
     encoder, views = perturbed(), some_views()
     exact = encoder(views)
     rough = encoder.bfloat16()(views)
@@ -150,12 +150,12 @@ def test_bf16_follows_fp32() -> None:
         assert (a - b.float()).abs().mean() < 0.02 * a.abs().mean()
 
 
-def test_wrong_sizes_are_refused() -> None:
+def test_wrong_sizes_are_rejected() -> None:
     with pytest.raises(BadInput, match=r"height \(20\) must be a multiple of a token's \(8\); try 16"):
         perturbed()([View(torch.zeros(1, 3, 4, 20, 32))])
 
 
-def test_bytes_become_imagenets_deviations() -> None:
+def test_frames_are_normalised_with_imagenet_statistics() -> None:
     frames = torch.zeros(1, 1, 1, 2, 3, dtype=torch.uint8)
     frames[0, 0, 0, 1] = 255
     out = normalise(frames)

@@ -1,4 +1,4 @@
-"""Positions, patches and first weights."""
+"""Positions, patches and initialization."""
 
 import math
 import subprocess
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from vjepa.config import ENCODERS, Model, Transformer
-from vjepa.nn.blocks import Block, PatchEmbed, axis_channels, rotate, rotations
+from vjepa.nn.blocks import Block, PatchEmbed
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.grid import Grid
+from vjepa.nn.positions import axis_channels, rotate, rotations
 from vjepa.nn.predictor import Predictor
 from vjepa_data.settings import BadInput
 
@@ -21,19 +22,19 @@ GRID = Grid(64, 32, 32)
 
 
 def turned(x: torch.Tensor, place: Sequence[int], form: Literal["tiled", "interleaved"]) -> torch.Tensor:
-    """One head's channels at one place."""
+    """Rotate the channels of one head at one position."""
     t, row, column = place
     index = torch.tensor([[(t * GRID.h + row) * GRID.w + column]])
     return rotate(x[None, None, None], rotations([(GRID, index)], head_width=len(x), form=form)).flatten()
 
 
 @pytest.mark.parametrize(("head_width", "channels"), [(64, 20), (80, 26), (88, 28), (104, 34), (32, 10)])
-def test_axes_have_the_channels_of_v_jepa_2(head_width: int, channels: int) -> None:
+def test_axes_have_as_many_channels_as_in_v_jepa_2(head_width: int, channels: int) -> None:
     assert axis_channels(head_width) == channels
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_interleaved_products_depend_on_the_distance_only(axis: int) -> None:
+def test_interleaved_products_depend_on_distance_alone(axis: int) -> None:
     q, k = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     products = []
     for shift in (0, 3, 19):
@@ -44,15 +45,15 @@ def test_interleaved_products_depend_on_the_distance_only(axis: int) -> None:
     assert (turned(q, (5, 6, 7), "interleaved").norm() - q.norm()).abs() < 1e-5
 
 
-def test_tiled_is_not_a_rotation_and_stays_as_published() -> None:
-    """The defect that V-JEPA 2 was trained with: equal offsets give different products."""
+def test_tiled_positions_are_not_a_rotation() -> None:
+    """V-JEPA 2 was trained with this defect: equal offsets give different products."""
     q, k = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     near, far = (turned(q, (p + 2, 0, 0), "tiled") @ turned(k, (p, 0, 0), "tiled") for p in (1, 11))
     assert (near - far).abs() > 1e-2
 
 
-def test_channels_turn_by_the_angles_of_the_paper() -> None:
-    """Each pair against sines and cosines worked out one by one in double precision."""
+def test_channels_rotate_by_the_angles_of_the_paper() -> None:
+    """Each pair is compared with sines and cosines computed singly in double precision."""
     x = torch.randn(32, generator=torch.Generator().manual_seed(0))
     for form in ("tiled", "interleaved"):
         expected = x.double().clone()
@@ -67,17 +68,17 @@ def test_channels_turn_by_the_angles_of_the_paper() -> None:
                 expected[a] = xa * math.cos(angle_a) - xb * math.sin(angle_a)
                 expected[b] = xb * math.cos(angle_b) + xa * math.sin(angle_b)
         torch.testing.assert_close(turned(x, (63, 31, 17), form).double(), expected, rtol=0, atol=2e-5)
-    assert torch.equal(turned(x, (63, 31, 17), "tiled")[30:], x[30:])  # channels at rest
+    assert torch.equal(turned(x, (63, 31, 17), "tiled")[30:], x[30:])  # unrotated channels
 
 
-def test_angles_stay_exact_when_activations_are_bf16() -> None:
+def test_angles_are_exact_for_bf16_activations() -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16()
     half, full = (turned(y, (63, 31, 31), "interleaved") for y in (x, x.float()))
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, full.bfloat16())  # rounded once, at the end
 
 
-def test_patches_of_an_index_are_those_of_the_whole_clip() -> None:
+def test_indexed_patches_equal_those_of_the_full_clip() -> None:
     embed = PatchEmbed(channels=3, tubelet_frames=2, patch_px=4, width=24)
     frames = torch.randn(3, 3, 6, 8, 12, generator=torch.Generator().manual_seed(0))
     whole = embed(frames)
@@ -86,12 +87,12 @@ def test_patches_of_an_index_are_those_of_the_whole_clip() -> None:
 
 
 @pytest.mark.parametrize("size", [(7, 64, 64), (8, 60, 64), (8, 64, 8), (1, 64, 64)])
-def test_a_clip_that_is_not_a_whole_number_of_tokens_is_refused(size: tuple[int, int, int]) -> None:
+def test_a_clip_with_a_fraction_of_a_token_is_rejected(size: tuple[int, int, int]) -> None:
     with pytest.raises(BadInput, match="must be a multiple of a token's"):
         Grid.of(*size, Model(encoder="vit_tiny"))  # pyright: ignore[reportArgumentType]
 
 
-def test_heads_without_room_for_positions_are_refused() -> None:
+def test_heads_too_narrow_for_positions_are_rejected() -> None:
     with pytest.raises(ValueError, match="even and at least 6"):
         Transformer(width=12, depth=1, heads=3)
 
@@ -105,7 +106,7 @@ def small() -> Model:
     )
 
 
-def test_first_weights_are_those_of_v_jepa_2() -> None:
+def test_initialization_follows_v_jepa_2() -> None:
     encoder, predictor = Encoder(small()), Predictor(small(), mask_tokens=2)
     for blocks in (encoder.blocks, predictor.predictor_blocks):
         for layer, block in enumerate(blocks, start=1):
@@ -128,17 +129,25 @@ def test_first_weights_are_those_of_v_jepa_2() -> None:
                 assert parameter.std() > 0, name
 
 
-def test_every_norm_starts_as_no_change_and_marks_start_next_to_nothing() -> None:
+def with_levels() -> tuple[Encoder, Predictor]:
     changes = {"levels": [0, 1, 2], "predict_context": True, "still_tokens": True}
     settings = Model.model_validate({**small().model_dump(), **changes})
-    for module in (Encoder(settings), Predictor(settings, mask_tokens=2)):
+    return Encoder(settings), Predictor(settings, mask_tokens=2)
+
+
+def test_norms_start_as_identity() -> None:
+    for module in with_levels():
         norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
-        assert len(norms) > len(changes)
+        assert len(norms) > 3
         assert all((norm.weight == 1).all() and not norm.bias.any() for norm in norms)
+
+
+def test_marks_of_pictures_and_clips_start_near_zero() -> None:
+    for module in with_levels():
         assert 0 < module.img_mod_embed.abs().max() < 1e-5
 
 
-def test_first_weights_are_a_function_of_the_seed_alone() -> None:
+def test_initialization_depends_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     one = Encoder(small(), seed=3)
     torch.manual_seed(2)
@@ -151,8 +160,8 @@ def test_first_weights_are_a_function_of_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
-def test_sizes_are_those_of_the_papers(name: str) -> None:
-    """Parameters in millions, counted from the table of V-JEPA 2 and rounded as it rounds."""
+def test_model_sizes_match_the_papers(name: str) -> None:
+    """Parameters in millions, from the table of V-JEPA 2 and rounded like it."""
     with torch.device("meta"):
         encoder = Encoder(Model.model_validate({"encoder": name}))
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
@@ -166,7 +175,8 @@ from torch._dynamo import explain
 from vjepa.config import Transformer
 from vjepa.nn.attention import Segments
 from vjepa.nn.grid import Grid
-from vjepa.nn.blocks import Block, rotations
+from vjepa.nn.blocks import Block
+from vjepa.nn.positions import rotations
 
 index, grid = torch.arange(8)[None].expand(2, -1), Grid(2, 2, 2)
 rotation = rotations([(grid, index), (grid, index[:1, :5])], head_width=16, form="tiled")
@@ -176,11 +186,11 @@ print(report.graph_count, report.graph_break_count)
 """
 
 
-def test_a_block_compiles_whole() -> None:
-    """No Python surprise in a block. In a process of its own: what checks signatures in tests is Python."""
+def test_a_block_compiles_without_graph_breaks() -> None:
+    """Runs in a separate process, because the signature checks of tests are graph breaks."""
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "0"]
 
 
-def test_every_linear_map_has_a_bias() -> None:
+def test_every_linear_layer_has_a_bias() -> None:
     assert all(module.bias is not None for module in Encoder(small()).modules() if isinstance(module, nn.Linear))

@@ -18,9 +18,9 @@ from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.methods.regularizers import barlow, directions, sigreg, vicreg
 from vjepa.methods.vjepa2_1 import method as vjepa2_1
 from vjepa.methods.vjepa2_1.settings import VJEPA21Settings
-from vjepa.nn.blocks import rotations
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
+from vjepa.nn.positions import rotations
 from vjepa.nn.predictor import PredictorInput
 from vjepa_data.reader.batch import Batch, Clips
 

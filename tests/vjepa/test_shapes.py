@@ -1,4 +1,4 @@
-"""Signatures are held to what they say, in all tests: a wrong shape, kind or type is an error where it is passed."""
+"""All tests check signatures: a tensor of a wrong shape or type is an error where it is passed."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_missing_axis_is_an_error() -> None:
         monitor(torch.zeros(2, 5, 12), lambda x: x)
 
 
-def test_axes_of_one_name_must_be_as_long() -> None:
+def test_axes_of_one_name_have_equal_length() -> None:
     q, k = torch.zeros(6, 2, 8), torch.zeros(5, 2, 8)
     with pytest.raises(TypeCheckError, match=r"'k'"):
         attention(q, k, k, Segments.of([(2, 3)], device=torch.device("cpu")))
@@ -31,7 +31,7 @@ def test_axes_of_one_name_must_be_as_long() -> None:
         Mask(0, (0, 1), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 
 
-def test_numbers_of_the_wrong_kind_are_an_error() -> None:
+def test_a_wrong_dtype_is_an_error() -> None:
     with pytest.raises(TypeCheckError, match=r"'frames'"):
         normalise(torch.zeros(1, 4, 8, 8, 3))  # pixels that were normalised already
     with pytest.raises(TypeCheckError, match=r"'z'"):

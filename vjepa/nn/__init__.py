@@ -1,1 +1,1 @@
-"""The network: pixels to tokens, tokens to features, features to a guess of what is hidden."""
+"""The networks: encoder, masked predictor, attentive probe, and their building blocks. No training code."""

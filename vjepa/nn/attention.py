@@ -1,16 +1,16 @@
-"""Attention over packed sequences: one seam, three backends.
+"""Attention over packed sequences, with three backends behind one function.
 
-A step's sequences (every clip under every mask) lie one after another in one tensor, `[S H d]`, without padding. Which
-tokens may see each other is told by `Segments`: runs of equally long sequences.
+The sequences of a step (every clip under every mask) are concatenated in one tensor, `[S H d]`, without padding.
+`Segments` describes which tokens attend to each other: runs of sequences of equal length.
 
     runs ((2, 3), (1, 4))      | a a a | b b b | c c c c |      S = 10
 
-Within its own sequence a token sees all others, or, with `times`, only those of its own time and earlier.
+A token attends to all tokens of its own sequence or, with `times`, to tokens of its own time and earlier.
 
-- `sdpa`: one call of torch's scaled_dot_product_attention for each run. Works everywhere. Masks with exact counts make
-  few runs, so little is left for the other two to gain.
-- `varlen`: torch's variable-length attention, one call for all. CUDA, half precision; knows no `times`.
-- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all. CUDA; knows no `times`.
+- `sdpa`: one call of torch's scaled_dot_product_attention for each run. It works everywhere. Masks with exact counts
+  make few runs, so the other two have little to gain.
+- `varlen`: torch's variable-length attention, one call for all runs. Needs CUDA and half precision; no `times`.
+- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all runs. Needs CUDA; no `times`.
 
 Letters: S tokens of all sequences, H heads, d channels of a head.
 """
@@ -37,25 +37,25 @@ Backend = Literal["sdpa", "varlen", "xformers"]
 
 @dataclass(frozen=True)
 class Segments:
-    """Which tokens of a packed tensor belong together."""
+    """The sequences of a packed tensor, prepared for a backend."""
 
     runs: tuple[tuple[int, int], ...]
-    """(sequences, tokens in each) of neighbours that are equally long."""
+    """(sequences, tokens in each) of neighbours of equal length."""
 
     backend: Backend = "sdpa"
-    """Who computes attention when there is more than one run; a single run is a plain batch and goes to sdpa."""
+    """Backend for more than one run. A single run is an ordinary batch and always uses sdpa."""
 
     starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
-    """First token of each sequence, and S; int32 on the device. Only for `varlen`."""
+    """First token of each sequence, then S; int32 on the device. Only for `varlen`."""
 
     longest: int = 0
-    """Tokens of the longest sequence. Only for `varlen`, where one compiled block then serves any mixture of runs."""
+    """Tokens of the longest sequence. Only for `varlen`: one compiled block then serves any mixture."""
 
     blocks: Any = field(default=None, repr=False)
-    """The same as a `BlockDiagonalMask`, on the device. Only for `xformers`."""
+    """The runs as a `BlockDiagonalMask`, on the device. Only for `xformers`."""
 
-    seen: tuple[Bool[Tensor, "_sequences 1 _length _length"], ...] | None = field(default=None, repr=False)
-    """For each run which tokens [.. query key] may be seen; None: all of the sequence. Only for `sdpa`."""
+    masks: tuple[Bool[Tensor, "_sequences 1 _length _length"], ...] | None = field(default=None, repr=False)
+    """Attention mask [.. query key] of each run, None for the full sequence. Only for `sdpa`."""
 
     @classmethod
     def of(
@@ -66,13 +66,13 @@ class Segments:
         device: torch.device,
         times: Int[Tensor, " S"] | None = None,
     ) -> "Segments":
-        """Join neighbours of equal length and prepare what the backend wants.
+        """Join neighbours of equal length and prepare the backend's tensors.
 
         Args:
             runs: (sequences, tokens in each), in the order of the packed tensor.
-            backend: as `choose` said.
-            device: of the packed tensor.
-            times: when each token is; it then sees tokens of its own time and of earlier ones only.
+            backend: result of `choose`.
+            device: device of the packed tensor.
+            times: time of each token; a token then attends to its own time and earlier times only.
         """
         joined: list[tuple[int, int]] = []
         for count, length in runs:
@@ -81,37 +81,37 @@ class Segments:
             else:
                 joined.append((count, length))
         starts, longest, blocks = None, 0, None
-        if backend != "sdpa" and len(joined) > 1:  # a list as long as the batch would end `torch.export` before 2.13
+        if backend != "sdpa" and len(joined) > 1:  # before 2.13 a list as long as the batch stops `torch.export`
             lengths = [length for count, length in joined for _ in range(count)]
             if backend == "varlen":
                 longest, ends = max(lengths), itertools.accumulate(lengths)
                 starts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
             else:
                 blocks = _load_xformers().attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
-        seen = None
+        masks = None
         if times is not None:
-            assert backend == "sdpa", "`choose` lets no other backend through"
+            assert backend == "sdpa", "`choose` returns sdpa for causal models"
             of_run = times.split([count * length for count, length in joined])
             shaped = (each.unflatten(0, run) for each, run in zip(of_run, joined, strict=True))
-            seen = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
-        return Segments(tuple(joined), backend, starts, longest, blocks, seen)
+            masks = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
+        return Segments(tuple(joined), backend, starts, longest, blocks, masks)
 
     @property
     def tokens(self) -> int:
-        """S."""
+        """Number of packed tokens, S."""
         return sum(count * length for count, length in self.runs)
 
 
 def attention(
     q: Float[Tensor, "S H d"], k: Float[Tensor, "S H d"], v: Float[Tensor, "S H d"], segments: Segments
 ) -> Float[Tensor, "S H d"]:
-    """Let every token look at the tokens of its own sequence.
+    """Compute attention within each sequence.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        segments: where sequences begin and end, and who computes.
+        segments: the sequences, and the backend.
 
     Returns:
         softmax(q k' / sqrt(d)) v within each sequence.
@@ -129,8 +129,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         q_run, k_run, v_run = (
             x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
         )  # [count H length d]
-        seen = segments.seen[number] if segments.seen is not None else None
-        run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=seen)
+        mask = segments.masks[number] if segments.masks is not None else None
+        run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask)
         outputs.append(run.transpose(1, 2).flatten(0, 1))
         start += count * length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -152,7 +152,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def _load_xformers() -> ModuleType:
-    """xformers' attention, loaded only when asked for: a wheel fits one torch and complains beside others."""
+    """Import xformers' attention on first use: each wheel supports one torch and warns under any other."""
     return importlib.import_module("xformers.ops.fmha")
 
 
@@ -165,21 +165,21 @@ def choose(
     compiled: bool = False,
     causal: bool = False,
 ) -> Backend:
-    """Say who will compute attention here, after trying it forward and backward against sdpa.
+    """Choose the attention backend, after comparing it with sdpa forward and backward.
 
-    `auto` takes the first of varlen, xformers, sdpa that works; the order is fixed, so that all ranks and all attempts
+    `auto` takes the first of varlen, xformers, sdpa that works. The order is fixed, so that all ranks and all attempts
     of a run agree.
 
     Args:
-        backend: what the settings ask for.
-        device: where the model is.
-        dtype: of activations.
-        head_widths: channels of a head, of every stack that will use it.
+        backend: backend of the settings.
+        device: device of the model.
+        dtype: type of activations.
+        head_widths: channels of a head, in every stack that will use the backend.
         compiled: whether blocks are compiled as a whole.
-        causal: whether tokens must not see later times.
+        causal: whether tokens must not attend to later times.
 
     Raises:
-        BadInput: an explicit choice does not work here; says why.
+        BadInput: the settings name a backend that does not work here; the text gives the reason.
     """
     if backend == "sdpa":
         return "sdpa"
@@ -204,18 +204,18 @@ def refusal(
     compiled: bool = False,
     causal: bool = False,
 ) -> str | None:
-    """Why a backend cannot be used here, in one line; None if it can.
+    """Return the reason why a backend cannot be used here, in one line; None if it can.
 
     Args:
         backend: one of the backends.
-        device: where it would run.
-        dtype: of queries, keys and values.
+        device: device of the model.
+        dtype: type of queries, keys and values.
         head_widths: channels of a head to try.
-        compiled: whether it would have to be compiled.
-        causal: whether tokens must not see later times.
+        compiled: whether blocks are compiled as a whole.
+        causal: whether tokens must not attend to later times.
     """
     if backend != "sdpa" and causal:
-        return "it cannot keep later times out of sight, and model.causal is set"
+        return "it cannot mask later times, and model.causal is set"
     if backend != "sdpa" and device.type != "cuda":
         return f"it needs a CUDA device, got {device.type}"
     if backend == "varlen" and dtype not in (torch.bfloat16, torch.float16):
@@ -232,19 +232,19 @@ def refusal(
     return None
 
 
-# What a package built for another torch, driver or card raises when it is imported, dispatched or launched.
+# Raised by a package built for another torch, driver or GPU when it is imported, dispatched or launched.
 _REFUSALS = (
     ImportError, AttributeError, AssertionError, NotImplementedError, RuntimeError, OSError, ValueError, TypeError,
 )  # fmt: skip
 
-# Largest difference of outputs and gradients of order 1; where nothing is said, 5e-2: rounding to bf16 gives up to
-# 1.5e-2 (sdpa on a CPU, heads of 32 to 128 channels, 200 seeds each), one token of another sequence in sight 0.4 at
-# least.
+# Largest accepted difference of outputs and gradients of order 1; 5e-2 for types that are not listed. Rounding to bf16
+# gives up to 1.5e-2 (sdpa on a CPU, heads of 32 to 128 channels, 200 seeds each). Attention to one token of another
+# sequence gives at least 0.4.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
 def _disagreement(backend: Backend, device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Largest difference to sdpa in fp32, of output and gradients, on three short sequences."""
+    """Return the largest difference from sdpa in fp32, of output and gradients, on three short sequences."""
     generator = torch.Generator().manual_seed(0)
     runs = [(2, 24), (1, 17)]
     packed = Segments.of(runs, device=device, backend=backend)

@@ -8,7 +8,7 @@ from vjepa_data.errors import BadInput
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens of one clip. Token id = (t * h + row) * w + column, so a frame's tokens lie together, time outermost."""
+    """The grid of one clip. Token id = (t * h + row) * w + column, so the tokens of a frame are neighbours."""
 
     t: int
     """Tubelets."""
@@ -21,7 +21,7 @@ class Grid:
 
     @classmethod
     def of(cls, frames: int, px_h: int, px_w: int, settings: Model) -> "Grid":
-        """Cut a clip into tokens.
+        """Return the grid of a clip.
 
         Args:
             frames: frames in the clip.
@@ -33,26 +33,26 @@ class Grid:
             BadInput: the clip is not a whole number of tokens.
         """
         tubelet = 1 if settings.still_tokens and frames == 1 else settings.tubelet_frames
-        for what, size, part in (
+        for side, size, part in (
             ("frames", frames, tubelet),
             ("height", px_h, settings.patch_px),
             ("width", px_w, settings.patch_px),
         ):
             if size < part or size % part:
                 raise BadInput(
-                    f"a clip's {what} ({size}) must be a multiple of a token's ({part}); "
+                    f"a clip's {side} ({size}) must be a multiple of a token's ({part}); "
                     f"try {max(part, size - size % part)}"
                 )
         return cls(frames // tubelet, px_h // settings.patch_px, px_w // settings.patch_px)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole clip."""
+        """Number of tokens of the clip."""
         return self.t * self.h * self.w
 
     @property
     def cells(self) -> int:
-        """Tokens of one tubelet: places in the picture, each the foot of a tube through time."""
+        """Number of tokens of one tubelet: positions in the frame."""
         return self.h * self.w
 
 

@@ -1,7 +1,7 @@
-"""Visible tokens to a guess of the hidden ones: V-JEPA 2's narrow transformer, for any number of guesses in one pass.
+"""The masked predictor, visible tokens to hidden tokens: V-JEPA 2's narrow transformer, many inputs in one pass.
 
 Letters: B clips, V visible and K hidden tokens, D width of the encoder, LD times its levels, P width of the predictor,
-n tokens of a sequence, V + K. In a list each guess has its own: _B and _K.
+N tokens of a sequence, V + K. In a list each input has its own: _B and _K.
 """
 
 from collections.abc import Sequence
@@ -11,45 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from vjepa.nn.attention import Backend, Segments
-from vjepa.nn.blocks import NORM_EPS, Block, init_weights, rotations, sine_cosine
+from vjepa.nn.blocks import NORM_EPS, Block
 from vjepa.nn.grid import Grid
+from vjepa.nn.init import init_weights
+from vjepa.nn.positions import rotations, sine_cosine
 from vjepa.nn.shapes import Float, Int, Model
 
 
 @dataclass(frozen=True)
 class PredictorInput:
-    """What is known of some clips, and what is asked."""
+    """Features of some clips' visible tokens, and the tokens to predict."""
 
     context: Float[Tensor, "B V LD"]
-    """The encoder's features of visible tokens, of all its levels."""
+    """Features of the visible tokens, all levels of the encoder side by side."""
 
     visible: Int[Tensor, "B V"]
-    """Where they are."""
+    """Ids of the visible tokens."""
 
     hidden: Int[Tensor, "B K"]
-    """Where to guess."""
+    """Ids of the tokens to predict."""
 
     grid: Grid
-    """The clips' tokens."""
+    """Grid of the clips."""
 
-    token: int
-    """Which mask token stands for the unknown: the index of the mask kind."""
+    mask_kind: int
+    """Index of the kind of mask: which mask token stands for hidden tokens."""
 
     still: bool = False
-    """Whether these are still pictures, where pictures and clips have marks."""
+    """Whether the clips are still pictures. Only read for a model with `still_tokens`."""
 
 
 class Predictor(nn.Module):
-    """Features of visible tokens to features of hidden ones."""
+    """Narrow transformer from features of visible tokens to features of hidden tokens."""
 
     def __init__(self, settings: Model, mask_tokens: int, *, seed: int = 0, attention: Backend = "sdpa"):
-        """Build the predictor and initialise it, unless on the meta device.
+        """Build the predictor and initialize it, unless on the meta device.
 
         Args:
             settings: sizes, positions.
-            mask_tokens: kinds of mask, each with a token of its own.
-            seed: decides the first weights, whatever the device or the sharding.
-            attention: who computes attention over packed sequences, see `vjepa.nn.attention.choose`.
+            mask_tokens: number of kinds of mask; each has a token of its own.
+            seed: determines the initial weights, independently of device and sharding.
+            attention: backend for packed sequences, see `vjepa.nn.attention.choose`.
         """
         super().__init__()
         size, width = settings.predictor, settings.encoder.width
@@ -62,8 +64,8 @@ class Predictor(nn.Module):
             self.predictor_embed = nn.Sequential(
                 nn.Linear(levels * width, width), nn.GELU(), nn.Linear(width, size.width)
             )
-        # One parameter for all kinds: FSDP2 returns wrong gradients, without an error, if some rank does not use a
-        # parameter that another uses. The shape is Hugging Face's.
+        # One parameter for all kinds: FSDP2 returns wrong gradients, without an error, if ranks use different
+        # parameters. The shape is Hugging Face's.
         self.mask_tokens = nn.Parameter(torch.zeros(mask_tokens, 1, 1, size.width))
         if settings.still_tokens:
             self.img_mod_embed, self.video_mod_embed = (nn.Parameter(torch.zeros(1, 1, size.width)) for _ in range(2))
@@ -76,28 +78,28 @@ class Predictor(nn.Module):
             self.init_weights(seed)
 
     def init_weights(self, seed: int = 0) -> None:
-        """Draw the first weights; call it after `to_empty` if the model was built on the meta device."""
+        """Initialize all parameters. Call it after `to_empty` if the predictor was built on the meta device."""
         init_weights(self, seed=seed, name="predictor", std=self.settings.init_std)
 
-    def forward(self, guesses: Sequence[PredictorInput]) -> list[Float[Tensor, "_B _K LD"]]:
-        """Guess all hidden tokens in one packed pass; each sequence sees only itself.
+    def forward(self, inputs: Sequence[PredictorInput]) -> list[Float[Tensor, "_B _K LD"]]:
+        """Predict the features of all hidden tokens in one packed pass. Attention stays within each clip.
 
-        Visible and hidden tokens of a clip are laid side by side, not sorted by place as in V-JEPA 2: attention is
-        over a set, and places are in the rotation.
+        Visible and hidden tokens of a clip are concatenated, not sorted by position as in V-JEPA 2. The result is the
+        same up to rounding: attention does not depend on order, and positions are in the rotation.
 
         Args:
-            guesses: any mixture of clip lengths, picture sizes and masks.
+            inputs: any mixture of clip lengths, picture sizes and masks.
 
         Returns:
-            For each guess the features of its hidden tokens, of all levels side by side; with
-            `settings.predict_context` then, for each guess, those of its visible tokens.
+            For each input the features of its hidden tokens, all levels side by side. With `settings.predict_context`
+            these are followed, for each input, by the features of its visible tokens.
         """
-        sequences = [self._sequence(guess) for guess in guesses]
+        sequences = [self._sequence(one) for one in inputs]
         x = torch.cat([each.flatten(0, 1) for each in sequences])  # [S P]
         runs = [(len(each), each.shape[1]) for each in sequences]
         segments = Segments.of(runs, backend=self.attention, device=x.device)
         rotation = rotations(
-            [(guess.grid, torch.cat((guess.visible, guess.hidden), dim=1)) for guess in guesses],
+            [(one.grid, torch.cat((one.visible, one.hidden), dim=1)) for one in inputs],
             head_width=self.settings.predictor.width // self.settings.predictor.heads,
             form=self.settings.rope,
             cells=self.settings.rope_cells,
@@ -106,28 +108,26 @@ class Predictor(nn.Module):
             x = block(x, rotation, segments)
         parts = x.split([count * length for count, length in runs])
         clips = [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
-        asked = [
-            (self.predictor_proj, each[:, guess.visible.shape[1] :]) for each, guess in zip(clips, guesses, strict=True)
-        ]
+        counts = [one.visible.shape[1] for one in inputs]
+        outputs = [(self.predictor_proj, each[:, count:]) for each, count in zip(clips, counts, strict=True)]
         if self.settings.predict_context:
-            asked += [
-                (self.predictor_proj_context, each[:, : guess.visible.shape[1]])
-                for each, guess in zip(clips, guesses, strict=True)
+            outputs += [
+                (self.predictor_proj_context, each[:, :count]) for each, count in zip(clips, counts, strict=True)
             ]
-        # Copied, since FSDP2 wants no views returned and a linear map's output is one.
-        return [project(self.predictor_norm(each)).clone() for project, each in asked]
+        # Copied, since FSDP2 does not allow views to be returned and the output of a linear layer is a view.
+        return [project(self.predictor_norm(each)).clone() for project, each in outputs]
 
-    def _sequence(self, guess: PredictorInput) -> Float[Tensor, "B n P"]:
-        """Known and unknown tokens of each clip, with the mark of their kind if there is one."""
-        known = self.predictor_embed(guess.context)
-        unknown = self.mask_tokens[guess.token].to(known.dtype).expand(*guess.hidden.shape, -1)
-        sequence = torch.cat((known, unknown), dim=1)
+    def _sequence(self, one: PredictorInput) -> Float[Tensor, "B N P"]:
+        """Embed the visible tokens of each clip and append mask tokens for the hidden ones."""
+        visible = self.predictor_embed(one.context)
+        hidden = self.mask_tokens[one.mask_kind].to(visible.dtype).expand(*one.hidden.shape, -1)
+        sequence = torch.cat((visible, hidden), dim=1)
         if self.settings.rope == "sincos":
-            ids = torch.cat((guess.visible, guess.hidden), dim=1)
-            sequence = sequence + sine_cosine(guess.grid, ids, sequence.shape[-1]).to(sequence.dtype)
+            ids = torch.cat((one.visible, one.hidden), dim=1)
+            sequence = sequence + sine_cosine(one.grid, ids, sequence.shape[-1]).to(sequence.dtype)
         if self.settings.still_tokens:
-            ours, other = self.img_mod_embed, self.video_mod_embed
-            if not guess.still:
-                ours, other = other, ours
-            sequence = sequence + (ours + 0.0 * other).to(sequence.dtype)  # both used, on every rank
+            mark, other = self.img_mod_embed, self.video_mod_embed
+            if not one.still:
+                mark, other = other, mark
+            sequence = sequence + (mark + 0.0 * other).to(sequence.dtype)  # both parameters are used on every rank
         return sequence

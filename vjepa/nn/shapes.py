@@ -1,7 +1,7 @@
-"""What the network's signatures are written in: shapes (jaxtyping) and the settings of a run (pydantic).
+"""Types of the network's signatures: shapes (jaxtyping) and the settings of a model (pydantic).
 
-Where those packages are not installed the notation means nothing and the network runs all the same, so that an exported
-model loads with torch and safetensors alone (`vjepa.load_encoder`).
+Where these packages are not installed, the types are placeholders and the network runs all the same. An exported model
+therefore loads with torch and safetensors alone (`vjepa.load`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ else:
     except ModuleNotFoundError:
 
         class Shape:
-            """Any shape: `Shape[Tensor, "B N D"]` is no more than a word."""
+            """Placeholder that accepts any shape: `Shape[Tensor, "B N D"]`."""
 
             def __class_getitem__(cls, _: object) -> Any:
                 return Any

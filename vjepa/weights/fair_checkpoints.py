@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vjepa import config
-from vjepa.nn.blocks import sine_cosine
 from vjepa.nn.grid import Grid
+from vjepa.nn.positions import sine_cosine
 from vjepa.weights.tensors import some
 from vjepa.weights.weights import sized_encoder
 from vjepa_data.settings import BadInput

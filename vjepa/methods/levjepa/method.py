@@ -28,9 +28,9 @@ from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.methods.masking import Mask, sample_masks
 from vjepa.methods.regularizers import barlow, directions, sigreg, sum_over_ranks, vicreg
 from vjepa.nn.attention import Backend
-from vjepa.nn.blocks import init_weights
 from vjepa.nn.encoder import Encoder, View, pixel_statistics
 from vjepa.nn.grid import Grid
+from vjepa.nn.init import init_weights
 from vjepa_data.rng import generator
 
 
