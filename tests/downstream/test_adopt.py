@@ -1,4 +1,4 @@
-"""Models of others are taken over byte for byte, and what our network cannot be is refused by name."""
+"""Checkpoints of other projects are imported byte for byte, and unsupported models are rejected by name."""
 
 import importlib
 import json
@@ -25,12 +25,12 @@ SIZES = Sizes(heads=3, predictor_heads=2, px=32, frames=4, fps=8.0)
 
 
 def as_released(trained: Path, *, average: str = "target_encoder") -> dict:
-    """The tensors of a run as V-JEPA 2 writes them: wrapped by DDP and by a wrapper of many clip lengths."""
+    """Return the tensors of a run as V-JEPA 2 writes them: behind the wrappers of DDP and of several clip lengths."""
 
     def wrap(part: str) -> dict:
         tensors = load_weights(trained, part)
         if "mask_tokens" in tensors:
-            tensors |= {f"mask_tokens.{kind}": one for kind, one in enumerate(tensors.pop("mask_tokens"))}
+            tensors |= {f"mask_tokens.{kind}": token for kind, token in enumerate(tensors.pop("mask_tokens"))}
         return {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
 
     return {
@@ -48,7 +48,7 @@ def released(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "vit.pt"
 
 
-def test_a_released_file_is_taken_over_byte_for_byte(trained: Path, released: Path, tmp_path: Path) -> None:
+def test_a_released_file_is_imported_byte_for_byte(trained: Path, released: Path, tmp_path: Path) -> None:
     path = import_checkpoint(released, tmp_path / "out", SIZES)
     assert path == tmp_path / "out" / "checkpoints" / "step_00000000"
     for part in ("encoder", "target", "predictor"):
@@ -59,7 +59,7 @@ def test_a_released_file_is_taken_over_byte_for_byte(trained: Path, released: Pa
     assert torch.equal(load_encoder(tmp_path / "out")(frames), load_encoder(trained)(frames))
 
 
-def test_the_way_through_hugging_face_and_back_loses_nothing(trained: Path, tmp_path: Path) -> None:
+def test_a_round_trip_through_hugging_face_is_exact(trained: Path, tmp_path: Path) -> None:
     export(trained, tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "again")
@@ -70,7 +70,7 @@ def test_the_way_through_hugging_face_and_back_loses_nothing(trained: Path, tmp_
     assert configs[0] == configs[1]
 
 
-def test_a_hugging_face_folder_in_several_files_is_read(trained: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_of_several_files_is_read(trained: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     export(trained, tmp_path / "hf")
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf")
@@ -86,17 +86,17 @@ def test_a_hugging_face_folder_in_several_files_is_read(trained: Path, tmp_path:
         read_weights(tmp_path / "cut")
 
 
-def test_mask_tokens_are_given_to_our_kinds(trained: Path, released: Path, tmp_path: Path) -> None:
+def test_mask_tokens_are_assigned_to_our_kinds(trained: Path, released: Path, tmp_path: Path) -> None:
     sizes = Sizes(**{**SIZES.__dict__, "mask_tokens": (1, 1, 0)})
     import_checkpoint(released, tmp_path / "out", sizes)
-    before, after = (load_weights(one, "predictor")["mask_tokens"] for one in (trained, tmp_path / "out"))
+    before, after = (load_weights(run, "predictor")["mask_tokens"] for run in (trained, tmp_path / "out"))
     assert torch.equal(after, before[[1, 1, 0]])
     assert len(read_weights(tmp_path / "out").masks) == 3
     with pytest.raises(BadInput, match="mask_tokens has 2"):
         import_checkpoint(released, tmp_path / "other", Sizes(**{**SIZES.__dict__, "mask_tokens": (2,)}))
 
 
-def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_grid_of_a_vjepa_file_is_inferred(make_trained: Callable[..., Path], tmp_path: Path) -> None:
     run = make_trained(tmp_path / "run", rope="sincos", predictor={"width": 36, "depth": 1, "heads": 3})
     content, grid = as_released(run), Grid(2, 4, 4)
     ids = torch.arange(grid.tokens)[None]
@@ -116,7 +116,7 @@ def test_a_file_of_the_first_vjepa_tells_its_grid(make_trained: Callable[..., Pa
         import_checkpoint(tmp_path / "learned.pt", tmp_path / "other", Sizes(heads=3))
 
 
-def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_imported_vjepa_equals_its_authors_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     live = importlib.import_module("import_live")
     model = config.Model(
@@ -141,7 +141,7 @@ def test_the_first_vjepa_computes_what_its_authors_code_does(tmp_path: Path, mon
         np.testing.assert_allclose(found, recorded[name], rtol=0, atol=live.TOLERANCE, err_msg=name)
 
 
-def test_a_file_of_vjepa_2_1_tells_its_levels(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_levels_of_a_vjepa_2_1_file_are_inferred(make_trained: Callable[..., Path], tmp_path: Path) -> None:
     settings = {
         "levels": (0, 1),
         "still_tokens": True,
@@ -166,8 +166,8 @@ def test_an_encoder_alone_gets_a_new_predictor(trained: Path, tmp_path: Path) ->
     assert all(torch.equal(wanted[name], tensor) for name, tensor in load_weights(tmp_path / "out", "encoder").items())
 
 
-class Strange:
-    """Something that would have to be unpickled."""
+class Foreign:
+    """An object that only unpickling could restore."""
 
 
 def spoil(change: Callable[[dict], object]) -> Callable[[Path, dict], None]:
@@ -182,22 +182,22 @@ def spoil(change: Callable[[dict], object]) -> Callable[[Path, dict], None]:
     ("write", "message"),
     [
         (lambda path, _: path.write_bytes(b"not torch"), "cannot be read|not read"),
-        (lambda path, _: torch.save(Strange(), path), "holds more than tensors"),
+        (lambda path, _: torch.save(Foreign(), path), "holds Python objects"),
         (lambda path, _: torch.save([1], path), "holds a list"),
         (lambda path, _: torch.save({"model": {}}, path), "holds model; expected the parts"),
         (
             spoil(lambda content: content["encoder"].update({"module.backbone.pos_embed": torch.zeros(1, 32, 48)})),
-            "its pos_embed .* holds no sines and cosines",
+            "its pos_embed .* is not a table of sines and cosines",
         ),
         (
             spoil(
                 lambda content: content["encoder"].update({"module.backbone.blocks.0.mlp.fc3.weight": torch.zeros(1)})
             ),
-            "is one with SwiGLU",
+            "is a model with SwiGLU .* which is not supported",
         ),
         (
             spoil(lambda content: content["predictor"].update({"module.backbone.action_encoder.bias": torch.zeros(1)})),
-            "action-conditioned",
+            "is a V-JEPA 2-AC checkpoint .* which is not supported",
         ),
         (
             spoil(lambda content: content["encoder"].pop("module.backbone.blocks.1.norm2.bias")),
@@ -213,19 +213,22 @@ def spoil(change: Callable[[dict], object]) -> Callable[[Path, dict], None]:
         ),
     ],
 )
-def test_what_is_no_model_of_this_kind_is_named(
+def test_an_unsupported_file_is_rejected(
     trained: Path, tmp_path: Path, write: Callable[[Path, dict], object], message: str
 ) -> None:
-    write(tmp_path / "it.pt", as_released(trained))
+    write(tmp_path / "other.pt", as_released(trained))
     with pytest.raises(BadInput, match=message) as caught:
-        import_checkpoint(tmp_path / "it.pt", tmp_path / "out", SIZES)
+        import_checkpoint(tmp_path / "other.pt", tmp_path / "out", SIZES)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_sizes_are_asked_for(released: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="width 48 and depth 2 is in no table; give its --heads"):
+    with pytest.raises(BadInput, match="width 48 and depth 2 is not in the table of sizes; give its --heads"):
         import_checkpoint(released, tmp_path / "out")
+
+
+def test_an_import_needs_a_source_and_a_free_folder(released: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no such model"):
         import_checkpoint(tmp_path / "nothing.pt", tmp_path / "out")
     (tmp_path / "taken").mkdir()

@@ -11,8 +11,8 @@ import vjepa
 from vjepa.export.export import export
 from vjepa.weights.load import load_encoder
 
-# What other libraries would hand over: channels first, floats, one clip without its batch.
-STRANGE = """
+# Frames as other libraries return them: channels first, floats, one clip without a batch.
+OTHER_FORMS = """
 import sys, torch, vjepa
 encoder = vjepa.load_encoder(sys.argv[1])
 clip = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
@@ -23,7 +23,7 @@ for frames in (clip.movedim(-1, 2), clip.float(), clip[0]):
         print(error)
 """
 
-# Hides every package that is neither ours, nor safetensors, nor torch or what torch itself asks for.
+# Hides every package except ours, safetensors, torch and the dependencies of torch.
 ALONE = """
 import importlib.metadata, re, sys
 from importlib.machinery import PathFinder
@@ -69,18 +69,22 @@ import vjepa
 assert "torch" not in sys.modules
 import torch
 frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
-torch.save([vjepa.load_encoder(folder)(frames) for folder in sys.argv[2:]], sys.argv[1])
+models = [vjepa.load(folder) for folder in sys.argv[2:]]
+features = [vjepa.load_encoder(folder)(frames) for folder in sys.argv[2:]]
+tokens = torch.arange(32).expand(2, -1)
+predictions = [model.predict(frames, tokens[:, :20], tokens[:, 20:]) for model in models]
+torch.save((features, predictions), sys.argv[1])
 try:
     vjepa.load_encoder("nowhere")
 except ValueError as error:
     assert str(error).startswith("nowhere: no such model"), error
     assert "hf download" in str(error)
-strange = {name.partition(".")[0] for name in sys.modules} - allowed
-print(sorted(name for name in strange if name in packages))
+others = {name.partition(".")[0] for name in sys.modules} - allowed
+print(sorted(name for name in others if name in packages))
 """
 
 
-def test_a_native_export_needs_torch_and_safetensors_alone(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_native_export_needs_no_other_package(make_trained: Callable[..., Path], tmp_path: Path) -> None:
     runs = [
         make_trained(tmp_path / "plain"),
         make_trained(tmp_path / "other", levels=(0, 1), still_tokens=True, rope="interleaved", rope_cells=4),
@@ -93,18 +97,21 @@ def test_a_native_export_needs_torch_and_safetensors_alone(make_trained: Callabl
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
     frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
-    for found, run in zip(torch.load(tmp_path / "features.pt"), runs, strict=True):
-        assert torch.equal(found, load_encoder(run)(frames))
+    tokens = torch.arange(32).expand(2, -1)
+    for features, predictions, run in zip(*torch.load(tmp_path / "features.pt"), runs, strict=True):
+        model = vjepa.load(run)
+        assert torch.equal(features, model.encode(frames))
+        assert torch.equal(predictions, model.predict(frames, tokens[:, :20], tokens[:, 20:]))
 
 
-def test_the_package_loads_any_model(trained: Path) -> None:
+def test_the_package_loads_the_encoder_of_a_run(trained: Path) -> None:
     frames = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
     for part in ("target", "encoder"):
         assert torch.equal(vjepa.load_encoder(trained, part)(frames), load_encoder(trained, part)(frames))
 
 
-def test_frames_of_another_form_are_refused_with_the_form_that_is_wanted(trained: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STRANGE, str(trained)], check=True, capture_output=True, text=True)
+def test_frames_of_another_form_are_rejected(trained: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER_FORMS, str(trained)], check=True, capture_output=True, text=True)
     assert [line.partition(";")[0] for line in done.stdout.splitlines()] == [
         "frames are uint8 [B T H W 3], got uint8 [1, 4, 3, 32, 32]",
         "frames are uint8 [B T H W 3], got float32 [1, 4, 32, 32, 3]",

@@ -1,4 +1,4 @@
-"""Every verb of this room answers what cannot be with one line and exit code 2, and leaves everything as it was."""
+"""Commands for models answer invalid input with one line and exit code 2, and change no file."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ NOT_HERE = "no such model"
 
 
 @pytest.fixture
-def place(trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run, a corpus, and what is wrong."""
+def folder(trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run, a corpus, and invalid inputs."""
     (tmp_path / "run").symlink_to(trained)
     (tmp_path / "shards").symlink_to(scenes)
     (tmp_path / "taken").mkdir()
@@ -63,13 +63,13 @@ def place(trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("report shards --out taken.json", "exists already"),
     ],
 )
-def test_one_line_and_nothing_written(
-    place: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+def test_invalid_input_is_one_line_and_changes_no_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
-    before = sorted(place.rglob("*"))
+    before = sorted(folder.rglob("*"))
     assert main(words.split()) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1, said
     assert any(one in said[0] for one in message.split("|")), said[0]
-    assert sorted(place.rglob("*")) == before
-    assert (place / "taken" / "photo.jpg").read_text() == (place / "taken.json").read_text() == "mine"
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "taken" / "photo.jpg").read_text() == (folder / "taken.json").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Our own preparation of clips is that of Hugging Face's video processor, as recorded with torchvision."""
+"""Our preparation of clips equals Hugging Face's video processor, as recorded with torchvision."""
 
 import json
 import runpy
@@ -19,14 +19,14 @@ SIZES, draw_clip = RECIPE["SIZES"], RECIPE["draw_clip"]
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_centre_view_is_the_processors(name: str) -> None:
+def test_the_centre_view_equals_the_processors(name: str) -> None:
     ours = centre_view(torch.from_numpy(draw_clip(*SIZES[name])), 32).numpy().astype(int)
     difference = np.abs(ours - np.load(RECORDED)[name])
     assert difference.max() <= 1  # torch's resize may round the other way in another version
     assert (difference > 0).mean() < 0.01
 
 
-def test_the_processor_reads_its_settings_as_they_were_meant() -> None:
+def test_the_processor_reads_our_settings() -> None:
     recorded = json.loads(str(np.load(RECORDED)["about"]))["settings"]
     for name, value in hf_processor(32).items():
         found = recorded[name]
@@ -35,7 +35,7 @@ def test_the_processor_reads_its_settings_as_they_were_meant() -> None:
         assert found == pytest.approx(value) if name in ("image_mean", "image_std") else found == value, name
 
 
-def test_our_normalisation_is_that_of_the_settings() -> None:
+def test_our_normalisation_follows_the_settings() -> None:
     settings = hf_processor(32)
     frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(1, 1, 16, 16, 3)
     mean, std = (torch.tensor(settings[name]) for name in ("image_mean", "image_std"))
@@ -44,7 +44,7 @@ def test_our_normalisation_is_that_of_the_settings() -> None:
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
-def test_the_record_is_of_the_version_installed(tmp_path: Path) -> None:
+def test_the_installed_processor_equals_ours(tmp_path: Path) -> None:
     from transformers import AutoVideoProcessor
 
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(hf_processor(32)))

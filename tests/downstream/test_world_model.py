@@ -170,8 +170,8 @@ def test_a_new_kind_of_part_is_one_entry(trained: Path, tmp_path: Path, monkeypa
     assert isinstance(weights.model, config.Model)
 
 
-# Signatures are not checked in a process of its own, so that the errors of users without jaxtyping are seen.
-STRANGE = """
+# In a separate process signatures are not checked, so the errors are those of users without jaxtyping.
+OTHER_FORMS = """
 import sys, torch, vjepa
 model = vjepa.load(sys.argv[1])
 frames, ids = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8), torch.arange(4)[None]
@@ -184,7 +184,7 @@ for context, visible in ((frames.float(), ids), (torch.zeros(1, 4, 7), ids), (fr
 
 
 def test_arguments_of_another_form_are_rejected(trained: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STRANGE, str(trained)], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", OTHER_FORMS, str(trained)], check=True, capture_output=True, text=True)
     assert [line.partition(";")[0] for line in done.stdout.splitlines()] == [
         "features of the visible tokens are [1, 4, 48], got [1, 4, 32, 32, 3]",
         "features of the visible tokens are [1, 4, 48], got [1, 4, 7]",

@@ -1,11 +1,11 @@
-"""A trained model to others.
+"""Export a trained model in a format that other programs load.
 
     vjepa export RUN --out DIR --format hf        loads with `transformers.AutoModel.from_pretrained(DIR)`
-    vjepa export RUN --out DIR --format native    loads with `vjepa.load_encoder(DIR)`
+    vjepa export RUN --out DIR --format native    loads with `vjepa.load(DIR)`
     vjepa export RUN --out DIR --format pt2       loads with `torch.export.load("DIR/model.pt2")`, without our code
 
-An export is not finished before it was loaded again, by the program that it is meant for, and gave the same features
-and the same predictions, bit for bit, in fp32 on the CPU. Tensors are read, written and freed one at a time.
+Every export is loaded again by the program that it is meant for. It must give the same features and predictions, bit
+for bit, in fp32 on the CPU; otherwise the export fails. Tensors are read, written and freed one at a time.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ from vjepa.weights.load import read_weights
 from vjepa.weights.native import FORMAT
 from vjepa.weights.tensors import InMemory, write_safetensors
 from vjepa.weights.weights import Part, Weights
-from vjepa_data.settings import BadInput
+from vjepa_data.errors import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -52,29 +52,29 @@ def export(
     licence: str = "other",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a model to a folder of its own, load it back, and compare.
+    """Write a model to a new folder, load it back, and compare features and predictions.
 
     Args:
         source: a run, a checkpoint, or an earlier export.
         out: the new folder.
-        format: `hf` for stock transformers, `native` for what it cannot express, `pt2` for a program of the encoder
-            alone: uint8 frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
-        part: whose features: `target` (the moving average, as V-JEPA 2 evaluates) or `encoder`.
-        mask_kind: which kind of mask the predictor of an `hf` export answers to. `VJEPA2Model` can use one mask
-            token only, the one at place 1, so that kind's token is put there. By default kind 1 (with the usual
-            masks: the large blocks), or 0 where there is only one.
-        probe: a probe that `vjepa eval attentive` trained on this model; an `hf` export is then a classifier, a
-            `VJEPA2ForVideoClassification`, of which `AutoModel` still loads the encoder.
-        results: files that `vjepa eval` wrote about this model, for the card, besides those in the folder of a run.
-        licence: of the weights, for the model card; yours to decide.
+        format: `hf` for stock transformers, `native` for any model, `pt2` for a program of the encoder alone: uint8
+            frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
+        part: encoder to export: `target` (the moving average, as V-JEPA 2 evaluates) or `encoder`.
+        mask_kind: kind of mask that the predictor of an `hf` export uses. `VJEPA2Model` uses only the mask token at
+            index 1, so the token of this kind is stored there. By default kind 1 (the large blocks of the usual
+            masks), or 0 if it is the only kind.
+        probe: a probe that `vjepa eval attentive` trained on this model. An `hf` export is then a classifier,
+            `VJEPA2ForVideoClassification`, from which `AutoModel` still loads the encoder.
+        results: files that `vjepa eval` wrote about this model, for the card, beside those in the folder of a run.
+        licence: licence of the weights for the model card; the choice is yours.
         overwrite: replace an earlier export.
 
     Returns:
-        The provenance that was written, with the result of the comparison under `check`.
+        The provenance as written, with the result of the comparison under `check`.
 
     Raises:
-        BadInput: no such model; the format cannot express it; transformers is missing; the place is taken.
-        ValueError: what was written does not give the same features; nothing is left behind.
+        BadInput: there is no such model, the format cannot express it, transformers is missing, or `out` exists.
+        ValueError: the loaded export does not give the same features; nothing is written.
     """
     check_free(out, overwrite=overwrite)
     weights = read_weights(source, part)
@@ -113,48 +113,50 @@ def export(
             provenance["check"] = check_native(folder, weights)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
-    log.info("exported %s to %s (%s), loaded back and compared", source, out, format)
+    log.info("exported %s to %s (%s) and verified it", source, out, format)
     return provenance
 
 
 def _own_results(source: Path, weights: Weights) -> list[Result]:
-    """What was found of these very weights, and lies in the folder of their run."""
+    """Return the results of evaluations of these weights in the folder of their run."""
     same = {key: weights.provenance.get(key) for key in ("run", "step", "part")}
-    return [one for one in find_results(source) if same.items() <= one["model"].items()]
+    return [result for result in find_results(source) if same.items() <= result["model"].items()]
 
 
-# ---- what Hugging Face's model can express
+# ---- limits of Hugging Face's model
 
 
 def _require_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
         raise BadInput(
-            "an hf export is loaded back with transformers, which is not installed; "
-            "pip install 'vjepa-pretrain[hf]', or take --format native"
+            "an hf export is verified with transformers, which is not installed; "
+            "run pip install 'vjepa-pretrain[hf]', or use --format native"
         )
 
 
-# Settings of a model that `config.json` has words for; the others must be as they are by default, which is V-JEPA 2.
+# Settings of a model that `config.json` can express. The others must have their default, which is V-JEPA 2's value.
 EXPRESSIBLE = ("encoder", "predictor", "patch_px", "tubelet_frames", "init_std")
 
 
 def _require_expressible(weights: Weights) -> None:
-    """Refuse what `VJEPA2Model` would load without a word and compute differently."""
+    """Reject models that `VJEPA2Model` would load without an error and compute differently."""
     model = weights.model
     reasons = [
         f"model.{name} is {getattr(model, name)!r}, and VJEPA2Model has {field.default!r}"
         for name, field in type(model).model_fields.items()
         if name not in EXPRESSIBLE and getattr(model, name) != field.default
     ]
+    parts = {name.partition(".")[0] for name in weights.tensors} - {"encoder", "predictor"}
+    reasons += [f"it has the part {part}, and VJEPA2Model has no such part" for part in sorted(parts)]
     if reasons:
-        raise BadInput(f"format hf cannot express this model: {'; '.join(reasons)}. Take --format native")
+        raise BadInput(f"format hf cannot express this model: {'; '.join(reasons)}. Use --format native")
 
 
 def _with_predictor(weights: Weights) -> Weights:
-    """`VJEPA2Model` always has a predictor; a model without one gets one that is not trained, and the card says so."""
+    """Add an untrained predictor to a model without one, since `VJEPA2Model` always has one. The card says so."""
     if weights.mask_tokens:
         return weights
-    log.warning("the model has no predictor; the export gets one that is not trained, only its features mean something")
+    log.warning("the model has no predictor; the export gets an untrained one, so use its features only")
     fresh = {f"predictor.{name}": tensor for name, tensor in Predictor(weights.model, 1).state_dict().items()}
     encoder = {f"encoder.{name}": tensor for name, tensor in weights.tensors.part("encoder").items()}
     return replace(
@@ -169,7 +171,7 @@ def _mask_kind(weights: Weights, kind: int | None) -> int:
     if kind is None:
         return 1 % count
     if not 0 <= kind < count:
-        raise BadInput(f"mask_kind is {kind}, and the model has mask tokens 0 to {count - 1}; choose one of them")
+        raise BadInput(f"mask_kind is {kind}, and the model has mask tokens 0 to {count - 1}")
     return kind
 
 
@@ -183,14 +185,14 @@ def _hf_tensors(weights: Weights, order: list[int]) -> Iterator[tuple[str, Tenso
 
 def _read_probe(path: Path, weights: Weights, format: Format) -> Classifier:
     if format != "hf":
-        raise BadInput(f"a probe is exported with format hf only, not {format}; leave --probe out")
+        raise BadInput(f"a probe can only be exported with format hf, not {format}; remove --probe")
     classifier, encoder = load_classifier(path), weights.model.encoder
     if (width := classifier.probe.linear.in_features) != encoder.width:
         raise BadInput(f"{path} was trained on features of width {width}, this model has {encoder.width}")
     if classifier.heads != encoder.heads:
         raise BadInput(
-            f"{path} has {classifier.heads} heads, and VJEPA2ForVideoClassification gives a probe those of the encoder "
-            f"({encoder.heads}); train it with as many"
+            f"{path} has {classifier.heads} heads, and VJEPA2ForVideoClassification gives a probe as many as the "
+            f"encoder; train it with {encoder.heads} heads"
         )
     return classifier
 
@@ -215,7 +217,7 @@ def _probe_config(classifier: Classifier | None) -> dict[str, Any]:
 
 
 def _model_json(weights: Weights) -> dict[str, Any]:
-    """What `model.json` holds beside the tensors."""
+    """Return the contents of `model.json`."""
     return {
         "format": FORMAT,
         "model": weights.model.model_dump(mode="json"),

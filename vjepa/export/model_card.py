@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, how to use it, what to mind."""
+"""The model card, README.md of an export: description, use, results, limitations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,28 +10,28 @@ from vjepa.weights.weights import Weights
 
 
 def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> str:
-    """README.md of an export."""
-    where = provenance
+    """Return the README.md of an export."""
     table = "\n".join(f"| {name} | {value} |" for name, value in card_rows(weights, provenance))
-    library = "transformers" if where["layout"] == "hf" else "vjepa"
-    usage = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE}[where["layout"]]
+    library = "transformers" if provenance["layout"] == "hf" else "vjepa"
+    usage = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE}[provenance["layout"]]
     return _CARD.format(
         licence=licence,
         library=library,
         table=table,
         usage=usage.format(frames=weights.frames, px=weights.px),
-        measured=_measured(where.get("results", ())),
-        notes=_notes(weights, where),
+        objective="predicting the features of hidden tokens" if weights.mask_tokens else "self-supervision",
+        measured=_measured(provenance.get("results", ())),
+        limitations=_limitations(weights, provenance),
     )
 
 
 def parameters_m(weights: Weights) -> float:
-    """Millions of parameters, those of the predictor included."""
+    """Return the number of parameters in millions, predictor included."""
     return sum(torch.Size(weights.tensors.shape(name)).numel() for name in weights.tensors) / 1e6
 
 
 def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the model is and where it came from: name and value, in Markdown."""
+    """Return description and origin of the model as rows of name and value, in Markdown."""
     encoder, where = weights.model.encoder, provenance
     tokens = (weights.frames // weights.model.tubelet_frames) * (weights.px // weights.model.patch_px) ** 2
     rows = [
@@ -49,12 +49,12 @@ def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, s
         ("positions", f"in time, height and width ({weights.model.rope})"),
     ]  # fmt: skip
     if "check" in where:
-        rows.append(("loaded back", f"features differ by {where['check']['features_max_abs_difference']}"))
+        rows.append(("verified", f"loaded again, features differ by {where['check']['features_max_abs_difference']}"))
     return rows
 
 
 def _measured(results: Sequence[Result]) -> str:
-    """Tables of what evaluations found, in Markdown."""
+    """Return the results of evaluations as Markdown tables."""
     parts = []
     for result in results:
         columns, tasks = tasks_of(result["rows"])
@@ -64,28 +64,28 @@ def _measured(results: Sequence[Result]) -> str:
                 f"{cells[name]['value']:.3f} {uncertainty(cells[name])}" if name in cells else "" for name in columns
             ]
             lines.append(f"| {task} | {metric} | {' | '.join(texts)} |")
-        said = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items())
-        parts.append("\n".join(lines) + f"\n\n{said}.")
-    return "\n\n".join(parts) or "Nothing yet."
+        protocol = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items())
+        parts.append("\n".join(lines) + f"\n\n{protocol}.")
+    return "\n\n".join(parts) or "No evaluation yet."
 
 
-def _notes(weights: Weights, where: dict[str, Any]) -> str:
+def _limitations(weights: Weights, where: dict[str, Any]) -> str:
     if where["layout"] == "pt2":
-        return f"- Any number of clips, each of {weights.frames} frames of {weights.px} x {weights.px} pixels."
+        return f"- Clips must have {weights.frames} frames of {weights.px} x {weights.px} pixels; their number is free."
     notes = [
-        f"Frames must be {weights.px} x {weights.px}: `VJEPA2Model` takes the positions of tokens from `crop_size` and "
-        "gives wrong features for another size without an error."
+        f"Frames must be {weights.px} x {weights.px}: `VJEPA2Model` computes positions from `crop_size` and gives "
+        "wrong features for another size without an error."
         if where["layout"] == "hf"
-        else "Frames may have any size that is a multiple of the patch.",
-        "Sample frames by time, not by number, at the rate above.",
+        else "Frames may have any height and width that are multiples of the patch.",
+        "Sample frames by time at the rate above, not by frame number.",
     ]
     if where["layout"] == "hf":
         kind = where["mask_token_order"][1 % weights.mask_tokens]
         if where.get("predictor") == "not trained":
-            notes.append("The predictor is not trained: this model was learned without one.")
+            notes.append("The predictor is not trained: the method of this model has none.")
         notes.append(
-            f"`VJEPA2Model` uses one mask token, that of kind {kind}. It encodes all tokens before it picks the "
-            "visible ones, so its predictions have seen what they predict; ours encodes the visible ones alone."
+            f"`VJEPA2Model` uses one mask token, that of kind {kind}. It encodes all tokens before it selects the "
+            "visible tokens, so hidden tokens influence its predictions. In our training they do not."
         )
     return "\n".join(f"- {note}" for note in notes)
 
@@ -97,7 +97,7 @@ pipeline_tag: video-classification
 tags: [video, self-supervised, world-model, vjepa2, feature-extraction]
 ---
 
-# A video encoder, pretrained by predicting features of what is hidden
+# A video encoder, pretrained by {objective}
 
 | | |
 |---|---|
@@ -109,13 +109,13 @@ tags: [video, self-supervised, world-model, vjepa2, feature-extraction]
 {usage}
 ```
 
-## Measured
+## Results
 
 {measured}
 
-## Mind
+## Limitations
 
-{notes}
+{limitations}
 """
 
 _HF_USAGE = """import torch
@@ -131,9 +131,9 @@ features = outputs.last_hidden_state  # [1 tokens channels]"""
 _NATIVE_USAGE = """import torch
 import vjepa
 
-encoder = vjepa.load_encoder("THIS FOLDER")
+model = vjepa.load("THIS FOLDER")
 frames = torch.randint(0, 256, (1, {frames}, {px}, {px}, 3), dtype=torch.uint8)  # B T H W C
-features = encoder(frames)  # [B t h w D]"""
+features = model.encode(frames)  # [B t h w D]"""
 
 _PROGRAM_USAGE = """import torch
 

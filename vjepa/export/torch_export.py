@@ -1,4 +1,4 @@
-"""An encoder as a program: `torch.export.load("model.pt2").module()`, without our code."""
+"""Export an encoder as a program that needs none of our code: `torch.export.load("model.pt2").module()`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from vjepa.weights.weights import Weights
 
 
 class _Program(nn.Module):
-    """What a `pt2` export computes: bytes in, features out, nothing of ours needed."""
+    """The exported computation, from uint8 frames to features."""
 
     mean: Tensor
     std: Tensor
@@ -33,7 +33,7 @@ class _Program(nn.Module):
 
 @torch.no_grad()
 def write_program(path: Path, weights: Weights) -> dict[str, Any]:
-    """Trace the encoder with a free number of clips, load it back and compare at two numbers of clips."""
+    """Trace the encoder for any number of clips, load it back, and compare the features of 1 and of 3 clips."""
     eager, clip = _Program(weights), fixed_clip(weights)
     clips = torch.cat([clip, clip.flip(1)])
     program = torch.export.export(eager, (clips,), dynamic_shapes=({0: torch.export.Dim("clips")},), strict=True)
@@ -41,5 +41,5 @@ def write_program(path: Path, weights: Weights) -> dict[str, Any]:
     back = torch.export.load(path).module()
     differences = [(back(x) - eager(x)).abs().max().item() for x in (clip, torch.cat([clips, clip]))]
     if max(differences) > 1e-4:
-        raise ValueError(f"loaded back, the program's features differ by {max(differences)}; nothing was written")
+        raise ValueError(f"the loaded program's features differ by {max(differences)}; nothing was written")
     return {"features_max_abs_difference": max(differences), "clips": [1, 3], "torch": torch.__version__}

@@ -1,8 +1,8 @@
-"""What was exported, loaded again by the program that it is meant for: does it give the same numbers?
+"""Load an export again by the program that it is meant for, and compare its numbers with ours.
 
 In fp32 on the CPU the largest difference must be 0.0. Models are in memory one after another, never two at once.
 
-Letters: T frames, H W pixels, N tokens of a clip, V visible, K hidden, D width, P channels of a prediction.
+Letters: T frames, H W pixels, C channels, N tokens of a clip, V visible, K hidden, D width, LD width times levels.
 """
 
 import importlib.util
@@ -15,10 +15,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from vjepa.nn.attentive_probe import Classifier
-from vjepa.nn.encoder import Encoder, View, normalise
-from vjepa.nn.grid import Grid
-from vjepa.nn.predictor import Predictor, PredictorInput
+from vjepa.nn.encoder import normalise
 from vjepa.weights.load import read_weights
+from vjepa.weights.tensors import aligned
 from vjepa.weights.weights import Weights
 from vjepa_data.evaluation.clips import centre_view
 from vjepa_data.rng import generator
@@ -27,49 +26,49 @@ log = logging.getLogger(__name__)
 
 
 def fixed_clip(weights: Weights) -> UInt8[Tensor, "1 T H W C"]:
-    """A fixed clip of noise: as many frames as the model saw, but two at least."""
+    """Return a fixed clip of noise in the size that the model was trained on, of at least one tubelet."""
     frames = max(weights.frames, weights.model.tubelet_frames)
     draw = generator(0, "export check")
     return torch.from_numpy(draw.integers(0, 256, (1, frames, weights.px, weights.px, 3), dtype="uint8"))
 
 
-def _sides(weights: Weights) -> tuple[Int[Tensor, "1 V"], Int[Tensor, "1 K"], Grid]:
-    """The first half of the tokens is visible, the second hidden: indices, and the grid."""
-    clip = fixed_clip(weights)
-    grid = Grid.of(clip.shape[1], weights.px, weights.px, weights.model)
-    index = torch.arange(grid.tokens)[None]
-    half = max(1, grid.tokens // 2)
-    return index[:, :half], index[:, half:] if grid.tokens > 1 else index, grid
+def _halves(tokens: int) -> tuple[Int[Tensor, "1 V"], Int[Tensor, "1 K"]]:
+    """Return the visible and the hidden tokens of the comparison: the first half of a clip and the second."""
+    ids, half = torch.arange(tokens)[None], max(1, tokens // 2)
+    return ids[:, :half], ids[:, half:] if tokens > 1 else ids
 
 
 @torch.no_grad()
-def _ours(weights: Weights, token: int) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 K P"]]:
-    """Features of the fixed clip, and predictions of its second half from its first; features again, if it has none."""
-    with torch.device("meta"):
-        encoder, predictor = Encoder(weights.model), Predictor(weights.model, max(1, weights.mask_tokens))
-    encoder.load_state_dict(weights.tensors.part("encoder"), assign=True)
-    _settle(encoder)
-    view = View(normalise(fixed_clip(weights)))
-    (features,) = encoder([view])
-    if not weights.mask_tokens:
+def _ours(weights: Weights, mask_kind: int) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 K LD"]]:
+    """Return features of the fixed clip and predictions of its second half; without a predictor, features twice.
+
+    The first half is encoded with the full clip in sight, as Hugging Face does.
+    """
+    model, clip = weights.world_model(), fixed_clip(weights)
+    context = model.encoder.features(clip, levels=True)
+    features = context[..., -model.width :]
+    if model.predictor is None:
         return features, features
-    (context,) = encoder([view], levels=True) if weights.model.levels else (features,)
-    del encoder
-    predictor.load_state_dict(weights.tensors.part("predictor"), assign=True)
-    _settle(predictor)
-    visible, hidden, grid = _sides(weights)
-    guess = predictor([PredictorInput(context[:, : visible.shape[1]], visible, hidden, grid, token)])[0]
-    return features, guess
+    visible, hidden = _halves(context.shape[1])
+    context = context[:, : visible.shape[1]]
+    return features, model.predict(context, visible, hidden, mask_kind=mask_kind, grid=model.encoder.grid(clip))
 
 
 @torch.no_grad()
 def check_hf(folder: Path, weights: Weights, order: list[int]) -> dict[str, Any]:
-    features, guess = _ours(weights, order[1 % len(order)])
+    """Compare an `hf` export as loaded by transformers with the weights that it was made of.
+
+    Raises:
+        ValueError: features or predictions differ.
+    """
+    features, predictions = _ours(weights, order[1 % len(order)])
     model, version = _load_with_transformers("AutoModel", folder)
-    visible, hidden, _ = _sides(weights)
+    visible, hidden = _halves(features.shape[1])
     got = model(_hf_clip(weights), context_mask=[visible], target_mask=[hidden])
     return {
-        **_compare("transformers", features, got.last_hidden_state, guess, got.predictor_output.last_hidden_state),
+        **_compare(
+            "transformers", features, got.last_hidden_state, predictions, got.predictor_output.last_hidden_state
+        ),
         "transformers": version,
         "processor": _check_processor(folder, weights),
     }
@@ -77,12 +76,17 @@ def check_hf(folder: Path, weights: Weights, order: list[int]) -> dict[str, Any]
 
 @torch.no_grad()
 def check_classifier(folder: Path, weights: Weights, classifier: Classifier) -> dict[str, Any]:
+    """Compare an exported classifier as loaded by transformers with its encoder and probe.
+
+    Raises:
+        ValueError: the logits differ.
+    """
     model, _ = _load_with_transformers("AutoModelForVideoClassification", folder)
     features, _ = _ours(weights, 0)
-    _settle(classifier.probe)
+    align(classifier.probe)
     difference = (classifier.probe(features) - model(_hf_clip(weights)).logits).abs().max().item()
     if difference != 0:
-        raise ValueError(f"loaded back with transformers, the classifier's logits differ by {difference}")
+        raise ValueError(f"the logits of the classifier loaded with transformers differ by {difference}")
     return {"logits_max_abs_difference": difference}
 
 
@@ -91,58 +95,62 @@ def _hf_clip(weights: Weights) -> Float[Tensor, "1 T C H W"]:
 
 
 def _load_with_transformers(kind: str, folder: Path) -> tuple[Any, str]:
-    """A model as any user of transformers loads it, every tensor in its place; and the version that loaded it."""
+    """Load a model as users of transformers do, with every tensor matched; return it with transformers' version."""
     import transformers
 
-    shows = transformers.utils.logging.is_progress_bar_enabled()
+    had_progress_bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     model, report = getattr(transformers, kind).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
     )
-    if shows:
+    if had_progress_bar:
         transformers.utils.logging.enable_progress_bar()
-    kinds = ("missing_keys", "mismatched_keys") + (() if kind == "AutoModel" else ("unexpected_keys",))
-    unmatched = [name for one in kinds for name in report[one]]
-    assert not unmatched, f"names that transformers does not know or lacks: {unmatched}"
-    return _settle(model.eval()), transformers.__version__
+    lists = ("missing_keys", "mismatched_keys") + (() if kind == "AutoModel" else ("unexpected_keys",))
+    unmatched = [name for key in lists for name in report[key]]
+    assert not unmatched, f"tensors that transformers lacks or does not know: {unmatched}"
+    return align(model.eval()), transformers.__version__
 
 
-def _settle(model: nn.Module) -> Any:
-    """Move parameters to memory of torch's own. In the last bit a product depends on how its inputs are aligned, and
-    what was mapped from a file lies anywhere."""
+def align(model: nn.Module) -> Any:
+    """Align the parameters of a model like those of ours; see `aligned`."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        parameter.data = aligned(parameter.data)
     return model
 
 
 @torch.no_grad()
 def check_native(folder: Path, weights: Weights) -> dict[str, Any]:
-    features, guess = _ours(weights, 0)
-    got, got_guess = _ours(read_weights(folder), 0)
-    return _compare("vjepa", features, got, guess, got_guess)
+    """Compare a native export with the weights that it was made of.
+
+    Raises:
+        ValueError: features or predictions differ.
+    """
+    features, predictions = _ours(weights, 0)
+    got, got_predictions = _ours(read_weights(folder), 0)
+    return _compare("vjepa", features, got, predictions, got_predictions)
 
 
 def _compare(
     loader: str,
     features: Float[Tensor, "1 N D"],
     got: Float[Tensor, "1 N D"],
-    guess: Float[Tensor, "1 K P"],
-    got_guess: Float[Tensor, "1 K P"],
+    predictions: Float[Tensor, "1 K LD"],
+    got_predictions: Float[Tensor, "1 K LD"],
 ) -> dict[str, Any]:
     result = {
         "features_max_abs_difference": (features - got).abs().max().item(),
-        "predictions_max_abs_difference": (guess - got_guess).abs().max().item(),
+        "predictions_max_abs_difference": (predictions - got_predictions).abs().max().item(),
     }
     if any(value != 0 for value in result.values()):
         raise ValueError(
-            f"loaded back with {loader}, the model does not give the same numbers: {result}; "
-            "nothing was written. This is a defect of ours, or a version that was never tried: please report it"
+            f"the export does not give the same numbers when loaded with {loader}: {result}; nothing was written. "
+            "This is a bug or an untested version: please report it"
         )
     return result
 
 
 def _check_processor(folder: Path, weights: Weights) -> float | str:
-    """Largest difference between Hugging Face's processing of a clip and ours; what is in the way, if it cannot run."""
+    """Return the largest difference between Hugging Face's processing of clips and ours, or why it was not checked."""
     if importlib.util.find_spec("torchvision") is None:
         reason = "not checked: AutoVideoProcessor needs torchvision, which is not installed"
         log.warning("video_preprocessor_config.json is %s", reason)

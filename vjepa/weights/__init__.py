@@ -1,1 +1,1 @@
-"""A trained model outside of training: to others, and from others."""
+"""Read any trained model, ours or of other projects, and give it as a `WorldModel`."""

@@ -1,13 +1,13 @@
-"""Files of V-JEPA as their authors release them: `.pt`, `.pth.tar`. What they hold, and which of our models it is.
+"""Read checkpoint files of V-JEPA as their authors release them (`.pt`, `.pth.tar`) and infer our settings from them.
 
-| | told by | and by its name |
+| release | recognized by | parts in the file |
 |---|---|---|
-| V-JEPA 2 | rotary positions | `encoder`, `target_encoder`, `predictor` |
-| V-JEPA | `pos_embed`, sines and cosines, which are computed here and must be the same | the same |
+| V-JEPA 2 | no tensors of positions (rotary) | `encoder`, `target_encoder`, `predictor` |
+| V-JEPA | `pos_embed`: fixed sines and cosines, compared with ours | the same |
 | V-JEPA 2.1 | `norms_block`, `patch_embed_img` | the same, or `ema_encoder` alone |
 
-Names are those of the releases, behind wrappers (`module.backbone.`). Files are read with `weights_only`, so nothing in
-them is run.
+Parameter names are ours behind wrappers (`module.backbone.`). Files are read with `weights_only`, so no code in them is
+run.
 """
 
 import math
@@ -27,43 +27,43 @@ from vjepa.nn.grid import Grid
 from vjepa.nn.positions import sine_cosine
 from vjepa.weights.tensors import some
 from vjepa.weights.weights import sized_encoder
-from vjepa_data.settings import BadInput
+from vjepa_data.errors import BadInput
 
-# What the parts are called, the first that is there.
+# Names of the parts; the first that the file has is used.
 ONLINE, AVERAGE, PREDICTOR = ("encoder",), ("target_encoder", "ema_encoder"), ("predictor",)
 WRAPPERS = re.compile(r"^(module\.|backbone\.|_orig_mod\.)+")
 
-# Names that tell which other model it is.
-STRANGERS = (
-    (".mlp.fc3.", "one with SwiGLU, which our blocks do not have"),
-    ("action_encoder.", "the action-conditioned V-JEPA 2-AC"),
+# Parts of tensor names in checkpoints that are not supported.
+UNSUPPORTED = (
+    (".mlp.fc3.", "a model with SwiGLU"),
+    ("action_encoder.", "a V-JEPA 2-AC checkpoint"),
 )
 
-# V-JEPA 2.1's levels, where they are not the ends of quarters (arXiv:2603.14482).
+# V-JEPA 2.1's levels by depth, where they are not the ends of quarters (arXiv:2603.14482).
 LEVELS = {48: (11, 23, 37, 47)}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the tensors of a file do not tell."""
+    """Settings that cannot be inferred from the tensors of a file."""
 
     heads: int | None = None
-    """Attention heads of the encoder; by default those of the registry's model of this width and depth."""
+    """Attention heads of the encoder; by default from the registry's model of this width and depth."""
     predictor_heads: int | None = None
-    """By default 12, V-JEPA 2's; for the first V-JEPA those of the encoder, as it had them."""
+    """By default 12 as in V-JEPA 2; for the first V-JEPA as many as the encoder has."""
     px: int | None = None
-    """By default 256, or what `pos_embed` tells."""
+    """By default inferred from `pos_embed`, or 256."""
     frames: int | None = None
-    """By default 16, or what `pos_embed` tells."""
+    """By default inferred from `pos_embed`, or 16."""
     fps: float = 4.0
     mask_tokens: tuple[int, ...] | None = None
-    """Which mask token of the file each of our kinds of mask gets; by default all, as they are. Of files with one
-    clip length V-JEPA 2 trained the first alone, so (0, 0) is the start for two kinds of mask."""
+    """Mask token of the file for each of our kinds of mask; by default all tokens in their order. V-JEPA 2 trained
+    only the first token of files with one clip length, so use (0, 0) for two kinds of mask."""
 
 
 @dataclass(frozen=True)
 class FairCheckpoint:
-    """What is in a file."""
+    """Contents of a file, with the settings inferred from them."""
 
     model: config.Model
     px: int
@@ -74,10 +74,10 @@ class FairCheckpoint:
 
 
 def read_fair_checkpoint(path: Path, sizes: Sizes) -> FairCheckpoint:
-    """Read a file and find out which model it is; tensors stay where they are until they are used.
+    """Read a file and infer the model's settings. Tensors stay on disk until they are used.
 
     Raises:
-        BadInput: it holds more than tensors, or another kind of model.
+        BadInput: the file holds Python objects, or an unsupported model.
     """
     content = _read_file(path)
     online, average, predictor = (_part(content, names) for names in (ONLINE, AVERAGE, PREDICTOR))
@@ -85,9 +85,9 @@ def read_fair_checkpoint(path: Path, sizes: Sizes) -> FairCheckpoint:
     if encoder is None:
         raise BadInput(f"{path} holds {some(list(content))}; expected the parts encoder, target_encoder, predictor")
     every = {**encoder, **(predictor or {})}
-    for mark, what in STRANGERS:
+    for mark, kind in UNSUPPORTED:
         if found := [name for name in every if mark in f".{name}" or name.startswith(mark)]:
-            raise BadInput(f"{path} is {what} ({some(found)}); our network cannot be it")
+            raise BadInput(f"{path} is {kind} ({some(found)}), which is not supported; give a V-JEPA, 2 or 2.1 encoder")
     model = _infer(path, encoder, predictor, sizes)
     px, frames = sizes.px or 256, sizes.frames or 16
     if "pos_embed" in encoder:
@@ -103,10 +103,10 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise BadInput(
-            f"{path} holds more than tensors and numbers, and is not read: that would run its code"
+            f"{path} holds Python objects beside tensors and numbers; it is not read, because that would run its code"
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({str(error).splitlines()[0]}); is it a whole torch file?") from None
+        raise BadInput(f"{path} cannot be read ({str(error).splitlines()[0]}); is it a complete torch file?") from None
     if not isinstance(content, Mapping):
         raise BadInput(
             f"{path} holds a {type(content).__name__}; expected the parts encoder, target_encoder, predictor"
@@ -115,7 +115,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _part(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor] | None:
-    """Tensors of one part under our names: wrappers cut off, the mask tokens as one tensor."""
+    """Return the tensors of one part under our names: without wrappers, the mask tokens as one tensor."""
     found = next((content[name] for name in names if isinstance(content.get(name), Mapping)), None)
     if found is None:
         return None
@@ -129,7 +129,7 @@ def _part(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]
 def _infer(
     path: Path, encoder: Mapping[str, Tensor], predictor: Mapping[str, Tensor] | None, sizes: Sizes
 ) -> config.Model:
-    """The sizes of a network from the shapes of its tensors."""
+    """Infer the settings of a model from the shapes of its tensors."""
     try:
         width, _, tubelet, patch, _ = encoder["patch_embed.proj.weight"].shape
         depth = _depth(encoder, "blocks")
@@ -140,9 +140,11 @@ def _infer(
         ) from None
     heads = sizes.heads
     if heads is None:
-        known = [one[2] for one in config.ENCODERS.values() if one[:2] == (width, depth)]
+        known = [size[2] for size in config.ENCODERS.values() if size[:2] == (width, depth)]
         if not known:
-            raise BadInput(f"{path}: an encoder of width {width} and depth {depth} is in no table; give its --heads")
+            raise BadInput(
+                f"{path}: an encoder of width {width} and depth {depth} is not in the table of sizes; give its --heads"
+            )
         heads = known[0]
     settings: dict[str, Any] = {"encoder": sized_encoder(width, depth, heads, ratio)}
     predictor_heads = sizes.predictor_heads or 12
@@ -166,11 +168,11 @@ def _infer(
     try:
         return config.Model.model_validate({**settings, "patch_px": patch, "tubelet_frames": tubelet})
     except ValidationError as error:
-        raise BadInput(f"{path}: its sizes make no model: {error.errors()[0]['msg']}") from None
+        raise BadInput(f"{path}: its sizes are not a valid model: {error.errors()[0]['msg']}") from None
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio that gives back the hidden channels when they are computed as the network does."""
+    """Return a ratio from which the network computes the same number of hidden channels."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -184,10 +186,10 @@ def _depth(tensors: Iterable[str], stack: str) -> int:
 
 
 def _grid_of(path: Path, table: Tensor, model: config.Model) -> Grid:
-    """The grid whose sines and cosines these are.
+    """Return the grid of these sines and cosines.
 
     Raises:
-        BadInput: they are of no grid.
+        BadInput: they fit no grid.
     """
     tokens = table.shape[1]
     for side in range(1, math.isqrt(tokens) + 1):
@@ -195,20 +197,20 @@ def _grid_of(path: Path, table: Tensor, model: config.Model) -> Grid:
         if grid.tokens == tokens and _differs(table, grid) == 0:
             return grid
     raise BadInput(
-        f"{path}: its pos_embed {list(table.shape)} holds no sines and cosines of time, rows and columns in equal "
-        "parts; positions that were learned, or shared otherwise, our network cannot have"
+        f"{path}: its pos_embed {list(table.shape)} is not a table of sines and cosines of time, rows and columns in "
+        "equal parts; learned positions are not supported"
     )
 
 
 def _drop_positions(path: Path, part: dict[str, Tensor] | None, grid: Grid) -> None:
-    """Take the table of positions away, which our network computes; it must be the very same."""
+    """Remove the table of positions after comparing it with the positions that our network computes."""
     for name in ("pos_embed", "predictor_pos_embed"):
         if part and (table := part.pop(name, None)) is not None and (difference := _differs(table, grid)):
             raise BadInput(f"{path}: {name} differs from the sines and cosines of {grid} by {difference:.2g}")
 
 
 def _differs(table: Tensor, grid: Grid) -> float:
-    """Largest difference of a table [1 N D] from what we compute; 0 below the rounding of the last bit."""
+    """Return the largest difference of a table [1 N D] from our positions; 0 below rounding of the last bit."""
     if table.dim() != 3 or table.shape[1] != grid.tokens:
         return math.inf
     ours = sine_cosine(grid, torch.arange(grid.tokens)[None], table.shape[2])

@@ -1,6 +1,6 @@
-"""Our model as Hugging Face's `VJEPA2Model`, and theirs as ours: names, config.json, the video processor.
+"""Conversion to and from Hugging Face's `VJEPA2Model`: parameter names, config.json, video processor.
 
-`VJEPA2Model` uses one mask token only, the one at place 1 modulo their number.
+`VJEPA2Model` uses a single mask token: the one at index 1 modulo their number.
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ from vjepa.nn.encoder import MEAN, STD
 from vjepa.weights.native import read_provenance
 from vjepa.weights.tensors import InFiles, SafeTensors, Tensors, read_json, some
 from vjepa.weights.weights import Weights, sized_encoder
-from vjepa_data.settings import BadInput
+from vjepa_data.errors import BadInput
 
-# Ours, and Hugging Face's `VJEPA2Model`. `{i}` is the number of a block; where one of ours becomes three of theirs,
-# its rows are cut in thirds. Each row stands for a `weight` and a `bias`, but for the mask tokens.
+# Our names and those of `VJEPA2Model`. `{i}` is the number of a block. Where one of our tensors is three of theirs,
+# its rows are split in thirds. Each entry stands for a `weight` and a `bias`, except for the mask tokens.
 HF_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("encoder.patch_embed.proj", ("encoder.embeddings.patch_embeddings.proj",)),
     ("encoder.blocks.{i}.norm1", ("encoder.layer.{i}.norm1",)),
@@ -56,7 +56,7 @@ HF_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def hf_names(model: config.Model) -> dict[str, tuple[str, ...]]:
-    """Each of our tensors and what it is called in `VJEPA2Model`; three names for rows cut in thirds."""
+    """Return the names in `VJEPA2Model` of each of our tensors; three names where rows are split in thirds."""
     names: dict[str, tuple[str, ...]] = {}
     for ours, theirs in HF_NAMES:
         depth = (model.encoder if ours.startswith("encoder.") else model.predictor).depth
@@ -67,7 +67,7 @@ def hf_names(model: config.Model) -> dict[str, tuple[str, ...]]:
 
 
 def hf_config(weights: Weights) -> dict[str, Any]:
-    """`config.json` for `transformers.VJEPA2Model`."""
+    """Return `config.json` for `transformers.VJEPA2Model`."""
     encoder, predictor = weights.model.encoder, weights.model.predictor
     return {
         "architectures": ["VJEPA2Model"],
@@ -100,14 +100,14 @@ def hf_config(weights: Weights) -> dict[str, Any]:
 
 
 def read_huggingface(path: Path) -> Weights:
-    """Open a folder of `VJEPA2Model`, ours or anyone's, a classifier's included.
+    """Open a folder of `VJEPA2Model` or of its classifier, exported by us or published by others.
 
     Raises:
-        BadInput: another kind of model, or one that our network cannot be.
+        BadInput: the folder holds another kind of model, or an unsupported variant.
     """
     content = read_json(path / "config.json")
     if content.get("model_type") != "vjepa2":
-        raise BadInput(f"{path}: config.json is of model_type {content.get('model_type')!r}; only vjepa2 can be read")
+        raise BadInput(f"{path}: config.json has model_type {content.get('model_type')!r}; only vjepa2 can be read")
     model = _model_of_hf(path, content)
     provenance = read_provenance(path)
     index = path / "model.safetensors.index.json"
@@ -116,7 +116,7 @@ def read_huggingface(path: Path) -> Weights:
     if missing := tensors.missing():
         raise BadInput(f"{path}: model.safetensors lacks {some(missing)}; is it a VJEPA2Model with its predictor?")
     masks = TypeAdapter(tuple[config.Mask, ...]).validate_python(provenance.get("settings", {}).get("masks", []))
-    fps = float(provenance.get("fps", 4.0))  # V-JEPA 2's rate; not a field of config.json
+    fps = float(provenance.get("fps", 4.0))  # by default V-JEPA 2's; config.json has no such field
     return Weights(
         model, content.get("crop_size", 256), content.get("frames_per_clip", 64), fps, masks, tensors, provenance
     )
@@ -125,7 +125,7 @@ def read_huggingface(path: Path) -> Weights:
 def _model_of_hf(path: Path, content: dict[str, Any]) -> config.Model:
     for key, ours in (("hidden_act", "gelu"), ("qkv_bias", True), ("layer_norm_eps", 1e-6), ("in_chans", 3)):
         if content.get(key, ours) != ours:
-            raise BadInput(f"{path}: config.json has {key} {content[key]!r}; our encoder has {ours!r} and no other")
+            raise BadInput(f"{path}: config.json has {key} {content[key]!r}; only {ours!r} is supported")
     numbers = (
         content.get("hidden_size", 1024),
         content.get("num_hidden_layers", 24),
@@ -146,43 +146,46 @@ def _model_of_hf(path: Path, content: dict[str, Any]) -> config.Model:
             init_std=content.get("initializer_range", 0.02),
         )
     except ValidationError as error:
-        raise BadInput(f"{path}: config.json does not make a model: {error.errors()[0]['msg']}") from None
+        raise BadInput(f"{path}: config.json is not a valid model: {error.errors()[0]['msg']}") from None
 
 
 def mask_token_order(count: int, kind: int) -> list[int]:
-    """Which of our mask tokens stands at each place of an export: `kind` at place 1, the only one that
-    `VJEPA2Model` uses (1 modulo their number), the others where they were."""
-    order, place = list(range(count)), 1 % count
-    order[place], order[kind] = order[kind], order[place]
+    """Return which of our mask tokens goes to each index of an export.
+
+    The token of `kind` goes to index 1 (modulo their number), the only one that `VJEPA2Model` uses. The token that was
+    there takes its place.
+    """
+    order, used = list(range(count)), 1 % count
+    order[used], order[kind] = order[kind], order[used]
     return order
 
 
 class FromHF(Tensors):
-    """Our tensors, read from those of a `VJEPA2Model`."""
+    """Tensors of a `VJEPA2Model` under our names."""
 
     def __init__(self, theirs: Tensors, model: config.Model, order: list[int] | None) -> None:
-        # A classifier holds the same model under a name of its own.
+        # A classifier holds the same model behind a prefix.
         prefix = "vjepa2." if any(name.startswith("vjepa2.") for name in theirs) else ""
         self.theirs, self.order = theirs, order
-        self.theirs_of = {ours: tuple(prefix + one for one in names) for ours, names in hf_names(model).items()}
+        self.theirs_of = {ours: tuple(prefix + name for name in names) for ours, names in hf_names(model).items()}
         self.names = self.theirs_of.keys()
 
     def missing(self) -> list[str]:
         return [name for names in self.theirs_of.values() for name in names if name not in self.theirs]
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.cat([self.theirs[one] for one in self.theirs_of[name]])
+        tensor = torch.cat([self.theirs[part] for part in self.theirs_of[name]])
         if name == "predictor.mask_tokens" and self.order:
             tensor = tensor[torch.tensor(self.order).argsort()]
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        parts = [self.theirs.shape(one) for one in self.theirs_of[name]]
+        parts = [self.theirs.shape(part) for part in self.theirs_of[name]]
         return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def hf_processor(px: int) -> dict[str, Any]:
-    """`video_preprocessor_config.json`: short side to px * 256 / 224, centre crop, ImageNet's mean and deviation."""
+    """Return `video_preprocessor_config.json`: short side to px * 256 / 224, centre crop, ImageNet's statistics."""
     return {
         "video_processor_type": "VJEPA2VideoProcessor",
         "size": {"shortest_edge": int(px * 256 / 224)},

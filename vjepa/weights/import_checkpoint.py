@@ -1,10 +1,10 @@
-"""A model of others becomes a checkpoint of ours, to evaluate, export, or begin a run from (`start=OUT`).
+"""Import a model of another project as a checkpoint, to evaluate, export, or start a run from (`start=OUT`).
 
-    vjepa import vitl.pt --out runs/vitl                 V-JEPA, 2 or 2.1, as their authors release them
+    vjepa import vitl.pt --out runs/vitl                 a file of V-JEPA, V-JEPA 2 or 2.1 as its authors release it
     vjepa import DIR --out runs/vitl                     a Hugging Face folder, or a native export
 
-Tensors are taken over as they are, byte for byte; the optimizer's moments start at zero. What does not fit our network
-is refused, with the first names that do not.
+Tensors are copied byte for byte and the optimizer state starts at zero. Other architectures are rejected; the error
+lists the first mismatched parameters.
 """
 
 import logging
@@ -26,29 +26,29 @@ from vjepa.weights.fair_checkpoints import Sizes, read_fair_checkpoint
 from vjepa.weights.load import read_weights
 from vjepa.weights.tensors import some
 from vjepa.weights.weights import expected_shapes
-from vjepa_data.settings import BadInput
+from vjepa_data.errors import BadInput
 
 log = logging.getLogger(__name__)
 
 
-# A file that needs no more than its tensors tell.
-NOTHING_TOLD = Sizes()
+# For a file whose tensors tell all of its settings.
+DEFAULT_SIZES = Sizes()
 
 
-def import_checkpoint(source: Path, out: Path, sizes: Sizes = NOTHING_TOLD, *, overwrite: bool = False) -> Path:
-    """Write a checkpoint from a model of others.
+def import_checkpoint(source: Path, out: Path, sizes: Sizes = DEFAULT_SIZES, *, overwrite: bool = False) -> Path:
+    """Write a checkpoint from a model of another project.
 
     Args:
         source: a file that `fair_checkpoints` reads, or a folder that `load.read_weights` reads.
-        out: folder for the checkpoint, laid out as a run's.
-        sizes: what cannot be told from a `.pt` file.
-        overwrite: replace what an earlier import wrote there.
+        out: folder for the checkpoint, laid out like a run.
+        sizes: settings that cannot be inferred from a `.pt` file.
+        overwrite: replace the result of an earlier import.
 
     Returns:
-        The checkpoint.
+        Folder of the checkpoint.
 
     Raises:
-        BadInput: no such file, one that holds more than tensors, another kind of model, or a place that is taken.
+        BadInput: the source is missing, holds Python objects, or is an unsupported model; or `out` exists.
     """
     if source.is_file():
         found = read_fair_checkpoint(source, sizes)
@@ -62,11 +62,11 @@ def import_checkpoint(source: Path, out: Path, sizes: Sizes = NOTHING_TOLD, *, o
     if not parts["predictor"]:
         parts["predictor"] = _new_predictor(source, model)
     if "mask_tokens" not in parts["predictor"]:
-        raise BadInput(f"{source}: its predictor has no mask_tokens; our network cannot be it")
+        raise BadInput(f"{source}: its predictor has no mask_tokens; only masked predictors are supported")
     tokens = parts["predictor"]["mask_tokens"]
     if sizes.mask_tokens is not None:
-        if strange := [one for one in sizes.mask_tokens if not 0 <= one < len(tokens)]:
-            raise BadInput(f"mask_tokens has {strange[0]}, and the file has tokens 0 to {len(tokens) - 1}")
+        if unknown := [number for number in sizes.mask_tokens if not 0 <= number < len(tokens)]:
+            raise BadInput(f"mask_tokens has {unknown[0]}, and the file has tokens 0 to {len(tokens) - 1}")
         parts["predictor"]["mask_tokens"] = tokens[list(sizes.mask_tokens)]
     run = run_for_weights(model, px=px, frames=frames, fps=fps, kinds=len(parts["predictor"]["mask_tokens"]))
     _check(source, model, parts)
@@ -83,7 +83,7 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def run_for_weights(model: config.Model, *, px: int, frames: int, fps: float, kinds: int) -> config.Run:
-    """A run that never was: only its model and the form of its clips mean something."""
+    """Return the settings of a run with this model and form of clips; all other settings are placeholders."""
     data: dict[str, Any] = {
         "sources": [{"shards": "unknown"}],
         "clip": {"frames": frames, "fps": fps},
@@ -105,7 +105,7 @@ def run_for_weights(model: config.Model, *, px: int, frames: int, fps: float, ki
 
 
 def initial_metadata(run: config.Run, source: str) -> CheckpointMetadata:
-    """What a checkpoint says of itself that was never trained here."""
+    """Return the metadata of an imported checkpoint."""
     return CheckpointMetadata(
         step=0,
         world=1,
@@ -129,24 +129,24 @@ def _save(run: config.Run, parts: Parts, folder: Path, source: Path) -> None:
 
 
 def _new_predictor(source: Path, model: config.Model) -> dict[str, Tensor]:
-    log.warning("%s has no predictor: a new one is made, good for features but not for predictions", source)
+    log.warning("%s has no predictor; an untrained one is added, so use the checkpoint for features only", source)
     return dict(Predictor(model, len(config.BLOCKS)).state_dict())
 
 
 def _check(source: Path, model: config.Model, parts: Parts) -> None:
-    """Name the first tensors that are missing, too many, or of another shape."""
+    """Raise for the first tensors that are missing, unknown, or of another shape."""
     shapes = expected_shapes(model, len(parts["predictor"]["mask_tokens"]))
     for part, named in parts.items():
         name = _PARTS[part]
-        expected = {one.removeprefix(f"{name}."): shape for one, shape in shapes.items() if one.startswith(f"{name}.")}
-        complaints: Sequence[tuple[str, list[str]]] = (
+        expected = {key.removeprefix(f"{name}."): shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
+        differences: Sequence[tuple[str, list[str]]] = (
             ("lacks", sorted(expected.keys() - named.keys())),
             ("has", sorted(named.keys() - expected.keys())),
         )
-        for word, names in complaints:
+        for word, names in differences:
             if names:
-                raise BadInput(f"{source}: its {part} {word} {some(names)}; it is not a model of this kind")
-        for one, shape in expected.items():
-            if tuple(named[one].shape) != shape:
-                raise BadInput(f"{source}: {part} {one} is {list(named[one].shape)}, expected {list(shape)}")
-            named[one] = named[one].float().contiguous()
+                raise BadInput(f"{source}: its {part} {word} {some(names)}; this architecture is not supported")
+        for key, shape in expected.items():
+            if tuple(named[key].shape) != shape:
+                raise BadInput(f"{source}: {part} {key} is {list(named[key].shape)}, expected {list(shape)}")
+            named[key] = named[key].float().contiguous()

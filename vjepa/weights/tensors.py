@@ -125,7 +125,8 @@ def aligned(tensor: Tensor) -> Tensor:
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors one after another, so that only one is in memory at a time.
 
-    The library's own `save_file` wants them all at once, and doubles them.
+    The library's `save_file` needs all of them in memory. For 16 tensors of 32 MB the peak is 1.0 times the file with
+    safetensors 0.8.0 and 0.13 times with this function: two tensors, the one being written and the next.
     Source: the format of huggingface/safetensors: length of the header, header in JSON, data.
     """
     body = path.with_suffix(".body")
@@ -158,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; the folder is incomplete, copy or make it again") from None
-    except ValueError as error:  # also what is not UTF-8
+    except ValueError as error:  # includes text that is not UTF-8
         raise BadInput(f"{path}: not JSON ({error}); the file is damaged, copy or make it again") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: expected a JSON object, got {type(content).__name__}")
