@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vjepa.evals.results import Result, tasks_of, uncertainty
+from vjepa.nn.grid import clip_grid
 from vjepa.weights.weights import Weights
 
 
@@ -33,7 +34,7 @@ def parameters_m(weights: Weights) -> float:
 def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """Return description and origin of the model as rows of name and value, in Markdown."""
     encoder, where = weights.model.encoder, provenance
-    tokens = (weights.frames // weights.model.tubelet_frames) * (weights.px // weights.model.patch_px) ** 2
+    tokens = clip_grid(weights.frames, weights.px, weights.model).tokens
     rows = [
         ("encoder", f"{encoder.name}: width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}"),
         ("parameters", f"{parameters_m(weights):.1f} M" + (", predictor included" if weights.mask_tokens else "")),

@@ -39,7 +39,7 @@ def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class View:
-    """Clips of one shape and the tokens of theirs that the encoder reads."""
+    """Clips of one shape, and the tokens that the encoder reads of each."""
 
     frames: Float[Tensor, "B C T Y X"]
     """Normalised pixels. Several views may share them."""

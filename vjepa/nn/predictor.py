@@ -94,12 +94,12 @@ class Predictor(nn.Module):
             For each input the features of its hidden tokens, all levels side by side. With `settings.predict_context`
             these are followed, for each input, by the features of its visible tokens.
         """
-        sequences = [self._sequence(one) for one in inputs]
+        sequences = [self._sequence(given) for given in inputs]
         x = torch.cat([each.flatten(0, 1) for each in sequences])  # [S P]
         runs = [(len(each), each.shape[1]) for each in sequences]
         segments = Segments.of(runs, backend=self.attention, device=x.device)
         rotation = rotations(
-            [(one.grid, torch.cat((one.visible, one.hidden), dim=1)) for one in inputs],
+            [(given.grid, torch.cat((given.visible, given.hidden), dim=1)) for given in inputs],
             head_width=self.settings.predictor.width // self.settings.predictor.heads,
             form=self.settings.rope,
             cells=self.settings.rope_cells,
@@ -108,7 +108,7 @@ class Predictor(nn.Module):
             x = block(x, rotation, segments)
         parts = x.split([count * length for count, length in runs])
         clips = [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
-        counts = [one.visible.shape[1] for one in inputs]
+        counts = [given.visible.shape[1] for given in inputs]
         outputs = [(self.predictor_proj, each[:, count:]) for each, count in zip(clips, counts, strict=True)]
         if self.settings.predict_context:
             outputs += [
@@ -117,17 +117,17 @@ class Predictor(nn.Module):
         # Copied, since FSDP2 does not allow views to be returned and the output of a linear layer is a view.
         return [project(self.predictor_norm(each)).clone() for project, each in outputs]
 
-    def _sequence(self, one: PredictorInput) -> Float[Tensor, "B N P"]:
+    def _sequence(self, given: PredictorInput) -> Float[Tensor, "B N P"]:
         """Embed the visible tokens of each clip and append mask tokens for the hidden ones."""
-        visible = self.predictor_embed(one.context)
-        hidden = self.mask_tokens[one.mask_kind].to(visible.dtype).expand(*one.hidden.shape, -1)
+        visible = self.predictor_embed(given.context)
+        hidden = self.mask_tokens[given.mask_kind].to(visible.dtype).expand(*given.hidden.shape, -1)
         sequence = torch.cat((visible, hidden), dim=1)
         if self.settings.rope == "sincos":
-            ids = torch.cat((one.visible, one.hidden), dim=1)
-            sequence = sequence + sine_cosine(one.grid, ids, sequence.shape[-1]).to(sequence.dtype)
+            ids = torch.cat((given.visible, given.hidden), dim=1)
+            sequence = sequence + sine_cosine(given.grid, ids, sequence.shape[-1]).to(sequence.dtype)
         if self.settings.still_tokens:
             mark, other = self.img_mod_embed, self.video_mod_embed
-            if not one.still:
+            if not given.still:
                 mark, other = other, mark
             sequence = sequence + (mark + 0.0 * other).to(sequence.dtype)  # both parameters are used on every rank
         return sequence

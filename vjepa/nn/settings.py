@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from vjepa_data.settings import Settings
 
-# name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes; its released ViT-g is
-# the one with heads of 64 channels, and so are ours.
+# name: (width, depth, heads, mlp_ratio). V-JEPA 2 (arXiv:2506.09985), table of model sizes. ViT-g has heads of 64
+# channels, as in the released model.
 ENCODERS: dict[str, tuple[int, int, int, float]] = {
     "vit_tiny": (192, 12, 3, 4.0),
     "vit_small": (384, 12, 6, 4.0),
@@ -20,7 +20,7 @@ ENCODERS: dict[str, tuple[int, int, int, float]] = {
 
 
 class Transformer(Settings):
-    """Size of one stack of blocks."""
+    """Size of a stack of transformer blocks."""
 
     width: int = Field(ge=8)
     """Channels of a token."""
@@ -41,13 +41,13 @@ class Transformer(Settings):
         if self.width // self.heads % 2 or self.width // self.heads < 6:
             raise ValueError(
                 f"width / heads ({self.width} / {self.heads}) must be even and at least 6, so that its channels can "
-                "turn in pairs with time, height and width"
+                "rotate in pairs with time, height and width"
             )
         return self
 
 
 class EncoderSize(Transformer):
-    """Size of the encoder: a name from the registry, or any of its numbers by hand."""
+    """Size of the encoder: a registry name, or its numbers."""
 
     name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic", "custom"]
     """Registry name, or `custom` with all numbers given."""
@@ -72,7 +72,7 @@ class Model(Settings):
     """A registry name (`vit_large`), or `{name: custom, width: 96, depth: 4, heads: 3}`."""
 
     predictor: Transformer = Transformer(width=384, depth=12, heads=12)
-    """The narrow transformer that guesses hidden tokens."""
+    """Narrow transformer that predicts the features of hidden tokens."""
 
     patch_px: int = Field(default=16, ge=1)
     """Height and width of a token, in pixels."""
@@ -81,35 +81,35 @@ class Model(Settings):
     """Frames in a token."""
 
     init_std: float = Field(default=0.02, gt=0)
-    """Deviation of the first weights. 0.02 is V-JEPA 2's, for widths around 1,024; a tiny model learns faster from
-    about 1 / sqrt(width)."""
+    """Standard deviation of initial weights. V-JEPA 2 uses 0.02, for widths around 1,024. A tiny model learns faster
+    with about 1 / sqrt(width)."""
 
     rope: Literal["tiled", "interleaved", "sincos"] = "tiled"
-    """3-D positions. Rotary: `tiled` is V-JEPA 2's form and the one Hugging Face can express; `interleaved` is a true
-    rotation (V-JEPA 2.1). Not rotary: `sincos` adds the first V-JEPA's sines and cosines to the tokens."""
+    """3-D positions. Rotary: `tiled` is V-JEPA 2's form, which Hugging Face can express; `interleaved` is a true
+    rotation (V-JEPA 2.1). Not rotary: `sincos` adds the sines and cosines of the first V-JEPA to the tokens."""
 
     rope_cells: int | None = Field(default=None, ge=2)
-    """Stretch the rows and columns of any picture to a grid of so many, so that positions keep their meaning when the
-    resolution changes (V-JEPA 2.1: 16); by default positions are counted."""
+    """Stretch the rows and columns of any picture to this many, so that positions keep their meaning when the
+    resolution changes (V-JEPA 2.1: 16). By default positions are counted."""
 
     levels: tuple[int, ...] = ()
-    """Blocks, counted from 0, whose features are learned and guessed side by side, the last block among them; by
-    default those of the last block alone. V-JEPA 2.1 takes the ends of quarters: [5, 11, 17, 23] of 24."""
+    """Blocks, counted from 0, whose features are predicted side by side; the last block must be among them. By default
+    the last block alone. V-JEPA 2.1 takes the ends of quarters: [5, 11, 17, 23] of 24."""
 
     predict_context: bool = False
     """Predict the features of visible tokens too, through a separate output layer (V-JEPA 2.1)."""
 
     still_tokens: bool = False
-    """Still pictures have a tokenizer of one frame, and pictures and clips each a mark that is learned (V-JEPA 2.1);
-    by default a still picture is repeated to fill a tubelet."""
+    """Embed still pictures with a patch embedding of one frame, and mark pictures and clips with a learned embedding
+    each (V-JEPA 2.1). By default a still picture is repeated to fill a tubelet."""
 
     causal: bool = False
-    """In the encoder a token sees its own tubelet and earlier ones only (LeVJEPA's block-causal attention); by default
-    all of the clip. Attention is then sdpa's."""
+    """In the encoder a token attends to its own tubelet and earlier tubelets only (LeVJEPA's block-causal attention),
+    which needs sdpa. By default it attends to the full clip."""
 
     class_token: bool = False
-    """One more token in the encoder, which stands for the clip (LeVJEPA). With `causal` it sees all others and none
-    sees it."""
+    """Add a token to the encoder that represents the clip (LeVJEPA). With `causal` it attends to all tokens and no
+    token attends to it."""
 
     @model_validator(mode="after")
     def _ends_at_the_last(self) -> "Model":

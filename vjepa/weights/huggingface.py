@@ -1,6 +1,6 @@
 """Conversion to and from Hugging Face's `VJEPA2Model`: parameter names, config.json, video processor.
 
-`VJEPA2Model` uses a single mask token: the one at index 1 modulo their number.
+`VJEPA2Model` uses a single mask token, at index 1 modulo their number.
 """
 
 from pathlib import Path
@@ -115,7 +115,7 @@ def read_huggingface(path: Path) -> Weights:
     tensors = FromHF(theirs, model, provenance.get("mask_token_order"))
     if missing := tensors.missing():
         raise BadInput(f"{path}: model.safetensors lacks {some(missing)}; is it a VJEPA2Model with its predictor?")
-    masks = TypeAdapter(tuple[config.Mask, ...]).validate_python(provenance.get("settings", {}).get("masks", []))
+    masks = TypeAdapter(tuple[config.Mask, ...]).validate_python(provenance.get("masks", []))
     fps = float(provenance.get("fps", 4.0))  # by default V-JEPA 2's; config.json has no such field
     return Weights(
         model, content.get("crop_size", 256), content.get("frames_per_clip", 64), fps, masks, tensors, provenance

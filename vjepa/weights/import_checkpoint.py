@@ -97,8 +97,8 @@ def run_for_weights(model: config.Model, *, px: int, frames: int, fps: float, ki
             "batch_size": 1,
             "data": data,
             "model": model,
-            "masks": masks,
-            "objective": {"name": "vjepa2_1" if model.predict_context else "vjepa2"},
+            # The names of the output layers tell which method can train this predictor.
+            "objective": {"name": "vjepa2_1" if model.predict_context else "vjepa2", "masks": masks},
             "optim": {"lr": 1e-4},
         }
     )

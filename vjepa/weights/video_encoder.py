@@ -57,11 +57,13 @@ class VideoEncoder(nn.Module):
                 f"frames are uint8 [B T H W 3], got {str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}; "
                 "move channels to the end with frames.movedim(-3, -1)"
             )
-        _, steps, height, width, _ = frames.shape
+        _, steps, height, width, _ = self._filled(frames).shape
         return Grid.of(steps, height, width, self.model)
 
     def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
         """Encode RGB clips of one shape; H and W are multiples of the patch, T of the tubelet.
+
+        A still picture (T = 1) is repeated to fill a tubelet, unless the model has `still_tokens`.
 
         Raises:
             BadInput: the frames have another form. Float frames are rejected because their range ([0, 1] or
@@ -85,4 +87,8 @@ class VideoEncoder(nn.Module):
             BadInput: as for `forward`.
         """
         self.grid(frames)
-        return self.encoder([View(normalise(frames), visible)], levels=levels)[0]
+        return self.encoder([View(normalise(self._filled(frames)), visible)], levels=levels)[0]
+
+    def _filled(self, frames: Tensor) -> Tensor:
+        is_repeated = frames.shape[1] == 1 and not self.model.still_tokens
+        return frames.expand(-1, self.model.tubelet_frames, -1, -1, -1) if is_repeated else frames

@@ -5,8 +5,8 @@
     model.predict(frames, visible, hidden)        models with a masked predictor (V-JEPA 2 and 2.1)
     model.rollout(frames, actions)                models with a dynamics predictor
 
-The networks beside the encoder are listed in `PARTS`. Each is recognized by the names of its tensors and never by the
-method that trained it. A new network is one entry there; loading, export and this class stay as they are.
+The networks other than the encoder are listed in `PARTS`. Each is recognized by the names of its tensors and never by
+the method that trained it. A new network is one entry there; loading, export and this class stay as they are.
 
 This module imports torch and our networks alone, so that a native export loads without our other dependencies.
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjepa.nn.grid import Grid
+from vjepa.nn.grid import Grid, clip_grid
 from vjepa.nn.predictor import Predictor, PredictorInput
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
@@ -37,7 +37,7 @@ Shape = Callable[[str], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PartKind:
-    """One kind of network that a model may have beside its encoder."""
+    """A kind of network that a model may have in addition to its encoder."""
 
     name: str
     """Prefix of its tensors, and its name in `WorldModel.parts`."""
@@ -67,7 +67,7 @@ PARTS = (
 
 
 def part_kinds(names: Collection[str]) -> list[PartKind]:
-    """Return the kinds of network that tensors of these names hold beside the encoder."""
+    """Return the kinds of network, the encoder excepted, that have tensors of these names."""
     return [kind for kind in PARTS if kind.marker in names]
 
 
@@ -128,14 +128,14 @@ class WorldModel(nn.Module):
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Which of `encode`, `predict` and `rollout` this model can do."""
+        """The subset of `encode`, `predict` and `rollout` that this model supports."""
         return frozenset(("encode", *(kind.capability for kind in self._kinds)))
 
     def encode(self, frames: UInt8[Tensor, "B T H W C"], *, levels: bool = False) -> Float[Tensor, "B t h w LD"]:
         """Encode RGB clips of one shape.
 
         Args:
-            frames: H and W are multiples of the patch, T of the tubelet.
+            frames: H and W are multiples of the patch, T of the tubelet. A still picture (T = 1) fills a tubelet.
             levels: return all levels side by side, the last block's last; by default the last block alone, L = 1.
 
         Raises:
@@ -203,7 +203,7 @@ class WorldModel(nn.Module):
         if context.dtype == torch.uint8:
             grid, still = self.encoder.grid(context), context.shape[1] == 1
         elif grid is None:
-            grid = Grid.of(1 if still else self.frames, self.px, self.px, self.model)
+            grid = clip_grid(1 if still else self.frames, self.px, self.model)
         self._check_tokens(visible, hidden, mask_kind, grid)
         if context.dtype == torch.uint8:
             context = self.encoder.features(context, visible, levels=True)
