@@ -46,11 +46,11 @@ import torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 from vjepa import config
 from vjepa.distributed.world import join
-from vjepa.weights.import_checkpoint import fresh_facts, settings_of
+from vjepa.weights.import_checkpoint import initial_metadata, run_for_weights
 from vjepa.weights.weights import expected_shapes
-from vjepa.checkpoints.manager import Saver
+from vjepa.checkpoints.manager import CheckpointManager
 model = config.Model.model_validate({"encoder": sys.argv[2]})
-run = settings_of(model, px=64, frames=2, fps=4.0, kinds=2)
+run = run_for_weights(model, px=64, frames=2, fps=4.0, kinds=2)
 tensors = {}
 with join(run.parallel) as world:
     mesh = dist.device_mesh.init_device_mesh("cpu", (world.size,))
@@ -62,7 +62,7 @@ with join(run.parallel) as world:
             tensors[whose] = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"optimizer.{moment}.{name}"] = torch.zeros_like(tensors[name])
-    Saver(Path(sys.argv[1]), config.Checkpoint(), world).save(tensors, fresh_facts(run, "benchmark"))
+    CheckpointManager(Path(sys.argv[1]), config.Checkpoint(), world).save(tensors, initial_metadata(run, "benchmark"))
 """
 
 
