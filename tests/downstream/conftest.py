@@ -1,8 +1,8 @@
-"""A model whose every parameter was moved, as a checkpoint; and a small real corpus whose objects are known."""
+"""A checkpoint in which every parameter has been moved, and a small real corpus of known objects."""
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from vjepa import config
 from vjepa.checkpoints.checkpoint import digest
+from vjepa.evals.base import EvaluationContext, open_context
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.predictor import Predictor
 from vjepa_data.corpus.format import SampleRecord, ShardWriter, read_record, write_manifest
@@ -24,7 +25,7 @@ PX, FRAMES, FPS = 32, 4, 8.0
 
 
 def make_run(corpus: Path, **model: object) -> config.Run:
-    """Settings of a run of a tiny model; every size differs from every other."""
+    """Return the settings of a run of a tiny model, in which all sizes differ."""
     sizes = {
         "encoder": {"name": "custom", "width": 48, "depth": 2, "heads": 3},
         "predictor": {"width": 36, "depth": 1, "heads": 2},
@@ -43,7 +44,7 @@ def make_run(corpus: Path, **model: object) -> config.Run:
 
 
 def make_tensors(run: config.Run) -> dict[str, torch.Tensor]:
-    """All three models with every parameter moved off its start, so that a swapped bias cannot pass."""
+    """Return all three models with every parameter moved off its start, so that a swapped bias is noticed."""
     parts = {
         "encoder": Encoder(run.model, seed=1),
         "target": Encoder(run.model, seed=2),
@@ -58,7 +59,7 @@ def make_tensors(run: config.Run) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(run: config.Run, folder: Path, *, step: int = 40, predictor: bool = True) -> Path:
-    """A run folder with one checkpoint, as training writes it; by choice with the head of another objective."""
+    """Write a run folder with one checkpoint, as training does, or with the head of another objective."""
     tensors = make_tensors(run)
     if not predictor:
         tensors = {name: one for name, one in tensors.items() if not name.startswith("predictor.")}
@@ -86,13 +87,13 @@ def write_checkpoint(run: config.Run, folder: Path, *, step: int = 40, predictor
 
 @pytest.fixture(scope="session")
 def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a checkpoint at step 40; read only."""
+    """A run folder with a checkpoint at step 40. Read only."""
     return write_checkpoint(make_run(scenes), tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def make_trained(scenes: Path) -> Callable[..., Path]:
-    """A run folder of one's own: `make_trained(folder, rope="interleaved")`."""
+    """Write another run folder: `make_trained(folder, rope="interleaved")`."""
 
     def make(folder: Path, *, _without_predictor: bool = False, **model: object) -> Path:
         return write_checkpoint(make_run(scenes, **model), folder, predictor=not _without_predictor)
@@ -101,7 +102,7 @@ def make_trained(scenes: Path) -> Callable[..., Path]:
 
 
 def draw_scene(number: int) -> tuple[np.ndarray, dict]:
-    """A disc or a square that slides over a grey ground: uint8 [12 64 64 3], and its labels."""
+    """Draw a disc or a square that slides over a grey ground: uint8 [12 64 64 3], and its labels."""
     draw = generator(0, "test scene", number)
     shape, size = ("disc", "square")[number % 2], 0.2
     start, speed = draw.uniform(0.3, 0.7, 2), draw.uniform(-0.25, 0.25, 2)
@@ -116,7 +117,7 @@ def draw_scene(number: int) -> tuple[np.ndarray, dict]:
 
 
 def encode_mp4(path: Path, frames: np.ndarray, *, fps: int = 8) -> bytes:
-    """A real mp4 in the canonical form."""
+    """Encode a real mp4 in the canonical form."""
     options = {"crf": "12", "g": "12", "tune": "fastdecode", "preset": "veryfast", "threads": "1"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
@@ -130,7 +131,7 @@ def encode_mp4(path: Path, frames: np.ndarray, *, fps: int = 8) -> bytes:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 16 scenes to train on and 24 to probe with, with labels and tracks; read only."""
+    """A corpus of 16 scenes to train on and 24 to evaluate on, with labels and tracks. Read only."""
     folder = tmp_path_factory.mktemp("scenes") / "shards"
     (folder / "shards").mkdir(parents=True)
     stored = {"frames": 12, "fps": 8.0, "width": 64, "height": 64, "duration_s": 1.5}
@@ -147,6 +148,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [record for number in range(2) if (record := read_record(folder, number, plan="test"))]
     write_manifest(folder, records, (), name="scenes", spec={}, tools={})
     return folder
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Iterator[EvaluationContext]:
+    """The context of an evaluation in one process, with its cache in the test's folder."""
+    with open_context(tmp_path / "result.json") as context:
+        yield context
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Verbs for those who use what came out: exports, features, probes, a report."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vjepa.cli.verb import Verbs, amount, count, number, out, overwrite
 
@@ -281,65 +281,33 @@ def _checked(device: str | None) -> str | None:
 
 
 def probe(args: argparse.Namespace) -> None:
-    from vjepa.evals.linear import probe
-
-    result = probe(
-        args.model,
-        args.shards,
-        out=args.out,
-        split=args.split,
-        train_split=args.train_split,
-        labels=args.labels,
-        clips_per_video=args.clips_per_video,
-        max_videos=args.max_videos,
-        random_seeds=args.random_seeds,
-        part=args.part,
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
-    _tell(args, result)
+    names = ("split", "train_split", "labels", "clips_per_video", "max_videos", "random_seeds", "seed")
+    _evaluate("probe", args, names)
 
 
 def attentive(args: argparse.Namespace) -> None:
-    from vjepa.evals.attentive import attentive
-
-    result = attentive(
-        args.model,
-        args.shards,
-        label=args.label,
-        out=args.out,
-        split=args.split,
-        train_split=args.train_split,
-        clips_per_video=args.clips_per_video,
-        views=args.views,
-        baselines=args.baselines,
-        part=args.part,
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
-    _tell(args, result)
+    names = ("label", "split", "train_split", "clips_per_video", "views", "baselines", "seed")
+    _evaluate("attentive", args, names)
 
 
 def knn(args: argparse.Namespace) -> None:
-    from vjepa.evals.knn import knn, nearest_page
+    if not args.query:
+        return _evaluate("knn", args, ("label", "split", "baselines"))
+    from vjepa.evals.nearest import nearest_page
 
-    where = {"split": args.split, "part": args.part, "overwrite": args.overwrite}
-    if args.query:
-        for key, cosine in nearest_page(args.model, args.shards, args.query, args.out, **where):
-            print(f"{cosine:.3f}  {key}")
-    else:
-        result = knn(args.model, args.shards, label=args.label, out=args.out, baselines=args.baselines, **where)
-        _tell(args, result)
+    how = {"split": args.split, "part": args.part, "overwrite": args.overwrite}
+    for clip in nearest_page(args.model, args.shards, args.query, args.out, **how):
+        print(f"{clip.cosine:.3f}  {clip.key}")
+    return None
 
 
-def _tell(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Print a result, and send it where it was asked for."""
-    from vjepa.evals.publish import publish
-    from vjepa.evals.results import table
+def _evaluate(name: str, args: argparse.Namespace, names: Sequence[str]) -> None:
+    from vjepa.evals.results import format_table
+    from vjepa.evals.shell import run_evaluation
 
-    print(table(result))
-    if args.wandb:
-        publish(result, args.model)
+    settings = {option: getattr(args, option) for option in names}
+    how = {"out": args.out, "part": args.part, "overwrite": args.overwrite, "wandb": args.wandb}
+    print(format_table(run_evaluation(name, args.model, args.shards, settings, **how)))
 
 
 def report(args: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""What frozen features are worth: probes and their baselines."""
+"""Evaluations of frozen features, and the shell that runs them."""

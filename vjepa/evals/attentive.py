@@ -1,25 +1,26 @@
-"""V-JEPA 2's attentive probe, trained over a grid of learning rates and weight decays on frozen tokens.
+"""V-JEPA 2's attentive probe, trained on frozen tokens over a grid of learning rates and weight decays.
 
     vjepa eval attentive MODEL SHARDS --label shape --out probe.json
 
-Tokens are computed once and kept beside the result, so every probe of the grid (learning rate x weight decay) sees the
-same ones and a second call begins where the first stopped. Under torchrun the ranks share the videos, then the grid.
-`--baselines` trains the same grid on the tokens of the encoder before it was trained, and on the pixels of each token.
+Tokens are computed once and cached, so all probes of the grid and a second call use the same ones. Under torchrun the
+ranks share first the videos, then the grid. `--baselines` trains the same grid on the tokens of an untrained encoder
+and on the pixels of each token.
 
 Letters: B clips, N tokens of a clip, D width.
 
 Source: V-JEPA 2 (arXiv:2506.09985), frozen evaluation: 3 self-attention blocks and 1 cross-attention block, 20 probes
-of which the best on the validation set is reported; several clips (segments) of each video, several views of each clip.
-Unlike there, clips are not augmented, and the best probe is chosen on videos that are not reported on; what it would
-have been otherwise is given beside it.
+of which the best on the validation set is reported, several clips (segments) of each video, several views of each clip.
+There are two differences. Clips are not augmented. The best probe is selected on videos that are not reported on, and
+the score that the paper's selection would give is reported next to it.
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,64 +28,85 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from vjepa.atomic import check_free, new_file
-from vjepa.distributed.world import World, join
-from vjepa.evals.embed import TOGETHER, CorpusVideos, EmbedRequest, fingerprint, write_features
-from vjepa.evals.features import PixelEncoder, clips_for
-from vjepa.evals.results import about_model, score_row
+from vjepa.atomic import new_file
+from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
+from vjepa.evals.embed import EmbedRequest, embed_parts
+from vjepa.evals.features import CorpusVideos, clips_for, fingerprint, read_class_labels
 from vjepa.evals.ridge import wilson
 from vjepa.nn.attentive_probe import AttentiveProbe, save_classifier
-from vjepa.weights.load import load_encoder
 from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import read_json
-from vjepa.weights.weights import Part, random_encoder
 from vjepa_data.corpus.format import read_manifest
-from vjepa_data.corpus.index import Index
 from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
-DECAYS = (0.01, 0.1, 0.4, 0.8)
-
 CPU = torch.device("cpu")
 
-# The best of the grid on the very videos that are reported on: what V-JEPA 2's tables print.
+# The score of the probe that is best on the reported videos themselves, as V-JEPA 2's tables print it.
 MAX_OVER_HEADS = "pretrained, max over heads"
 
+MIN_VIDEOS = 12
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the probes are trained. The defaults are V-JEPA 2's."""
 
-    rates: tuple[float, ...] = RATES
-    """Peak learning rates; cosine to 0, no warm-up."""
-    decays: tuple[float, ...] = DECAYS
-    """Weight decays, of every parameter, biases and norms too."""
-    epochs: int = 20
-    batch: int = 32
-    blocks: int = 3
+class AttentiveSettings(EvaluationSettings):
+    """Settings of the attentive probe. The defaults of its training are V-JEPA 2's."""
+
+    label: str
+    """Label to predict: a word, a whole number or a boolean."""
+
+    train_split: str | None = None
+    """Split to fit on, with a fifth of its videos to select on. The default cuts `split` into a half to fit on, a sixth
+    to select on and a third to report on."""
+
+    clips_per_video: int = Field(default=2, ge=1)
+    """Clips (segments) of each video, evenly spaced. Their probabilities are averaged."""
+
+    views: int = Field(default=1, ge=1)
+    """Views of each clip: 1 is the whole frame, more are squares of it. Their probabilities are averaged."""
+
+    baselines: bool = False
+    """Evaluate an untrained encoder and pixels too."""
+
+    rates: tuple[PositiveFloat, ...] = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+    """Peak learning rates of the grid. They decay to 0 by a cosine without warm-up."""
+
+    decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
+    """Weight decays of the grid, for all parameters including biases and norms."""
+
+    epochs: PositiveInt = 20
+    """Epochs of each probe."""
+
+    batch: PositiveInt = 32
+    """Clips per training step of a probe."""
+
+    blocks: int = Field(default=3, ge=0)
     """Self-attention blocks before the query."""
-    heads: int | None = None
-    """By default those of the encoder, which is what Hugging Face's classifier has."""
+
+    heads: PositiveInt | None = None
+    """Attention heads of the probe. The default is those of the encoder, as Hugging Face's classifier requires."""
+
+    def wanted_baselines(self) -> Baselines:
+        return Baselines((self.seed,), pixels=True) if self.baselines else Baselines()
 
     @property
     def grid(self) -> list[tuple[float, float]]:
-        """Every learning rate with every weight decay."""
+        """All pairs of a learning rate and a weight decay."""
         return list(itertools.product(self.rates, self.decays))
 
 
 @dataclass(frozen=True)
 class EncodedClips:
-    """Tokens of some clips, with the video and the class of each."""
+    """Tokens of some clips, with the video and the class of each clip."""
 
     tokens: Float[np.ndarray, "all N D"]
-    """Of these and other clips; may be mapped from a file."""
+    """Tokens of these and other clips, which may be mapped from a file."""
     place: Int[np.ndarray, " clips"]
-    """Where the tokens of each are."""
+    """Row of each clip in `tokens`."""
     video: Int[np.ndarray, " clips"]
     label: Int[np.ndarray, " clips"]
 
@@ -92,29 +114,46 @@ class EncodedClips:
         return len(self.label)
 
     def read(self, rows: Int[np.ndarray, " B"]) -> Float[Tensor, "B N D"]:
+        """Return the tokens of some clips."""
         return torch.from_numpy(self.tokens[self.place[rows]]).float()
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """The clips to fit probes on, to select one on, and to report its score on."""
+
+    fit: EncodedClips
+    choose: EncodedClips
+    report: EncodedClips
+
+
+@dataclass(frozen=True)
+class GridScore:
+    """Accuracies of one probe of the grid."""
+
+    choose: float
+    report: float
 
 
 def fit_probe(
     clips: EncodedClips,
     classes: int,
     heads: int,
-    recipe: Recipe,
+    settings: AttentiveSettings,
     *,
     rate: float,
     decay: float,
-    seed: int,
     device: torch.device = CPU,
 ) -> AttentiveProbe:
-    """Train one probe: AdamW, cosine to 0, cross-entropy, the same order of clips for every probe of a seed."""
-    probe = AttentiveProbe(clips.tokens.shape[-1], heads, classes, blocks=recipe.blocks, seed=seed).to(device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=decay)
-    order = generator(seed, "attentive order")
-    steps = recipe.epochs * math.ceil(len(clips) / recipe.batch)
+    """Train one probe with AdamW, a cosine to 0 and cross-entropy. All probes of a seed see the same order of clips."""
+    probe = AttentiveProbe(clips.tokens.shape[-1], heads, classes, blocks=settings.blocks, seed=settings.seed)
+    optimizer = torch.optim.AdamW(probe.to(device).parameters(), lr=rate, weight_decay=decay)
+    order = generator(settings.seed, "attentive order")
+    steps = settings.epochs * math.ceil(len(clips) / settings.batch)
     step = 0
-    for _ in range(recipe.epochs):
+    for _ in range(settings.epochs):
         shuffled = order.permutation(len(clips))
-        for rows in np.split(shuffled, range(recipe.batch, len(shuffled), recipe.batch)):
+        for rows in np.split(shuffled, range(settings.batch, len(shuffled), settings.batch)):
             rows = np.sort(rows)  # a mapped file is read in its order
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             logits = probe(clips.read(rows).to(device))
@@ -127,287 +166,249 @@ def fit_probe(
 
 @torch.no_grad()
 def accuracy(probe: AttentiveProbe, clips: EncodedClips, *, batch: int = 64) -> float:
-    """Share of videos whose class is right; the probabilities of a video's clips are averaged."""
+    """Return the share of videos that are classified correctly by the mean probability over their clips."""
     groups = np.split(np.arange(len(clips)), range(batch, len(clips), batch))
     device = next(probe.parameters()).device
-    chance = torch.cat([probe(clips.read(rows).to(device)).softmax(1).cpu() for rows in groups]).numpy()
+    probabilities = torch.cat([probe(clips.read(rows).to(device)).softmax(1).cpu() for rows in groups]).numpy()
     videos, place = np.unique(clips.video, return_inverse=True)
-    total = np.zeros((len(videos), chance.shape[1]))
-    np.add.at(total, place, chance)
+    total = np.zeros((len(videos), probabilities.shape[1]))
+    np.add.at(total, place, probabilities)
     label = np.zeros(len(videos), int)
     label[place] = clips.label
     return float((total.argmax(1) == label).mean())
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The probes of a grid, of which one is kept."""
+class FittedGrid:
+    """The scores of all probes of a grid, and the weights of the selected one."""
 
-    scores: list[Mapping[str, float]]
-    """For each point of the grid the accuracy on all sides but `fit`."""
+    scores: list[GridScore]
+    """Scores of each point of the grid."""
     best: int
-    """The point that is chosen."""
+    """Number of the selected point."""
     probe: Mapping[str, Tensor] | None
-    """Weights of its probe, on the CPU of the rank that trained it; None on the others."""
+    """Weights of the selected probe on the CPU of the rank that trained it, None on the others."""
 
 
 def fit_grid(
-    sides: Mapping[str, EncodedClips], classes: int, heads: int, recipe: Recipe, world: World, *, seed: int
-) -> Fitted:
-    """Train a probe for each point of the grid, shared out among the ranks.
+    splits: EncodedSplits, classes: int, heads: int, settings: AttentiveSettings, context: EvaluationContext, name: str
+) -> FittedGrid:
+    """Train a probe for each point of the grid, shared among the ranks.
 
-    A rank keeps the best of its probes only, and sends none: a ViT-g's has 100 million parameters.
+    A rank keeps only the best of its probes and sends none, because a probe of a ViT-g has 100 million parameters.
     """
-    mine: dict[int, Mapping[str, float]] = {}
+    world = context.world
+    own: dict[int, GridScore] = {}
     kept: dict[str, Tensor] = {}
-    for number in range(world.rank, len(recipe.grid), world.size):
-        rate, decay = recipe.grid[number]
-        probe = fit_probe(sides["fit"], classes, heads, recipe, rate=rate, decay=decay, seed=seed, device=world.device)
-        mine[number] = {side: accuracy(probe, clips) for side, clips in sides.items() if side != "fit"}
-        scores = ", ".join(f"{score:.3f} on videos to {side}" for side, score in mine[number].items())
-        log.info("rate %g decay %g: %s", rate, decay, scores)
-        if _best(mine) == number:
+    numbers = range(world.rank, len(settings.grid), world.size)
+    for number in context.track(numbers, f"{name}: fit {len(numbers)} probes"):
+        rate, decay = settings.grid[number]
+        probe = fit_probe(splits.fit, classes, heads, settings, rate=rate, decay=decay, device=world.device)
+        own[number] = score = GridScore(accuracy(probe, splits.choose), accuracy(probe, splits.report))
+        log.info("rate %g decay %g: accuracy %.3f to select, %.3f to report", rate, decay, score.choose, score.report)
+        if _best(own) == number:
             kept = {name: tensor.cpu() for name, tensor in probe.state_dict().items()}
-    every = {number: scores for share in world.gather(mine) for number, scores in share.items()}
-    best = _best(every)
-    return Fitted([every[number] for number in sorted(every)], best, kept if best in mine else None)
+    scores = {number: score for found in world.gather(own) for number, score in found.items()}
+    best = _best(scores)
+    return FittedGrid([scores[number] for number in sorted(scores)], best, kept if best in own else None)
 
 
-def _best(scores: Mapping[int, Mapping[str, float]]) -> int:
-    """The first of those that are best on the videos to choose on."""
-    return max(scores, key=lambda number: (scores[number]["choose"], -number))
+def _best(scores: Mapping[int, GridScore]) -> int:
+    """Return the number of the best probe on the videos to select on, the first of several."""
+    return max(scores, key=lambda number: (scores[number].choose, -number))
 
 
-def attentive(
-    model: Path,
-    shards: Path,
-    *,
-    label: str,
-    out: Path,
-    split: str = "val",
-    train_split: str | None = None,
-    clips_per_video: int = 2,
-    views: int = 1,
-    baselines: bool = False,
-    recipe: Recipe = Recipe(),
-    part: Part = "target",
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Train the grid of probes, choose one, report it.
+def evaluate(model: VideoEncoder, data: Path, settings: AttentiveSettings, context: EvaluationContext) -> Result:
+    """Train the grid of probes, select one and report its accuracy.
 
-    Args:
-        model: a run, a checkpoint, or an export.
-        shards: a corpus whose samples carry `label`.
-        label: the name of the label: a word, a whole number or a truth.
-        out: where to write the result as JSON; the chosen probe goes beside it as `.safetensors`.
-        split: the split to report on.
-        train_split: the split to fit on, a fifth of whose videos choose the probe; by default, or if it is `split`,
-            that is cut by video: half to fit, a sixth to choose, a third to report.
-        clips_per_video: clips (segments) of each video, evenly spaced, their votes averaged.
-        views: of each clip, whose votes are averaged too: 1 is the whole frame, more are squares of it.
-        baselines: probe the encoder as it was before training, and pixels, too.
-        recipe: how the probes are trained.
-        part: whose features.
-        seed: of the cut, of the first weights, of the order.
-        overwrite: replace an earlier result.
-
-    Returns:
-        What was written.
+    The selected probe is written next to the result with the suffix `.safetensors`.
 
     Raises:
-        BadInput: no such model, corpus, split or label; a class to report on that was not fitted.
+        BadInput: the split or label is unknown, there are too few videos, or a reported class was not fitted.
     """
-    check_free(out, overwrite=overwrite)
-    train_split = None if train_split == split else train_split
-    asked = ProbeTask(shards, label, split, train_split, clips_per_video, views, seed)
-    encoder = load_encoder(model, part)
-    encoders = {"pretrained": encoder}
-    if baselines:
-        encoders |= {"random init": random_encoder(encoder, seed), "pixels": PixelEncoder(encoder)}
-    heads = recipe.heads or encoder.model.encoder.heads
-    cut = _cut(asked)
+    cut = cut_videos(data, settings)
+    heads = settings.heads or model.model.encoder.heads
     found: dict[str, dict[str, Any]] = {}
-    chosen: dict[str, Mapping[str, Tensor] | None] = {}
-    with join(TOGETHER) as world:
-        for name, one in encoders.items():
-            sides = _load(out, str(model), one.to(world.device), asked, cut, world)
-            log.info("%s: %d probes", name, len(recipe.grid))
-            fits = math.gcd(heads, one.width)  # pixels have a width of their own
-            fitted = fit_grid(sides, len(cut.classes), fits, recipe, world, seed=seed)
-            found[name], chosen[name] = _findings(fitted, recipe.grid, cut.classes, sides), fitted.probe
-        result = {
-            "format": 1,
-            "kind": "attentive",
-            "model": about_model(model, encoder),
-            "label": label,
-            **found["pretrained"],
-            "baselines": {name: one for name, one in found.items() if name != "pretrained"},
-            "protocol": _protocol(asked, cut, recipe, heads),
-            "rows": _rows(label, found),
-        }
-        if chosen["pretrained"] is not None:
-            with new_file(out.with_suffix(".safetensors"), overwrite=overwrite) as beside:
-                save_classifier(beside, chosen["pretrained"], cut.classes, heads)
-        world.gather(None)  # the probe is there before a result speaks of it
-        if world.is_first:
-            with new_file(out, overwrite=overwrite) as beside:
-                beside.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    for name, encoder in context.encoders(model).items():
+        splits = _encode(encoder, data, cut, settings, context)
+        fitting_heads = math.gcd(heads, encoder.width)  # the width of pixels differs
+        fitted = fit_grid(splits, len(cut.classes), fitting_heads, settings, context, name)
+        found[name] = _findings(fitted, settings.grid, cut.classes, splits)
+        if name == "pretrained" and fitted.probe is not None and context.out is not None:
+            with new_file(context.out.with_suffix(".safetensors"), overwrite=True) as partial:
+                save_classifier(partial, fitted.probe, cut.classes, heads)
+    baselines = {name: findings for name, findings in found.items() if name != "pretrained"}
+    details = {"label": settings.label, **found["pretrained"], "baselines": baselines}
+    return Result(_protocol(data, settings, cut, heads), _rows(settings.label, found), details)
 
 
-# ---- which videos
+# ---- the videos of each split
 
 
 @dataclass(frozen=True)
-class ProbeTask:
-    """What is asked of frozen features, and of which clips."""
+class VideoSubset:
+    """Some labelled videos of a split."""
 
-    shards: Path
-    label: str
     split: str
-    """To report on."""
-    train_split: str | None
-    """To fit and choose on; None if `split` is cut for that too."""
-    clips_per_video: int
-    views: int
-    seed: int
+    classes: Mapping[str, int]
+    """Class number of each video by key, -1 for a class that is not among those fitted."""
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Which videos fit, choose and report; keys of each, with their classes."""
+class VideoCut:
+    """The videos to fit on, to select on and to report on."""
 
     classes: list[str]
-    sides: Mapping[str, tuple[str, Mapping[str, int]]]
-    """For each side its split, and the class of each key."""
+    fit: VideoSubset
+    choose: VideoSubset
+    report: VideoSubset
+
+    @property
+    def subsets(self) -> dict[str, VideoSubset]:
+        return {"fit": self.fit, "choose": self.choose, "report": self.report}
 
 
-def _cut(asked: ProbeTask) -> Splits:
-    shards, split, train_split, label, seed = asked.shards, asked.split, asked.train_split, asked.label, asked.seed
-    report = _labels(shards, split, label)
-    keys = generator(seed, "attentive cut").permutation(sorted(report)).tolist()
+def cut_videos(shards: Path, settings: AttentiveSettings) -> VideoCut:
+    """Cut the labelled videos of a corpus.
+
+    Raises:
+        BadInput: the split or label is unknown, there are too few videos, or a reported class was not fitted.
+    """
+    split, label = settings.split, settings.label
+    train_split = None if settings.train_split == split else settings.train_split
+    labels = read_class_labels(shards, split, label)
+    keys = _shuffled(labels, settings)
     if train_split:
-        fit = _labels(shards, train_split, label)
-        order = generator(seed, "attentive cut").permutation(sorted(fit)).tolist()
-        choose, rest = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]
-        named = {"fit": (train_split, rest), "choose": (train_split, choose), "report": (split, keys)}
-        labels = {**fit, **report}
+        train_labels = read_class_labels(shards, train_split, label)
+        train_keys = _shuffled(train_labels, settings)
+        fifth = max(1, len(train_keys) // 5)
+        fit, choose, report = train_keys[fifth:], train_keys[:fifth], keys
+        labels = {**train_labels, **labels}
     else:
-        if len(keys) < 12:
-            raise BadInput(f"split {split!r} has {len(keys)} labelled videos; the probe needs 12 at least")
-        a, b = len(keys) // 2, len(keys) * 2 // 3
-        named = {"fit": (split, keys[:a]), "choose": (split, keys[a:b]), "report": (split, keys[b:])}
-        labels = report
-    classes = sorted({labels[key] for key in named["fit"][1]})
-    if strange := sorted({labels[key] for key in named["report"][1]} - set(classes)) if train_split else []:
-        raise BadInput(f"label {label!r} has {strange[0]!r} to report on, which is not among those to fit on")
+        if len(keys) < MIN_VIDEOS:
+            raise BadInput(
+                f"split {split!r} has {len(keys)} labelled videos; the probe needs at least {MIN_VIDEOS}, give another "
+                "--split or a --train-split"
+            )
+        half, two_thirds = len(keys) // 2, len(keys) * 2 // 3
+        fit, choose, report = keys[:half], keys[half:two_thirds], keys[two_thirds:]
+    classes = sorted({labels[key] for key in fit})
+    if train_split and (unseen := sorted({labels[key] for key in report} - set(classes))):
+        raise BadInput(f"label {label!r} has class {unseen[0]!r} only in the videos to report on; give more videos")
     if len(classes) < 2:
         raise BadInput(f"{shards}: all videos to fit on have the same {label!r} ({classes[0]!r}); give another label")
     number = {name: i for i, name in enumerate(classes)}
-    return Splits(
-        classes,
-        {side: (of, {key: number.get(labels[key], -1) for key in chosen}) for side, (of, chosen) in named.items()},
-    )
+
+    def subset(split: str, keys: Sequence[str]) -> VideoSubset:
+        return VideoSubset(split, {key: number.get(labels[key], -1) for key in keys})
+
+    source = train_split or split
+    return VideoCut(classes, subset(source, fit), subset(source, choose), subset(split, report))
 
 
-def _labels(shards: Path, split: str, label: str) -> dict[str, str]:
-    """The label of each sample that has it, as a word."""
-    index = Index(shards, split)
-    found: dict[str, str] = {}
-    names: set[str] = set()
-    for number in range(len(index)):
-        sample = index.read(number)
-        labels = sample.labels
-        names |= labels.keys()
-        if isinstance(labels.get(label), str | bool | int):
-            found[sample.key] = str(labels[label])
-    if not found:
-        raise BadInput(
-            f"{shards}: no class called {label!r} in split {split!r}; it has {', '.join(sorted(names)) or 'none'}"
-        )
-    return found
+def _shuffled(labels: Mapping[str, str], settings: AttentiveSettings) -> list[str]:
+    """Return the keys of a split in a fixed random order, at most `max_videos` of them."""
+    return generator(settings.seed, "attentive cut").permutation(sorted(labels)).tolist()[: settings.max_videos]
 
 
-def _load(
-    out: Path, model: str, encoder: VideoEncoder, asked: ProbeTask, cut: Splits, world: World
-) -> dict[str, EncodedClips]:
-    """The tokens of all clips, computed once by all ranks together and mapped from files beside the result."""
-    # Named by all that decides the tokens, so that those of another model or corpus are never taken for these.
-    many = f"{asked.clips_per_video}x{asked.views}"
-    what = f"{fingerprint(encoder)}-{read_manifest(asked.shards).hash[:16]}-{many}"
-    cache = out.with_name(f".{out.stem}.tokens") / what
-    for split in dict.fromkeys(of for of, _ in cut.sides.values()):
-        if not world.first((cache / f"{split}.npy").exists):
-            of = {"per_video": asked.clips_per_video, "views": asked.views}
-            clips = clips_for(encoder, asked.shards, split=split, **of)
-            job = EmbedRequest(CorpusVideos(clips), "token", model, asked.clips_per_video, asked.views)
-            write_features(world, encoder, job, cache / f"{split}.npy")
-    sides = {}
-    for side, (split, classes) in cut.sides.items():
-        rows = [row for row in read_json(cache / f"{split}.json")["rows"] if "error" not in row]
-        if not rows:
-            raise BadInput(f"{asked.shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
-        tokens = np.load(cache / f"{split}.npy", mmap_mode="r")
-        keys = list(classes)
-        place = {key: number for number, key in enumerate(keys)}
-        keep = np.array([number for number, row in enumerate(rows) if row["key"] in place], int)
-        video = np.array([place[rows[number]["key"]] for number in keep], int)
-        label = np.array([classes[keys[one]] for one in video], int)
-        sides[side] = EncodedClips(tokens.reshape(len(tokens), -1, tokens.shape[-1]), keep, video, label)
-    return sides
+def _encode(
+    encoder: VideoEncoder, shards: Path, cut: VideoCut, settings: AttentiveSettings, context: EvaluationContext
+) -> EncodedSplits:
+    """Compute the tokens of all clips once, by all ranks together, and map them from files in the cache."""
+    subsets = cut.subsets
+    files = {}
+    for split in dict.fromkeys(subset.split for subset in subsets.values()):
+        keys = {key for subset in subsets.values() if subset.split == split for key in subset.classes}
+        files[split] = _encode_split(encoder, shards, split, keys if settings.max_videos else None, settings, context)
+    return EncodedSplits(**{name: _select(files[subset.split], subset) for name, subset in subsets.items()})
 
 
-# ---- what is reported
+def _encode_split(
+    encoder: VideoEncoder,
+    shards: Path,
+    split: str,
+    keys: Set[str] | None,
+    settings: AttentiveSettings,
+    context: EvaluationContext,
+) -> Path:
+    """Return the file with the tokens of some videos of a split, or all, named by everything that decides them."""
+    form = {"per_video": settings.clips_per_video, "views": settings.views}
+    clips = clips_for(encoder, shards, split=split, **form)
+    index = clips.index
+    videos = CorpusVideos(clips, [n for n in range(len(index)) if keys is None or index.key(n) in keys])
+    sizes = [clips.px, clips.frames, clips.rate, *form.values()]
+    facts = json.dumps([fingerprint(encoder), read_manifest(shards).hash, split, sizes, videos.keys])
+    out = context.cache / f"{split}-tokens-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.npy"
+    world = context.world
+    if not world.first(out.exists):
+        request = EmbedRequest(videos, "token", "", settings.clips_per_video, settings.views)
+        parts = embed_parts(world, encoder, request, out)
+        world.first(lambda: None if out.exists() else parts.write(out))  # another evaluation may have been faster
+    return out
+
+
+def _select(tokens_file: Path, subset: VideoSubset) -> EncodedClips:
+    """Map the tokens of a split and select the clips of some of its videos."""
+    rows = [row for row in read_json(tokens_file.with_suffix(".json"))["rows"] if "error" not in row]
+    tokens = np.load(tokens_file, mmap_mode="r")
+    number = {key: i for i, key in enumerate(subset.classes)}
+    classes = list(subset.classes.values())
+    place = np.array([i for i, row in enumerate(rows) if row["key"] in number], int)
+    video = np.array([number[rows[i]["key"]] for i in place], int)
+    if not len(place):
+        raise BadInput(f"no labelled video of split {subset.split!r} can be decoded; see `vjepa verify`")
+    label = np.array([classes[i] for i in video], int)
+    return EncodedClips(tokens.reshape(len(tokens), -1, tokens.shape[-1]), place, video, label)
+
+
+# ---- the result
 
 
 def _findings(
-    fitted: Fitted,
-    grid: Sequence[tuple[float, float]],
-    classes: Sequence[str],
-    sides: Mapping[str, EncodedClips],
+    fitted: FittedGrid, grid: Sequence[tuple[float, float]], classes: Sequence[str], splits: EncodedSplits
 ) -> dict[str, Any]:
-    """What the chosen probe is worth, beside all others of the grid and the answer given without looking."""
-    scores, best = fitted.scores, fitted.best
-    report = sides["report"]
+    """Return the accuracy of the selected probe, the scores of the grid, and the accuracy of the commonest class."""
+    best = fitted.scores[fitted.best]
+    report = splits.report
     _, first = np.unique(report.video, return_index=True)
-    commonest = np.bincount(sides["fit"].label, minlength=len(classes)).argmax()
+    commonest = np.bincount(splits.fit.label, minlength=len(classes)).argmax()
+    points = [{"rate": rate, "decay": decay} for rate, decay in grid]
     return {
         "classes": list(classes),
         "videos": len(first),
-        "chosen": {"number": best, "rate": grid[best][0], "decay": grid[best][1]},
-        "accuracy": scores[best]["report"],
-        "interval": wilson(scores[best]["report"], len(first)),
+        "chosen": {"number": fitted.best, **points[fitted.best]},
+        "accuracy": best.report,
+        "interval": wilson(best.report, len(first)),
         "prior": float((report.label[first] == commonest).mean()),
-        "accuracy_if_chosen_on_what_is_reported": max(one["report"] for one in scores),
-        "grid": [{"rate": rate, "decay": decay, **one} for (rate, decay), one in zip(grid, scores, strict=True)],
+        "accuracy_if_chosen_on_what_is_reported": max(score.report for score in fitted.scores),
+        "grid": [{**point, **asdict(score)} for point, score in zip(points, fitted.scores, strict=True)],
     }
 
 
-def _protocol(asked: ProbeTask, cut: Splits, recipe: Recipe, heads: int) -> dict[str, Any]:
-    """How it was measured."""
+def _protocol(shards: Path, settings: AttentiveSettings, cut: VideoCut, heads: int) -> dict[str, Any]:
+    """Describe how the score was measured."""
+    split = settings.split
+    has_train_split = cut.fit.split != split
     return {
-        "shards": str(asked.shards),
-        "fit": asked.train_split or f"half of the videos of {asked.split}",
-        "report": asked.split if asked.train_split else f"a third of the videos of {asked.split}",
-        "videos": {side: len(keys) for side, (_, keys) in cut.sides.items()},
-        "clips_per_video": asked.clips_per_video,
-        "views": asked.views,
-        "blocks": recipe.blocks,
+        "shards": str(shards),
+        "fit": cut.fit.split if has_train_split else f"half of the videos of {split}",
+        "report": split if has_train_split else f"a third of the videos of {split}",
+        "videos": {name: len(subset.classes) for name, subset in cut.subsets.items()},
+        "clips_per_video": settings.clips_per_video,
+        "views": settings.views,
+        "blocks": settings.blocks,
         "heads": heads,
-        "epochs": recipe.epochs,
+        "epochs": settings.epochs,
         "interval": "Wilson's 95 % over the videos",
-        "seed": asked.seed,
+        "seed": settings.seed,
     }
 
 
-def _rows(label: str, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of the table: each encoder's chosen probe, what the paper's choice would have given, and the prior."""
-    rows = [
-        score_row(label, name, one["accuracy"], *one["interval"], videos=one["videos"]) for name, one in found.items()
+def _rows(label: str, found: Mapping[str, Mapping[str, Any]]) -> list[ScoreRow]:
+    """Return the rows: the selected probe of each encoder, the paper's selection, and the prior."""
+    pretrained = found["pretrained"]
+    shares = {name: findings["accuracy"] for name, findings in found.items()}
+    shares |= {MAX_OVER_HEADS: pretrained["accuracy_if_chosen_on_what_is_reported"], "prior": pretrained["prior"]}
+    return [
+        ScoreRow.accuracy(label, name, share, found.get(name, pretrained)["videos"]) for name, share in shares.items()
     ]
-    ours = found["pretrained"]
-    best = ours["accuracy_if_chosen_on_what_is_reported"]
-    rows.append(score_row(label, MAX_OVER_HEADS, best, *wilson(best, ours["videos"]), videos=ours["videos"]))
-    rows.append(score_row(label, "prior", ours["prior"], *wilson(ours["prior"], ours["videos"]), videos=ours["videos"]))
-    return rows

@@ -1,54 +1,50 @@
-"""Features of videos, any number of them, in one file.
+"""Embed any number of videos into one file of features.
 
     vjepa embed MODEL VIDEOS... --out features.parquet
 
-A row for every clip, in the order of the videos. A video that cannot be read is a row that says why, not a crash. What
-is done is kept in parts beside the file until it is whole: the same command goes on where it was stopped.
+The file has a row for every clip, in the order of the videos. The row of an unreadable video holds the reason.
+Parts are kept next to the file until it is complete, and the same command continues from them.
 
     .parquet       rows with their features
-    .npy           features [rows, ...] of the good rows; the rows in a .json of the same name
-    .safetensors   the same, the rows in the file's metadata
+    .npy           features [rows, ...] of the readable clips, and the rows in a .json of the same name
+    .safetensors   the same features, and the rows in the file's metadata
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, UInt8
-from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vjepa.atomic import check_free, new_file
-from vjepa.config import Parallel
 from vjepa.distributed.world import World, join
+from vjepa.evals.base import PATIENT
+from vjepa.evals.features import CorpusVideos, Pooling, fingerprint, reduce_tokens
+from vjepa.evals.parts import Advance, write_parts
 from vjepa.weights.load import load_encoder
 from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import read_json
 from vjepa.weights.weights import Part
 from vjepa_data.errors import Unreadable
-from vjepa_data.evaluation.clips import EvalClips
+from vjepa_data.evaluation.clips import EvalClip, EvalClips
 from vjepa_data.evaluation.video_files import TIMEOUT_S, FileClip, FileVideos, find_videos
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-What = Literal["clip", "time", "token"]
-
-PART_VIDEOS = 64  # videos of one part: what is done again, at most, after a stop
 ROW_GROUP = 1024
 
 SCHEMA = pa.schema(
@@ -65,26 +61,27 @@ SCHEMA = pa.schema(
 
 
 @runtime_checkable
-class Videos(Protocol):
-    """Where clips come from."""
+class VideoReader(Protocol):
+    """A source of clips: video files or a corpus."""
 
     keys: Sequence[str]
+    """Name of each video."""
 
-    def read(self, videos: Sequence[int]) -> Iterator[Sequence[FileClip] | Refused | Unreadable]:
-        """The clips of each video, or why there are none, in order."""
+    def read(self, videos: Sequence[int]) -> Iterator[Sequence[FileClip | EvalClip] | Refused | Unreadable]:
+        """Yield the clips of each video in order, or the reason why there are none."""
         ...
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What came of it."""
+class EmbedSummary:
+    """Counts of an embedding."""
 
     clips: int
     videos: int
     broken: int
-    """Videos that gave no features."""
+    """Videos without features."""
     shape: tuple[int, ...]
-    """Of the features of one clip."""
+    """Shape of the features of one clip."""
 
 
 def embed(
@@ -92,7 +89,7 @@ def embed(
     videos: Sequence[Path],
     out: Path,
     *,
-    what: What = "clip",
+    what: Pooling = "clip",
     split: str = "train",
     clips_per_video: int = 1,
     views: int = 1,
@@ -102,276 +99,243 @@ def embed(
     workers: int = 2,
     timeout_s: float = TIMEOUT_S,
     overwrite: bool = False,
-) -> Summary:
-    """Write the features of videos; under torchrun the ranks share them.
+) -> EmbedSummary:
+    """Write the features of videos. Under torchrun the ranks share the videos.
 
     Args:
         model: a run, a checkpoint, or an export.
         videos: files and folders of files, or one corpus of shards.
-        out: the file; its suffix says of which kind.
-        what: mean over all tokens [D], over space at each time [t D], or every token [t h w D].
-        split: which split of a corpus.
+        out: file to write. Its suffix gives the format.
+        what: mean over all tokens [D], mean over space at each time [t D], or all tokens [t h w D].
+        split: split of a corpus.
         clips_per_video: clips of each video, evenly spaced.
-        views: of each clip: 1 is the whole frame, more are squares of it.
-        part: whose features, where `model` is a run or a checkpoint.
-        device: where to compute; by default a GPU if there is one.
+        views: views of each clip. 1 is the whole frame, more are squares of it.
+        part: which encoder of a run or checkpoint.
+        device: torch device. The default is a GPU if there is one.
         batch: clips that are encoded together.
-        workers: processes of each rank that decode files.
-        timeout_s: seconds that one file may take to be opened and decoded.
-        overwrite: replace `out`, and forget unfinished parts of it.
+        workers: decoding processes of each rank.
+        timeout_s: time limit for opening and decoding one file, in seconds.
+        overwrite: replace `out` and discard its unfinished parts.
 
     Raises:
-        BadInput: no such model or video, an unknown suffix, a place that is taken, or parts of another command.
+        BadInput: the model, a video or the suffix is unknown, `out` exists, or there are parts of another command.
     """
     check_free(out, overwrite=overwrite)
     if out.suffix not in WRITERS:
-        raise BadInput(f"{out}: features are written as {', '.join(WRITERS)}; give --out such a name")
+        raise BadInput(f"unsupported feature format {out.suffix!r} of {out}; use {', '.join(WRITERS)}")
     encoder = load_encoder(model, part)
     form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
     form |= {"per_video": clips_per_video, "views": views}
-    corpora = [place for place in videos if (place / "manifest.json").is_file()]
+    corpora = [path for path in videos if (path / "manifest.json").is_file()]
     if corpora and len(videos) > 1:
-        raise BadInput(f"{corpora[0]} is a corpus, and is embedded alone; give it as the only place")
-    with join(TOGETHER) as world, ExitStack() as stack:
+        raise BadInput(f"{corpora[0]} is a corpus and cannot be mixed with other paths; embed it alone")
+    with join(PATIENT) as world, ExitStack() as stack:
         if corpora:
-            found: Videos = CorpusVideos(EvalClips(corpora[0], split=split, **form))
+            found: VideoReader = CorpusVideos(EvalClips(corpora[0], split=split, **form))
         else:
             files = FileVideos(find_videos(videos), workers=workers, timeout_s=timeout_s, **form)
             found = stack.enter_context(files)
         encoder.to(device or world.device)
-        job = EmbedRequest(found, what, str(model), clips_per_video, views, batch)
-        return write_features(world, encoder, job, out, overwrite=overwrite)
-
-
-# Ranks do not wait for each other's videos, only for the last of them; a day is no reason to give up.
-TOGETHER = Parallel(timeout_s=86_400)
+        request = EmbedRequest(found, what, str(model), clips_per_video, views, batch)
+        parts = embed_parts(world, encoder, request, out, overwrite=overwrite)
+        return world.first(lambda: parts.write(out, overwrite=overwrite))
 
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What to encode, and how."""
+    """The videos to embed and the kind of features."""
 
-    videos: Videos
-    what: What
+    videos: VideoReader
+    what: Pooling
     model: str
-    """For the record."""
+    """Name of the model, for the record."""
     clips_per_video: int
     views: int
     batch: int = 8
 
 
-def write_features(
-    world: World, encoder: VideoEncoder, job: EmbedRequest, out: Path, *, overwrite: bool = False
-) -> Summary:
-    """Write the features of videos, all ranks together: parts of some videos each, then one file.
+@dataclass(frozen=True)
+class EmbeddedParts:
+    """Part files with the features of all videos."""
+
+    folder: Path
+    files: Sequence[Path]
+    facts: Mapping[str, Any]
+    """Model, videos and kind of features."""
+
+    def write(self, out: Path, *, overwrite: bool = False) -> EmbedSummary:
+        """Join the parts to one file and remove them."""
+        counts = [_count(file) for file in self.files]
+        clips, videos, broken = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+        WRITERS[out.suffix](self, out, overwrite)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        log.info("%s: %d clips of %d videos, %d videos broken", out, clips, videos, broken)
+        return EmbedSummary(clips, videos, broken, tuple(self.facts["shape"]))
+
+
+def embed_parts(
+    world: World, encoder: VideoEncoder, request: EmbedRequest, out: Path, *, overwrite: bool = False
+) -> EmbeddedParts:
+    """Embed videos into part files next to `out`, shared among the ranks and continued after an interruption.
 
     Raises:
-        BadInput: parts of another command are in the way.
+        BadInput: there are unfinished parts of another command.
     """
-    keys = job.videos.keys
-    plan = {
-        "model": job.model,
+    keys = request.videos.keys
+    facts = {
+        "model": request.model,
         "weights": fingerprint(encoder),
-        "what": job.what,
-        "shape": list(shape_of(encoder, job.what)),
+        "what": request.what,
+        "shape": list(shape_of(encoder, request.what)),
         "frames": encoder.frames,
         "fps": encoder.fps,
         "px": encoder.px,
-        "clips_per_video": job.clips_per_video,
-        "views": job.views,
+        "clips_per_video": request.clips_per_video,
+        "views": request.views,
         "videos": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
     }
-    parts = world.first(lambda: _open_parts(out, plan, overwrite=overwrite))
-    files = [parts / f"{start:09d}.parquet" for start in range(0, len(keys), PART_VIDEOS)]
-    mine = range(world.rank, len(files), world.size)
-    for number in track(mine, f"{len(keys)} videos", disable=len(mine) < 2 or not world.is_first):
-        if not files[number].exists():
-            group = range(number * PART_VIDEOS, min(len(keys), (number + 1) * PART_VIDEOS))
-            rows = list(_rows(encoder, job, group))
-            with new_file(files[number]) as beside:
-                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside)
-    world.gather(None)  # all parts are there
 
-    def finish() -> Summary:
-        WRITERS[out.suffix](files, out, plan, overwrite)
-        clips, broken = _count(files)
-        shutil.rmtree(parts)
-        log.info("%s: %d clips of %d videos, %d videos broken", out, clips, len(keys), broken)
-        return Summary(clips, len(keys), broken, tuple(plan["shape"]))
+    def write(videos: range, file: Path, advance: Advance) -> None:
+        rows = list(_rows(encoder, request, videos, advance))
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
 
-    return world.first(finish)
+    folder = world.first(lambda: _open_parts(out, facts, overwrite=overwrite))
+    files = write_parts(world, folder, len(keys), ".parquet", write, text=f"embed {len(keys)} videos")
+    return EmbeddedParts(folder, files, facts)
 
 
-class CorpusVideos:
-    """The clips of one split of a corpus; a thread decodes ahead of the encoder."""
-
-    def __init__(self, clips: EvalClips) -> None:
-        self.clips = clips
-        self.keys: Sequence[str] = [clips.index.key(number) for number in range(len(clips.index))]
-
-    def read(self, videos: Sequence[int]) -> Iterator[list[FileClip] | Unreadable]:
-        """The clips of each video, or why there are none, in order."""
-        with ThreadPoolExecutor(1) as thread:
-            ahead: deque[Future[list[FileClip] | Unreadable]] = deque()
-            rest = iter(videos)
-            while True:
-                while len(ahead) < 2 and (video := next(rest, None)) is not None:
-                    ahead.append(thread.submit(self._one, video))
-                if not ahead:
-                    return
-                yield ahead.popleft().result()
-
-    def _one(self, video: int) -> list[FileClip] | Unreadable:
-        try:
-            found = [FileClip(clip.frames, clip.start_s, clip.view) for clip in self.clips.read(video)]
-        except Unreadable as error:
-            return error
-        index = self.clips.index
-        return found or Unreadable("short", f"{index.frames[video]} frames at {index.fps[video]:g} per second")
-
-
-def shape_of(encoder: VideoEncoder, what: What) -> tuple[int, ...]:
-    """Shape of the features of one clip."""
+def shape_of(encoder: VideoEncoder, what: Pooling) -> tuple[int, ...]:
+    """Return the shape of the features of one clip."""
     model = encoder.model
     t, side = encoder.frames // model.tubelet_frames, encoder.px // model.patch_px
     return {"clip": (encoder.width,), "time": (t, encoder.width), "token": (t, side, side, encoder.width)}[what]
 
 
-def reduce_tokens(tokens: Float[Tensor, "B t h w D"], what: What) -> Float[Tensor, "B ..."]:
-    """Features of whole clips, or of each time, or of each token."""
-    match what:
-        case "clip":
-            return tokens.mean((1, 2, 3))
-        case "time":
-            return tokens.mean((2, 3))
-        case "token":
-            return tokens
+# ---- encoding
 
 
-def fingerprint(encoder: VideoEncoder) -> str:
-    """One word for the weights of an encoder: two of its tensors, which no two trained models share."""
-    digest = hashlib.sha256()
-    parameters = list(encoder.parameters())
-    for tensor in (parameters[0], parameters[-1]):
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-# ---- the work
-
-
-def _rows(encoder: VideoEncoder, job: EmbedRequest, videos: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-    """Rows of some videos, in order; the next are decoded while the encoder is busy."""
+def _rows(
+    encoder: VideoEncoder, request: EmbedRequest, videos: Sequence[int], advance: Advance
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of some videos in order. The next videos are decoded while the encoder is busy."""
     seconds = encoder.frames / encoder.fps
-    waiting: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     frames: list[Tensor] = []
-    for video, clips in zip(videos, job.videos.read(videos), strict=True):
-        key = job.videos.keys[video]
+    for video, clips in zip(videos, request.videos.read(videos), strict=True):
+        key = request.videos.keys[video]
+        advance(1)
         if isinstance(clips, Refused | Unreadable):
             error = f"{clips.reason}: {clips.detail}"
             log.warning("%s: %s", key, error)
-            waiting.append({"key": key, "clip": 0, "view": 0, "error": error})
+            rows.append({"key": key, "clip": 0, "view": 0, "error": error})
             continue
         for number, clip in enumerate(clips):
-            row = {"key": key, "clip": number // job.views, "view": clip.view}
-            waiting.append({**row, "start_s": clip.start_s, "seconds": seconds})
+            row = {"key": key, "clip": number // request.views, "view": clip.view}
+            rows.append({**row, "start_s": clip.start_s, "seconds": seconds})
             frames.append(clip.frames)
-        if len(frames) >= job.batch:
-            yield from _encoded(encoder, waiting, frames, job.what, job.batch)
-            waiting, frames = [], []
-    yield from _encoded(encoder, waiting, frames, job.what, job.batch)
+        if len(frames) >= request.batch:
+            yield from _with_features(encoder, rows, frames, request)
+            rows, frames = [], []
+    yield from _with_features(encoder, rows, frames, request)
 
 
 @torch.no_grad()
-def _encoded(
+def _with_features(
     encoder: VideoEncoder,
     rows: Sequence[dict[str, Any]],
     frames: Sequence[UInt8[Tensor, "T px px C"]],
-    what: What,
-    batch: int,
+    request: EmbedRequest,
 ) -> Iterator[dict[str, Any]]:
+    """Encode the clips of some rows in batches."""
     device = next(encoder.parameters()).device
     features: list[np.ndarray] = []
-    for start in range(0, len(frames), batch):
-        tokens = encoder(torch.stack(list(frames[start : start + batch])).to(device))
-        features += list(reduce_tokens(tokens, what).flatten(1).float().cpu().numpy())
+    for start in range(0, len(frames), request.batch):
+        tokens = encoder(torch.stack(list(frames[start : start + request.batch])).to(device))
+        features += list(reduce_tokens(tokens, request.what).flatten(1).float().cpu().numpy())
     found = iter(features)
     for row in rows:
         yield row if "error" in row else {**row, "features": next(found)}
 
 
-def _open_parts(out: Path, plan: Mapping[str, Any], *, overwrite: bool) -> Path:
-    """The folder of what is done so far; of the same command, or new."""
+def _open_parts(out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> Path:
+    """Return the folder of the parts that exist so far, which must be of the same command."""
     parts = out.with_name(f".{out.name}.parts")
     file = parts / "plan.json"
     if file.is_file() and overwrite:
         shutil.rmtree(parts)
     if file.is_file():
         before = read_json(file)
-        changed = [name for name in plan if before.get(name) != plan[name]]
+        changed = [name for name in facts if before.get(name) != facts[name]]
         if changed:
             raise BadInput(
                 f"{parts} holds parts of another command ({changed[0]} was {before.get(changed[0])!r}, is "
-                f"{plan[changed[0]]!r}); run that one to its end, or --overwrite to begin anew"
+                f"{facts[changed[0]]!r}); finish that command, or give --overwrite to start again"
             )
-        log.info("going on from %d parts in %s", len(list(parts.glob("*.parquet"))), parts)
+        log.info("resuming from %d parts in %s", len(list(parts.glob("*.parquet"))), parts)
         return parts
     parts.mkdir(parents=True, exist_ok=True)
-    with new_file(file) as beside:
-        beside.write_text(json.dumps(plan))
+    with new_file(file, overwrite=True) as partial:
+        partial.write_text(json.dumps(facts))
     return parts
 
 
 # ---- the file
 
 
-def _count(files: Sequence[Path]) -> tuple[int, int]:
-    errors = [row for file in files for row in pq.read_table(file, columns=["error"])["error"].to_pylist()]
-    broken = sum(error is not None for error in errors)
-    return len(errors) - broken, broken
+def _count(file: Path) -> tuple[int, int, int]:
+    """Count the clips with features, the videos, and the videos without features of a part."""
+    table = pq.read_table(file, columns=["key", "error"])
+    broken = len(table) - table["error"].null_count
+    return len(table) - broken, len(table["key"].unique()), broken
 
 
-def _write_parquet(files: Sequence[Path], out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
-    schema = SCHEMA.with_metadata({"vjepa": json.dumps(plan)})
-    with new_file(out, overwrite=overwrite) as beside, pq.ParquetWriter(beside, schema) as writer:
-        for file in files:
+def _write_parquet(parts: EmbeddedParts, out: Path, overwrite: bool) -> None:
+    schema = SCHEMA.with_metadata({"vjepa": json.dumps(parts.facts)})
+    with new_file(out, overwrite=overwrite) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for file in parts.files:
             writer.write_table(pq.read_table(file).cast(schema), row_group_size=ROW_GROUP)
 
 
-def _write_npy(files: Sequence[Path], out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+def _write_npy(parts: EmbeddedParts, out: Path, overwrite: bool) -> None:
     rows_file = out.with_suffix(".json")
     check_free(rows_file, overwrite=overwrite)
-    good, _ = _count(files)
+    shape = parts.facts["shape"]
+    clips = sum(_count(file)[0] for file in parts.files)
     rows: list[dict[str, Any]] = []
-    with new_file(out, overwrite=overwrite) as beside:
-        array = np.lib.format.open_memmap(beside, "w+", np.float32, (good, *plan["shape"]))
-        at = 0
-        for file in files:
-            features, some = _read_part(file, plan)
-            array[at : at + len(features)] = features
-            at, rows = at + len(features), rows + some
+    with new_file(out, overwrite=overwrite) as partial:
+        array = np.lib.format.open_memmap(partial, "w+", np.float32, (clips, *shape))
+        start = 0
+        for file in parts.files:
+            features = _features(file, shape)
+            array[start : start + len(features)] = features
+            start += len(features)
+            rows += _rows_without_features(file)
         array.flush()
         with new_file(rows_file, overwrite=overwrite) as text:
-            text.write_text(json.dumps({**plan, "rows": rows}, indent=1))
+            text.write_text(json.dumps({**parts.facts, "rows": rows}, indent=1))
 
 
-def _write_safetensors(files: Sequence[Path], out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
-    parts = [_read_part(file, plan) for file in files]
-    rows = [row for _, some in parts for row in some]
-    features = torch.from_numpy(np.concatenate([part for part, _ in parts]))
-    with new_file(out, overwrite=overwrite) as beside:
-        save_file({"features": features}, beside, {"format": "pt", "vjepa": json.dumps({**plan, "rows": rows})})
+def _write_safetensors(parts: EmbeddedParts, out: Path, overwrite: bool) -> None:
+    rows = [row for file in parts.files for row in _rows_without_features(file)]
+    features = np.concatenate([_features(file, parts.facts["shape"]) for file in parts.files])
+    with new_file(out, overwrite=overwrite) as partial:
+        metadata = {"format": "pt", "vjepa": json.dumps({**parts.facts, "rows": rows})}
+        save_file({"features": torch.from_numpy(features)}, partial, metadata)
 
 
-def _read_part(file: Path, plan: Mapping[str, Any]) -> tuple[Float[np.ndarray, "n ..."], list[dict[str, Any]]]:
-    """Features of the good rows, and all rows, each good one with its place among the features of its part."""
-    table = pq.read_table(file)
-    rows = table.drop_columns("features").to_pylist()
-    flat = table["features"].drop_null().combine_chunks().flatten().to_numpy()
-    return flat.reshape(-1, *plan["shape"]), [{k: v for k, v in row.items() if v is not None} for row in rows]
+def _features(file: Path, shape: Sequence[int]) -> Float[np.ndarray, "n ..."]:
+    """Read the features of the rows without errors."""
+    column = pq.read_table(file, columns=["features"])["features"]
+    return column.drop_null().combine_chunks().flatten().to_numpy().reshape(-1, *shape)
 
 
-WRITERS: dict[str, Callable[[Sequence[Path], Path, Mapping[str, Any], bool], None]] = {
+def _rows_without_features(file: Path) -> list[dict[str, Any]]:
+    """Read all rows without their features and empty entries."""
+    rows = pq.read_table(file).drop_columns("features").to_pylist()
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+WRITERS: dict[str, Callable[[EmbeddedParts, Path, bool], None]] = {
     ".parquet": _write_parquet,
     ".npy": _write_npy,
     ".safetensors": _write_safetensors,

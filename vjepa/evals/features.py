@@ -1,12 +1,17 @@
-"""Frozen features of clips, and of the tokens that lie on an object; and the baselines that see the same clips.
+"""Frozen features of corpus clips, and the pixels that serve as a baseline.
 
 Letters: B clips, T frames, H W pixels, t h w the grid of tokens, D channels, d numbers per row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,133 +20,94 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vjepa.config import Model
+from vjepa.evals.base import EvaluationContext
 from vjepa.evals.object_labels import TokenLabels, mean_velocity, token_labels
+from vjepa.evals.parts import Advance, write_parts
 from vjepa.nn.grid import Grid
 from vjepa.weights.native import VideoEncoder
+from vjepa_data.corpus.format import read_manifest
+from vjepa_data.corpus.index import Index
+from vjepa_data.errors import Unreadable
 from vjepa_data.evaluation.clips import EvalClip, EvalClips
+from vjepa_data.settings import BadInput
+
+log = logging.getLogger(__name__)
+
+BATCH = 8  # clips that are encoded together
+
+Pooling = Literal["clip", "time", "token"]
+"""One feature for a clip [D], for each time [t D], or for each token [t h w D]."""
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """Something that turns frames into numbers: the encoder, or what it must beat."""
-
-    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B d"]]:
-        """Features of each token, and of the whole clip."""
-        ...
-
-
-class EncoderReader:
-    """Tokens of a frozen encoder; a clip is their mean over space at each time, one after another (d = t D).
-
-    The encoder is moved to a GPU if there is one; what it gives is on the CPU.
-    """
-
-    def __init__(self, encoder: VideoEncoder) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder = encoder.to(self.device)
-
-    @torch.no_grad()
-    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B d"]]:
-        tokens = self.encoder(frames.to(self.device)).cpu()
-        return tokens, tokens.mean((2, 3)).flatten(1)
-
-
-class PixelReader:
-    """Raw pixels: a token is its own pixels; a clip is its frames, shrunk to a pixel per token."""
-
-    def __init__(self, model: Model) -> None:
-        self.tubelet, self.patch = model.tubelet_frames, model.patch_px
-
-    def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> tuple[Float[Tensor, "B t h w D"], Float[Tensor, "B d"]]:
-        clips, steps, height, width, _ = frames.shape
-        t, h, w = steps // self.tubelet, height // self.patch, width // self.patch
-        values = frames.float() / 255
-        tokens = values.view(clips, t, self.tubelet, h, self.patch, w, self.patch, 3)
-        tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
-        small = adaptive_avg_pool2d(values.flatten(0, 1).permute(0, 3, 1, 2), (h, w))
-        return tokens, small.reshape(clips, -1)
+# ---- encoders and pixels
 
 
 class PixelEncoder(VideoEncoder):
-    """Raw pixels in the place of an encoder: the same clips in the same grid, a token is its own pixels."""
+    """Raw pixels behind the interface of an encoder: a token is its own pixels."""
 
     def __init__(self, like: VideoEncoder) -> None:
         """Args:
-        like: the encoder whose clips it is shown.
+        like: the encoder whose clips and grid are used.
         """
         nn.Module.__init__(self)
         self.model, self.px, self.frames, self.fps = like.model, like.px, like.frames, like.fps
         self.provenance = {"part": "pixels"}
         sides = torch.tensor([like.model.tubelet_frames, like.model.patch_px], dtype=torch.float32)
         self.sides = nn.Parameter(sides, requires_grad=False)
-        self.read = PixelReader(like.model)
 
     @property
     def width(self) -> int:
         return self.model.tubelet_frames * self.model.patch_px**2 * 3
 
     def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
-        return self.read(frames)[0]
+        clips, steps, height, width, _ = frames.shape
+        tubelet, patch = self.model.tubelet_frames, self.model.patch_px
+        t, h, w = steps // tubelet, height // patch, width // patch
+        tokens = (frames.float() / 255).view(clips, t, tubelet, h, patch, w, patch, 3)
+        return tokens.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+    def shrink(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B d"]:
+        """Return the frames of each clip, shrunk to one pixel per token."""
+        values = (frames.float() / 255).flatten(0, 1).permute(0, 3, 1, 2)
+        size = (frames.shape[2] // self.model.patch_px, frames.shape[3] // self.model.patch_px)
+        return adaptive_avg_pool2d(values, size).reshape(len(frames), -1)
 
 
 @dataclass(frozen=True)
-class Features:
-    """What one reader saw in all clips."""
+class ClipFeatures:
+    """Features of the tokens of some clips, and of the clips."""
 
-    pooled: Float[Tensor, "clips d"]
-    tokens: Float[Tensor, "n D"]
-    """Of the labelled tokens only, in the order of `ReadClips.labels`."""
-
-
-@dataclass(frozen=True)
-class ReadClips:
-    """The clips that were read, in order."""
-
-    keys: tuple[str, ...]
-    videos: Int[ndarray, " clips"]
-    """Number of the video of each."""
-    scalars: tuple[Mapping[str, Any], ...]
-    """Labels of each clip that are single words or numbers."""
-    velocity: Float[ndarray, "clips 2"]
-    """Of the objects of each clip, on average; nan where that is not known."""
-    labels: TokenLabels
-    """Of all tokens that lie on an object; `labels.clip` counts clips."""
-    features: dict[str, Features]
+    tokens: Float[Tensor, "B t h w D"]
+    pooled: Float[Tensor, "B d"]
 
 
-def read_features(
-    readers: Mapping[str, Reader], clips: Iterable[EvalClip], model: Model, *, batch: int = 8
-) -> ReadClips:
-    """Let every reader look at the same clips, each decoded once.
+@torch.no_grad()
+def encode(encoder: VideoEncoder, frames: UInt8[Tensor, "B T H W C"], pooling: Pooling) -> ClipFeatures:
+    """Encode clips on the device of the encoder and return their features on the CPU.
 
-    Args:
-        readers: by name.
-        clips: all of one size.
-        model: patch and tubelet of the tokens.
-        batch: clips that go through a reader together.
+    Pixels are not pooled: the feature of a clip is its frames, shrunk to one pixel per token.
     """
-    pooled: dict[str, list[Tensor]] = {name: [] for name in readers}
-    tokens: dict[str, list[Tensor]] = {name: [] for name in readers}
-    keys, videos, scalars, velocities, labels = [], [], [], [], []
-    for group in batches(clips, batch):
-        frames = torch.stack([clip.frames for clip in group])
-        _, steps, height, width, _ = frames.shape
-        grid = Grid.of(steps, height, width, model)
-        found = [token_labels(clip, grid, model, clip_number=len(keys) + n) for n, clip in enumerate(group)]
-        for name, reader in readers.items():
-            every, whole = reader(frames)
-            pooled[name].append(whole)
-            tokens[name] += [one.flatten(0, 2)[ids.token] for one, ids in zip(every, found, strict=True)]
-        keys += [clip.key for clip in group]
-        videos += [clip.video for clip in group]
-        scalars += [_scalars(clip.labels) for clip in group]
-        velocities += [mean_velocity(clip) for clip in group]
-        labels += found
-    features = {name: Features(torch.cat(pooled[name]), torch.cat(tokens[name])) for name in readers}
-    return ReadClips(
-        tuple(keys), np.array(videos), tuple(scalars), np.stack(velocities), TokenLabels.join(labels), features
-    )
+    tokens = encoder(frames.to(next(encoder.parameters()).device)).cpu()
+    is_pixels = isinstance(encoder, PixelEncoder)
+    return ClipFeatures(tokens, encoder.shrink(frames) if is_pixels else reduce_tokens(tokens, pooling).flatten(1))
+
+
+def reduce_tokens(tokens: Float[Tensor, "B t h w D"], pooling: Pooling) -> Float[Tensor, "B ..."]:
+    """Average the features of tokens over space and time, over space, or not at all."""
+    dims = {"clip": (1, 2, 3), "time": (2, 3), "token": ()}[pooling]
+    return tokens.mean(dims) if dims else tokens
+
+
+def fingerprint(encoder: VideoEncoder) -> str:
+    """Return a hash of two tensors of an encoder, which no two trained models share."""
+    digest = hashlib.sha256()
+    parameters = list(encoder.parameters())
+    for tensor in (parameters[0], parameters[-1]):
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- clips of a corpus
 
 
 def clips_for(
@@ -153,10 +119,10 @@ def clips_for(
     views: int = 1,
     max_videos: int | None = None,
 ) -> EvalClips:
-    """Clips of a corpus in the size, the length and the rate that an encoder was trained on.
+    """Open the clips of a corpus in the size, length and frame rate that an encoder was trained on.
 
     Args:
-        encoder: for which they are.
+        encoder: gives size, length and rate.
         shards, split, per_video, views, max_videos: as in `EvalClips`.
 
     Raises:
@@ -166,8 +132,229 @@ def clips_for(
     return EvalClips(shards, split=split, per_video=per_video, views=views, max_videos=max_videos, **form)
 
 
-def batches(clips: Iterable[EvalClip], size: int) -> Iterable[Sequence[EvalClip]]:
-    """Clips in groups of `size`, the last one smaller."""
+class CorpusVideos:
+    """Videos of one split of a corpus. A thread decodes ahead of the encoder."""
+
+    def __init__(self, clips: EvalClips, videos: Sequence[int] | None = None) -> None:
+        """Args:
+        clips: of the corpus.
+        videos: numbers of the videos in the index. The default is all, including those too short for a clip.
+        """
+        self.clips = clips
+        self.videos = range(len(clips.index)) if videos is None else videos
+        self.keys: Sequence[str] = [clips.index.key(video) for video in self.videos]
+
+    @classmethod
+    def chosen(cls, clips: EvalClips) -> "CorpusVideos":
+        """Return the videos that are long enough, and at most `max_videos` of them."""
+        return cls(clips, list(dict.fromkeys(video for video, _ in clips.chosen)))
+
+    def read(self, videos: Sequence[int]) -> Iterator[list[EvalClip] | Unreadable]:
+        """Yield the clips of each video in order, or the reason why there are none."""
+        with ThreadPoolExecutor(1) as thread:
+            ahead: deque[Future[list[EvalClip] | Unreadable]] = deque()
+            rest = iter(videos)
+            while True:
+                while len(ahead) < 2 and (video := next(rest, None)) is not None:
+                    ahead.append(thread.submit(self._decode, self.videos[video]))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+
+    def _decode(self, video: int) -> list[EvalClip] | Unreadable:
+        try:
+            found = self.clips.read(video)
+        except Unreadable as error:
+            return error
+        index = self.clips.index
+        return found or Unreadable("short", f"{index.frames[video]} frames at {index.fps[video]:g} per second")
+
+
+def read_class_labels(shards: Path, split: str, label: str) -> dict[str, str]:
+    """Return the class of each sample that has a label, by key.
+
+    Raises:
+        BadInput: the split is missing, or no sample has the label as a word, a whole number or a boolean.
+    """
+    index = Index(shards, split)
+    found: dict[str, str] = {}
+    names: set[str] = set()
+    for number in range(len(index)):
+        sample = index.read(number)
+        names |= sample.labels.keys()
+        if isinstance(sample.labels.get(label), str | bool | int):
+            found[sample.key] = str(sample.labels[label])
+    if not found:
+        known = ", ".join(sorted(names)) or "no labels"
+        raise BadInput(f"{shards}: no class label {label!r} in split {split!r}, which has {known}; give another label")
+    return found
+
+
+# ---- features of a corpus
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """Features that one encoder gives for all clips."""
+
+    pooled: Float[Tensor, "clips d"]
+    tokens: Float[Tensor, "n D"]
+    """Features of the labelled tokens only, in the order of `LabelledClips.labels`."""
+
+
+@dataclass(frozen=True)
+class LabelledClips:
+    """Labels and features of clips, in order."""
+
+    keys: tuple[str, ...]
+    videos: Int[ndarray, " clips"]
+    """Number of the video of each clip in the index."""
+    scalars: tuple[Mapping[str, Any], ...]
+    """Labels of each clip that are single words or numbers."""
+    velocity: Float[ndarray, "clips 2"]
+    """Mean velocity of the objects of each clip, nan where it is unknown."""
+    labels: TokenLabels
+    """Labels of all tokens that lie on an object. `labels.clip` is a position in this record."""
+    features: dict[str, EncodedCorpus]
+    """Features by encoder."""
+
+    @classmethod
+    def join(cls, parts: Sequence["LabelledClips"]) -> "LabelledClips":
+        """Join the clips of several parts. Parts without clips have no features and are left out."""
+        parts = [part for part in parts if part.keys]
+        if not parts:
+            return cls((), np.zeros(0, int), (), np.zeros((0, 2)), TokenLabels.none(), {})
+        starts = np.cumsum([0, *(len(part.keys) for part in parts)])
+        return cls(
+            tuple(key for part in parts for key in part.keys),
+            np.concatenate([part.videos for part in parts]),
+            tuple(scalars for part in parts for scalars in part.scalars),
+            np.concatenate([part.velocity for part in parts]),
+            TokenLabels.join([part.labels.shifted(int(n)) for part, n in zip(parts, starts[:-1], strict=True)]),
+            {
+                name: EncodedCorpus(
+                    torch.cat([part.features[name].pooled for part in parts]),
+                    torch.cat([part.features[name].tokens for part in parts]),
+                )
+                for name in parts[0].features
+            },
+        )
+
+    def save(self, file: Path) -> None:
+        """Write the record as an npz file."""
+        arrays = {"keys": np.array(self.keys, str), "videos": self.videos, "velocity": self.velocity}
+        arrays["scalars"] = np.array(json.dumps(self.scalars))
+        arrays |= {f"labels.{one.name}": getattr(self.labels, one.name) for one in fields(TokenLabels)}
+        for name, features in self.features.items():
+            arrays |= {f"pooled.{name}": features.pooled.numpy(), f"tokens.{name}": features.tokens.numpy()}
+        with file.open("wb") as stream:
+            np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]  numpy's own stub
+
+    @classmethod
+    def load(cls, file: Path) -> "LabelledClips":
+        """Read a record that `save` wrote."""
+        with np.load(file, allow_pickle=False) as arrays:
+            names = [name.removeprefix("pooled.") for name in arrays.files if name.startswith("pooled.")]
+            return cls(
+                tuple(arrays["keys"].tolist()),
+                arrays["videos"],
+                tuple(json.loads(str(arrays["scalars"]))),
+                arrays["velocity"],
+                TokenLabels(*(arrays[f"labels.{one.name}"] for one in fields(TokenLabels))),
+                {
+                    name: EncodedCorpus(*(torch.from_numpy(arrays[f"{kind}.{name}"]) for kind in ("pooled", "tokens")))
+                    for name in names
+                },
+            )
+
+
+def read_features(
+    encoders: Mapping[str, VideoEncoder],
+    shards: Path,
+    clips: EvalClips,
+    context: EvaluationContext,
+    *,
+    pooling: Pooling = "time",
+    tokens: bool = True,
+) -> LabelledClips:
+    """Encode clips of a corpus with several encoders. Each clip is decoded once.
+
+    Features are kept in `context.cache`, by encoders, corpus and clips, and are not computed again.
+
+    Args:
+        encoders: by name. All have the clip size of the first one.
+        shards: the corpus.
+        clips: its clips.
+        context: ranks, cache and progress.
+        pooling: how a clip's tokens become one feature.
+        tokens: whether motion, and tokens that lie on an object, are labelled and kept too.
+
+    Raises:
+        BadInput: no clip could be decoded.
+    """
+    videos = CorpusVideos.chosen(clips)
+
+    def write(group: range, file: Path, advance: Advance) -> None:
+        batches = _batches(_readable(videos, group, advance), BATCH)
+        LabelledClips.join([_encode_batch(encoders, batch, pooling, tokens=tokens) for batch in batches]).save(file)
+
+    split = clips.index.split
+    form = [pooling, tokens, clips.px, clips.frames, clips.rate, clips.per_video, clips.views, list(videos.videos)]
+    folder = context.cache / _cache_name(encoders, shards, split, form)
+    text = f"encode {len(videos.keys)} videos of split {split}"
+    found = LabelledClips.join([LabelledClips.load(file) for file in write_parts(
+        context.world, folder, len(videos.keys), ".npz", write, text=text
+    )])  # fmt: skip
+    if not found.keys:
+        raise BadInput(f"{shards}: no video of split {split!r} can be decoded; see `vjepa verify`")
+    return found
+
+
+def _cache_name(encoders: Mapping[str, VideoEncoder], shards: Path, split: str, form: Sequence[Any]) -> str:
+    """Name a cache entry by everything that its features depend on."""
+    weights = {name: fingerprint(encoder) for name, encoder in encoders.items()}
+    facts = json.dumps([weights, read_manifest(shards).hash, split, form])
+    return f"{split}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
+
+
+def _readable(videos: CorpusVideos, group: range, advance: Advance) -> Iterator[EvalClip]:
+    """Yield the clips of some videos. Videos that cannot be decoded are logged and left out."""
+    for number, clips in zip(group, videos.read(group), strict=True):
+        if isinstance(clips, Unreadable):
+            log.warning("%s is left out: %s", videos.keys[number], clips.detail)
+        else:
+            yield from clips
+        advance(1)
+
+
+def _encode_batch(
+    encoders: Mapping[str, VideoEncoder], batch: Sequence[EvalClip], pooling: Pooling, *, tokens: bool
+) -> LabelledClips:
+    frames = torch.stack([clip.frames for clip in batch])
+    model = next(iter(encoders.values())).model
+    _, steps, height, width, _ = frames.shape
+    grid = Grid.of(steps, height, width, model)
+    labels = [
+        token_labels(clip, grid, model, clip_number=number) if tokens else TokenLabels.none()
+        for number, clip in enumerate(batch)
+    ]
+    features = {}
+    for name, encoder in encoders.items():
+        encoded = encode(encoder, frames, pooling)
+        kept = [clip.flatten(0, 2)[found.token] for clip, found in zip(encoded.tokens, labels, strict=True)]
+        features[name] = EncodedCorpus(encoded.pooled, torch.cat(kept))
+    return LabelledClips(
+        tuple(clip.key for clip in batch),
+        np.array([clip.video for clip in batch]),
+        tuple(_scalars(clip.labels) for clip in batch),
+        np.stack([mean_velocity(clip) if tokens else np.full(2, np.nan) for clip in batch]),
+        TokenLabels.join(labels),
+        features,
+    )
+
+
+def _batches(clips: Iterable[EvalClip], size: int) -> Iterator[Sequence[EvalClip]]:
+    """Group clips. The last group may be smaller."""
     group: list[EvalClip] = []
     for clip in clips:
         group.append(clip)

@@ -1,34 +1,30 @@
-"""What frozen features are worth: linear readouts beside what they must beat.
+"""Linear probes of frozen features, compared with baselines.
 
     vjepa eval probe MODEL SHARDS --out probe.json
 
-The same clips, the same rows and the same ridge regression for each line of the table: the encoder, the encoder
-before it was trained (several seeds), raw pixels, and the answer given without looking.
+Each column of the table uses the same clips, rows and ridge regression: the encoder, untrained encoders of several
+seeds, raw pixels, and the prior, which ignores the features.
 """
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int
+from pydantic import Field
 
-from vjepa.atomic import check_free, new_file
-from vjepa.evals.features import EncoderReader, PixelReader, ReadClips, Reader, clips_for, read_features
-from vjepa.evals.results import about_model
+from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
+from vjepa.evals.features import LabelledClips, clips_for, read_features
 from vjepa.evals.ridge import Kind, Score, Table, prior_score, ridge_score
-from vjepa.weights.load import load_encoder
 from vjepa.weights.native import VideoEncoder
-from vjepa.weights.weights import Part, random_encoder
 from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
 
-# Questions to a token that lies on an object: name, kind, field of TokenLabels.
+# Tasks of tokens that lie on an object: name, kind, field of TokenLabels.
 TOKEN_TASKS: tuple[tuple[str, Kind, str], ...] = (
     ("token shape", "class", "shape"),
     ("token centre", "number", "centre"),
@@ -36,212 +32,205 @@ TOKEN_TASKS: tuple[tuple[str, Kind, str], ...] = (
     ("token direction", "class", "direction"),
 )
 
-# And to a clip's features, pooled over space but not over time.
+# The task of a clip's features, which are pooled over space but not over time.
 CLIP_VELOCITY = "clip velocity"
 
 MAX_CLASSES = 1000
 
 
-def probe(
-    model: Path,
-    shards: Path,
-    *,
-    out: Path | None = None,
-    split: str = "val",
-    train_split: str | None = None,
-    labels: Sequence[str] | None = None,
-    clips_per_video: int = 3,
-    max_videos: int | None = None,
-    random_seeds: int = 3,
-    part: Part = "target",
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Probe a model with the labels of a corpus.
+class ProbeSettings(EvaluationSettings):
+    """Settings of the linear probes."""
 
-    Args:
-        model: a run, a checkpoint, or an export.
-        shards: a corpus whose samples carry labels.
-        out: where to write the result as JSON; nowhere by default.
-        split: the split to report on.
-        train_split: the split to fit on; by default, or if it is `split`, that is cut in two by video, two thirds to
-            fit and one to report, so that no video was seen in pretraining.
-        labels: which labels to read out; by default all.
-        clips_per_video: clips of each video, evenly spaced.
-        max_videos: of each split, the first ones of a fixed shuffle.
-        random_seeds: untrained encoders to compare with.
-        part: whose features, where `model` is a run or a checkpoint.
-        seed: of the cut, of the readouts and of their intervals.
-        overwrite: replace an earlier result.
+    train_split: str | None = None
+    """Split to fit on. The default is two thirds of the videos of `split`, and one third to report on."""
 
-    Returns:
-        What was written: `{"format", "model", "protocol", "rows": [...]}`; see `vjepa.evals.results`.
+    labels: tuple[str, ...] | None = None
+    """Labels to predict. The default is all."""
+
+    clips_per_video: int = Field(default=3, ge=1)
+    """Clips of each video, evenly spaced."""
+
+    random_seeds: int = Field(default=3, ge=0)
+    """Number of untrained encoders to compare with."""
+
+    def wanted_baselines(self) -> Baselines:
+        return Baselines(tuple(self.seed + number for number in range(self.random_seeds)), pixels=True)
+
+
+@dataclass(frozen=True)
+class ClipSubset:
+    """Some of the clips of a split."""
+
+    clips: LabelledClips
+    rows: Int[np.ndarray, " rows"]
+
+    def keep(self, is_kept: Bool[np.ndarray, " clips"]) -> "ClipSubset":
+        """Return the clips of this subset that are marked among all clips of the split."""
+        return ClipSubset(self.clips, self.rows[is_kept[self.rows]])
+
+
+@dataclass(frozen=True)
+class FitAndReport:
+    """The rows of one task and one encoder, to fit on and to report on."""
+
+    fit: Table
+    report: Table
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """One target to predict."""
+
+    name: str
+    kind: Kind
+    tables: dict[str, FitAndReport]
+    """Rows by encoder."""
+
+
+def evaluate(model: VideoEncoder, data: Path, settings: ProbeSettings, context: EvaluationContext) -> Result:
+    """Fit and score a linear probe for each label of a corpus.
 
     Raises:
-        BadInput: no such model or corpus, an empty split, no such label, labels that differ between the splits.
+        BadInput: a split or label is unknown, a split has too few videos, or a class is missing in the fitted videos.
     """
-    train_split = None if train_split == split else train_split
-    if out is not None:
-        check_free(out, overwrite=overwrite)
-    encoder = load_encoder(model, part)
-    readers = _readers(encoder, random_seeds, seed)
-    seen = {}
+    split = settings.split
+    train_split = None if settings.train_split == split else settings.train_split
+    encoders = context.encoders(model)
+    read = {}
     for name in dict.fromkeys((train_split or split, split)):
-        clips = clips_for(encoder, shards, split=name, per_video=clips_per_video, max_videos=max_videos)
-        log.info("%s: %d clips of %d videos of split %s", model, len(clips), clips.videos, name)
-        seen[name] = read_features(readers, clips, encoder.model)
-    train, test = _sides(seen, train_split, split, seed)
-    rows = [
-        row
-        for task, kind, tables in _tasks(train, test, labels, str(shards))
-        for row in _rows(task, kind, tables, seed)
-    ]
-    result = {
-        "format": 1,
-        "kind": "probe",
-        "model": about_model(model, encoder),
-        "protocol": {
-            "shards": str(shards),
-            "fit": train_split or f"two thirds of the videos of {split}",
-            "report": split if train_split else f"one third of the videos of {split}",
-            "clips_per_video": clips_per_video,
-            "clips": {"fit": len(train[1]), "report": len(test[1])},
-            "readout": "ridge, penalty cross-validated by video",
-            "interval": "2.5 % and 97.5 % over 1,000 resamplings of the videos",
-            "random_seeds": random_seeds,
-            "seed": seed,
-        },
-        "rows": rows,
-    }
-    if out is not None:
-        with new_file(out, overwrite=overwrite) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def _readers(encoder: VideoEncoder, random_seeds: int, seed: int) -> dict[str, Reader]:
-    """The encoder, and what it must beat: itself before training, and pixels."""
-    untrained = {
-        f"random init {number}": EncoderReader(random_encoder(encoder, seed + number)) for number in range(random_seeds)
-    }
-    return {"pretrained": EncoderReader(encoder), **untrained, "pixels": PixelReader(encoder.model)}
-
-
-Side = tuple[ReadClips, Int[np.ndarray, " _rows"]]  # clips, and which of them
-
-
-def _sides(seen: Mapping[str, ReadClips], train_split: str | None, split: str, seed: int) -> tuple[Side, Side]:
+        form = {"per_video": settings.clips_per_video, "max_videos": settings.max_videos}
+        clips = clips_for(model, data, split=name, **form)
+        log.info("%d clips of %d videos of split %s", len(clips), clips.videos, name)
+        read[name] = read_features(encoders, data, clips, context)
     if train_split:
-        one, other = seen[train_split], seen[split]
-        return (one, np.arange(len(one.keys))), (other, np.arange(len(other.keys)))
-    every = seen[split]
-    videos = generator(seed, "probe split").permutation(np.unique(every.videos))
+        fit, report = (ClipSubset(read[name], np.arange(len(read[name].keys))) for name in (train_split, split))
+    else:
+        fit, report = _cut(read[split], split, settings.seed)
+    tasks = _tasks(fit, report, settings.labels, str(data))
+    rows = context.share(lambda task: _score(task, settings.seed), tasks, f"fit {len(tasks)} linear probes")
+    protocol = {
+        "shards": str(data),
+        "fit": train_split or f"two thirds of the videos of {split}",
+        "report": split if train_split else f"one third of the videos of {split}",
+        "clips_per_video": settings.clips_per_video,
+        "clips": {"fit": len(fit.rows), "report": len(report.rows)},
+        "readout": "ridge, penalty cross-validated by video",
+        "interval": "2.5 % and 97.5 % over 1,000 resamplings of the videos",
+        "random_seeds": settings.random_seeds,
+        "seed": settings.seed,
+    }
+    return Result(protocol, [row for scores in rows for row in scores])
+
+
+def _cut(clips: LabelledClips, split: str, seed: int) -> tuple[ClipSubset, ClipSubset]:
+    """Cut a split by video: two thirds to fit on and one third to report on."""
+    videos = generator(seed, "probe split").permutation(np.unique(clips.videos))
     if len(videos) < 6:
-        raise BadInput(f"split {split!r} has {len(videos)} videos; a probe needs 6 at least, give another --split")
-    is_fit = np.isin(every.videos, videos[: len(videos) * 2 // 3])
-    return (every, np.flatnonzero(is_fit)), (every, np.flatnonzero(~is_fit))
+        raise BadInput(f"split {split!r} has {len(videos)} videos; a probe needs at least 6, give another --split")
+    is_fit = np.isin(clips.videos, videos[: len(videos) * 2 // 3])
+    return ClipSubset(clips, np.flatnonzero(is_fit)), ClipSubset(clips, np.flatnonzero(~is_fit))
 
 
-# A task's tables for each reader, to fit and to report.
-Tables = dict[str, tuple[Table, Table]]
-
-
-def _tasks(train: Side, test: Side, wanted: Sequence[str] | None, where: str) -> list[tuple[str, Kind, Tables]]:
-    names = list(dict.fromkeys(name for labels in train[0].scalars for name in labels))
-    has_tracks = len(train[0].labels.clip) > 0
-    has_motion = all(np.isfinite(seen.velocity[rows]).any() for seen, rows in (train, test))
+def _tasks(fit: ClipSubset, report: ClipSubset, wanted: Sequence[str] | None, where: str) -> list[ProbeTask]:
+    names = list(dict.fromkeys(name for labels in fit.clips.scalars for name in labels))
+    has_tracks = len(fit.clips.labels.clip) > 0
+    has_motion = all(np.isfinite(part.clips.velocity[part.rows]).any() for part in (fit, report))
     known = names + [CLIP_VELOCITY] * has_motion + [task for task, _, _ in TOKEN_TASKS if has_tracks]
     if not known:
-        raise BadInput(f"{where}: its samples carry no labels; there is nothing to probe")
+        raise BadInput(f"{where}: its samples have no labels to predict; give a corpus with labels")
     if unknown := [name for name in wanted or () if name not in known]:
-        raise BadInput(f"{where}: no label {unknown[0]!r}; it has {', '.join(known)}")
+        raise BadInput(f"{where}: no label {unknown[0]!r}; use {', '.join(known)}")
     tasks = []
     for name in names:
-        if (not wanted or name in wanted) and (kind := _kind(train, name)):
-            tasks.append((name, kind, _clip_tables(train, test, name, where)))
+        if (not wanted or name in wanted) and (kind := _kind(fit, name)):
+            tasks.append(ProbeTask(name, kind, _clip_tables(fit, report, name, where)))
     if has_motion and (not wanted or CLIP_VELOCITY in wanted):
-        tasks.append((CLIP_VELOCITY, "number", _velocity_tables(train, test)))
+        tasks.append(ProbeTask(CLIP_VELOCITY, "number", _velocity_tables(fit, report)))
     for name, kind, field in TOKEN_TASKS:
         if has_tracks and (not wanted or name in wanted):
-            tasks.append((name, kind, _token_tables(train, test, field)))
+            tasks.append(ProbeTask(name, kind, _token_tables(fit, report, field)))
     if not tasks:
-        raise BadInput(f"{where}: none of its labels ({', '.join(known)}) takes two values or more; give other shards")
-    for name, kind, tables in tasks:
-        if kind == "class" and train[0] is not test[0]:
-            fit, report = next(iter(tables.values()))
-            if strange := sorted(set(report.target.tolist()) - set(fit.target.tolist())):
-                raise BadInput(f"label {name!r} has {strange[0]!r} to report on, which is not among those to fit on")
+        raise BadInput(f"{where}: none of its labels ({', '.join(known)}) has two or more values; give another corpus")
+    if fit.clips is not report.clips:
+        for task in tasks:
+            _check_classes(task)
     return tasks
 
 
-def _kind(side: Side, name: str) -> Kind | None:
-    """Words, truths and whole numbers are classes; a label that is always the same, or never, cannot be read out."""
-    seen, rows = side
-    values = {seen.scalars[row][name] for row in rows if name in seen.scalars[row]}
+def _check_classes(task: ProbeTask) -> None:
+    tables = next(iter(task.tables.values()))
+    if task.kind == "class" and (
+        unseen := sorted(set(tables.report.target.tolist()) - set(tables.fit.target.tolist()))
+    ):
+        raise BadInput(f"label {task.name!r} has class {unseen[0]!r} only in the videos to report on; give more videos")
+
+
+def _kind(part: ClipSubset, name: str) -> Kind | None:
+    """Return the kind of a label, or None if it cannot be predicted because it has one value or too many classes.
+
+    Words, booleans and whole numbers are classes.
+    """
+    scalars = part.clips.scalars
+    values = {scalars[row][name] for row in part.rows if name in scalars[row]}
     if any(isinstance(value, float) for value in values):
         return "number" if len(values) > 1 else None
-    return "class" if 1 < len(values) <= min(MAX_CLASSES, len(rows) // 2) else None
+    return "class" if 1 < len(values) <= min(MAX_CLASSES, len(part.rows) // 2) else None
 
 
-def _clip_tables(train: Side, test: Side, name: str, where: str) -> Tables:
-    sides = []
-    for seen, rows in (train, test):
-        rows = np.array([row for row in rows if name in seen.scalars[row]], int)
-        if not len(rows):
-            raise BadInput(f"{where}: label {name!r} is on no clip to report on")
-        sides.append((seen, rows, np.array([seen.scalars[row][name] for row in rows])))
-    return _pooled_tables(sides)
+def _clip_tables(fit: ClipSubset, report: ClipSubset, name: str, where: str) -> dict[str, FitAndReport]:
+    parts = [part.keep(np.array([name in scalars for scalars in part.clips.scalars])) for part in (fit, report)]
+    if not all(len(part.rows) for part in parts):
+        raise BadInput(f"{where}: no clip to report on has label {name!r}; give other --labels")
+    return _pooled_tables(*parts, lambda part: np.array([part.clips.scalars[row][name] for row in part.rows]))
 
 
-def _velocity_tables(train: Side, test: Side) -> Tables:
-    known = [(seen, rows[np.isfinite(seen.velocity[rows]).all(1)]) for seen, rows in (train, test)]
-    return _pooled_tables([(seen, rows, seen.velocity[rows]) for seen, rows in known])
+def _velocity_tables(fit: ClipSubset, report: ClipSubset) -> dict[str, FitAndReport]:
+    parts = (part.keep(np.isfinite(part.clips.velocity).all(1)) for part in (fit, report))
+    return _pooled_tables(*parts, lambda part: part.clips.velocity[part.rows])
 
 
 def _pooled_tables(
-    sides: Sequence[tuple[ReadClips, Int[np.ndarray, " _rows"], Shaped[np.ndarray, "_rows ..."]]],
-) -> Tables:
-    """Of a side to fit and one to report: the clips, which of them, and their targets."""
-    return {
-        reader: tuple(
-            Table(seen.features[reader].pooled[rows], target, seen.videos[rows]) for seen, rows, target in sides
-        )
-        for reader in sides[0][0].features
-    }  # type: ignore[return-value]
+    fit: ClipSubset, report: ClipSubset, target: Callable[[ClipSubset], np.ndarray]
+) -> dict[str, FitAndReport]:
+    """Return the pooled features and targets of the clips to fit on and to report on, by encoder."""
+
+    def table(part: ClipSubset, encoder: str) -> Table:
+        return Table(part.clips.features[encoder].pooled[part.rows], target(part), part.clips.videos[part.rows])
+
+    return {name: FitAndReport(table(fit, name), table(report, name)) for name in fit.clips.features}
 
 
-def _token_tables(train: Side, test: Side, field: str) -> Tables:
-    def side(seen: ReadClips, rows: Int[np.ndarray, " rows"], reader: str) -> Table:
-        keep = np.flatnonzero(np.isin(seen.labels.clip, rows))
-        videos = seen.videos[seen.labels.clip]
-        return Table(seen.features[reader].tokens, getattr(seen.labels, field), videos).rows(keep)
+def _token_tables(fit: ClipSubset, report: ClipSubset, field: str) -> dict[str, FitAndReport]:
+    """Return the features and targets of the labelled tokens, by encoder."""
 
-    return {reader: (side(*train, reader), side(*test, reader)) for reader in train[0].features}
+    def table(part: ClipSubset, encoder: str) -> Table:
+        clips, labels = part.clips, part.clips.labels
+        keep = np.flatnonzero(np.isin(labels.clip, part.rows))
+        return Table(clips.features[encoder].tokens, getattr(labels, field), clips.videos[labels.clip]).rows(keep)
+
+    return {name: FitAndReport(table(fit, name), table(report, name)) for name in fit.clips.features}
 
 
-def _rows(task: str, kind: Kind, tables: Tables, seed: int) -> list[dict[str, Any]]:
-    metric = "accuracy" if kind == "class" else "R2"
-    scores = {reader: ridge_score(*pair, kind, seed=seed) for reader, pair in tables.items()}
-    prior = prior_score(*tables["pixels"], kind, seed=seed)
-    random = [score for reader, score in scores.items() if reader.startswith("random init")]
-    lines = [("pretrained", scores["pretrained"])]
-    if random:
-        lines.append(("random init", _mean(random)))
-    lines += [("pixels", scores["pixels"]), ("prior", prior)]
-    return [
-        {
-            "task": task,
-            "metric": metric,
-            "features": name,
-            **asdict(score),
-            **({"seeds": [one.value for one in random]} if name == "random init" else {}),
-        }
-        for name, score in lines
-    ]
+def _score(task: ProbeTask, seed: int) -> list[ScoreRow]:
+    scores = {name: ridge_score(one.fit, one.report, task.kind, seed=seed) for name, one in task.tables.items()}
+    untrained = [score for name, score in scores.items() if name.startswith("random init")]
+    pixels = task.tables["pixels"]
+    columns = {"pretrained": scores["pretrained"]}
+    if untrained:
+        columns["random init"] = _mean(untrained)
+    columns |= {"pixels": scores["pixels"], "prior": prior_score(pixels.fit, pixels.report, task.kind, seed=seed)}
+    rows = []
+    for name, score in columns.items():
+        extra = {"rows": score.rows, "penalty": score.penalty}
+        if name == "random init":
+            extra["seeds"] = [one.value for one in untrained]
+        metric = "accuracy" if task.kind == "class" else "R2"
+        rows.append(ScoreRow(task.name, metric, name, score.value, score.low, score.high, score.clips, extra))
+    return rows
 
 
 def _mean(scores: Sequence[Score]) -> Score:
-    """Mean over seeds; its interval reaches from the lowest to the highest of theirs."""
+    """Average the scores of several seeds. The interval covers all of their intervals."""
     return Score(
         float(np.mean([score.value for score in scores])),
         min(score.low for score in scores),

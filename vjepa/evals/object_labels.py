@@ -1,15 +1,15 @@
-"""What each token lies on, from the tracks of objects that a generated video carries in its JSON.
+"""Labels of tokens that lie on an object, from the object tracks in the JSON of generated videos.
 
-`labels["tracks"]` is a list of objects, one entry per frame of the video file in each list:
+`labels["tracks"]` is a list of objects. Its lists have one entry per frame of the video file:
 
     {"shape": "disc", "size": 0.17, "x": [...], "y": [...], "visible": [...]}
 
-x and y are the centre in shares of the frame (y downwards), size is the radius in the same unit.
+x and y are the centre in shares of the frame (y downwards). size is the radius in the same unit.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -19,39 +19,47 @@ from vjepa.config import Model
 from vjepa.nn.grid import Grid
 from vjepa_data.evaluation.clips import EvalClip
 
-SECTORS = 8  # directions of motion that are told apart
+SECTORS = 8  # classes of the direction of motion
 
 
 @dataclass(frozen=True)
 class TokenLabels:
-    """Tokens that lie on an object, and what is asked of them."""
+    """Tokens that lie on an object, with the labels of that object."""
 
     clip: Int[ndarray, " n"]
+    """Number of the clip of each token."""
     token: Int[ndarray, " n"]
-    """Place in the grid: (t * h + row) * w + column."""
+    """Position in the grid: (t * h + row) * w + column."""
     shape: Shaped[ndarray, " n"]
+    """Name of the object's shape."""
     centre: Float[ndarray, "n 2"]
-    """From the token's centre to the object's: dx, dy in shares of the frame."""
+    """Offset (dx, dy) from the token's centre to the object's, in shares of the frame."""
     velocity: Float[ndarray, "n 2"]
-    """Of the object: shares of the frame per second."""
+    """Velocity of the object, in shares of the frame per second."""
     direction: Int[ndarray, " n"]
-    """Of the velocity, in 8 sectors, the first to the right, clockwise on the screen."""
+    """Direction of the velocity in 8 sectors, clockwise on the screen. Sector 0 points to the right."""
+
+    def shifted(self, clips: int) -> "TokenLabels":
+        """Return the same labels with larger clip numbers."""
+        return replace(self, clip=self.clip + clips)
 
     @classmethod
     def join(cls, parts: Sequence["TokenLabels"]) -> "TokenLabels":
+        """Concatenate labels."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @classmethod
     def none(cls) -> "TokenLabels":
+        """Return the labels of a clip without objects."""
         ids, pairs = np.zeros(0, int), np.zeros((0, 2))
         return cls(ids, ids, np.zeros(0, "U1"), pairs, pairs, ids)
 
 
 def mean_velocity(clip: EvalClip) -> Float[ndarray, " 2"]:
-    """How the objects of a clip move, on average, from its first frame to its last: shares of the frame per second.
+    """Return the mean velocity of the objects of a clip, from its first to its last frame, in frame widths per second.
 
-    Of this very clip, since clips start anywhere and objects bounce: what a video's label says of its beginning is no
-    answer for a clip from its middle. Not a number without objects or with a single frame, or where an object is
+    It is computed for each clip because clips start anywhere and objects bounce: a label of the beginning of the video
+    is wrong for a clip from its middle. The result is nan without objects, with a single frame, or if an object is
     hidden in some frame.
     """
     tracks, numbers = clip.labels.get("tracks"), np.array(clip.numbers)
@@ -63,11 +71,11 @@ def mean_velocity(clip: EvalClip) -> Float[ndarray, " 2"]:
 
 
 def token_labels(clip: EvalClip, grid: Grid, model: Model, *, clip_number: int) -> TokenLabels:
-    """Label the tokens of one clip; those on no object, or on one that is hidden in some frame, have no label.
+    """Label the tokens of one clip that lie on an object which is visible throughout the tubelet.
 
-    A token belongs to the object whose centre is nearest in units of its size, if it lies inside that size.
-    Source of the probe: a linear map from a token to what it lies on; pixels and untrained encoders are at chance
-    in it, so what is above them was learned.
+    A token belongs to the object whose centre is nearest in units of the object's size, if the token lies within that
+    size. A linear probe maps a token to these labels. Pixels and untrained encoders are at chance there, so scores
+    above theirs were learned.
     """
     tracks = clip.labels.get("tracks")
     if not tracks:
@@ -75,27 +83,27 @@ def token_labels(clip: EvalClip, grid: Grid, model: Model, *, clip_number: int) 
     step = model.tubelet_frames
     numbers = np.array(clip.numbers)
     size = np.array([track["size"] for track in tracks], float)  # [o]
-    x, y, seen = (np.array([track[name] for track in tracks], float)[:, numbers] for name in ("x", "y", "visible"))
-    at = np.stack([x, y], -1).reshape(len(tracks), grid.t, step, 2)  # [o t step 2]
-    seen = seen.reshape(len(tracks), grid.t, step).min(axis=-1) > 0  # [o t]
-    centre = at.mean(2)
+    x, y, visible = (np.array([track[name] for track in tracks], float)[:, numbers] for name in ("x", "y", "visible"))
+    position = np.stack([x, y], -1).reshape(len(tracks), grid.t, step, 2)  # [o t step 2]
+    visible = visible.reshape(len(tracks), grid.t, step).min(axis=-1) > 0  # [o t]
+    centre = position.mean(2)
     seconds = (numbers / clip.fps).reshape(grid.t, step)
-    elapsed = seconds[:, -1] - seconds[:, 0]  # 0 for tubelets of one frame: no velocity
-    velocity = (at[:, :, -1] - at[:, :, 0]) / np.where(elapsed > 0, elapsed, math.inf)[:, None]  # [o t 2]
+    elapsed = seconds[:, -1] - seconds[:, 0]  # 0 for tubelets of one frame, which have no velocity
+    velocity = (position[:, :, -1] - position[:, :, 0]) / np.where(elapsed > 0, elapsed, math.inf)[:, None]  # [o t 2]
     rows, columns = (np.arange(grid.h) + 0.5) / grid.h, (np.arange(grid.w) + 0.5) / grid.w
-    places = np.stack(np.meshgrid(columns, rows), -1)  # [h w 2], x first
-    offset = centre[:, :, None, None] - places  # [o t h w 2]
+    centres = np.stack(np.meshgrid(columns, rows), -1)  # [h w 2], x first
+    offset = centre[:, :, None, None] - centres  # [o t h w 2]
     distance = np.linalg.norm(offset, axis=-1) / size[:, None, None, None]
-    distance = np.where(seen[:, :, None, None], distance, np.inf)
+    distance = np.where(visible[:, :, None, None], distance, np.inf)
     nearest = distance.argmin(axis=0)  # [t h w]
     t, row, column = np.nonzero(distance.min(axis=0) < 1)
     o = nearest[t, row, column]
-    moved = velocity[o, t]
+    velocity = velocity[o, t]  # [n 2]
     return TokenLabels(
         clip=np.full(len(t), clip_number),
         token=(t * grid.h + row) * grid.w + column,
         shape=np.array([track["shape"] for track in tracks])[o],
         centre=offset[o, t, row, column],
-        velocity=moved,
-        direction=np.rint(np.arctan2(moved[:, 1], moved[:, 0]) / (2 * np.pi) * SECTORS).astype(int) % SECTORS,
+        velocity=velocity,
+        direction=np.rint(np.arctan2(velocity[:, 1], velocity[:, 0]) / (2 * np.pi) * SECTORS).astype(int) % SECTORS,
     )

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from vjepa.atomic import check_free, new_folder
-from vjepa.evals.results import Result, find_results, read_result
+from vjepa.evals.base import Result
+from vjepa.evals.results import find_results, read_result
 from vjepa.export.model_card import model_card
 from vjepa.export.torch_export import write_program
 from vjepa.export.verify import check_classifier, check_hf, check_native
@@ -84,7 +85,7 @@ def export(
         _require_expressible(weights)
         weights = _with_predictor(weights)
     order = mask_token_order(weights.mask_tokens, _mask_kind(weights, mask_kind)) if weights.mask_tokens else []
-    measured = [*_own_results(source, weights), *map(read_result, results)]
+    measured = [one.to_json() for one in (*_own_results(source, weights), *map(read_result, results))]
     provenance = {
         **weights.provenance,
         "results": [*weights.provenance.get("results", ()), *measured],
@@ -120,7 +121,7 @@ def export(
 def _own_results(source: Path, weights: Weights) -> list[Result]:
     """Return the results of evaluations of these weights in the folder of their run."""
     same = {key: weights.provenance.get(key) for key in ("run", "step", "part")}
-    return [result for result in find_results(source) if same.items() <= result["model"].items()]
+    return [result for result in find_results(source) if same.items() <= result.model.items()]
 
 
 # ---- limits of Hugging Face's model

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vjepa.evals.results import Result, tasks_of, uncertainty
+from vjepa.evals.base import Result
 from vjepa.nn.grid import clip_grid
 from vjepa.weights.weights import Weights
 
@@ -21,7 +21,7 @@ def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> st
         table=table,
         usage=usage.format(frames=weights.frames, px=weights.px),
         objective="predicting the features of hidden tokens" if weights.mask_tokens else "self-supervision",
-        measured=_measured(provenance.get("results", ())),
+        measured=_measured([Result.from_json(content) for content in provenance.get("results", ())]),
         limitations=_limitations(weights, provenance),
     )
 
@@ -58,14 +58,12 @@ def _measured(results: Sequence[Result]) -> str:
     """Return the results of evaluations as Markdown tables."""
     parts = []
     for result in results:
-        columns, tasks = tasks_of(result["rows"])
-        lines = [f"| {result['kind']} | | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
-        for (task, metric), cells in tasks.items():
-            texts = [
-                f"{cells[name]['value']:.3f} {uncertainty(cells[name])}" if name in cells else "" for name in columns
-            ]
+        columns = result.columns
+        lines = [f"| {result.kind} | | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
+        for (task, metric), cells in result.tasks.items():
+            texts = [f"{cells[name].value:.3f} {cells[name].uncertainty}" if name in cells else "" for name in columns]
             lines.append(f"| {task} | {metric} | {' | '.join(texts)} |")
-        protocol = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items())
+        protocol = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result.protocol.items())
         parts.append("\n".join(lines) + f"\n\n{protocol}.")
     return "\n\n".join(parts) or "No evaluation yet."
 

@@ -17,7 +17,8 @@ from jaxtyping import Float
 
 from vjepa import config
 from vjepa.checkpoints.checkpoint import resolve
-from vjepa.evals.results import Result, find_results
+from vjepa.evals.base import Result
+from vjepa.evals.results import find_results
 from vjepa.report.features import features_section, held_out_clips
 from vjepa.report.results import results_section
 from vjepa.report.training_clips import training_clips_section

@@ -1,0 +1,40 @@
+"""Work that is done in part files, so that it can be shared among ranks and continued after an interruption."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vjepa.atomic import new_file
+from vjepa.distributed.world import World
+from vjepa.evals.progress import progress_bar
+
+PART_VIDEOS = 64  # at most so many videos are repeated after an interruption
+
+Advance = Callable[[int], None]
+
+
+def write_parts(
+    world: World, folder: Path, count: int, suffix: str, write: Callable[[range, Path, Advance], None], *, text: str
+) -> list[Path]:
+    """Write a file for every 64 videos, shared among the ranks. Files that exist are kept.
+
+    Args:
+        world: all ranks. Each writes every `world.size`-th file.
+        folder: where the files are, which all ranks can read.
+        count: number of videos.
+        suffix: of the file names.
+        write: writes the part of some videos to a path, and calls its third argument with the number of videos done.
+        text: the work, for the progress bar.
+
+    Returns:
+        All files, in the order of the videos. They exist when the function returns.
+    """
+    starts = range(0, count, PART_VIDEOS)
+    files = {start: folder / f"{start:09d}{suffix}" for start in starts}
+    missing = [start for start in starts[world.rank :: world.size] if not files[start].exists()]
+    videos = {start: range(start, min(count, start + PART_VIDEOS)) for start in missing}
+    with progress_bar(text, sum(map(len, videos.values())), show=world.is_first) as advance:
+        for start in missing:
+            with new_file(files[start], overwrite=True) as partial:
+                write(videos[start], partial, advance)
+    world.gather(None)
+    return list(files.values())
