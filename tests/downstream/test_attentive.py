@@ -1,9 +1,10 @@
-"""The attentive probe is V-JEPA 2's, learns what is there, and goes to Hugging Face without loss."""
+"""The attentive probe is V-JEPA 2's, finds class information in tokens, and exports to Hugging Face without loss."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,26 +12,30 @@ import torch
 from safetensors.torch import load_file
 
 from vjepa.evals import attentive as attentive_module
-from vjepa.evals.attentive import EncodedClips, Recipe, accuracy, attentive, fit_probe
+from vjepa.evals.attentive import AttentiveSettings, EncodedClips, accuracy, fit_probe
+from vjepa.evals.base import Result
 from vjepa.evals.ridge import wilson
+from vjepa.evals.shell import run_evaluation
 from vjepa.export.export import export
 from vjepa.nn.attentive_probe import AttentiveProbe, hf_probe_tensors, load_classifier
 from vjepa.weights.load import load_encoder
 from vjepa_data.settings import BadInput
 
-SMALL = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
+SMALL = AttentiveSettings(label="shape", rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
+
+
+def small(**settings: Any) -> AttentiveSettings:
+    return SMALL.model_copy(update=settings)
 
 
 @pytest.fixture(scope="module")
-def result(trained: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+def written(trained: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     out = tmp_path_factory.mktemp("attentive") / "probe.json"
-    found = attentive(trained, scenes, label="shape", out=out, recipe=SMALL)
-    assert json.loads(out.read_text()) == found
-    return found, out
+    return run_evaluation("attentive", trained, scenes, SMALL, out=out), out
 
 
 def needle(count: int, seed: int) -> EncodedClips:
-    """Clips of noise in which one token, anywhere, tells the class: a mean would drown it, attention finds it."""
+    """Clips of noise in which a single token tells the class. A mean would drown it, attention finds it."""
     draw = np.random.default_rng(seed)
     tokens = draw.standard_normal((count, 12, 16)).astype(np.float32)
     label = draw.integers(0, 2, count)
@@ -40,9 +45,9 @@ def needle(count: int, seed: int) -> EncodedClips:
     return EncodedClips(tokens, np.arange(count), np.arange(count), label)
 
 
-def test_it_finds_the_one_token_that_matters() -> None:
-    recipe = Recipe(epochs=12, batch=16, blocks=1)
-    probe = fit_probe(needle(256, 0), 2, 4, recipe, rate=3e-3, decay=0.01, seed=0)
+def test_the_single_informative_token_is_found() -> None:
+    settings = AttentiveSettings(label="", epochs=12, batch=16, blocks=1)
+    probe = fit_probe(needle(256, 0), 2, 4, settings, rate=3e-3, decay=0.01)
     assert accuracy(probe, needle(100, 1)) > 0.9
 
 
@@ -56,77 +61,86 @@ def test_clips_of_one_video_vote_together() -> None:
     assert accuracy(probe, clips) == 1.0
 
 
-def test_the_result_names_the_choice_and_what_it_would_have_been(result: tuple[dict, Path]) -> None:
-    found, _ = result
+def test_the_result_reports_the_selected_probe(written: tuple[Result, Path]) -> None:
+    """It also reports the score that selecting on the reported videos would have given."""
+    result, out = written
+    found = json.loads(out.read_text())
+    assert found == result.to_json()
     assert found["protocol"]["videos"] == {"fit": 12, "choose": 4, "report": 8}
     assert len(found["grid"]) == 2
     chosen = found["grid"][found["chosen"]["number"]]
-    assert chosen["choose"] == max(one["choose"] for one in found["grid"])
+    assert chosen["choose"] == max(point["choose"] for point in found["grid"])
     assert found["accuracy"] == chosen["report"]
-    assert found["accuracy_if_chosen_on_what_is_reported"] == max(one["report"] for one in found["grid"])
+    assert found["accuracy_if_chosen_on_what_is_reported"] == max(point["report"] for point in found["grid"])
     assert found["interval"][0] < found["accuracy"] < found["interval"][1] or found["accuracy"] in (0, 1)
 
 
 def test_tokens_are_computed_once(
-    result: tuple[dict, Path], trained: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+    written: tuple[Result, Path], trained: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, out = result
-    monkeypatch.setattr(attentive_module, "write_features", None)
-    again = attentive(trained, scenes, label="shape", out=out, recipe=SMALL, overwrite=True)
-    assert again == found
+    result, out = written
+    monkeypatch.setattr(attentive_module, "embed_parts", None)
+    again = run_evaluation("attentive", trained, scenes, SMALL, out=out, overwrite=True)
+    assert again.to_json() == result.to_json()
 
 
 RANKS = """
 import sys
 from pathlib import Path
-from vjepa.evals import embed
-from vjepa.evals.attentive import Recipe, attentive
-embed.PART_VIDEOS = 8  # or the first rank would have them all
+from vjepa.evals import parts
+from vjepa.evals.attentive import AttentiveSettings
+from vjepa.evals.shell import run_evaluation
+parts.PART_VIDEOS = 8  # or the first rank would have them all
 model, shards, out = map(Path, sys.argv[1:])
-recipe = Recipe(rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
-attentive(model, shards, label="shape", out=out / "probe.json", recipe=recipe)
+settings = AttentiveSettings(label="shape", rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
+run_evaluation("attentive", model, shards, settings, out=out / "probe.json")
+run_evaluation("probe", model, shards, {"random_seeds": 0, "labels": ["shape", "speed"]}, out=out / "linear.json")
 """
 
 
-def test_two_ranks_find_what_one_finds(result: tuple[dict, Path], trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_result_of_one(
+    written: tuple[Result, Path], trained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    result, out = written
     (tmp_path / "ranks.py").write_text(RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, tmp_path / "ranks.py", trained, scenes, tmp_path], check=True, capture_output=True)
-    assert json.loads((tmp_path / "probe.json").read_text()) == result[0]
-    ours, theirs = (load_file(out.with_suffix(".safetensors")) for out in (result[1], tmp_path / "probe.json"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    (one,), (two,) = (list(out.parent.glob(".probe.tokens/*/val.npy")) for out in (result[1], tmp_path / "probe.json"))
+    assert json.loads((tmp_path / "probe.json").read_text()) == result.to_json()
+    one, two = (load_file(path.with_suffix(".safetensors")) for path in (out, tmp_path / "probe.json"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    (one,), (two,) = (list(folder.glob(".vjepa-features/val-tokens-*.npy")) for folder in (out.parent, tmp_path))
     assert np.array_equal(np.load(one), np.load(two))
+    linear = run_evaluation("probe", trained, scenes, {"random_seeds": 0, "labels": ["shape", "speed"]})
+    assert json.loads((tmp_path / "linear.json").read_text()) == linear.to_json()
 
 
-def test_views_vote_and_baselines_stand_beside(trained: Path, scenes: Path, tmp_path: Path) -> None:
-    found = attentive(
-        trained,
-        scenes,
-        label="shape",
-        out=tmp_path / "p.json",
-        recipe=SMALL,
-        clips_per_video=1,
-        views=3,
-        baselines=True,
-    )
-    tokens = tmp_path.glob(".p.tokens/*-1x3/val.npy")
-    shapes = sorted(np.load(one, mmap_mode="r").shape for one in tokens)
+def test_views_vote_together(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    """Baselines stand next to the encoder, with tokens of their own."""
+    settings = small(clips_per_video=1, views=3, baselines=True)
+    result = run_evaluation("attentive", trained, scenes, settings, out=tmp_path / "p.json")
+    tokens = tmp_path.glob(".vjepa-features/val-tokens-*.npy")
+    shapes = sorted(np.load(path, mmap_mode="r").shape for path in tokens)
     assert shapes == [(24 * 3, 2, 4, 4, width) for width in (48, 48, 2 * 8 * 8 * 3)]
-    assert [row["features"] for row in found["rows"]] == [
-        "pretrained", "random init", "pixels", "pretrained, max over heads", "prior",
-    ]  # fmt: skip
-    assert found["baselines"].keys() == {"random init", "pixels"}
-    assert {one["videos"] for one in found["baselines"].values()} == {found["videos"]} == {8}
-    assert found["rows"][3]["value"] >= found["rows"][0]["value"]
+    assert result.columns == ["pretrained", "random init", "pixels", "pretrained, max over heads", "prior"]
+    baselines = result.details["baselines"]
+    assert baselines.keys() == {"random init", "pixels"}
+    assert {findings["videos"] for findings in baselines.values()} == {result.details["videos"]} == {8}
+    assert result.rows[3].value >= result.rows[0].value
 
 
-def test_the_classifier_is_hugging_faces(result: tuple[dict, Path], trained: Path, tmp_path: Path) -> None:
+def test_max_videos_limits_the_encoded_videos(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    result = run_evaluation("attentive", trained, scenes, small(max_videos=12), out=tmp_path / "p.json")
+    assert result.protocol["videos"] == {"fit": 6, "choose": 2, "report": 4}
+    (tokens,) = tmp_path.glob(".vjepa-features/val-tokens-*.npy")
+    assert len(np.load(tokens, mmap_mode="r")) == 12 * 2
+
+
+def test_the_classifier_is_hugging_faces(written: tuple[Result, Path], trained: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    probe = result[1].with_suffix(".safetensors")
-    said = export(trained, tmp_path / "hf", probe=probe)
-    assert said["check"]["logits_max_abs_difference"] == 0
+    probe = written[1].with_suffix(".safetensors")
+    provenance = export(trained, tmp_path / "hf", probe=probe)
+    assert provenance["check"]["logits_max_abs_difference"] == 0
     model = transformers.AutoModelForVideoClassification.from_pretrained(tmp_path / "hf")
     assert type(model).__name__ == "VJEPA2ForVideoClassification"
     assert model.config.id2label == {0: "disc", 1: "square"}
@@ -136,7 +150,7 @@ def test_the_classifier_is_hugging_faces(result: tuple[dict, Path], trained: Pat
         export(trained, tmp_path / "native", probe=probe, format="native")
 
 
-def test_every_tensor_of_the_probe_has_a_name_at_hugging_face() -> None:
+def test_every_tensor_of_the_probe_has_a_hugging_face_name() -> None:
     transformers = pytest.importorskip("transformers")
     settings = transformers.VJEPA2Config(
         hidden_size=16, num_attention_heads=4, num_hidden_layers=1, crop_size=32, frames_per_clip=2, num_labels=3,
@@ -156,15 +170,19 @@ def test_every_tensor_of_the_probe_has_a_name_at_hugging_face() -> None:
 
 
 def test_bad_input_is_named(trained: Path, scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no class called 'colour' in split 'val'; it has shape, speed, tracks"):
-        attentive(trained, scenes, label="colour", out=tmp_path / "p.json")
-    with pytest.raises(BadInput, match="no split 'test'"):
-        attentive(trained, scenes, label="shape", split="test", out=tmp_path / "p.json")
-    (tmp_path / "p.json").write_text("mine")
+    out = tmp_path / "p.json"
+    for settings, message in (
+        ({"label": "colour"}, "no class label 'colour' in split 'val', which has shape, speed, tracks"),
+        ({"label": "shape", "split": "test"}, "no split 'test'"),
+        ({"label": "shape", "max_videos": 11}, "has 11 labelled videos; the probe needs at least 12"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            run_evaluation("attentive", trained, scenes, settings, out=out)
+    out.write_text("mine")
     with pytest.raises(BadInput, match="exists already"):
-        attentive(trained, scenes, label="shape", out=tmp_path / "p.json")
+        run_evaluation("attentive", trained, scenes, SMALL, out=out)
     with pytest.raises(BadInput, match="not a probe"):
-        load_classifier(tmp_path / "p.json")
+        load_classifier(out)
 
 
 def test_the_interval_is_wilsons() -> None:

@@ -1,4 +1,4 @@
-"""Every command and every program of docs/downstream.md is run here, in the order of the page, on a small run."""
+"""All commands and programs of docs/downstream.md run in the order of the page, on a small run."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from checkpoints import load_weights
 
 from vjepa.checkpoints.checkpoint import resolve
 from vjepa.cli import main
+from vjepa.evals import registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "downstream.md"
 
@@ -24,14 +25,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture
-def place(
+def workplace(
     trained: Path,
     scenes: Path,
     write_scene: Callable[[Path, int], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A folder with all that the page speaks of: a run, a corpus, videos, a released file."""
+    """A folder with everything that the page mentions: a run, a corpus, videos, a released file."""
     run = tmp_path / "runs" / "X"
     shutil.copytree(trained, run)
     settings = json.loads((resolve(run) / "state.json").read_text())["settings"]
@@ -48,14 +49,15 @@ def place(
 
 
 def run(words: list[str]) -> int:
-    """A verb, here, or where it traces the model: what checks signatures in tests cannot be traced."""
+    """Run a command in this process, or in its own if it traces the model: checked signatures cannot be traced."""
     if "pt2" not in words:
         return main(words)
     return subprocess.run([sys.executable, "-W", "ignore", "-m", "vjepa", *words], check=False).returncode
 
 
-def test_the_page_works_as_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_works(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
+    monkeypatch.setattr(registry, "EVALUATIONS", dict(registry.EVALUATIONS))  # the page adds one
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     verbs = []
     for kind, text in blocks:
@@ -68,13 +70,13 @@ def test_the_page_works_as_told(place: Path, capsys: pytest.CaptureFixture[str])
             assert run(words[1:]) == 0, f"{line}: {capsys.readouterr().err}"
             verbs.append(words[1] if words[1] != "eval" else words[2])
     assert set(verbs) == {"export", "import", "embed", "probe", "attentive", "knn", "report"}
-    rows = pq.read_table(place / "features.parquet").to_pylist()
+    rows = pq.read_table(workplace / "features.parquet").to_pylist()
     assert [Path(row["key"]).name for row in rows] == ["a.mp4", "b.mp4", "broken.mkv", "more.mp4"]
     assert [row["error"] is None for row in rows] == [True, True, False, True]
-    page = (place / "model" / "report.html").read_text()
+    page = (workplace / "model" / "report.html").read_text()
     assert "max over heads" in page
     assert "Nearest neighbours" in page
-    assert (place / "shards.html").read_text().count("<img") > 20
-    assert json.loads((place / "tuned" / "config.json").read_text())["architectures"] == [
+    assert (workplace / "shards.html").read_text().count("<img") > 20
+    assert json.loads((workplace / "tuned" / "config.json").read_text())["architectures"] == [
         "VJEPA2ForVideoClassification"
     ]

@@ -1,4 +1,4 @@
-"""Features of any videos: those that the encoder gives, whatever is broken and wherever it was stopped."""
+"""Embedding writes the features that the encoder gives, for any videos, and continues after an interruption."""
 
 import io
 import json
@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from vjepa.evals import embed as embed_module
-from vjepa.evals.attentive import _labels as attentive_labels
+from vjepa.evals import parts as parts_module
 from vjepa.evals.embed import embed
+from vjepa.evals.features import read_class_labels
 from vjepa.weights.load import load_encoder
 from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.evaluation import video_files as files_module
@@ -31,21 +32,21 @@ from vjepa_data.settings import BadInput
 @pytest.fixture
 def folder(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> Path:
     """Three good videos, one of them below, and three bad ones."""
-    place = tmp_path / "videos"
+    videos = tmp_path / "videos"
     for name, number in (("b.mp4", 1), ("a.mp4", 0), ("below/c.mp4", 2)):
-        write_scene(place / name, number)
-    (place / "text.mp4").write_text("no video")
-    (place / "torn.mp4").write_bytes((place / "a.mp4").read_bytes()[:900])
-    (place / "empty.mkv").write_bytes(b"")
-    (place / "notes.txt").write_text("not looked at")
-    return place
+        write_scene(videos / name, number)
+    (videos / "text.mp4").write_text("no video")
+    (videos / "torn.mp4").write_bytes((videos / "a.mp4").read_bytes()[:900])
+    (videos / "empty.mkv").write_bytes(b"")
+    (videos / "notes.txt").write_text("not looked at")
+    return videos
 
 
 def rows_of(out: Path) -> list[dict]:
     return pq.read_table(out).to_pylist()
 
 
-def test_shards_of_others_are_embedded_with_what_they_say_or_do_not(
+def test_foreign_shards_are_embedded_with_their_labels(
     trained: Path, write_scene: Callable[[Path, int], Path], tmp_path: Path
 ) -> None:
     video = write_scene(tmp_path / "scene.mp4", 0)
@@ -61,11 +62,13 @@ def test_shards_of_others_are_embedded_with_what_they_say_or_do_not(
     clips = EvalClips(tmp_path / "in", split="train", px=32, frames=4, fps=8.0)
     assert {clip.key: clip.labels for clip in clips} == {"a": {}, "b": said["b"], "c": {}, "d": said["d"]}
     assert embed(trained, [tmp_path / "in"], tmp_path / "f.parquet").broken == 0
-    with pytest.raises(BadInput, match="no class called 'kind' in split 'train'; it has caption, group, labels, views"):
-        attentive_labels(tmp_path / "in", "train", "kind")
+    with pytest.raises(
+        BadInput, match="no class label 'kind' in split 'train', which has caption, group, labels, views"
+    ):
+        read_class_labels(tmp_path / "in", "train", "kind")
 
 
-def test_a_picture_is_a_clip_that_stands_still(trained: Path, tmp_path: Path) -> None:
+def test_a_picture_is_a_clip_of_equal_frames(trained: Path, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -81,7 +84,7 @@ def test_a_picture_is_a_clip_that_stands_still(trained: Path, tmp_path: Path) ->
     torch.testing.assert_close(torch.tensor(row["features"]), wanted)
 
 
-def test_good_and_bad_videos_each_have_their_row(trained: Path, folder: Path, tmp_path: Path) -> None:
+def test_each_video_has_its_row(trained: Path, folder: Path, tmp_path: Path) -> None:
     summary = embed(trained, [folder], tmp_path / "f.parquet", clips_per_video=2)
     assert (summary.clips, summary.videos, summary.broken, summary.shape) == (6, 6, 3, (48,))
     rows = rows_of(tmp_path / "f.parquet")
@@ -134,7 +137,7 @@ def work(wanted):
 """
 
 
-def test_files_that_hang_or_crash_their_decoder_are_rows(
+def test_files_that_hang_or_crash_their_decoder_have_a_row(
     trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "modules").mkdir()
@@ -148,7 +151,7 @@ def test_files_that_hang_or_crash_their_decoder_are_rows(
         assert rows_of(out)[0]["error"].startswith(said)
 
 
-def test_what_has_no_end_is_refused_at_once(trained: Path, tmp_path: Path) -> None:
+def test_files_without_an_end_are_rejected_at_once(trained: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     for name in ("pipe.mp4", "zero.mp4"):
@@ -158,11 +161,11 @@ def test_what_has_no_end_is_refused_at_once(trained: Path, tmp_path: Path) -> No
         assert rows_of(out)[0]["error"] == "missing: not a file"
 
 
-def test_two_ranks_of_torchrun_write_the_file_that_one_process_writes(
+def test_two_ranks_write_the_file_of_one_process(
     trained: Path, write_scene: Callable[[Path, int], Path], tmp_path: Path
 ) -> None:
     videos = tmp_path / "videos"
-    for number in range(embed_module.PART_VIDEOS + 6):  # work for two
+    for number in range(parts_module.PART_VIDEOS + 6):  # work for two
         if number < 4:
             write_scene(videos / f"{number:03d}.mp4", number)
         else:
@@ -173,7 +176,7 @@ def test_two_ranks_of_torchrun_write_the_file_that_one_process_writes(
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *start, *words], check=True, env=environment, timeout=240)
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
-    assert one.num_rows == embed_module.PART_VIDEOS + 6
+    assert one.num_rows == parts_module.PART_VIDEOS + 6
     assert one.equals(two, check_metadata=True)
 
 
@@ -186,18 +189,18 @@ def test_views_are_squares_from_left_to_right() -> None:
     assert square_views(frames, 8, 1)[0].shape == (1, 8, 8, 3)
 
 
-def test_it_goes_on_where_it_was_stopped(
+def test_an_interrupted_embedding_continues(
     trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed(trained, [folder], tmp_path / "whole.parquet")
-    monkeypatch.setattr(embed_module, "PART_VIDEOS", 2)
+    monkeypatch.setattr(parts_module, "PART_VIDEOS", 2)
     honest, calls = embed_module._rows, []
 
-    def stop_at_third(encoder, job, videos):
-        calls.append([Path(job.videos.keys[video]).name for video in videos])
+    def stop_at_third(encoder, request, videos, advance):
+        calls.append([Path(request.videos.keys[video]).name for video in videos])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return honest(encoder, job, videos)
+        return honest(encoder, request, videos, advance)
 
     monkeypatch.setattr(embed_module, "_rows", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -211,15 +214,15 @@ def test_it_goes_on_where_it_was_stopped(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_bad_input_is_named_before_the_work(trained: Path, folder: Path, scenes: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named_first(trained: Path, folder: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "taken.npy").write_text("mine")
     (tmp_path / "nothing").mkdir()
     cases: list[tuple[list[Path], Path, str]] = [
-        ([folder], tmp_path / "f.csv", "written as .parquet, .npy, .safetensors"),
+        ([folder], tmp_path / "f.csv", "unsupported feature format '.csv' of .*; use .parquet, .npy, .safetensors"),
         ([folder], tmp_path / "taken.npy", "exists already"),
         ([tmp_path / "gone"], tmp_path / "f.npy", "no such file"),
         ([tmp_path / "nothing"], tmp_path / "f.npy", "no file there has the name of a video"),
-        ([scenes, folder], tmp_path / "f.npy", "is a corpus, and is embedded alone"),
+        ([scenes, folder], tmp_path / "f.npy", "is a corpus and cannot be mixed"),
     ]
     for places, out, message in cases:
         with pytest.raises(BadInput, match=message):
@@ -227,7 +230,7 @@ def test_bad_input_is_named_before_the_work(trained: Path, folder: Path, scenes:
     assert (tmp_path / "taken.npy").read_text() == "mine"
 
 
-def test_a_file_is_cut_by_time_and_turned_upright(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> None:
+def test_a_file_is_cut_by_time(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> None:
     path = write_scene(tmp_path / "a.mp4", 4)
     dense = file_clips(path, px=64, frames=12, fps=8.0)[0].frames
     sparse = file_clips(path, px=64, frames=3, fps=4.0, per_video=3)

@@ -12,7 +12,7 @@ import torch
 from checkpoints import load_weights
 from safetensors.torch import load_file, save_file
 
-from vjepa.evals.knn import knn
+from vjepa.evals.shell import run_evaluation
 from vjepa.export import export as export_module
 from vjepa.export import verify
 from vjepa.export.export import export
@@ -120,7 +120,7 @@ def test_the_card_lists_the_results_of_these_weights(
     make_trained: Callable[..., Path], scenes: Path, tmp_path: Path
 ) -> None:
     run = make_trained(tmp_path / "run")
-    knn(run, scenes, label="shape", out=run / "knn.json")
+    run_evaluation("knn", run, scenes, {"label": "shape"}, out=run / "knn.json")
     other = json.loads((run / "knn.json").read_text())
     other["model"]["step"] = 20
     (run / "older.json").write_text(json.dumps(other))

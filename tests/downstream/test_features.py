@@ -1,4 +1,4 @@
-"""Evaluation clips are the same every time, and token labels are where the objects are."""
+"""Evaluation clips are the same every time, and token labels are at the positions of the objects."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vjepa.config import Model
-from vjepa.evals.features import PixelReader, read_features
+from vjepa.evals.base import EvaluationContext
+from vjepa.evals.features import LabelledClips, PixelEncoder, encode, read_features
 from vjepa.evals.object_labels import mean_velocity, token_labels
 from vjepa.nn.grid import Grid
 from vjepa.weights.load import load_encoder
@@ -100,7 +101,7 @@ def test_velocity_and_direction_are_those_of_the_tracks() -> None:
     assert set(labels.direction[~early].tolist()) == {2}
 
 
-def test_a_clips_velocity_is_that_of_its_objects_within_it() -> None:
+def test_the_velocity_of_a_clip_is_that_of_its_objects() -> None:
     # 0.03 to the right in three frames at 8 a second, beside one that falls 0.06.
     one = {**still("disc", 0, 0, 0.2), "x": [0.30, 0.33, 0.34, 0.33], "y": [0.4] * 4}
     other = {**still("ring", 0.7, 0, 0.2), "y": [0.40, 0.42, 0.44, 0.46]}
@@ -118,24 +119,65 @@ def test_an_object_hidden_in_a_tubelet_labels_nothing_there() -> None:
     assert len(token_labels(make_clip([]), Grid(2, 4, 4), MODEL, clip_number=0).token) == 0
 
 
-def test_features_of_labelled_tokens_are_those_of_their_places(scenes: Path, trained: Path) -> None:
-    from vjepa.evals.features import EncoderReader
-
+def test_features_of_labelled_tokens_are_at_their_positions(
+    scenes: Path, trained: Path, context: EvaluationContext
+) -> None:
     encoder = load_encoder(trained)
     clips = open_scenes(scenes, max_videos=3)
-    readers = {"encoder": EncoderReader(encoder), "pixels": PixelReader(encoder.model)}
-    seen = read_features(readers, clips, encoder.model, batch=4)
-    every = list(clips)
-    row = len(seen.labels.clip) // 2
-    clip, token = every[seen.labels.clip[row]], int(seen.labels.token[row])
+    encoders = {"encoder": encoder, "pixels": PixelEncoder(encoder)}
+    read = read_features(encoders, scenes, clips, context)
+    in_order = list(clips)
+    row = len(read.labels.clip) // 2
+    clip, token = in_order[read.labels.clip[row]], int(read.labels.token[row])
     t, y, x = token // 16, token // 4 % 4, token % 4
-    wanted = encoder(clip.frames[None])[0, t, y, x]
-    torch.testing.assert_close(seen.features["encoder"].tokens[row], wanted)
+    expected = encoder(clip.frames[None])[0, t, y, x]
+    torch.testing.assert_close(read.features["encoder"].tokens[row], expected)
     pixels = clip.frames[t * 2 : t * 2 + 2, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8].float() / 255
-    assert torch.equal(seen.features["pixels"].tokens[row], pixels.flatten())
-    assert seen.features["encoder"].pooled.shape == (9, 2 * 48)
-    assert json.dumps(dict(seen.scalars[0]))
-    assert "tracks" not in seen.scalars[0]
+    assert torch.equal(read.features["pixels"].tokens[row], pixels.flatten())
+    assert read.features["encoder"].pooled.shape == (9, 2 * 48)
+    assert json.dumps(dict(read.scalars[0]))
+    assert "tracks" not in read.scalars[0]
+
+
+def test_cached_features_depend_on_everything_that_decides_them(
+    scenes: Path, trained: Path, context: EvaluationContext
+) -> None:
+    encoder = load_encoder(trained)
+    for number, (clips, options) in enumerate(
+        [
+            (open_scenes(scenes, max_videos=3), {}),
+            (open_scenes(scenes, max_videos=2), {}),
+            (open_scenes(scenes, max_videos=2, per_video=1), {}),
+            (open_scenes(scenes, max_videos=2, per_video=1), {"pooling": "clip"}),
+            (open_scenes(scenes, max_videos=2, per_video=1, split="train"), {"pooling": "clip"}),
+        ]
+    ):
+        for _ in range(2):
+            read_features({"encoder": encoder}, scenes, clips, context, **options)
+            assert len(list(context.cache.iterdir())) == number + 1
+    read_features({"encoder": random_encoder(encoder, 0)}, scenes, clips, context, pooling="clip")
+    assert len(list(context.cache.iterdir())) == 6
+
+
+def test_saved_clips_load_equal(scenes: Path, trained: Path, context: EvaluationContext, tmp_path: Path) -> None:
+    encoder = load_encoder(trained)
+    read = read_features({"encoder": encoder}, scenes, open_scenes(scenes, max_videos=2), context)
+    read.save(tmp_path / "read.npz")
+    again = LabelledClips.load(tmp_path / "read.npz")
+    assert (again.keys, again.scalars) == (read.keys, read.scalars)
+    assert torch.equal(again.features["encoder"].pooled, read.features["encoder"].pooled)
+    assert np.array_equal(again.labels.shape, read.labels.shape)
+    LabelledClips.join([]).save(tmp_path / "none.npz")
+    assert LabelledClips.join([LabelledClips.load(tmp_path / "none.npz"), again]).keys == read.keys
+
+
+def test_pixels_are_pooled_to_one_pixel_per_token(trained: Path) -> None:
+    pixels = PixelEncoder(load_encoder(trained))
+    frames = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
+    frames[0, 1, :8, :8] = 255
+    pooled = encode(pixels, frames, "clip").pooled.view(4, 3, 4, 4)
+    assert pooled.sum() == 3
+    assert (pooled[1, :, 0, 0] == 1).all()
 
 
 def test_random_encoders_differ_by_seed_and_repeat(trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page of a run shows what the run says, in one file, and leaves out what it cannot show."""
+"""The page of a run shows its record in one file and says what it cannot show."""
 
 import json
 import re
@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from vjepa.checkpoints.checkpoint import resolve
-from vjepa.evals.knn import knn
-from vjepa.evals.linear import probe
+from vjepa.evals.shell import run_evaluation
 from vjepa.export.export import export
 from vjepa.report.build import report
 from vjepa.report.run import read_lines
@@ -46,11 +45,11 @@ def story(make_trained, scenes: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_page_shows_all_and_needs_nothing_else(story: Path, scenes: Path) -> None:
-    probe(story, scenes, out=story / "probe.json", random_seeds=1)
+def test_the_page_shows_everything_in_one_file(story: Path, scenes: Path) -> None:
+    run_evaluation("probe", story, scenes, {"random_seeds": 1}, out=story / "probe.json")
     page = report(story).read_text()
     assert len(page) < 5e6
-    for words in ("Learning", "Training clips", "look like", "are worth", "Data", "The run"):
+    for words in ("Learning", "Training clips", "Features", "Evaluations", "Data", "The run"):
         assert words in page
     assert page.count("<figure>") == 6
     assert "17.2" in page
@@ -74,12 +73,24 @@ def test_a_run_on_still_images_has_a_page(story: Path) -> None:
     assert "mask 0" in page
 
 
+def test_metrics_of_any_method_are_plotted(story: Path) -> None:
+    """Names come from metrics.jsonl. Names that differ in a number at the end share a plot."""
+    names = ("loss/koleo", "loss/view_0", "loss/view_1", "monitor/entropy", "optim/temperature")
+    lines = [{"step": step, **dict.fromkeys(names, step / 3)} for step in range(1, 5)]
+    (story / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(story).read_text()
+    learning = page[page.index("Learning") : page.index("Training clips")]
+    assert learning.count("<svg") == 4
+    for title in ("loss/koleo", "loss/view", "monitor/entropy", "optim/temperature"):
+        assert title in learning
+
+
 def test_the_same_run_gives_the_same_page(story: Path) -> None:
     first = report(story).read_text()
     assert report(story).read_text() == first
 
 
-def test_what_cannot_be_shown_is_said(story: Path) -> None:
+def test_the_page_says_what_it_cannot_show(story: Path) -> None:
     settings = yaml.safe_load((story / "config.yaml").read_text())
     settings["data"]["sources"][0]["shards"] = str(story / "gone")
     (story / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -88,11 +99,11 @@ def test_what_cannot_be_shown_is_said(story: Path) -> None:
     assert "Nothing is recorded yet" in page
     assert "The clips cannot be shown" in page
     assert "Features cannot be shown" in page
-    assert "No probe yet" in page
+    assert "No results yet" in page
 
 
-def test_bad_input_is_named_and_nothing_is_overwritten(story: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is no run"):
+def test_bad_input_is_named(story: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is not a run"):
         report(tmp_path)
     mine = tmp_path / "page.html"
     mine.write_text("mine")
@@ -106,7 +117,8 @@ def test_bad_input_is_named_and_nothing_is_overwritten(story: Path, tmp_path: Pa
 
 
 def test_a_model_has_a_page(trained: Path, scenes: Path, tmp_path: Path) -> None:
-    knn(trained, scenes, label="shape", out=tmp_path / "knn.json", baselines=True)
+    settings = {"label": "shape", "baselines": True}
+    run_evaluation("knn", trained, scenes, settings, out=tmp_path / "knn.json")
     export(trained, tmp_path / "model", format="native")
     path = report(tmp_path / "model", clips=[scenes], results=[tmp_path / "knn.json"])
     page = path.read_text()
@@ -117,9 +129,9 @@ def test_a_model_has_a_page(trained: Path, scenes: Path, tmp_path: Path) -> None
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     bare = report(tmp_path / "model", tmp_path / "bare.html").read_text()
     assert "Give videos with --clips" in bare
-    with pytest.raises(BadInput, match="say with --out"):
+    with pytest.raises(BadInput, match="with --out"):
         report(resolve(trained))
-    with pytest.raises(BadInput, match="holds no result"):
+    with pytest.raises(BadInput, match="is not an evaluation result"):
         report(tmp_path / "model", results=[tmp_path / "model" / "model.json"])
 
 
@@ -127,11 +139,11 @@ def test_a_corpus_has_a_page(scenes: Path, tmp_path: Path) -> None:
     page = report(scenes, tmp_path / "page.html").read_text()
     assert "40 clips, 4 frames of each" in page
     assert len(page) < 5e6
-    with pytest.raises(BadInput, match="is no model"):
+    with pytest.raises(BadInput, match="is not a model"):
         report(scenes, tmp_path / "other.html", clips=[scenes])
 
 
-def test_attempts_are_on_the_line_of_time(story: Path) -> None:
+def test_attempts_are_shown_over_time(story: Path) -> None:
     began = 1_790_000_000
     attempts = [
         {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began + 60 * step)), "code": {}}
@@ -141,12 +153,12 @@ def test_attempts_are_on_the_line_of_time(story: Path) -> None:
     lines = [{"step": step, "time": began + 60 * step + 30} for step in range(1, 41)]
     (story / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report(story).read_text()
-    assert "Steps made over time" in page
-    assert "minutes since the first attempt began" in page
+    assert "Steps over time" in page
+    assert "minutes since the start of the first attempt" in page
     assert "attempt 2" in page
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
     assert list(read_lines(tmp_path / "m.jsonl")) == [{"step": 1}]
     assert list(read_lines(tmp_path / "none.jsonl")) == []
@@ -185,7 +197,7 @@ def test_masks_cover_what_they_hide() -> None:
     assert grey.min() == grey.max() != 200
 
 
-def test_feature_colours_are_the_main_directions_whatever_their_sign() -> None:
+def test_feature_colours_are_the_main_directions() -> None:
     draw = torch.Generator().manual_seed(0)
     strength = torch.tensor([9.0, 3.0, 1.0, 0.1, 0.1])
     tokens = torch.randn(2, 3, 4, 4, 5, generator=draw) * strength
@@ -197,7 +209,7 @@ def test_feature_colours_are_the_main_directions_whatever_their_sign() -> None:
     assert np.array_equal(colours, plots.feature_colours(tokens + 100))
 
 
-def test_a_plot_draws_what_is_finite_and_nothing_random() -> None:
+def test_a_plot_draws_finite_values_reproducibly() -> None:
     curve = Curve("a", np.arange(100.0), np.where(np.arange(100) == 5, np.nan, np.arange(100.0)))
     one, other = (plots.plot([curve], title="t", marks=[50]) for _ in range(2))
     assert one == other
@@ -206,7 +218,7 @@ def test_a_plot_draws_what_is_finite_and_nothing_random() -> None:
     assert smooth.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_a_strip_lies_left_to_right() -> None:
+def test_a_strip_runs_from_left_to_right() -> None:
     frames = np.stack([np.full((4, 6, 3), value, np.uint8) for value in (10, 20)])
     assert plots.strip(frames, gap=2).shape == (4, 14, 3)
     assert plots.strip(frames, gap=0, height=8)[0, :, 0].tolist() == [10] * 12 + [20] * 12

@@ -13,7 +13,7 @@ import pytest
 from vjepa.config import load
 from vjepa.demo import CORPUS
 from vjepa.engine.trainer import train
-from vjepa.evals.linear import probe
+from vjepa.evals.shell import run_evaluation
 from vjepa_data.builder.shard import shard
 from vjepa_data.config_files import load_settings
 from vjepa_data.spec import Spec
@@ -76,9 +76,9 @@ def test_in_seconds_it_learns_more_than_an_untrained_encoder_tells(
     cost, settings = SHORT_RECIPES[name]
     run = load("demo", objectives.recipe(name, small_shards, SHORT_SEED, cost, [*SHORT, *settings])).settings
     assert train(run, tmp_path / "run") == 0
-    found = probe(tmp_path / "run", small_shards, train_split="train", labels=["objects"], clips_per_video=2)
-    rows = {row["features"]: row for row in found["rows"]}
-    assert rows["pretrained"]["value"] > max(rows["random init"]["seeds"]) + 0.03
+    settings = {"train_split": "train", "labels": ["objects"], "clips_per_video": 2}
+    rows = {row.features: row for row in run_evaluation("probe", tmp_path / "run", small_shards, settings).rows}
+    assert rows["pretrained"].value > max(rows["random init"].extra["seeds"]) + 0.03
 
 
 @pytest.fixture(scope="module")

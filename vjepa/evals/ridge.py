@@ -1,6 +1,8 @@
-"""What a linear readout finds in features: ridge regression, its penalty cross-validated, folds and intervals by clip.
+"""Linear probes by ridge regression, with a cross-validated penalty. Folds and intervals are by clip.
 
-n rows (clips, or tokens of clips), d features, k targets. A class is read out by regression on its one-hot code.
+Classes are predicted by regression on their one-hot code.
+
+Letters: n rows (clips, or tokens of clips), d features, k targets, c clips.
 """
 
 import math
@@ -18,21 +20,21 @@ from vjepa_data.rng import generator
 
 Kind = Literal["class", "number"]
 
-# Penalties as a share of the number of rows, for features of variance 1: from none to nearly all.
+# Penalties as a share of the number of rows, for features of variance 1.
 PENALTIES = tuple(10.0**power for power in range(-5, 4))
 
 FOLDS = 5
-FOLD_ROWS = 20_000  # the penalty is chosen on clips with about so many rows; more cost time and change nothing
+FOLD_ROWS = 20_000  # the penalty is selected on clips with about so many rows; more did not change the choice
 
 CHUNK = 16384  # rows turned to float64 at a time
 
 Target = Shaped[ndarray, " n"] | Float[ndarray, "n k"]
-"""Of each row a class or a number, or several numbers."""
+"""A class, a number, or several numbers for each row."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of features with the target of each, and the clip that each comes from."""
+    """Rows of features, with the target and the clip of each row."""
 
     features: Float[Tensor, "n d"]
     target: Target
@@ -42,6 +44,7 @@ class Table:
         return len(self.clip)
 
     def rows(self, keep: Shaped[ndarray, " m"]) -> "Table":
+        """Return some of the rows."""
         return Table(self.features[torch.from_numpy(keep)], self.target[keep], self.clip[keep])
 
 
@@ -52,7 +55,7 @@ class Score:
     value: float
     low: float
     high: float
-    """2.5 % and 97.5 % quantiles of 1,000 resamplings of the test clips."""
+    """The 2.5 % and 97.5 % quantiles over 1,000 resamplings of the test clips."""
     rows: int
     clips: int
     penalty: float | None = None
@@ -62,40 +65,40 @@ def ridge_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
     """Choose the penalty by five-fold cross-validation on `train`, fit on all of it, score on `test`.
 
     Args:
-        train, test: rows; their clips must differ.
-        kind: `class` gives accuracy; `number` gives R2, 1 - squared errors / squared distances to the mean of
-            `train`, each summed over all rows and the k targets (which are of one unit).
-        seed: of the resampling and of the folds.
+        train, test: rows of different clips.
+        kind: `class` gives accuracy. `number` gives R2, which is 1 - squared errors / squared distances to the mean of
+            `train`, each summed over all rows and the k targets (in one unit).
+        seed: seed of the resampling and of the folds.
 
     Raises:
-        ValueError: fewer than two clips to train on, or one class only.
+        ValueError: there are fewer than two clips to train on, or only one class.
     """
-    codes = _Codes(train.target, kind)
-    missed, errors = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
-    for inner, held in _folds(train, seed):
-        y = torch.from_numpy(codes(held.target))
-        guesses = [predict(held.features) for predict in _fit(inner.features, codes(inner.target))]
-        missed += [_parts(guess, held, codes)[0].sum() for guess in guesses]
-        errors += [float((guess - y).square().sum()) for guess in guesses]
-    best = int(np.lexsort((errors, missed))[0])  # accuracy on few clips is a staircase: among equals the smaller error
+    codes = _TargetCodes(train.target, kind)
+    losses, errors = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
+    for fold in _folds(train, seed):
+        y = torch.from_numpy(codes(fold.held_out.target))
+        predictions = [predict(fold.held_out.features) for predict in _fit(fold.fit.features, codes(fold.fit.target))]
+        losses += [_clip_losses(predicted, fold.held_out, codes).losses.sum() for predicted in predictions]
+        errors += [float((predicted - y).square().sum()) for predicted in predictions]
+    best = int(np.lexsort((errors, losses))[0])  # accuracies on few clips are often equal, then the error decides
     predict = _fit(train.features, codes(train.target), (PENALTIES[best],))[0]
     return _with_interval(predict(test.features), test, codes, seed, PENALTIES[best])
 
 
 def prior_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Score:
-    """What is reached without looking: the commonest class, or the mean."""
-    codes = _Codes(train.target, kind)
-    guess = torch.from_numpy(codes.mean).expand(len(test), -1)
-    return _with_interval(guess, test, codes, seed, None)
+    """Score the prediction that ignores the features: the commonest class, or the mean."""
+    codes = _TargetCodes(train.target, kind)
+    predicted = torch.from_numpy(codes.mean).expand(len(test), -1)
+    return _with_interval(predicted, test, codes, seed, None)
 
 
-class _Codes:
-    """Targets as numbers [n k]: one-hot classes, or the numbers themselves; and their mean where we fit."""
+class _TargetCodes:
+    """Code targets as numbers [n k]: one-hot classes, or the numbers themselves. Keeps their mean over fitted rows."""
 
     def __init__(self, target: Target, kind: Kind) -> None:
         self.classes = np.unique(target) if kind == "class" else None
         if self.classes is not None and len(self.classes) < 2:
-            raise ValueError(f"all rows to train on are of one class ({self.classes[0]!r}); nothing can be read out")
+            raise ValueError(f"all rows to train on have one class ({self.classes[0]!r}); give rows of two classes")
         self.mean = self(target).mean(0)
 
     def __call__(self, target: Target) -> Float[ndarray, "n k"]:
@@ -104,23 +107,28 @@ class _Codes:
         return target.astype(np.float64).reshape(len(target), -1)
 
 
-def _folds(table: Table, seed: int) -> Iterator[tuple[Table, Table]]:
-    """Five times four fifths of the clips and the last one, of at most so many rows as the choice needs."""
+@dataclass(frozen=True)
+class _Fold:
+    """Rows to fit on, and rows of other clips."""
+
+    fit: Table
+    held_out: Table
+
+
+def _folds(table: Table, seed: int) -> Iterator[_Fold]:
+    """Cut the clips in five, and yield each fifth with the other four. At most about `FOLD_ROWS` rows are used."""
     clips = np.unique(table.clip)
     if len(clips) < 2:
-        raise ValueError(f"a readout needs at least 2 clips to train on, got {len(clips)}")
+        raise ValueError(f"a linear probe needs at least 2 clips to train on, got {len(clips)}; give more clips")
     clips = generator(seed, "readout folds").permutation(clips)
     clips = clips[: max(FOLDS, round(len(clips) * min(1, FOLD_ROWS / len(table))))]
     for held in np.array_split(clips, min(FOLDS, len(clips))):
         inner = np.setdiff1d(clips, held)
-        yield (
-            table.rows(np.flatnonzero(np.isin(table.clip, inner))),
-            table.rows(np.flatnonzero(np.isin(table.clip, held))),
-        )
+        yield _Fold(*(table.rows(np.flatnonzero(np.isin(table.clip, part))) for part in (inner, held)))
 
 
-class _Linear:
-    """x -> (x - mean) / std @ weight + bias."""
+class _LinearMap:
+    """Map x to (x - mean) / std @ weight + bias."""
 
     def __init__(
         self,
@@ -138,8 +146,8 @@ class _Linear:
 
 def _fit(
     features: Float[Tensor, "n d"], codes: Float[ndarray, "n k"], penalties: Sequence[float] = PENALTIES
-) -> list[_Linear]:
-    """One ridge regression for each penalty, from a single decomposition of the smaller Gram matrix, in fp64."""
+) -> list[_LinearMap]:
+    """Fit a ridge regression for each penalty, from one decomposition of the smaller Gram matrix, in fp64."""
     rows, width = features.shape
     y = torch.from_numpy(codes)
     bias = y.mean(0)
@@ -159,7 +167,7 @@ def _fit(
         values, vectors = torch.linalg.eigh(x @ x.T)
         cross = vectors.T @ y
         weights = [x.T @ (vectors @ (cross / (values + p * rows)[:, None])) for p in penalties]
-    return [_Linear(mean, std, weight, bias) for weight in weights]
+    return [_LinearMap(mean, std, weight, bias) for weight in weights]
 
 
 def _moments(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
@@ -170,43 +178,48 @@ def _moments(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float
     for part in features.split(CHUNK):
         square += (part.double() - mean).square().sum(0)
     std = (square / len(features)).sqrt()
-    # A feature that never changes says nothing; dividing by its rounding error would make it shout.
+    # A constant feature is ignored. Dividing by its rounding error would amplify noise.
     return mean, torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.inf)
 
 
-def _parts(
-    guess: Float[Tensor, "n k"], table: Table, codes: _Codes
-) -> tuple[Float[ndarray, " c"], Float[ndarray, " c"]]:
-    """What was missed and what there was to get, for each of c clips, summed over its rows.
+@dataclass(frozen=True)
+class _ClipLosses:
+    """Loss of each clip, and the largest loss that counts as no prediction at all, summed over its rows."""
 
-    A class: misses and rows. A number: squared errors, and squared distances to the mean of the rows to fit on.
-    """
+    losses: Float[ndarray, " c"]
+    """Number of wrong rows, or squared errors."""
+    totals: Float[ndarray, " c"]
+    """Number of rows, or squared distances to the mean of the fitted rows."""
+
+    def score(self, clips: Int[ndarray, " m"] | slice = slice(None)) -> float:
+        """Return 1 - loss / total over some clips: the accuracy, or R2."""
+        total = self.totals[clips].sum()
+        return float(1 - self.losses[clips].sum() / total) if total > 0 else float("nan")
+
+
+def _clip_losses(predicted: Float[Tensor, "n k"], table: Table, codes: _TargetCodes) -> _ClipLosses:
     if codes.classes is not None:
-        missed = (codes.classes[guess.argmax(1).numpy()] != table.target).astype(float)
-        whole = np.ones_like(missed)
+        losses = (codes.classes[predicted.argmax(1).numpy()] != table.target).astype(float)
+        totals = np.ones_like(losses)
     else:
         y = codes(table.target)
-        missed, whole = np.square(guess.numpy() - y).sum(1), np.square(y - codes.mean).sum(1)
-    _, place = np.unique(table.clip, return_inverse=True)
-    return np.bincount(place, missed), np.bincount(place, whole)
+        losses, totals = np.square(predicted.numpy() - y).sum(1), np.square(y - codes.mean).sum(1)
+    _, clip = np.unique(table.clip, return_inverse=True)
+    return _ClipLosses(np.bincount(clip, losses), np.bincount(clip, totals))
 
 
-def _value(missed: Float[ndarray, " c"], whole: Float[ndarray, " c"]) -> float:
-    """1 - missed / whole: accuracy, or R2."""
-    return float(1 - missed.sum() / whole.sum()) if whole.sum() > 0 else float("nan")
-
-
-def _with_interval(guess: Float[Tensor, "n k"], test: Table, codes: _Codes, seed: int, penalty: float | None) -> Score:
-    missed, whole = _parts(guess, test, codes)
-    clips = len(missed)
+def _with_interval(
+    predicted: Float[Tensor, "n k"], test: Table, codes: _TargetCodes, seed: int, penalty: float | None
+) -> Score:
+    found = _clip_losses(predicted, test, codes)
+    clips = len(found.losses)
     draws = generator(seed, "readout interval").integers(0, clips, (1000, clips))
-    values = [_value(missed[draw], whole[draw]) for draw in draws]
-    low, high = np.nanquantile(values, (0.025, 0.975))
-    return Score(_value(missed, whole), float(low), float(high), len(test), clips, penalty)
+    low, high = np.nanquantile([found.score(draw) for draw in draws], (0.025, 0.975))
+    return Score(found.score(), float(low), float(high), len(test), clips, penalty)
 
 
 def wilson(share: float, count: int) -> list[float]:
-    """95 % interval of a share of `count` (Wilson, 1927)."""
+    """Return the 95 % interval of a share of `count` (Wilson, 1927)."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

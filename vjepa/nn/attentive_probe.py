@@ -1,4 +1,4 @@
-"""V-JEPA 2's probe as a network: a few blocks that attend over all tokens, one query that looks at them, a line.
+"""The network of V-JEPA 2's attentive probe: self-attention blocks, a query that attends to all tokens, a linear layer.
 
 Letters: B clips, N tokens of a clip, D width, H heads.
 
@@ -24,7 +24,7 @@ NORM_EPS = 1e-6  # Hugging Face's; V-JEPA 2 trained its probes with 1e-5
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the tokens of a clip."""
+    """Apply multi-head attention among the tokens of a clip."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """One query's look at all tokens; no projection after it, as in V-JEPA 2."""
+    """Attend from one query to all tokens, without a projection after it, as in V-JEPA 2."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class CrossAttention(nn.Module):
 
 
 class ProbeMLP(nn.Module):
-    """Two linear maps with a GELU between."""
+    """Apply two linear maps with a GELU between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ProbeMLP(nn.Module):
 
 
 class ProbeBlock(nn.Module):
-    """Tokens look at each other."""
+    """A self-attention block over the tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class ProbeBlock(nn.Module):
 
 
 class QueryBlock(nn.Module):
-    """A query looks at the tokens."""
+    """A cross-attention block from a query to the tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class QueryBlock(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Tokens of a clip to one feature."""
+    """Pool the tokens of a clip to one feature."""
 
     def __init__(self, width: int, heads: int, blocks: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Pooler(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """Tokens of a frozen encoder to the logits of classes. Parameter names are V-JEPA 2's."""
+    """Map the tokens of a frozen encoder to logits of classes. Parameter names are V-JEPA 2's."""
 
     def __init__(self, width: int, heads: int, classes: int, *, blocks: int = 3, seed: int = 0) -> None:
         super().__init__()
@@ -123,21 +123,21 @@ class AttentiveProbe(nn.Module):
 
     @torch.no_grad()
     def _init(self, seed: int) -> None:
-        """Truncated normal of 0.02; what is added to the stream of layer i divided by the root of 2 i."""
+        """Draw weights from a truncated normal of 0.02. The output layers of block i are divided by the root of 2 i."""
         draw = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=draw)
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pooler.query_tokens, std=0.02, generator=draw)
-        outputs = [(one.attn.proj, one.mlp.fc2) for one in self.pooler.blocks if isinstance(one, ProbeBlock)]
+        outputs = [(block.attn.proj, block.mlp.fc2) for block in self.pooler.blocks if isinstance(block, ProbeBlock)]
         for number, layers in enumerate([*outputs, (self.pooler.cross_attention_block.mlp.fc2,)], 1):
             for layer in layers:
                 layer.weight.div_(math.sqrt(2 * number))
 
 
-# Ours (V-JEPA 2's), and those of Hugging Face's `VJEPA2ForVideoClassification`; two or three of theirs are thirds or
-# halves of ours. Each row stands for a `weight` and a `bias`, but for the query.
+# Our parameter names (V-JEPA 2's) and those of Hugging Face's `VJEPA2ForVideoClassification`, where a fused tensor is
+# split in two or three. Each row stands for a `weight` and a `bias`, except that of the query.
 HF_PROBE_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pooler.query_tokens", ("pooler.query_tokens",)),
     ("pooler.blocks.{i}.norm1", ("pooler.self_attention_layers.{i}.layer_norm1",)),
@@ -167,13 +167,13 @@ HF_PROBE_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def hf_probe_tensors(probe: AttentiveProbe) -> dict[str, Tensor]:
-    """The tensors of a probe under Hugging Face's names."""
+    """Return the tensors of a probe under Hugging Face's names."""
     ours, found = probe.state_dict(), {}
-    for name, theirs in HF_PROBE_NAMES:
-        for block in range(len(probe.pooler.blocks)) if "{i}" in name else (0,):
-            for suffix in ("",) if name.endswith("query_tokens") else (".weight", ".bias"):
-                parts = ours[name.format(i=block) + suffix].chunk(len(theirs))
-                found |= {one.format(i=block) + suffix: part for one, part in zip(theirs, parts, strict=True)}
+    for own, theirs in HF_PROBE_NAMES:
+        for block in range(len(probe.pooler.blocks)) if "{i}" in own else (0,):
+            for suffix in ("",) if own.endswith("query_tokens") else (".weight", ".bias"):
+                parts = ours[own.format(i=block) + suffix].chunk(len(theirs))
+                found |= {name.format(i=block) + suffix: part for name, part in zip(theirs, parts, strict=True)}
     return found
 
 
@@ -187,7 +187,7 @@ class Classifier:
 
 
 def save_classifier(path: Path, tensors: Mapping[str, Tensor], classes: Sequence[str], heads: int) -> None:
-    """Write a probe as safetensors; what its tensors do not tell goes to the metadata."""
+    """Write a probe as safetensors, with its classes and heads in the metadata."""
     about = {"format": "pt", "classes": json.dumps(list(classes)), "heads": str(heads)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, about)
 
@@ -196,7 +196,7 @@ def load_classifier(path: Path) -> Classifier:
     """Read a probe that `save_classifier` wrote.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the file is missing or not a probe.
     """
     try:
         with safe_open(path, "pt") as file:

@@ -1,1 +1,1 @@
-"""What a person looks at: one-file pages and the pictures in them."""
+"""Pages in one HTML file about a run, a model or a corpus."""

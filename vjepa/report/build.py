@@ -1,4 +1,4 @@
-"""One page about whatever a path means, in one file: no script, nothing from elsewhere, under 5 MB.
+"""Write the page of a run, a model or a corpus: one HTML file under 5 MB, without scripts or links to other files.
 
 vjepa report runs/X                       a run: writes runs/X/report.html
 vjepa report MODEL --clips VIDEOS...      an export or a checkpoint: writes MODEL/report.html
@@ -29,26 +29,26 @@ def report(
     """Write the page of a run, a model or a corpus.
 
     Args:
-        source: its folder.
-        out: file to write; by default `report.html` in that folder, where an earlier page is replaced.
-        clips: of a model: videos to show features of.
-        results: of a model: files that evaluations wrote.
+        source: folder of the run, model or corpus.
+        out: file to write. The default is `report.html` in the folder, where an earlier page is replaced.
+        clips: videos whose features are shown. For models only.
+        results: files that evaluations wrote. For models only.
         overwrite: replace a file at `out`.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        BadInput: there is none of these, it is damaged, or the place is taken.
+        BadInput: the folder is none of these or damaged, or `out` exists.
     """
     path = out or source / "report.html"
     check_free(path, overwrite=overwrite or out is None)
     is_run, is_corpus = (source / "config.yaml").is_file(), (source / "manifest.json").is_file()
     is_model = any((source / name).is_file() for name in ("model.json", "config.json", "state.json"))
     if out is None and (source / "state.json").is_file():
-        raise BadInput(f"{source} is a checkpoint, and nothing is added to it; say with --out where the page goes")
+        raise BadInput(f"{source} is a checkpoint and stays as it is; give the path of the page with --out")
     if (clips or results) and not is_model:
-        raise BadInput(f"{source} is no model, and --clips and --results are of models; leave them out")
+        raise BadInput(f"{source} is not a model; leave --clips and --results out")
     if is_corpus:
         text = report_corpus(source)
     elif is_run:
@@ -57,8 +57,8 @@ def report(
         text = model_page(source, clips=clips, results=results)
     else:
         raise BadInput(
-            f"{source} is no run (config.yaml), no model (model.json, config.json, state.json) and no corpus "
-            "(manifest.json); give the folder of one of these"
+            f"{source} is not a run (config.yaml), a model (model.json, config.json, state.json) or a corpus "
+            "(manifest.json); give such a folder"
         )
     with new_file(path, overwrite=True) as file:
         file.write_text(text)

@@ -1,4 +1,4 @@
-"""What features look like: their three main directions in colour, over time, beside those of an untrained encoder."""
+"""Pictures of features: their three main directions as colours, compared with an untrained encoder."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -24,11 +24,11 @@ Named = tuple[str, EvalClip | FileClip]
 
 
 def features_section(encoder: VideoEncoder, clips: Sequence[Named]) -> Section:
-    """Strips of some clips and of their features.
+    """Show strips of clips and of their features.
 
     Args:
-        encoder: whose features.
-        clips: a name and a clip each.
+        encoder: gives the features.
+        clips: pairs of a name and a clip.
     """
     frames = torch.stack([clip.frames for _, clip in clips])
     with torch.no_grad():
@@ -46,15 +46,15 @@ def features_section(encoder: VideoEncoder, clips: Sequence[Named]) -> Section:
             strips.append((whose, plots.png(plots.strip(colours[number][shown], height=plots.STRIP_PX))))
         rows.append(html.strips(f"{name} at {clip.start_s:.1f} s", strips))
     return Section(
-        "What its features look like",
-        "The three main directions of the features of all tokens, as red, green and blue, over time: tokens of one "
-        "colour mean much the same to the encoder. The lower row is the same encoder before training.",
+        "Features",
+        "The three main directions of the features of all tokens as red, green and blue, over time. Tokens with "
+        "similar features have similar colours. The lower row shows the same encoder before training.",
         "".join(rows),
     )
 
 
 def held_out_clips(run: config.Run, encoder: VideoEncoder) -> list[Named]:
-    """A few clips that a run did not train on, if its first corpus has any.
+    """Return a few clips that a run did not train on, if its first corpus has any.
 
     Raises:
         BadInput: the corpus cannot be read.
@@ -66,33 +66,33 @@ def held_out_clips(run: config.Run, encoder: VideoEncoder) -> list[Named]:
 
 
 def corpus_clips(shards: Path, split: str, encoder: VideoEncoder) -> list[Named]:
-    """A few clips of a corpus, the same ones every time.
+    """Return the first clips of a corpus.
 
     Raises:
-        BadInput: there is no such corpus or split, or no video of it can be decoded.
+        BadInput: the corpus or split is missing, or no video can be decoded.
     """
     clips = clips_for(encoder, shards, split=split, max_videos=CLIPS)
     found: list[Named] = [(clip.key, clip) for clip in islice(clips, CLIPS)]
     if not found:
-        raise BadInput(f"{shards}: no video of split {split!r} could be decoded; see `vjepa verify`")
+        raise BadInput(f"{shards}: no video of split {split!r} can be decoded; see `vjepa verify`")
     return found
 
 
-def clips_of(places: Sequence[Path], encoder: VideoEncoder) -> list[Named]:
-    """A few clips of what a user named: files, folders of files, or one corpus.
+def clips_of(paths: Sequence[Path], encoder: VideoEncoder) -> list[Named]:
+    """Return a few clips of files, folders of files, or one corpus.
 
     Raises:
-        BadInput: there is nothing, or none of it can be decoded.
+        BadInput: no video is found, or none can be decoded.
     """
-    corpus = next((place for place in places if (place / "manifest.json").is_file()), None)
+    corpus = next((path for path in paths if (path / "manifest.json").is_file()), None)
     if corpus is not None:
         splits = read_json(corpus / "manifest.json").get("splits", {})
         return corpus_clips(corpus, next((name for name in ("val", "test") if name in splits), "train"), encoder)
-    paths = find_videos(places)
+    paths = find_videos(paths)
     with FileVideos(paths, px=encoder.px, frames=encoder.frames, fps=encoder.fps, workers=1) as videos:
         found = list(islice(_decoded(paths, videos.read(range(len(paths)))), CLIPS))
     if not found:
-        raise BadInput(f"none of {len(paths)} videos ({paths[0]}, ...) can be decoded; give others with --clips")
+        raise BadInput(f"none of {len(paths)} videos ({paths[0]}, ...) can be decoded; give other videos with --clips")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The page of a model: what it is, where it came from, what its features look like and are worth."""
+"""The page of a model: sizes, provenance, features and evaluations."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,15 @@ from vjepa_data.html import Section
 
 
 def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path] = ()) -> str:
-    """The page of an export or a checkpoint, as HTML.
+    """Return the page of an export or a checkpoint as HTML.
 
     Args:
-        path: its folder.
-        clips: videos, folders of videos, or one corpus to show features of.
-        results: files that evaluations of it wrote, besides those in its folder.
+        path: folder of the model.
+        clips: videos, folders of videos, or one corpus whose features are shown.
+        results: files that evaluations of the model wrote, in addition to those in its folder.
 
     Raises:
-        BadInput: there is no model, no such video, or no such result.
+        BadInput: the model, a video or a result is missing or damaged.
     """
     weights = read_weights(path)
     where, encoder = weights.provenance, weights.model.encoder
@@ -35,12 +35,12 @@ def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path
         ("pixels", f"{weights.px} x {weights.px}"),
     ]
     if "step" in where:
-        facts.append(("steps of training", f"{where['step']:,}"))
+        facts.append(("training steps", f"{where['step']:,}"))
     rows = [("", ""), *((escape(name), _code(value)) for name, value in card_rows(weights, where))]
     found = [*find_results(path), *map(read_result, results)]
-    how = "No results here: vjepa eval probe MODEL SHARDS --out probe.json, then --results probe.json"
+    how = "No results. Make some with `vjepa eval probe MODEL SHARDS --out probe.json`, and give --results probe.json."
     sections = [
-        Section("What it is", "", html.table(rows)),
+        Section("Model", "", html.table(rows)),
         *_features(weights, clips),
         results_section(found, how=how),
         _provenance(weights),
@@ -50,7 +50,7 @@ def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path
 
 def _features(weights: Weights, clips: Sequence[Path]) -> Iterator[Section]:
     if not clips:
-        yield html.note("What its features look like", "Give videos with --clips to see.")
+        yield html.note("Features", "Give videos with --clips to see their features.")
         return
     encoder = weights.encoder()
     yield features_section(encoder, clips_of(clips, encoder))
@@ -58,16 +58,16 @@ def _features(weights: Weights, clips: Sequence[Path]) -> Iterator[Section]:
 
 def _provenance(weights: Weights) -> Section:
     if not weights.provenance:
-        return html.note("Where it came from", "Nothing is recorded: it was not exported by this program.")
+        return html.note("Provenance", "Unknown: the model was not exported by this program.")
     text = escape(json.dumps(weights.provenance, indent=1))
     return Section(
-        "Where it came from",
-        "All that was recorded of it, settings of the run included.",
+        "Provenance",
+        "The record of the model, with the settings of its run.",
         f"<details><summary>Provenance</summary><pre>{text}</pre></details>",
     )
 
 
 def _code(value: str) -> str:
-    """Text with `words` of a model card as HTML."""
+    """Turn the `code` of a model card into HTML."""
     parts = escape(value).split("`")
     return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))

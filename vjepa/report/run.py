@@ -1,10 +1,11 @@
-"""The page of a run: curves, what it saw, what its features look like, what they are worth, what happened to it.
+"""The page of a run: curves, training clips, features, evaluations, data and attempts.
 
-What a run cannot show (no probe yet, shards out of reach) is left out, and the page says so.
+The page says what it cannot show, for instance clips of unreachable shards.
 """
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,25 @@ from vjepa_data.settings import BadInput
 Record = dict[str, Any]
 
 
+# Titles of plots. Other metrics are shown under their names.
+TITLES = {
+    "loss/explained": "Explained loss (0: no better than the mean)",
+    "monitor/rankme": "RankMe (directions that the features use)",
+    "monitor/std": "Standard deviation of the features",
+    "optim/grad_norm": "Gradient norm",
+    "optim/lr": "Learning rate",
+    "optim/weight_decay": "Weight decay",
+    "optim/ema": "Momentum of the moving average",
+    "speed/clips_per_s": "Clips per second",
+}
+PLOTTED = ("loss/", "monitor/", "optim/")
+LOGARITHMIC = ("optim/grad_norm",)
+NOT_PLOTTED = ("optim/applied",)
+
+
 @dataclass(frozen=True)
-class Story:
-    """What a run folder tells."""
+class RunHistory:
+    """The content of a run folder."""
 
     folder: Path
     run: config.Run
@@ -45,30 +62,35 @@ class Story:
     attempts: tuple[Record, ...]
     rejected: tuple[Record, ...]
     results: tuple[Result, ...]
-    """Of evaluations."""
+    """Results of evaluations."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all recorded metrics, in the order in which they appeared."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
 
 
 def run_page(folder: Path) -> str:
-    """The page of a run folder, as HTML.
+    """Return the page of a run folder as HTML.
 
     Raises:
-        BadInput: it is not the folder of a run, or its files are damaged.
+        BadInput: the folder is not a run, or its files are damaged.
     """
-    story = read_story(folder)
-    return html.render(story.run.name, _subtitle(story), _facts(story), list(_sections(story)))
+    history = read_history(folder)
+    return html.render(history.run.name, _subtitle(history), _facts(history), list(_sections(history)))
 
 
-def read_story(folder: Path) -> Story:
-    """Read what a run folder holds.
+def read_history(folder: Path) -> RunHistory:
+    """Read a run folder.
 
     Raises:
-        BadInput: it is not the folder of a run, or its files are damaged.
+        BadInput: the folder is not a run, or its files are damaged.
     """
     if not (folder / "config.yaml").is_file():
-        raise BadInput(f"{folder} is not the folder of a run: no config.yaml in it; give runs/NAME")
+        raise BadInput(f"{folder} is not a run folder: config.yaml is missing; give runs/NAME")
     run = config.load(folder / "config.yaml").settings
     environment = folder / "environment.json"
-    return Story(
+    return RunHistory(
         folder,
         run,
         tuple(read_lines(folder / "metrics.jsonl")),
@@ -79,10 +101,10 @@ def read_story(folder: Path) -> Story:
 
 
 def read_lines(file: Path) -> Iterator[Record]:
-    """The objects of a JSON-lines file that may be missing, or torn in its last line.
+    """Yield the objects of a JSON-lines file. The file may be missing, and its last line may be incomplete.
 
     Raises:
-        BadInput: a line before the last one is no JSON object.
+        BadInput: a line before the last one is invalid.
     """
     if not file.is_file():
         return
@@ -92,7 +114,7 @@ def read_lines(file: Path) -> Iterator[Record]:
             value = json.loads(line)
         except ValueError:
             if number < len(lines):
-                raise BadInput(f"{file}: line {number} is not JSON; the file is damaged, mend or remove it") from None
+                raise BadInput(f"{file}: line {number} is not JSON; repair or remove the file") from None
             return
         yield value
 
@@ -100,8 +122,8 @@ def read_lines(file: Path) -> Iterator[Record]:
 # ---- the top of the page
 
 
-def _subtitle(story: Story) -> str:
-    run, encoder = story.run, story.run.model.encoder
+def _subtitle(history: RunHistory) -> str:
+    run, encoder = history.run, history.run.model.encoder
     sources = ", ".join(Path(source.shards).name or source.shards for source in run.data.sources)
     return (
         f"{encoder.name} ({encoder.width} x {encoder.depth}), {run.data.clip.frames} frames of {run.data.crop.px} px "
@@ -109,132 +131,129 @@ def _subtitle(story: Story) -> str:
     )
 
 
-def _facts(story: Story) -> list[tuple[str, str]]:
-    if not story.records:
-        return [("steps made", f"0 of {story.run.steps:,}")]
-    step = story.records[-1]["step"]
-    facts = [("steps made", f"{step:,}" if step == story.run.steps else f"{step:,} of {story.run.steps:,}")]
+def _facts(history: RunHistory) -> list[tuple[str, str]]:
+    total = f"{history.run.steps:,}"
+    if not history.records:
+        return [("steps", f"0 of {total}")]
+    step = f"{history.records[-1]['step']:,}"
+    facts = [("steps", step if step == total else f"{step} of {total}")]
+    losses = [name for name in history.metrics if name.startswith("loss/") and _stem(name) == name]
     for name, label, form in (
-        ("loss/explained", "explained L1", "{:.3f}"),
-        ("loss/prediction", "loss", "{:.3f}"),
+        *((name, name, "{:.3f}") for name in losses[:2]),
         ("monitor/rankme", "RankMe", "{:.1f}"),
         ("speed/clips_per_s", "clips per second", "{:,.0f}"),
     ):
-        _, values = series(story.records, name)
+        _, values = series(history.records, name)
         if len(values):
             facts.append((label, form.format(float(np.nanmean(values[-max(1, len(values) // 20) :])))))
-    if story.attempts:
-        facts.append(("attempts", str(len(story.attempts))))
+    if history.attempts:
+        facts.append(("attempts", str(len(history.attempts))))
     return facts
 
 
-def _sections(story: Story) -> Iterator[Section]:
-    yield _learning(story)
-    yield training_clips_section(story.run)
-    yield _features(story)
-    yield results_section(story.results, how="No probe yet: vjepa eval probe RUN SHARDS --out RUN/probe.json")
-    yield _data(story)
-    yield _attempts(story)
+def _sections(history: RunHistory) -> Iterator[Section]:
+    yield _learning(history)
+    yield training_clips_section(history.run)
+    yield _features(history)
+    how = "No results yet. Make some with `vjepa eval probe RUN SHARDS --out RUN/probe.json`."
+    yield results_section(history.results, how=how)
+    yield _data(history)
+    yield _attempts(history)
 
 
-def _features(story: Story) -> Section:
+def _features(history: RunHistory) -> Section:
     try:
-        encoder = load_encoder(resolve(story.folder))
-        return features_section(encoder, held_out_clips(story.run, encoder))
+        encoder = load_encoder(resolve(history.folder))
+        return features_section(encoder, held_out_clips(history.run, encoder))
     except BadInput as error:
-        return html.note("What its features look like", f"Features cannot be shown: {error}")
+        return html.note("Features", f"Features cannot be shown: {error}")
 
 
 # ---- curves
 
 
 def series(records: Sequence[Record], name: str) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Steps and values of one metric, where it was recorded."""
-    pairs = [(one["step"], one[name]) for one in records if name in one]
+    """Return the steps at which a metric was recorded, and its values."""
+    pairs = [(record["step"], record[name]) for record in records if name in record]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(steps, float), np.array([math.nan if value is None else value for value in values], float)
 
 
-def _learning(story: Story) -> Section:
-    if not story.records:
+def _learning(history: RunHistory) -> Section:
+    if not history.records:
         return html.note("Learning", "Nothing is recorded yet.")
-    marks = [float(attempt["step"]) for attempt in story.attempts[1:]]
+    marks = [float(attempt["step"]) for attempt in history.attempts[1:]]
     drawn = []
-    for title, names, is_log in (
-        ("Loss: L1 of predicted features", {"loss/prediction": "all masks", **_mask_names(story)}, False),
-        ("Explained L1: 0 is no better than the mean", {"loss/explained": ""}, False),
-        ("RankMe: directions that features use", {"monitor/rankme": ""}, False),
-        ("Spread of features", {"monitor/std": ""}, False),
-        ("Gradient norm", {"optim/grad_norm": ""}, True),
-        ("Learning rate", {"optim/lr": ""}, False),
-        ("Weight decay", {"optim/weight_decay": ""}, False),
-        ("Rate of the target's moving average", {"optim/ema": ""}, False),
-        ("Seconds per step", _times(story), False),
-        ("Clips per second", {"speed/clips_per_s": ""}, False),
-    ):
-        curves = [Curve(label, *series(story.records, name)) for name, label in names.items()]
+    for title, names in _plots(history.metrics).items():
+        labels = [name.removeprefix(f"{_stem(name)}_").split("/")[-1] for name in names]
+        curves = [Curve(label, *series(history.records, name)) for label, name in zip(labels, names, strict=True)]
         curves = [curve for curve in curves if np.isfinite(curve.y).any()]
         if curves:
-            drawn.append(plots.plot(curves, title=title, marks=marks, log=is_log))
-    text = (
-        "The loss of an encoder that chases its own average need not fall; explained L1 and RankMe say more. "
-        "A run whose features collapse has RankMe near 1."
-    )
+            drawn.append(plots.plot(curves, title=title, marks=marks, log=names[0] in LOGARITHMIC))
+    text = "A loss with a moving target need not fall. RankMe near 1 means that the features have collapsed."
     if marks:
-        text += " Dashed lines mark where a new attempt went on."
+        text += " Dashed lines mark the first step of each further attempt."
     return Section("Learning", text, f'<div class="grid">{"".join(drawn)}</div>')
 
 
-def _mask_names(story: Story) -> dict[str, str]:
-    return {f"loss/mask_{kind}": f"mask {kind}" for kind in range(len(story.run.objective.mask_kinds))}
+def _plots(metrics: Sequence[str]) -> dict[str, list[str]]:
+    """Group metrics by plot: names that differ only in a number at the end share one, as all times do."""
+    groups: dict[str, list[str]] = {}
+    for prefix in PLOTTED:
+        for name in metrics:
+            if name.startswith(prefix) and name not in NOT_PLOTTED:
+                groups.setdefault(TITLES.get(name, _stem(name)), []).append(name)
+    times = sorted(name for name in metrics if re.fullmatch(r"time/(?!step_s|slowest_data_s).*_s", name))
+    groups["Seconds per step"] = ["time/step_s", *times][: len(plots.COLOURS)]
+    groups[TITLES["speed/clips_per_s"]] = ["speed/clips_per_s"]
+    return groups
 
 
-def _times(story: Story) -> dict[str, str]:
-    names = sorted({name for one in story.records for name in one if name.startswith("time/") and name.endswith("_s")})
-    order = ["time/step_s", *(name for name in names if name not in ("time/step_s", "time/slowest_data_s"))]
-    return {name: name.removeprefix("time/").removesuffix("_s") for name in order[: len(plots.COLOURS)]}
+def _stem(name: str) -> str:
+    """Return a metric's name without a number at its end: `loss/mask` for `loss/mask_1`."""
+    return re.sub(r"_\d+$", "", name)
 
 
 # ---- the run itself
 
 
-def _data(story: Story) -> Section:
-    rows = [["source", "asked", "seen", "rejected"]]
-    total = sum(source.weight for source in story.run.data.sources)
-    for number, source in enumerate(story.run.data.sources):
-        _, shares = series(story.records, f"data/source_{number}_share")
-        seen = f"{np.nanmean(shares):.1%}" if len(shares) else "not recorded"
-        bad = sum(one.get("source") == number for one in story.rejected)
-        rows.append([escape(f"{source.shards} ({source.split})"), f"{source.weight / total:.1%}", seen, f"{bad:,}"])
+def _data(history: RunHistory) -> Section:
+    rows = [["source", "requested share", "realized share", "rejected"]]
+    total = sum(source.weight for source in history.run.data.sources)
+    for number, source in enumerate(history.run.data.sources):
+        _, shares = series(history.records, f"data/source_{number}_share")
+        realized = f"{np.nanmean(shares):.1%}" if len(shares) else "not recorded"
+        bad = sum(reject.get("source") == number for reject in history.rejected)
+        rows.append([escape(f"{source.shards} ({source.split})"), f"{source.weight / total:.1%}", realized, f"{bad:,}"])
     reasons: dict[str, int] = {}
-    for one in story.rejected:
-        reasons[one.get("reason", "?")] = reasons.get(one.get("reason", "?"), 0) + 1
+    for reject in history.rejected:
+        reasons[reject.get("reason", "?")] = reasons.get(reject.get("reason", "?"), 0) + 1
     why = "; ".join(f"{escape(reason)}: {count:,}" for reason, count in sorted(reasons.items(), key=lambda x: -x[1]))
     text = f"Rejected and replaced: {why}." if why else "No sample was rejected."
     return Section("Data", text, html.table(rows))
 
 
-def _attempts(story: Story) -> Section:
+def _attempts(history: RunHistory) -> Section:
     rows = [["attempt", "from step", "when", "where", "ranks", "code"]]
-    for number, one in enumerate(story.attempts, 1):
-        code = one.get("code", {})
+    for number, attempt in enumerate(history.attempts, 1):
+        code = attempt.get("code", {})
         commit = code.get("commit", "")[:10] + ("+" if code.get("dirty") == "true" else "") or code.get("root", "")
-        place = f"{one.get('host', '')} {one.get('device', '')}"
-        cells = (number, one["step"], one.get("time", ""), place, one.get("world", ""), commit)
+        machine = f"{attempt.get('host', '')} {attempt.get('device', '')}"
+        cells = (number, attempt["step"], attempt.get("time", ""), machine, attempt.get("world", ""), commit)
         rows.append([escape(str(cell)) for cell in cells])
-    settings = "\n".join(f"{name} = {value}" for name, value in flatten(story.run))
-    body = _timeline(story) + (html.table(rows) if len(rows) > 1 else "")
+    settings = "\n".join(f"{name} = {value}" for name, value in flatten(history.run))
+    body = _timeline(history) + (html.table(rows) if len(rows) > 1 else "")
     body += f"<details><summary>All settings</summary><pre>{escape(settings)}</pre></details>"
-    return Section("The run", f"In {escape(str(story.folder))}.", body)
+    return Section("The run", f"In {escape(str(history.folder))}.", body)
 
 
-def _timeline(story: Story) -> str:
-    """Steps over hours since the first attempt, a dashed line where each further attempt began."""
+def _timeline(history: RunHistory) -> str:
+    """Plot steps over time since the first attempt, with a dashed line at the start of each further attempt."""
     try:
-        starts = [time.mktime(time.strptime(one["time"], "%Y-%m-%dT%H:%M:%S%z")) for one in story.attempts]
+        starts = [time.mktime(time.strptime(attempt["time"], "%Y-%m-%dT%H:%M:%S%z")) for attempt in history.attempts]
     except (KeyError, ValueError):
         return ""
-    pairs = [(one["time"], one["step"]) for one in story.records if "time" in one]
+    pairs = [(record["time"], record["step"]) for record in history.records if "time" in record]
     if not starts or not pairs:
         return ""
     seconds, steps = np.array(pairs, float).T
@@ -242,13 +261,13 @@ def _timeline(story: Story) -> str:
     unit, name = (3600, "hours") if max(seconds[-1], starts[-1]) - starts[0] > 7200 else (60, "minutes")
     curves = []
     for number in range(len(starts)):
-        mine = (seconds >= edges[number]) & (seconds < edges[number + 1])
-        if mine.any():
-            curves.append(Curve(f"attempt {number + 1}", (seconds[mine] - starts[0]) / unit, steps[mine]))
+        within = (seconds >= edges[number]) & (seconds < edges[number + 1])
+        if within.any():
+            curves.append(Curve(f"attempt {number + 1}", (seconds[within] - starts[0]) / unit, steps[within]))
     return plots.plot(
         curves[-len(plots.COLOURS) :],
-        title="Steps made over time",
+        title="Steps over time",
         marks=[(start - starts[0]) / unit for start in starts[1:]],
-        across=f"{name} since the first attempt began",
+        across=f"{name} since the start of the first attempt",
         size=(8.9, 2.2),
     )

@@ -1,4 +1,4 @@
-"""Pictures of what goes in and what comes out: frames, masks, features, curves. Arrays in, arrays or SVG out.
+"""Pictures of frames, masks, features and curves. Functions take arrays and return arrays or SVG text.
 
 Letters: B clips, T frames, H W pixels, t h w the grid of tokens, D channels.
 """
@@ -15,7 +15,7 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-# One palette for all pictures: blue for what is ours, orange for what is hidden, greys for the rest.
+# One palette for all pictures: blue for our model, orange for hidden tokens, greys for the rest.
 INK, FAINT, GRID = "#1c2330", "#6b7585", "#e4e8ee"
 COLOURS = ("#2563eb", "#ea7317", "#0f9d8a", "#b4349b", "#8a93a3")
 HIDDEN = np.array([234, 115, 23], np.float32)
@@ -24,17 +24,17 @@ STRIP_FRAMES, STRIP_PX = 8, 112
 
 
 def evenly(count: int) -> Int[ndarray, " n"]:
-    """Numbers of the frames that a strip shows, of so many."""
+    """Return the numbers of at most 8 frames, evenly spaced."""
     return np.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().astype(int)
 
 
 def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None = None) -> UInt8[ndarray, "h w 3"]:
-    """Frames side by side, left to right in time, white between them.
+    """Put frames side by side, from left to right in time.
 
     Args:
-        frames: of one clip.
-        gap: pixels between two frames.
-        height: of the strip; small pictures are enlarged without smoothing, large ones shrunk.
+        frames: frames of one clip.
+        gap: white pixels between two frames.
+        height: height of the strip. Small frames are enlarged without smoothing.
     """
     if height is not None:
         frames = np.stack([resize(frame, height) for frame in frames])
@@ -44,13 +44,13 @@ def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None
 
 
 def stack(rows: Sequence[UInt8[ndarray, "_H W 3"]], *, gap: int = 2) -> UInt8[ndarray, "H W 3"]:
-    """Pictures of one width above each other."""
+    """Stack pictures of one width."""
     white = np.full((gap, rows[0].shape[1], 3), 255, np.uint8)
     return np.concatenate([part for row in rows for part in (white, row)][1:], axis=0)
 
 
 def resize(picture: UInt8[ndarray, "H W 3"], height: int) -> UInt8[ndarray, "h w 3"]:
-    """Scale to a height: nearest when enlarging, so that a token stays a square; smooth when shrinking."""
+    """Scale to a height, without smoothing when enlarging, so that a token stays a square."""
     width = round(picture.shape[1] * height / picture.shape[0])
     how = Image.Resampling.NEAREST if height >= picture.shape[0] else Image.Resampling.BOX
     return np.asarray(Image.fromarray(picture).resize((width, height), how))
@@ -61,8 +61,7 @@ def draw_masks(
 ) -> UInt8[ndarray, "T H W 3"]:
     """Show a clip as the encoder sees it.
 
-    Visible tokens keep their pixels, hidden ones (to be guessed) are orange with a trace of theirs, those that are
-    neither are grey.
+    Visible tokens keep their pixels, hidden tokens are orange with a trace of their pixels, unused tokens are grey.
     """
     steps, height, width, _ = frames.shape
     t, h, w = visible.shape
@@ -71,16 +70,16 @@ def draw_masks(
         return cells.repeat(steps // t, 0).repeat(height // h, 1).repeat(width // w, 2)[..., None]
 
     grey = frames.astype(np.float32).mean(-1, keepdims=True)
-    guessed = 0.78 * HIDDEN + 0.22 * grey
+    orange = 0.78 * HIDDEN + 0.22 * grey
     unused = 0.25 * grey + 0.75 * 225
-    return np.where(spread(visible), frames, np.where(spread(hidden), guessed, unused)).astype(np.uint8)
+    return np.where(spread(visible), frames, np.where(spread(hidden), orange, unused)).astype(np.uint8)
 
 
 def feature_colours(tokens: Float[Tensor, "B t h w D"]) -> UInt8[ndarray, "B t h w 3"]:
-    """The three main directions of features as red, green and blue; the same for all clips, so colours compare.
+    """Return the three main directions of features as red, green and blue, the same for all clips.
 
-    Each direction is cut at its 1 % and 99 % quantiles. Signs are fixed (the largest weight is positive), so that a
-    picture does not flip between runs.
+    Each direction is cut at its 1 % and 99 % quantiles. The largest weight of a direction is positive, so that colours
+    do not flip between runs.
     """
     flat = tokens.flatten(0, 3).double()
     centred = flat - flat.mean(0)
@@ -111,15 +110,15 @@ def plot(
     across: str = "step",
     size: tuple[float, float] = (4.4, 2.3),
 ) -> str:
-    """Lines over the step, as SVG text that takes the width it is given.
+    """Plot curves as SVG text that scales to the width of the page.
 
     Args:
-        curves: what to draw; a long one is drawn faint, with its running mean on top.
-        title: what is shown, with its unit.
-        marks: steps at which to draw a thin vertical line: a run that was started again.
-        log: logarithmic heights.
-        across: what runs from left to right, with its unit.
-        size: inches.
+        curves: curves to draw. A long one is drawn faint, with its running mean on top.
+        title: name of the quantity, with its unit.
+        marks: positions of thin vertical lines, for instance the first step of an attempt.
+        log: whether the vertical axis is logarithmic.
+        across: name of the horizontal axis, with its unit.
+        size: size in inches.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -155,12 +154,12 @@ def plot(
 
 
 def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str) -> str:
-    """Groups of bars with intervals, as SVG text.
+    """Plot groups of bars with intervals as SVG text.
 
     Args:
         rows: name of each group.
-        series: for each colour, a (value, low, high) for each group.
-        title: what is shown.
+        series: for each colour, the (value, low, high) of each group.
+        title: title of the plot.
     """
     from matplotlib.figure import Figure
 
@@ -175,7 +174,7 @@ def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, 
         axes.errorbar(where, height, [np.maximum(height - low, 0), np.maximum(high - height, 0)],
                       fmt="none", ecolor=INK, elinewidth=0.9, capsize=1.5)  # fmt: skip
     axes.axhline(0, color=FAINT, linewidth=0.8)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.3))  # an R2 far below 0 says no more than one a little below
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.3))  # an R2 far below 0 would flatten all other bars
     axes.set_xticks(places, rows)
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
     _dress(axes)
@@ -185,7 +184,7 @@ def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, 
 
 
 def running_mean(values: Float[ndarray, " n"], window: int) -> Float[ndarray, " n"]:
-    """Mean of the values around each one, fewer at the ends; what is not a number is left out."""
+    """Average the values around each position, fewer at the ends. Values that are nan are left out."""
     known = np.isfinite(values)
     ones = np.ones(window)
     total = np.convolve(np.where(known, values, 0), ones, "same")
@@ -203,7 +202,7 @@ def _dress(axes) -> None:
 
 
 def _svg(figure) -> str:
-    """SVG without the XML header, the date or random ids: the same picture gives the same text."""
+    """Return SVG without the XML header, the date and random ids, so that equal pictures give equal text."""
     import matplotlib as mpl
 
     text = io.StringIO()
@@ -214,16 +213,16 @@ def _svg(figure) -> str:
 
 
 def png(picture: UInt8[ndarray, "H W 3"]) -> str:
-    """A picture as a `data:` address for a page."""
-    return _address(picture, "png", optimize=True)
+    """Return a picture as a `data:` URL for a page."""
+    return _data_url(picture, "png", optimize=True)
 
 
 def jpeg(picture: UInt8[ndarray, "H W 3"], quality: int = 85) -> str:
-    """A photograph as a `data:` address for a page: a tenth of the size of `png`."""
-    return _address(picture, "jpeg", quality=quality)
+    """Return a photograph as a `data:` URL for a page, a tenth of the size of `png`."""
+    return _data_url(picture, "jpeg", quality=quality)
 
 
-def _address(picture: UInt8[ndarray, "H W 3"], kind: str, **options: int | bool) -> str:
+def _data_url(picture: UInt8[ndarray, "H W 3"], kind: str, **options: int | bool) -> str:
     data = io.BytesIO()
     Image.fromarray(picture).save(data, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
