@@ -178,6 +178,9 @@ def test_bad_input_is_named(trained: Path, scenes: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(BadInput, match=message):
             run_evaluation("attentive", trained, scenes, settings, out=out)
+    out.with_suffix(".safetensors").write_text("mine")
+    with pytest.raises(BadInput, match=r"p\.safetensors exists already"):
+        run_evaluation("attentive", trained, scenes, SMALL, out=out)
     out.write_text("mine")
     with pytest.raises(BadInput, match="exists already"):
         run_evaluation("attentive", trained, scenes, SMALL, out=out)

@@ -2,7 +2,7 @@
 
     vjepa eval attentive MODEL SHARDS --label shape --out probe.json
 
-Tokens are computed once and cached, so all probes of the grid and a second call use the same ones. Under torchrun the
+Tokens are computed once and cached, so all probes of the grid and a second call share them. Under torchrun the
 ranks share first the videos, then the grid. `--baselines` trains the same grid on the tokens of an untrained encoder
 and on the pixels of each token.
 
@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from vjepa.atomic import new_file
+from vjepa.atomic import check_free, new_file
 from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.embed import EmbedRequest, embed_parts
 from vjepa.evals.features import CorpusVideos, clips_for, fingerprint, read_class_labels
@@ -88,7 +88,7 @@ class AttentiveSettings(EvaluationSettings):
     """Self-attention blocks before the query."""
 
     heads: PositiveInt | None = None
-    """Attention heads of the probe. The default is those of the encoder, as Hugging Face's classifier requires."""
+    """Attention heads of the probe. The default is the number in the encoder, as Hugging Face's classifier requires."""
 
     def wanted_baselines(self) -> Baselines:
         return Baselines((self.seed,), pixels=True) if self.baselines else Baselines()
@@ -120,7 +120,7 @@ class EncodedClips:
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """The clips to fit probes on, to select one on, and to report its score on."""
+    """The clips to fit, to select and to report on."""
 
     fit: EncodedClips
     choose: EncodedClips
@@ -129,7 +129,7 @@ class EncodedSplits:
 
 @dataclass(frozen=True)
 class GridScore:
-    """Accuracies of one probe of the grid."""
+    """Accuracies of a probe of the grid."""
 
     choose: float
     report: float
@@ -145,7 +145,7 @@ def fit_probe(
     decay: float,
     device: torch.device = CPU,
 ) -> AttentiveProbe:
-    """Train one probe with AdamW, a cosine to 0 and cross-entropy. All probes of a seed see the same order of clips."""
+    """Train a probe with AdamW, a cosine to 0 and cross-entropy. All probes of a seed see the same order of clips."""
     probe = AttentiveProbe(clips.tokens.shape[-1], heads, classes, blocks=settings.blocks, seed=settings.seed)
     optimizer = torch.optim.AdamW(probe.to(device).parameters(), lr=rate, weight_decay=decay)
     order = generator(settings.seed, "attentive order")
@@ -180,14 +180,14 @@ def accuracy(probe: AttentiveProbe, clips: EncodedClips, *, batch: int = 64) -> 
 
 @dataclass(frozen=True)
 class FittedGrid:
-    """The scores of all probes of a grid, and the weights of the selected one."""
+    """The scores of all probes of a grid, and the weights of the selected probe."""
 
     scores: list[GridScore]
     """Scores of each point of the grid."""
     best: int
     """Number of the selected point."""
     probe: Mapping[str, Tensor] | None
-    """Weights of the selected probe on the CPU of the rank that trained it, None on the others."""
+    """Weights of the selected probe on the CPU of the rank that trained it, None on other ranks."""
 
 
 def fit_grid(
@@ -219,24 +219,31 @@ def _best(scores: Mapping[int, GridScore]) -> int:
 
 
 def evaluate(model: VideoEncoder, data: Path, settings: AttentiveSettings, context: EvaluationContext) -> Result:
-    """Train the grid of probes, select one and report its accuracy.
+    """Train the grid of probes and report the accuracy of the selected probe.
 
     The selected probe is written next to the result with the suffix `.safetensors`.
 
     Raises:
-        BadInput: the split or label is unknown, there are too few videos, or a reported class was not fitted.
+        BadInput: the split or label is unknown, there are too few videos, a reported class was not fitted, or the
+            file of the probe exists.
     """
+    file = None if context.out is None else context.out.with_suffix(".safetensors")
+    if file is not None:
+        check_free(file, overwrite=context.overwrite)
     cut = cut_videos(data, settings)
     heads = settings.heads or model.model.encoder.heads
     found: dict[str, dict[str, Any]] = {}
+    probe: Mapping[str, Tensor] | None = None
     for name, encoder in context.encoders(model).items():
         splits = _encode(encoder, data, cut, settings, context)
         fitting_heads = math.gcd(heads, encoder.width)  # the width of pixels differs
         fitted = fit_grid(splits, len(cut.classes), fitting_heads, settings, context, name)
         found[name] = _findings(fitted, settings.grid, cut.classes, splits)
-        if name == "pretrained" and fitted.probe is not None and context.out is not None:
-            with new_file(context.out.with_suffix(".safetensors"), overwrite=True) as partial:
-                save_classifier(partial, fitted.probe, cut.classes, heads)
+        if name == "pretrained":
+            probe = fitted.probe
+    if probe is not None and file is not None:
+        with new_file(file, overwrite=context.overwrite) as partial:
+            save_classifier(partial, probe, cut.classes, heads)
     baselines = {name: findings for name, findings in found.items() if name != "pretrained"}
     details = {"label": settings.label, **found["pretrained"], "baselines": baselines}
     return Result(_protocol(data, settings, cut, heads), _rows(settings.label, found), details)
@@ -251,7 +258,7 @@ class VideoSubset:
 
     split: str
     classes: Mapping[str, int]
-    """Class number of each video by key, -1 for a class that is not among those fitted."""
+    """Class number of each video by key, -1 for a class that was not fitted."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Baselines:
-    """The encoders that an evaluation compares the trained one with."""
+    """The encoders that a trained encoder is compared with."""
 
     untrained_seeds: tuple[int, ...] = ()
     """Seeds of encoders of the same shape with initial weights."""
@@ -69,7 +69,7 @@ class EvaluationSettings(Settings):
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One score with its interval."""
+    """A score with its interval."""
 
     task: str
     metric: str
@@ -112,10 +112,10 @@ ROW_FIELDS = tuple(one.name for one in fields(ScoreRow) if one.name != "extra")
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of one evaluation and how they were measured."""
+    """The scores of an evaluation and how they were measured."""
 
     protocol: Mapping[str, Any]
-    """How the scores were measured, by name. Pages and model cards print it as one sentence."""
+    """How the scores were measured, by name. Pages and model cards print it as a sentence."""
     rows: Sequence[ScoreRow]
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further top-level entries of the JSON file."""
@@ -138,7 +138,7 @@ class Result:
         return cells
 
     def value(self, task: str, features: str) -> float:
-        """Return the score of one task for one kind of features."""
+        """Return the score of a task for a kind of features."""
         return next(row.value for row in self.rows if (row.task, row.features) == (task, features))
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +172,9 @@ class EvaluationContext:
     cache: Path
     """Folder for intermediate results, shared by all evaluations whose results are in the same folder."""
     out: Path | None = None
-    """The result file, if one is written. Further files of the evaluation are named after it."""
+    """The result file, if it is written. Further files of the evaluation are named after it."""
+    overwrite: bool = False
+    """Whether files of an earlier result are replaced."""
     untrained: Sequence[VideoEncoder] = ()
     """An encoder for each seed of `Baselines.untrained_seeds`."""
     pixels: VideoEncoder | None = None
@@ -198,11 +200,11 @@ class EvaluationContext:
 
 
 @contextmanager
-def open_context(out: Path | None) -> Iterator[EvaluationContext]:
+def open_context(out: Path | None, *, overwrite: bool = False) -> Iterator[EvaluationContext]:
     """Join the ranks and open the feature cache: in the folder of `out`, or temporary if nothing is written."""
     with join(PATIENT) as world:
         if out is not None:
-            yield EvaluationContext(world, out.absolute().parent / CACHE, out)
+            yield EvaluationContext(world, out.absolute().parent / CACHE, out, overwrite)
             return
         folder = tempfile.TemporaryDirectory(prefix="vjepa-eval-") if world.is_first else None
         try:

@@ -1,4 +1,4 @@
-"""Embed any number of videos into one file of features.
+"""Embed videos into a file of features.
 
     vjepa embed MODEL VIDEOS... --out features.parquet
 
@@ -81,7 +81,7 @@ class EmbedSummary:
     broken: int
     """Videos without features."""
     shape: tuple[int, ...]
-    """Shape of the features of one clip."""
+    """Shape of the features of a clip."""
 
 
 def embed(
@@ -104,7 +104,7 @@ def embed(
 
     Args:
         model: a run, a checkpoint, or an export.
-        videos: files and folders of files, or one corpus of shards.
+        videos: files and folders of files, or a corpus of shards.
         out: file to write. Its suffix gives the format.
         what: mean over all tokens [D], mean over space at each time [t D], or all tokens [t h w D].
         split: split of a corpus.
@@ -114,7 +114,7 @@ def embed(
         device: torch device. The default is a GPU if there is one.
         batch: clips that are encoded together.
         workers: decoding processes of each rank.
-        timeout_s: time limit for opening and decoding one file, in seconds.
+        timeout_s: time limit for opening and decoding a file, in seconds.
         overwrite: replace `out` and discard its unfinished parts.
 
     Raises:
@@ -164,7 +164,7 @@ class EmbeddedParts:
     """Model, videos and kind of features."""
 
     def write(self, out: Path, *, overwrite: bool = False) -> EmbedSummary:
-        """Join the parts to one file and remove them."""
+        """Join the parts to a file and remove them."""
         counts = [_count(file) for file in self.files]
         clips, videos, broken = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
         WRITERS[out.suffix](self, out, overwrite)
@@ -205,7 +205,7 @@ def embed_parts(
 
 
 def shape_of(encoder: VideoEncoder, what: Pooling) -> tuple[int, ...]:
-    """Return the shape of the features of one clip."""
+    """Return the shape of the features of a clip."""
     model = encoder.model
     t, side = encoder.frames // model.tubelet_frames, encoder.px // model.patch_px
     return {"clip": (encoder.width,), "time": (t, encoder.width), "token": (t, side, side, encoder.width)}[what]

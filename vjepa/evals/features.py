@@ -133,12 +133,12 @@ def clips_for(
 
 
 class CorpusVideos:
-    """Videos of one split of a corpus. A thread decodes ahead of the encoder."""
+    """Videos of a split of a corpus. A thread decodes ahead of the encoder."""
 
     def __init__(self, clips: EvalClips, videos: Sequence[int] | None = None) -> None:
         """Args:
         clips: of the corpus.
-        videos: numbers of the videos in the index. The default is all, including those too short for a clip.
+        videos: numbers of the videos in the index. The default is all, including videos too short for a clip.
         """
         self.clips = clips
         self.videos = range(len(clips.index)) if videos is None else videos
@@ -195,7 +195,7 @@ def read_class_labels(shards: Path, split: str, label: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EncodedCorpus:
-    """Features that one encoder gives for all clips."""
+    """Features that an encoder gives for all clips."""
 
     pooled: Float[Tensor, "clips d"]
     tokens: Float[Tensor, "n D"]
@@ -286,7 +286,7 @@ def read_features(
         shards: the corpus.
         clips: its clips.
         context: ranks, cache and progress.
-        pooling: how a clip's tokens become one feature.
+        pooling: how the tokens of a clip are averaged.
         tokens: whether motion, and tokens that lie on an object, are labelled and kept too.
 
     Raises:

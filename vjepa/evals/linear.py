@@ -71,7 +71,7 @@ class ClipSubset:
 
 @dataclass(frozen=True)
 class FitAndReport:
-    """The rows of one task and one encoder, to fit on and to report on."""
+    """The rows of a task and an encoder, to fit on and to report on."""
 
     fit: Table
     report: Table
@@ -79,7 +79,7 @@ class FitAndReport:
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """One target to predict."""
+    """A target to predict."""
 
     name: str
     kind: Kind

@@ -1,9 +1,9 @@
 """The evaluations that `vjepa eval NAME MODEL SHARDS` runs. Never imports torch.
 
 An evaluation is one module with a settings class and `evaluate(model, data, settings, context) -> Result`, see
-`vjepa.evals.base`. Its entry in this table makes it a command. Programs of others add theirs with
+`vjepa.evals.base`. Its entry in this table makes it a command. Other packages add their evaluations with
 
-    EVALUATIONS["mine"] = EvaluationEntry("my_module", "MySettings", "one line of help")
+    EVALUATIONS["mine"] = EvaluationEntry("my_module", "MySettings", "a line of help")
 """
 
 import difflib
@@ -14,14 +14,14 @@ from vjepa_data.errors import BadInput
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """The module and the settings class of one evaluation."""
+    """The module and the settings class of an evaluation."""
 
     module: str
     """Importable name of the module that defines `evaluate`."""
     settings: str
     """Name of the settings class in that module."""
     summary: str
-    """One line of help."""
+    """A line of help."""
     title: str = ""
     """Heading of its results on pages. The default is the name of the evaluation."""
 

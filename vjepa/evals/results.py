@@ -12,10 +12,10 @@ KEYS = {"protocol", "rows", "kind"}
 
 
 def read_result(file: Path) -> Result:
-    """Read one result.
+    """Read a result.
 
     Raises:
-        BadInput: the file does not hold one.
+        BadInput: the file holds no result.
     """
     content = read_json(file)
     if not content.keys() >= KEYS:

@@ -71,7 +71,7 @@ def ridge_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
         seed: seed of the resampling and of the folds.
 
     Raises:
-        ValueError: there are fewer than two clips to train on, or only one class.
+        ValueError: there are fewer than two clips or classes to train on.
     """
     codes = _TargetCodes(train.target, kind)
     losses, errors = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
@@ -116,7 +116,7 @@ class _Fold:
 
 
 def _folds(table: Table, seed: int) -> Iterator[_Fold]:
-    """Cut the clips in five, and yield each fifth with the other four. At most about `FOLD_ROWS` rows are used."""
+    """Cut the clips in five, and yield each fifth with the remaining clips. At most about `FOLD_ROWS` rows are used."""
     clips = np.unique(table.clip)
     if len(clips) < 2:
         raise ValueError(f"a linear probe needs at least 2 clips to train on, got {len(clips)}; give more clips")

@@ -52,7 +52,7 @@ def run_evaluation(
         name: an evaluation of `vjepa.evals.registry`.
         model_path: a run, a checkpoint, or an export.
         data: folder of the corpus.
-        settings: an instance of the evaluation's settings class, or the values for one.
+        settings: an instance of the evaluation's settings class, or values of its fields.
         out: JSON file to write. By default nothing is written, and an interrupted evaluation cannot be resumed.
         part: which encoder of a run or checkpoint.
         overwrite: replace an earlier result.
@@ -73,7 +73,7 @@ def run_evaluation(
         find_record(model_path)
     evaluate = importlib.import_module(entry.module).evaluate
     encoder = load_encoder(model_path, part)
-    with open_context(out) as context:
+    with open_context(out, overwrite=overwrite) as context:
         context = replace(context, **_baselines(encoder, settings, context.world))
         result = evaluate(encoder.to(context.world.device), data, settings, context)
         result = replace(result, kind=name, model=describe_model(model_path, encoder))

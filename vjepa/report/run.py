@@ -197,7 +197,7 @@ def _learning(history: RunHistory) -> Section:
 
 
 def _plots(metrics: Sequence[str]) -> dict[str, list[str]]:
-    """Group metrics by plot: names that differ only in a number at the end share one, as all times do."""
+    """Group metrics by plot: names that differ only in a number at the end share a plot, as all times do."""
     groups: dict[str, list[str]] = {}
     for prefix in PLOTTED:
         for name in metrics:

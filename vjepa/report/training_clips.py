@@ -68,7 +68,7 @@ def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[C
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """The tokens of one clip that one kind of mask shows and hides."""
+    """The tokens of a clip that a kind of mask shows and hides."""
 
     kind: int
     """Position in `run.objective.mask_kinds`."""

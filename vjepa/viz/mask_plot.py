@@ -2,7 +2,7 @@
 
     kind   | a few clips, tubelet by tubelet | chance to be hidden, over the picture | shares over time
 
-Each kind of mask has one row for each clip length in the mixture.
+Each kind of mask has a row for each clip length in the mixture.
 """
 
 from pathlib import Path

@@ -94,7 +94,7 @@ def feature_colours(tokens: Float[Tensor, "B t h w D"]) -> UInt8[ndarray, "B t h
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot."""
+    """A curve of a plot."""
 
     label: str
     x: Float[ndarray, " n"]
