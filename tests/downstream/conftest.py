@@ -38,7 +38,7 @@ def make_run(corpus: Path, **model: object) -> config.Run:
         batch_size=4,
         data=Data.model_validate(data),
         model=config.Model.model_validate({**sizes, **model}),
-        objective={"name": "vjepa2_1" if model.get("predict_context") else "vjepa2"},
+        objective={"name": "vjepa2_1" if model.get("predict_context") else "vjepa2"},  # pyright: ignore[reportArgumentType]
         optim=config.Optim(lr=1e-3),
     )
 

@@ -85,34 +85,41 @@ def test_tokens_are_computed_once(
 
 
 RANKS = """
-import sys
+import json, sys
 from pathlib import Path
 from vjepa.evals import parts
-from vjepa.evals.attentive import AttentiveSettings
 from vjepa.evals.shell import run_evaluation
 parts.PART_VIDEOS = 8  # or the first rank would have them all
-model, shards, out = map(Path, sys.argv[1:])
-settings = AttentiveSettings(label="shape", rates=(3e-3, 1e-4), decays=(0.01,), epochs=2, batch=8, blocks=1)
-run_evaluation("attentive", model, shards, settings, out=out / "probe.json")
-run_evaluation("probe", model, shards, {"random_seeds": 0, "labels": ["shape", "speed"]}, out=out / "linear.json")
+name, settings, model, shards, out = sys.argv[1:]
+run_evaluation(name, Path(model), Path(shards), json.loads(settings), out=Path(out))
 """
+
+
+def run_two_ranks(name: str, settings: str, model: Path, shards: Path, out: Path) -> None:
+    script = out.with_name("ranks.py")
+    script.write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, script, name, settings, model, shards, out], check=True, capture_output=True)
 
 
 def test_two_ranks_give_the_result_of_one(
     written: tuple[Result, Path], trained: Path, scenes: Path, tmp_path: Path
 ) -> None:
     result, out = written
-    (tmp_path / "ranks.py").write_text(RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, tmp_path / "ranks.py", trained, scenes, tmp_path], check=True, capture_output=True)
+    run_two_ranks("attentive", SMALL.model_dump_json(), trained, scenes, tmp_path / "probe.json")
     assert json.loads((tmp_path / "probe.json").read_text()) == result.to_json()
     one, two = (load_file(path.with_suffix(".safetensors")) for path in (out, tmp_path / "probe.json"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     (one,), (two,) = (list(folder.glob(".vjepa-features/val-tokens-*.npy")) for folder in (out.parent, tmp_path))
     assert np.array_equal(np.load(one), np.load(two))
-    linear = run_evaluation("probe", trained, scenes, {"random_seeds": 0, "labels": ["shape", "speed"]})
-    assert json.loads((tmp_path / "linear.json").read_text()) == linear.to_json()
+
+
+def test_two_ranks_share_the_linear_probes(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    settings = {"random_seeds": 0, "labels": ["shape", "speed"]}
+    run_two_ranks("probe", json.dumps(settings), trained, scenes, tmp_path / "linear.json")
+    alone = run_evaluation("probe", trained, scenes, settings)
+    assert json.loads((tmp_path / "linear.json").read_text()) == alone.to_json()
 
 
 def test_views_vote_together(trained: Path, scenes: Path, tmp_path: Path) -> None:

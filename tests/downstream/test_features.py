@@ -155,7 +155,7 @@ def test_cached_features_depend_on_everything_that_decides_them(
         for _ in range(2):
             read_features({"encoder": encoder}, scenes, clips, context, **options)
             assert len(list(context.cache.iterdir())) == number + 1
-    read_features({"encoder": random_encoder(encoder, 0)}, scenes, clips, context, pooling="clip")
+    read_features({"encoder": random_encoder(encoder, 0)}, scenes, open_scenes(scenes, max_videos=2), context)
     assert len(list(context.cache.iterdir())) == 6
 
 

@@ -32,7 +32,7 @@ def test_states_are_those_of_the_masks() -> None:
     settings = run(REFERENCE, {"mode": "causal", "visible_tubelets": 1})
     grid = Grid(4, 4, 4)
     states = mask_states(settings, grid, 0, step=3).reshape(8, -1)
-    for mask in sample_masks(settings.masks, grid, seed=0, step=3, slots=range(8)):
+    for mask in sample_masks(settings.objective.mask_kinds, grid, seed=0, step=3, slots=range(8)):
         if mask.kind == 0:
             for row, visible, hidden in zip(mask.rows, mask.visible, mask.hidden, strict=True):
                 assert np.flatnonzero(states[row] == 1).tolist() == visible.tolist()
@@ -57,7 +57,7 @@ def test_a_still_image_fills_a_tubelet_of_the_grid() -> None:
 
 def test_each_clip_length_of_a_mixture_is_drawn(tmp_path: Path) -> None:
     """One source holds still images, which fill a tubelet, and has a row of its own."""
-    sources = ({"shards": "videos"}, {"shards": "images", "frames": 1})
+    sources: tuple[dict[str, object], ...] = ({"shards": "videos"}, {"shards": "images", "frames": 1})
     balanced = {"mode": "balanced", "blocks": 2, "block_share": 0.2}
     draw_mask_sheet(run(balanced), tmp_path / "videos.png")
     draw_mask_sheet(run(balanced, sources=sources), tmp_path / "both.png")

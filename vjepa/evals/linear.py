@@ -178,15 +178,15 @@ def _kind(part: ClipSubset, name: str) -> Kind | None:
 
 
 def _clip_tables(fit: ClipSubset, report: ClipSubset, name: str, where: str) -> dict[str, FitAndReport]:
-    parts = [part.keep(np.array([name in scalars for scalars in part.clips.scalars])) for part in (fit, report)]
-    if not all(len(part.rows) for part in parts):
+    fit, report = (part.keep(np.array([name in labels for labels in part.clips.scalars])) for part in (fit, report))
+    if not len(fit.rows) or not len(report.rows):
         raise BadInput(f"{where}: no clip to report on has label {name!r}; give other --labels")
-    return _pooled_tables(*parts, lambda part: np.array([part.clips.scalars[row][name] for row in part.rows]))
+    return _pooled_tables(fit, report, lambda part: np.array([part.clips.scalars[row][name] for row in part.rows]))
 
 
 def _velocity_tables(fit: ClipSubset, report: ClipSubset) -> dict[str, FitAndReport]:
-    parts = (part.keep(np.isfinite(part.clips.velocity).all(1)) for part in (fit, report))
-    return _pooled_tables(*parts, lambda part: part.clips.velocity[part.rows])
+    fit, report = (part.keep(np.array(np.isfinite(part.clips.velocity).all(1))) for part in (fit, report))
+    return _pooled_tables(fit, report, lambda part: part.clips.velocity[part.rows])
 
 
 def _pooled_tables(
