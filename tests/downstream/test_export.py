@@ -128,7 +128,7 @@ def test_the_card_lists_the_results_of_these_weights(
     assert [result["model"]["step"] for result in said["results"]] == [40]
     (line,) = [one for one in (tmp_path / "out" / "README.md").read_text().splitlines() if one.startswith("| shape |")]
     assert f"{said['results'][0]['accuracy']:.3f}" in line
-    with pytest.raises(BadInput, match="holds no result"):
+    with pytest.raises(BadInput, match="is not an evaluation result"):
         export(run, tmp_path / "more", format="native", results=[tmp_path / "out" / "model.json"])
 
 
