@@ -1,6 +1,8 @@
-"""The command line: its exit codes, and one clear line for what a user can fix."""
+"""The command line: exit codes, parsing, and one-line errors for everything that a user can fix."""
 
-import argparse
+import importlib
+import io
+import logging
 import os
 import re
 import shutil
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from vjepa.cli import main, parsers
+from vjepa.cli import APP, VERB_FILES, main
+from vjepa.cli import progress as progress_module
+from vjepa.cli.progress import progress
 
 RUN = """
 name: tiny
@@ -30,22 +34,30 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def verbs(whole: argparse.ArgumentParser) -> list[list[str]]:
-    """Every verb, and every verb of a group."""
-    found = []
-    for action in whole._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, inner in action.choices.items():
-                found += [[name, *rest] for rest in verbs(inner)] or [[name]]
-    return found
+def list_verbs() -> list[str]:
+    """Every verb, and every verb of a group, as typed."""
+    for name in VERB_FILES:
+        importlib.import_module(f"vjepa.cli.{name}")
+    names = [name for name in APP if not name.startswith("-")]
+    return [
+        " ".join(words)
+        for name in names
+        for words in [(name, part) for part in APP[name] if not part.startswith("-")] or [(name,)]
+    ]
 
 
-@pytest.mark.parametrize("words", verbs(parsers()[0]), ids=" ".join)
-def test_every_verb_explains_itself(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--help"])
-    assert stopped.value.code == 0
-    assert f"usage: vjepa {' '.join(words)}" in capsys.readouterr().out
+@pytest.mark.parametrize("words", list_verbs())
+def test_every_verb_explains_itself(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The help has a usage line, a sentence about the verb, a text for each option, and an example."""
+    assert main([*words.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"Usage: vjepa {words}" in text
+    assert f"Example: vjepa {words}" in text
+    app = APP
+    for word in words.split():
+        app = app[word]
+    for argument in app.assemble_argument_collection(parse_docstring=True):
+        assert argument.parameter.help or not argument.parse, f"{argument.name} lacks a help text"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +78,7 @@ def test_every_verb_explains_itself(words: list[str], capsys: pytest.CaptureFixt
         ("runs show EMPTY", "is not a run folder"),
         ("launch CONFIG --on h10", "h10 is neither a file nor one of the shipped h100, h200, local"),
         ("launch CONFIG --on ./h100", "h100: cannot be read"),
-        ("demo --out NOTES", "is not empty and no demo made it"),
+        ("demo --out NOTES", "is not empty and not from a demo"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -90,31 +102,55 @@ def test_bad_input_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("trian demo", "trian is no verb. Did you mean train?"),
-        ("train demo --otu x", "--otu is no option of this verb. Did you mean --out?"),
-        ("show demo optim.lr", "'optim.lr' is one word too many; settings are written name=value"),
-        ("verify EMPTY lr=3", "this verb takes no settings"),
+        ("trian demo", "vjepa: unknown command 'trian'. Did you mean 'train'?"),
+        ("runs lst", "vjepa runs: unknown command 'lst'. Did you mean 'list'?"),
+        ("train demo --otu x", "vjepa train: unknown option '--otu'. Did you mean '--out'?"),
+        ("show demo optim.lr", "vjepa show: unexpected argument 'optim.lr'; write settings as name=value"),
+        ("verify EMPTY lr=3", "vjepa verify: unexpected argument 'lr=3'; this verb takes no settings"),
+        ("verify", "vjepa verify: PLACE is missing; see `vjepa verify --help`"),
+        ("shard EMPTY", "vjepa shard: --out is missing; see `vjepa shard --help`"),
+        ("shard EMPTY --out", "vjepa shard: --out needs a value"),
+        ("shard EMPTY --out x --task 3", "--task: '3' is not K/N with K from 0 to N - 1, such as 3/32"),
         ("shard EMPTY --out x --workers 0", "--workers: '0' is not a whole number of at least 1"),
         ("estimate demo --nodes 0", "--nodes: '0' is not a whole number of at least 1"),
-        ("show demo --step -1", "--step: '-1' is not a whole number from 0"),
-        ("embed model videos --out f.npy --timeout-s nan", "--timeout-s: 'nan' is not a number above 0"),
+        ("show demo --step -1", "--step: '-1' is not a whole number of at least 0"),
+        ("embed model videos --out f.npy --timeout-s nan", "--timeout-s: nan must be > 0"),
+        ("export model --out x --format pt", "--format: 'pt' is not one of hf, native, pt2"),
+        ("import x.pt --out x --mask-tokens 0 -1", "--mask-tokens: '-1' is not a whole number of at least 0"),
     ],
 )
-def test_a_word_that_means_nothing_is_answered_with_what_was_meant(
-    words: str, line: str, capsys: pytest.CaptureFixture[str]
+def test_a_misspelt_command_line_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error
+
+
+@pytest.mark.parametrize(("words", "line"), [("", "vjepa VERB --help"), ("runs", "Print the log of a rank.")])
+def test_without_a_verb_all_verbs_are_listed(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vjepa-pretrain 0.")
+
+
+@pytest.mark.parametrize("words", ["seed=7 show CONFIG", "show seed=7 CONFIG", "show CONFIG --step 3 seed=7"])
+def test_settings_may_stand_anywhere_after_the_verb(
+    words: str, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(words.split())
-    assert stopped.value.code == 2
-    assert line in capsys.readouterr().err.splitlines()[-1]
+    expected = 2 if words.startswith("seed") else 0
+    assert main([str(run_file) if word == "CONFIG" else word for word in words.split()]) == expected
+    assert ("command line" in capsys.readouterr().out) == (expected == 0)
 
 
-def test_without_a_verb_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "vjepa VERB --help" in capsys.readouterr().err
+def test_the_last_value_of_a_repeated_option_counts(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(run_file), "--masks", "first.xyz", "--masks=last.xyz"]) == 2
+    assert "last.xyz" in capsys.readouterr().err
 
 
-def test_a_file_or_a_value_that_looks_like_a_setting_is_none(
+def test_a_file_or_value_that_looks_like_a_setting_is_not_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,7 +161,7 @@ def test_a_file_or_a_value_that_looks_like_a_setting_is_none(
     assert "label=cat: no tars below it" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure(run_file: Path) -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error(run_file: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "-m", "vjepa", "show", str(run_file)]
@@ -152,30 +188,28 @@ def test_a_machine_without_any_network_interface_is_one_line(run_file: Path) -> 
     assert not (run_file.parent / "run").exists()
 
 
-def test_the_drill_that_its_help_tells_of_works_on_this_machine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_drill_of_the_help_example_passes_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drill", "--on", "local", "--only", "refuse", "--out", str(tmp_path / "drill")]) == 0
     said = capsys.readouterr()
     assert "1 of 1: refuse, as expected" in said.err
     assert "bad_input" in said.out
 
 
-def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "pydantic.py").write_text("raise KeyboardInterrupt")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     words = [sys.executable, "-m", "vjepa", "show", "demo"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "vjepa: interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "vjepa show: interrupted\n")
 
 
-def test_a_disk_that_objects_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_file_system_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "x" * 300
     assert main(["show", str(run_file), "--masks", f"{long}.png"]) == 2
-    assert "File name too long; give another place" in capsys.readouterr().err.strip()
+    assert "File name too long; choose another path" in capsys.readouterr().err.strip()
 
 
-def test_a_list_of_runs_that_goes_to_a_file_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_of_runs_in_a_file_is_not_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "a-name-as-long-as-names-of-sweeps-are-003-optim.lr-0.0006-optim.weight_decay-0.05-seed-1"
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.yaml").write_text("name: x\nsteps: 4\n")
@@ -192,7 +226,28 @@ def test_show_says_where_each_value_came_from(run_file: Path, capsys: pytest.Cap
     assert ["precision", "bf16", "default"] in rows
 
 
-def test_settings_are_shown_at_once(run_file: Path) -> None:
+def test_settings_are_shown_without_importing_torch(run_file: Path) -> None:
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "vjepa", "show", str(run_file)], check=True, capture_output=True)
     assert time.perf_counter() - started < 10, "settings need no torch, so they should not take as long as importing it"
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO), progress("reading") as advance:
+        for done in range(1, 5):
+            advance(done, 4)
+    assert caplog.messages == ["reading: 2 of 4 after 31 s", "reading: 4 of 4 after 62 s"]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("reading") as advance:
+        advance(1, 4)
+    assert "reading" in terminal.getvalue()
+    assert "1/4" in terminal.getvalue()

@@ -1,12 +1,17 @@
-"""Where `vjepa VERB ...` begins, and `python -m vjepa VERB ...` under torchrun and from a frozen copy of the code."""
+"""Run `vjepa VERB ...`, or `python -m vjepa VERB ...` under torchrun and from a frozen copy of the code."""
 
+import os
 import signal
 import sys
 
+from vjepa.threads import configure_threads
+
 
 def main() -> int:
-    """Run one verb; Ctrl-C is one line while modules are still imported, too."""
+    """Run one verb. Ctrl-C prints one line, also while modules are imported."""
     try:
+        configure_threads()
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # spares a search of all installed packages
         from vjepa.cli import main
 
         return main()

@@ -1,7 +1,7 @@
-"""The whole path on one machine: raw videos in, an exported encoder and a report out.
+"""Run the complete pipeline on one machine: raw videos in, an exported encoder and a report out.
 
-Every stage is one of the ordinary verbs, run as a user would run it and printed before it runs. In the middle of
-training the process is killed with SIGKILL and started again, and the steps that it repeats are compared bit by bit.
+Every stage is an ordinary verb, started as a user would start it and printed before it runs. During training the
+process is killed with SIGKILL and started again, and the repeated steps are compared bit by bit.
 """
 
 import json
@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vjepa.config import Run, load
-from vjepa_data.settings import BadInput
+from vjepa_data.errors import BadInput
 
 MARK = "made-by-vjepa-demo"
+"""File that marks a folder as the output of a demo, which the next demo may replace."""
 
-# How the two kinds of videos are sharded: small, since the demo's model sees small pictures.
+# Settings of the two kinds of shards. Videos are stored small, since the demo's model takes small frames.
 CORPUS = ("name=physics", "encode.short_side_px=64", "split.val_share=0.25")
 OWN_VIDEOS = ("encode.short_side_px=64", "cut.kind=fixed", "cut.length_s=4")
 
@@ -29,99 +30,96 @@ def demo(out: Path, *, videos: Path | None = None, overrides: Sequence[str] = ()
     """Shard, pretrain, kill, resume, export, probe, report.
 
     Args:
-        out: folder to work in; what an earlier demo left there is replaced.
-        videos: folder of the user's own videos; by default physics scenes are generated, with labels to probe.
-        overrides: settings of the run, `steps=200` for example.
+        out: folder to work in. The output of an earlier demo is replaced.
+        videos: folder of the user's own videos. By default physics scenes are generated, with labels to probe.
+        overrides: settings of the run, such as `steps=200`.
 
     Raises:
-        BadInput: `out` holds something that no demo made, or a setting does not fit.
+        BadInput: `out` holds files that are not from a demo, or a setting is invalid.
     """
-    corpus, shards, folder, model = out / "videos", out / "shards", out / "run", out / "model"
+    corpus, shards, run_folder, model = out / "videos", out / "shards", out / "run", out / "model"
     settings = [f"data.sources=[{{shards: {json.dumps(str(shards))}}}]", *overrides]
     run = load("demo", settings).settings
     _clear(out)
     started = time.perf_counter()
+    stages = 6 if videos is None else 5
     if videos is None:
-        _say("Real mp4 files of generated physics scenes, each with its labels beside it")
-        _vjepa("synthesize", "--out", corpus)
-    _say("Raw videos to shards: canonical H.264, decode-checked, with an index")
-    _vjepa("shard", videos or corpus, "--out", shards, *(CORPUS if videos is None else OWN_VIDEOS))
-    _say("Pretraining, killed in the middle and started again")
-    _train_through_a_kill(run, folder, ["train", "demo", "--out", folder, *settings])
-    _say("Export to Hugging Face format, loaded back by transformers and compared")
-    _vjepa("export", folder, "--out", model, "--format", "hf")
+        _print_stage(1, stages, "Generate physics scenes as mp4 files, with labels beside them")
+        _run_verb("synthesize", "--out", corpus)
+    _print_stage(stages - 4, stages, "Convert raw videos to shards: canonical H.264, decode-checked, indexed")
+    _run_verb("shard", videos or corpus, "--out", shards, *(CORPUS if videos is None else OWN_VIDEOS))
+    _print_stage(stages - 3, stages, "Pretrain, with a SIGKILL and a restart in the middle")
+    _train_through_a_kill(run, run_folder, ["train", "demo", "--out", run_folder, *settings])
+    _print_stage(stages - 2, stages, "Export to the Hugging Face format, load with transformers and compare")
+    _run_verb("export", run_folder, "--out", model, "--format", "hf")
     if videos is None:
-        _say("A small probe on frozen features, beside its baselines")
-        _vjepa("eval", "probe", model, shards, "--out", folder / "probe.json")
+        _print_stage(stages - 1, stages, "Fit linear probes on frozen features, compared with baselines")
+        _run_verb("eval", "probe", model, shards, "--out", run_folder / "probe.json")
     else:
-        _say("No labels came with these videos, so there is nothing to probe: the probe is left out")
-    _say("Report")
-    _vjepa("report", folder, "--out", out / "report.html")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {out / 'report.html'}")
+        _print_stage(stages - 1, stages, "Skip the probe: your videos have no labels")
+    _print_stage(stages, stages, "Write the report")
+    _run_verb("report", run_folder, "--out", out / "report.html")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Open {out / 'report.html'}")
     return 0
 
 
 def _clear(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).exists():
-            raise BadInput(f"{out} is not empty and no demo made it; give another folder with --out")
+            raise BadInput(f"{out} is not empty and not from a demo; give another folder with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
 
 
-def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+def _print_stage(number: int, stages: int, text: str) -> None:
+    print(f"\n== {number} of {stages}: {text}", flush=True)
 
 
-def _command(words: Sequence[str | Path]) -> list[str]:
+def _print_command(words: Sequence[str | Path]) -> list[str]:
     print(f"$ vjepa {shlex.join(str(word) for word in words)}", flush=True)
     return [sys.executable, "-m", "vjepa", *map(str, words)]
 
 
-def _vjepa(*words: str | Path) -> None:
-    code = subprocess.run(_command(words)).returncode
+def _run_verb(*words: str | Path) -> None:
+    code = subprocess.run(_print_command(words)).returncode
     if code:
         raise SystemExit(code)
 
 
 def _train_through_a_kill(run: Run, folder: Path, words: Sequence[str | Path]) -> None:
-    """Train to the end, with one SIGKILL between two checkpoints, and say whether the repeated steps were the same."""
-    every, enough = run.checkpoint.every_steps, run.checkpoint.every_steps + 2 * run.track.every_steps
-    if enough > run.steps:
-        _vjepa(*words)
-        print(f"-- too short to be interrupted: {run.steps} steps, with a checkpoint every {every}", flush=True)
+    """Train to the end with one SIGKILL between two checkpoints, and print whether repeated steps were identical."""
+    saved_step = run.checkpoint.every_steps
+    kill_step = saved_step + 2 * run.track.every_steps
+    if kill_step > run.steps:
+        _run_verb(*words)
+        print(f"-- not interrupted: {run.steps} steps are too few for a checkpoint every {saved_step}", flush=True)
         return
-    first = subprocess.Popen(_command(words), start_new_session=True)
-    while first.poll() is None and _last_step(folder) < enough:
+    process = subprocess.Popen(_print_command(words), start_new_session=True)
+    while process.poll() is None and _last_step(folder) < kill_step:
         time.sleep(0.1)
-    if first.poll() is None:
-        os.killpg(first.pid, signal.SIGKILL)
-    if first.wait() > 0:
-        raise SystemExit(first.returncode)
-    before = _losses(folder)
-    print(
-        f"-- killed with SIGKILL after step {max(before)}; the same command goes on from the last checkpoint",
-        flush=True,
-    )
-    _vjepa(*words)
-    after = _losses(folder)
-    repeated = [step for step in before if step > every and step in after]
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.wait() > 0:
+        raise SystemExit(process.returncode)
+    before = _read_losses(folder)
+    print(f"-- killed with SIGKILL after step {max(before)}; the same command resumes from the checkpoint", flush=True)
+    _run_verb(*words)
+    after = _read_losses(folder)
+    repeated = [step for step in before if step > saved_step and step in after]
     worst = max((abs(before[step] - after[step]) for step in repeated), default=float("nan"))
     verdict = "bit-identical" if worst == 0 else f"different by at most {worst:.1e}"
-    print(
-        f"-- steps {min(repeated)} to {max(repeated)} were run twice, before and after the kill: {verdict}", flush=True
-    )
+    print(f"-- losses of steps {min(repeated)} to {max(repeated)}, before and after the kill: {verdict}", flush=True)
 
 
-def _losses(folder: Path) -> dict[int, float]:
+def _read_losses(folder: Path) -> dict[int, float]:
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return {}
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {one["step"]: one["loss/prediction"] for one in records if "loss/prediction" in one}
+    return {record["step"]: record["loss/prediction"] for record in records if "loss/prediction" in record}
 
 
 def _last_step(folder: Path) -> int:
-    return max(_losses(folder), default=0)
+    return max(_read_losses(folder), default=0)

@@ -1,6 +1,6 @@
-"""What the doctor of machines must know of torch and of our data: how fast ranks exchange, and how fast clips come.
+"""Checks of `vjepa doctor` that need torch or our data: all-reduce bandwidth, reading speed, decoding speed.
 
-torchrun --standalone --nproc-per-node 8 -m vjepa.doctor      all-reduce between the processes, a line of JSON
+torchrun --standalone --nproc-per-node 8 -m vjepa.doctor      # prints the bandwidth as a line of JSON
 """
 
 import json
@@ -18,73 +18,72 @@ import torch.distributed as dist
 
 from vjepa.config import Run
 from vjepa_data.corpus.index import Index
+from vjepa_data.errors import BadInput
 from vjepa_data.reader.bench import measure_stages
-from vjepa_data.settings import BadInput
 from vjepa_launch.doctor.machine import SLOWER_THAN_THE_BEST, Check, Finding, Measure
 
 GPU_MIB, CPU_MIB = 1024, 32
-"""Large enough for the bandwidth to count and not the latency."""
+"""Size of the tensor. Large, so that bandwidth dominates latency."""
 
 REPEATS = 10
 WAIT_S = 900.0
-"""For the other ranks, whose nodes may still be looked at."""
+"""Time-out for the other ranks, whose nodes may still be under examination."""
 
 READ_MIB, READ_S = 256, 10.0
 CLIPS = 20
 
 
-def looks(run: Run | None) -> list[Check]:
-    """What there is to look at on one machine, with the corpora of a run if there is one."""
-    exchange = partial(exchange_between_devices, max(2, torch.cuda.device_count()))
-    if run is None:
-        return [exchange]
-    return [
-        exchange,
-        partial(look_at_corpora, "shards", read_shards, run),
-        partial(look_at_corpora, "clips", decode_clips, run),
-    ]
+def checks(run: Run | None) -> list[Check]:
+    """List the checks of one machine. With a run, its corpora are read and decoded too."""
+    devices = max(2, torch.cuda.device_count())
+    found: list[Check] = [partial(check_exchange_between_devices, devices)]
+    if run is not None:
+        found += [
+            partial(check_corpora, "shards", read_shards, run),
+            partial(check_corpora, "clips", decode_clips, run),
+        ]
+    return found
 
 
-def exchange_between_devices(processes: int) -> list[Finding]:
-    """All-reduce between the GPUs of this machine (NCCL), or between processes if it has none (gloo)."""
-    what = "exchange here"
+def check_exchange_between_devices(processes: int) -> list[Finding]:
+    """Measure all-reduce between the GPUs of this machine (NCCL), or between processes without GPUs (gloo)."""
+    name = "exchange here"
     if torch.cuda.device_count() == 1:
-        return [Finding(what, "ok", "one GPU, which exchanges nothing")]
+        return [Finding(name, "ok", "one GPU, so no exchange")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return _exchange(what, [*torchrun, "-m", "vjepa.doctor"], dict(os.environ))
+    return _check_exchange(name, [*torchrun, "-m", "vjepa.doctor"], dict(os.environ))
 
 
-def exchange_between_ranks() -> list[Finding]:
-    """All-reduce between all ranks of the job that we are one of; the first rank of each node knows the answer."""
-    return _exchange("exchange of all ranks", [sys.executable, "-m", "vjepa.doctor"], dict(os.environ))
+def check_exchange_between_ranks() -> list[Finding]:
+    """Measure all-reduce between all ranks of this job. Only the first rank of each node returns a finding."""
+    return _check_exchange("exchange of all ranks", [sys.executable, "-m", "vjepa.doctor"], dict(os.environ))
 
 
-def _exchange(what: str, command: list[str], environment: dict[str, str]) -> list[Finding]:
-    """In processes of their own: a group that hangs is ended with them."""
+def _check_exchange(name: str, command: list[str], environment: dict[str, str]) -> list[Finding]:
+    """Measure all-reduce in child processes, which a time-out ends if the process group hangs."""
     environment.setdefault("OMP_NUM_THREADS", "1")
+    timeout_s = WAIT_S + 300
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=WAIT_S + 300, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return [Finding(what, "bad", f"no answer within {WAIT_S + 300:.0f} s; NCCL_DEBUG=INFO says where it waits")]
+        return [Finding(name, "bad", f"no result within {timeout_s:.0f} s; set NCCL_DEBUG=INFO to see where it waits")]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [Finding(what, "bad", last)]
+        return [Finding(name, "bad", last)]
     if not done.stdout.strip():
         return []
-    answer = json.loads(done.stdout.splitlines()[-1])
-    text = f"{answer['gb_per_s']:.2f} GB/s all-reduce between {answer['ranks']} ranks, {answer['backend']}"
-    measure = Measure(answer["gb_per_s"], "GB/s")
-    if answer["backend"] == "nccl":  # what one node does slowly, all wait for
+    result = json.loads(done.stdout.splitlines()[-1])
+    text = f"{result['gb_per_s']:.2f} GB/s all-reduce between {result['ranks']} ranks, {result['backend']}"
+    measure = Measure(result["gb_per_s"], "GB/s")
+    if result["backend"] == "nccl":  # a slow node slows down all ranks
         measure = replace(measure, least=SLOWER_THAN_THE_BEST, outlier="bad")
-    return [Finding(what, "ok", text, measure)]
+    return [Finding(name, "ok", text, measure)]
 
 
 def measure_all_reduce(mib: int, device: torch.device) -> float:
-    """Bus bandwidth of an all-reduce between all ranks, GB/s: what each link carries, whatever the number of ranks.
+    """Measure the bus bandwidth of an all-reduce between all ranks, GB/s. It does not depend on the number of ranks.
 
-    Source: 2 (n - 1) / n times size over time, as nccl-tests counts (doc/PERFORMANCE.md).
+    Source: 2 (n - 1) / n * size / time, as in nccl-tests (doc/PERFORMANCE.md).
     """
     size = dist.get_world_size()
     numbers = torch.ones(mib * 2**18, device=device)
@@ -101,22 +100,22 @@ def measure_all_reduce(mib: int, device: torch.device) -> float:
     return 2 * (size - 1) / size * numbers.nbytes * REPEATS / spent / 1e9
 
 
-def look_at_corpora(what: str, look: Callable[[Run], list[Finding]], run: Run) -> list[Finding]:
-    """Whether the corpora of a run can be used here, and how fast."""
+def check_corpora(name: str, check: Callable[[Run], list[Finding]], run: Run) -> list[Finding]:
+    """Run a check of the corpora of a run; an unusable corpus is a finding."""
     try:
-        return look(run)
+        return check(run)
     except BadInput as error:
-        return [Finding(what, "bad", str(error))]
+        return [Finding(name, "bad", str(error))]
 
 
 def read_shards(run: Run) -> list[Finding]:
-    """Read samples of each source here and there, as training does: bytes that are cached count too."""
+    """Measure random reads of samples of each source, as in training. Reads from a cache count too."""
     findings = []
     for number, source in enumerate(run.data.sources):
         index = Index(source.shards, source.split)
         size, samples, started = 0, 0, time.perf_counter()
         while size < READ_MIB * 2**20 and time.perf_counter() - started < READ_S:
-            # A stride without a common divisor comes by each sample once, far from the last.
+            # Steps of a large prime visit every sample once, each far from the previous sample.
             size += len(index.read(samples * 7919 % len(index)).video)
             samples += 1
         rate = size / 2**20 / (time.perf_counter() - started)
@@ -126,7 +125,7 @@ def read_shards(run: Run) -> list[Finding]:
 
 
 def decode_clips(run: Run) -> list[Finding]:
-    """What one core makes of the clips of a run."""
+    """Measure the clips per second that one core decodes for a run."""
     stages = measure_stages(run.data, run.loader, seed=run.seed, batch_size=run.batch_size, clips=CLIPS)
     rate = 1000 / stages.total
     text = f"{rate:.1f} clips/s for each core, {stages.total:.1f} CPU-ms a clip ({stages.decode:.1f} of them decoding)"
@@ -134,7 +133,7 @@ def decode_clips(run: Run) -> list[Finding]:
 
 
 def main() -> None:
-    """One rank of an all-reduce, as torchrun or the launcher started it."""
+    """Run one rank of the all-reduce, as started by torchrun or the launcher."""
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"]) if torch.cuda.device_count() > 1 else 0
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

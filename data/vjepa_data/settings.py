@@ -10,7 +10,7 @@ from vjepa_data.errors import BadInput as BadInput
 class Settings(BaseModel):
     """A frozen group of settings that rejects unknown names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

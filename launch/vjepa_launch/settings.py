@@ -12,7 +12,7 @@ class BadInput(ValueError):
 class LaunchSettings(BaseModel):
     """A frozen group of settings that rejects unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Restart(LaunchSettings):

@@ -1,76 +1,79 @@
-"""The verbs: `vjepa VERB THING [--options] [key=value ...]`.
+"""The command line: `vjepa VERB THING [--options] [name=value ...]`.
 
-One file for each kind of person: `datasets` for those who build corpora, `runs` for those who train, `models` for those
-who use what came out. Each verb imports what it needs only when it is called, so that `vjepa show` answers at once and
-`vjepa launch` works on a login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 stopped in good order
-and wishing to go on.
+One file of verbs for each kind of user: `datasets` for dataset builders, `runs` for people who train, `models` and
+`evals` for users of trained models. `app` declares verbs and reads command lines. To add a verb, add a function to one
+of these files, or a file of its own to `VERB_FILES`.
+
+Each verb imports heavy modules only when it is called, so `vjepa show` answers at once and `vjepa launch` works on a
+login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 saved and stopped; requeue to resume.
 """
 
 import errno
+import importlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from vjepa.cli import datasets, models, runs
-from vjepa.cli.verb import Parser, Verbs, nearest
-from vjepa.version import __version__
-from vjepa_data.settings import BadInput as BadData
-from vjepa_launch.settings import BadInput as BadLaunch
+from vjepa.cli.app import APP, CommandLineError, read_command
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MENDABLE = {
-    **dict.fromkeys(FULL, "make room, then run it again"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give another place, or the right to write there"),
-    **dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG), "give another place"),
+VERB_FILES = ("runs", "datasets", "models", "evals")
+"""Modules of this package that declare verbs, in the order of `vjepa --help`."""
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDIES = {
+    **dict.fromkeys(DISK_IS_FULL, "make room, then run the command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another path, or ask for write permission"),
+    **dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG), "choose another path"),
 }
-"""What a disk may object to, and what to do."""
+"""Errors of the file system that a user can fix, and how."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    whole, verbs = parsers()
-    if not words:
-        whole.print_help(sys.stderr)
+    for name in VERB_FILES:
+        importlib.import_module(f"vjepa.cli.{name}")
+        if words and words[0] in APP:
+            break  # the other files need not be loaded
+    try:
+        prog, run = read_command(words)
+    except CommandLineError as error:
+        print(error, file=sys.stderr)
         return 2
-    if not words[0].startswith("-") and words[0] not in verbs.names:
-        whole.error(f"{words[0]} is no verb{nearest(words[0], verbs.names) or '; see `vjepa --help`'}")
-    args = whole.parse_args(words)
+    if run is None:
+        from rich.console import Console
+
+        APP.help_print(words, console=Console(stderr=True))
+        return 2
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
     try:
-        code = args.function(args) or 0
+        code = run() or 0
         sys.stdout.flush()
         return code
-    except (BadData, BadLaunch) as error:
-        print(f"{args.prog}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except user_errors() as error:
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read what we print has seen enough: `vjepa show demo | head`
+    except BrokenPipeError:  # the reader of our output is gone: `vjepa show demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if error.errno not in REMEDIES:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{args.prog}: {where}{error.strerror}; {MENDABLE[error.errno]}", file=sys.stderr)
-        return 1 if error.errno in FULL else 2
-    except KeyboardInterrupt:
-        print(f"{args.prog}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print(f"{prog}: {where}{error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
+        return 1 if error.errno in DISK_IS_FULL else 2
 
 
-def parsers() -> tuple[Parser, Verbs]:
-    """The parser of the whole line, and the verbs in it with their options."""
-    whole = Parser(
-        prog="vjepa",
-        description="Raw video in, a pretrained video world model out.",
-        epilog="`vjepa VERB --help` says more. Settings are given as name=value: `vjepa train demo optim.lr=1e-3`.",
-    )
-    whole.add_argument("--version", action="version", version=f"vjepa-pretrain {__version__}")
-    verbs = Verbs(whole.add_subparsers(dest="verb", required=True, metavar="VERB"))
-    for room in (runs, datasets, models):
-        room.add_verbs(verbs)
-    return whole, verbs
+def user_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that mean bad settings or input. Imported late: both packages load pydantic."""
+    from vjepa_data.errors import BadInput
+    from vjepa_launch.settings import BadInput as LaunchBadInput
+
+    return BadInput, LaunchBadInput

@@ -1,275 +1,133 @@
-"""Verbs for those who use what came out: exports, features, probes, a report."""
+"""Verbs for users of trained models: exports, imports, features, reports."""
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from vjepa.cli.verb import Verbs, amount, count, number, out, overwrite
+from vjepa.cli.app import Amount, Count, Number, Overwrite, Part, Several, verb, whole_number
+from vjepa.cli.progress import progress
 
-
-def add_verbs(verbs: Verbs) -> None:
-    """Declare them."""
-    _declare_export(verbs)
-    _declare_import(verbs)
-    _declare_embed(verbs)
-    group = verbs.group("eval", "what frozen features are worth")
-    _declare_probe(group)
-    _declare_attentive(group)
-    _declare_knn(group)
-    _declare_report(verbs)
+Files = Annotated[tuple[Path, ...], Several]
 
 
-def _declare_export(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "export",
-        export,
-        "a model for others to load, loaded back and compared",
-        example="export runs/demo/run --out model",
-    )
-    verb.add_argument("source", type=Path, metavar="RUN", help="a run folder, a checkpoint, or another export")
-    out(verb, "new folder")
-    verb.add_argument(
-        "--format",
-        choices=("hf", "native", "pt2"),
-        default="hf",
-        help="for transformers, our own, or torch.export (default: %(default)s)",
-    )
-    _part(verb)
-    verb.add_argument(
-        "--mask-kind", type=number, metavar="K", help="which kind of mask an hf export's predictor answers to"
-    )
-    verb.add_argument(
-        "--probe", type=Path, metavar="FILE", help="a probe by `vjepa eval attentive`: export a classifier"
-    )
-    verb.add_argument(
-        "--results", type=Path, nargs="+", default=(), metavar="FILE", help="files by `vjepa eval`, for the model card"
-    )
-    verb.add_argument("--licence", metavar="NAME", default="other", help="licence of the weights, for the model card")
-    overwrite(verb)
+@verb("export", example="export runs/demo/run --out model")
+def export(
+    run: Path,
+    /,
+    *,
+    out: Path,
+    format: Literal["hf", "native", "pt2"] = "hf",
+    part: Part = "target",
+    mask_kind: Number | None = None,
+    probe: Path | None = None,
+    results: Files = (),
+    licence: str = "other",
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a model for others to load. It is loaded back and compared.
 
-
-def _declare_import(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "import", import_, "a model of others as a checkpoint to go on from", example="import vitl.pt --out runs/vitl"
-    )
-    verb.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a released file of V-JEPA, 2 or 2.1, or a Hugging Face folder"
-    )
-    out(verb, "folder for the checkpoint, laid out as a run's")
-    verb.add_argument(
-        "--heads", type=count, metavar="N", help="of a .pt file's encoder (default: the registry's for its size)"
-    )
-    verb.add_argument(
-        "--predictor-heads",
-        type=count,
-        metavar="N",
-        help="of its predictor (default: 12; the encoder's for the first V-JEPA)",
-    )
-    verb.add_argument(
-        "--px", type=count, metavar="N", help="of its clips, which a .pt file does not tell (default: 256)"
-    )
-    verb.add_argument("--frames", type=count, metavar="N", help="of its clips (default: 16)")
-    verb.add_argument(
-        "--fps", type=amount, metavar="RATE", default=4.0, help="frames a second of its clips (default: %(default)s)"
-    )
-    verb.add_argument(
-        "--mask-tokens", type=number, metavar="K", nargs="+", help="which of the file's tokens each kind of mask gets"
-    )
-    overwrite(verb)
-
-
-def _declare_embed(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "embed", embed, "features of a folder of videos", example="embed model my/videos --out features.parquet"
-    )
-    verb.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or an export")
-    verb.add_argument("videos", type=Path, nargs="+", metavar="VIDEOS", help="files and folders, or one corpus")
-    out(verb, "file: .parquet, .npy or .safetensors")
-    verb.add_argument("--what", choices=("clip", "time", "token"), default="clip", help="one vector for each of these")
-    verb.add_argument("--split", metavar="NAME", default="train", help="of a corpus (default: %(default)s)")
-    verb.add_argument(
-        "--clips-per-video", type=count, metavar="N", default=1, help="evenly spaced (default: %(default)s)"
-    )
-    _views(verb)
-    _part(verb)
-    verb.add_argument("--device", metavar="NAME", help="where to compute (default: a GPU if there is one)")
-    verb.add_argument(
-        "--batch", type=count, metavar="N", default=8, help="clips encoded together (default: %(default)s)"
-    )
-    verb.add_argument(
-        "--workers", type=count, metavar="N", default=2, help="processes that decode files (default: %(default)s)"
-    )
-    verb.add_argument(
-        "--timeout-s", type=amount, metavar="S", default=120, help="of one file, then it is given up (default: 120)"
-    )
-    overwrite(verb)
-
-
-def _declare_probe(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "probe",
-        probe,
-        "linear readouts beside an untrained encoder, pixels and the prior",
-        example="eval probe model corpus --out probe.json",
-    )
-    _labelled(verb)
-    verb.add_argument("--train-split", metavar="NAME", help="to fit on (default: two thirds of the videos of --split)")
-    verb.add_argument("--labels", nargs="+", metavar="NAME", help="to read out (default: all)")
-    verb.add_argument(
-        "--clips-per-video", type=count, metavar="N", default=3, help="evenly spaced (default: %(default)s)"
-    )
-    verb.add_argument("--max-videos", type=count, metavar="N", help="of each split (default: all)")
-    verb.add_argument(
-        "--random-seeds", type=count, metavar="N", default=3, help="untrained encoders (default: %(default)s)"
-    )
-    verb.add_argument(
-        "--seed", type=number, metavar="N", default=0, help="of the cut and the intervals (default: %(default)s)"
-    )
-    out(verb, "JSON file for the result", required=False)
-
-
-def _declare_attentive(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "attentive",
-        attentive,
-        "V-JEPA 2's attentive probe over a grid of rates, chosen on other videos",
-        example="eval attentive model corpus --label shape --out attentive.json",
-    )
-    _labelled(verb)
-    verb.add_argument("--train-split", metavar="NAME", help="to fit on (default: half of the videos of --split)")
-    verb.add_argument("--label", metavar="NAME", required=True, help="to read out")
-    verb.add_argument(
-        "--clips-per-video", type=count, metavar="N", default=2, help="evenly spaced (default: %(default)s)"
-    )
-    _views(verb)
-    _baselines(verb)
-    verb.add_argument(
-        "--seed", type=number, metavar="N", default=0, help="of the cut and the probes (default: %(default)s)"
-    )
-    out(verb, "JSON file for the result; the chosen probe goes beside it")
-
-
-def _declare_knn(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "knn",
-        knn,
-        "what lies near in feature space: a vote about a label, or a page for a video",
-        example="eval knn model corpus --query more.mp4 --out nearest.html",
-    )
-    _labelled(verb)
-    ask = verb.add_mutually_exclusive_group(required=True)
-    ask.add_argument("--label", metavar="NAME", help="how often neighbours are right about it")
-    ask.add_argument("--query", type=Path, metavar="VIDEO", help="show the clips that are most like it")
-    _baselines(verb)
-    out(verb, "JSON file for the result, or HTML file for the page")
-
-
-def _declare_report(verbs: Verbs) -> None:
-    verb = verbs.add(
-        "report",
-        report,
-        "one page about a run, a model or a corpus",
-        example="report model --clips my/videos --results probe.json",
-    )
-    verb.add_argument("source", type=Path, metavar="RUN|MODEL|SHARDS", help="a run folder, an export, or a corpus")
-    out(verb, "HTML file (default: report.html in that folder)", required=False)
-    verb.add_argument(
-        "--clips", type=Path, nargs="+", default=(), metavar="FILE", help="of a model: videos to show features of"
-    )
-    verb.add_argument(
-        "--results", type=Path, nargs="+", default=(), metavar="FILE", help="of a model: files that `vjepa eval` wrote"
-    )
-    overwrite(verb)
-
-
-def _labelled(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or an export")
-    verb.add_argument("shards", type=Path, metavar="SHARDS", help="a corpus whose samples carry labels")
-    verb.add_argument("--split", metavar="NAME", default="val", help="to report on (default: %(default)s)")
-    _part(verb)
-    verb.add_argument("--wandb", action="store_true", help="add the numbers to the record of the run at W&B")
-    overwrite(verb)
-
-
-def _views(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--views", type=count, metavar="N", default=1, help="squares of each clip; 1 is the whole frame (default: 1)"
-    )
-
-
-def _baselines(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--baselines", action="store_true", help="an untrained encoder and pixels beside it")
-
-
-def _part(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--part",
-        choices=("target", "encoder"),
-        default="target",
-        help="the moving average, or the online weights (default: %(default)s)",
-    )
-
-
-def export(args: argparse.Namespace) -> None:
+    Args:
+        run: A run folder, a checkpoint, or another export.
+        out: New folder.
+        format: For transformers (hf), our own format (native), or torch.export (pt2).
+        mask_kind: Kind of mask whose token an hf export's predictor uses.
+        probe: A probe from `vjepa eval attentive`: export a classifier.
+        results: Files from `vjepa eval`, for the model card.
+        licence: Licence of the weights, for the model card.
+    """
     from vjepa.export.export import export
 
-    export(
-        args.source,
-        args.out,
-        format=args.format,
-        part=args.part,
-        mask_kind=args.mask_kind,
-        probe=args.probe,
-        results=args.results,
-        licence=args.licence,
-        overwrite=args.overwrite,
-    )
+    with progress("exporting"):
+        export(
+            run, out, format=format, part=part, mask_kind=mask_kind, probe=probe, results=results, licence=licence,
+            overwrite=overwrite,
+        )  # fmt: skip
 
 
-def import_(args: argparse.Namespace) -> None:
+@verb("import", example="import vitl.pt --out runs/vitl")
+def import_model(
+    source: Path,
+    /,
+    *,
+    out: Path,
+    heads: Count | None = None,
+    predictor_heads: Count | None = None,
+    px: Count | None = None,
+    frames: Count | None = None,
+    fps: Amount = 4.0,
+    mask_tokens: Annotated[tuple[int, ...] | None, Several, whole_number(0)] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Import a published model as a checkpoint that training can start from.
+
+    Args:
+        source: A released file of V-JEPA, 2 or 2.1, or a Hugging Face folder.
+        out: Folder for the checkpoint, laid out like a run folder.
+        heads: Attention heads of a .pt file's encoder. By default the registry's number for its size.
+        predictor_heads: Attention heads of its predictor. By default 12; for the first V-JEPA the encoder's.
+        px: Side of its clips, which a .pt file does not store. By default 256.
+        frames: Frames of its clips. By default 16.
+        fps: Frames per second of its clips.
+        mask_tokens: For each kind of mask, the number of the file's mask token.
+    """
     from vjepa.weights.fair_checkpoints import Sizes
     from vjepa.weights.import_checkpoint import import_checkpoint
 
-    sizes = Sizes(
-        heads=args.heads,
-        predictor_heads=args.predictor_heads,
-        px=args.px,
-        frames=args.frames,
-        fps=args.fps,
-        mask_tokens=tuple(args.mask_tokens) if args.mask_tokens else None,
-    )
-    print(import_checkpoint(args.source, args.out, sizes, overwrite=args.overwrite))
+    sizes = Sizes(heads=heads, predictor_heads=predictor_heads, px=px, frames=frames, fps=fps, mask_tokens=mask_tokens)
+    with progress("importing"):
+        text = import_checkpoint(source, out, sizes, overwrite=overwrite)
+    print(text)
 
 
-def embed(args: argparse.Namespace) -> None:
+@verb("embed", example="embed model my/videos --out features.parquet")
+def embed(
+    model: Path,
+    videos: list[Path],
+    /,
+    *,
+    out: Path,
+    what: Literal["clip", "time", "token"] = "clip",
+    split: str = "train",
+    clips_per_video: Count = 1,
+    views: Count = 1,
+    part: Part = "target",
+    device: str | None = None,
+    batch: Count = 8,
+    workers: Count = 2,
+    timeout_s: Amount = 120.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compute the features of a folder of videos.
+
+    Args:
+        model: A run, a checkpoint, or an export.
+        videos: Files and folders, or one corpus.
+        out: File: .parquet, .npy or .safetensors.
+        what: Write one vector per clip, per time step, or per token.
+        split: Split of a corpus.
+        clips_per_video: Clips of each video, evenly spaced.
+        views: Square crops of each clip. 1 takes the whole frame.
+        device: Device to compute on. By default a GPU if there is one.
+        batch: Clips that are encoded together.
+        workers: Processes that decode files.
+        timeout_s: Seconds after which a file is given up.
+    """
     from vjepa.evals.embed import embed
 
     embed(
-        args.model,
-        args.videos,
-        args.out,
-        what=args.what,
-        split=args.split,
-        clips_per_video=args.clips_per_video,
-        views=args.views,
-        part=args.part,
-        device=_checked(args.device),
-        batch=args.batch,
-        workers=args.workers,
-        timeout_s=args.timeout_s,
-        overwrite=args.overwrite,
-    )
+        model, videos, out, what=what, split=split, clips_per_video=clips_per_video, views=views, part=part,
+        device=usable_device(device), batch=batch, workers=workers, timeout_s=timeout_s, overwrite=overwrite,
+    )  # fmt: skip
 
 
-def _checked(device: str | None) -> str | None:
-    """A device that is there.
+def usable_device(device: str | None) -> str | None:
+    """Return the name of a device that torch can use here.
 
     Raises:
-        BadInput: torch knows none of that name, or cannot use it here.
+        BadInput: torch does not know the device, or cannot use it on this machine.
     """
     import torch
 
-    from vjepa_data.settings import BadInput
+    from vjepa_data.errors import BadInput
 
     if device is not None:
         try:
@@ -280,37 +138,26 @@ def _checked(device: str | None) -> str | None:
     return device
 
 
-def probe(args: argparse.Namespace) -> None:
-    names = ("split", "train_split", "labels", "clips_per_video", "max_videos", "random_seeds", "seed")
-    _evaluate("probe", args, names)
+@verb("report", example="report model --clips my/videos --results probe.json")
+def report(
+    source: Path,
+    /,
+    *,
+    out: Path | None = None,
+    clips: Files = (),
+    results: Files = (),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one HTML page about a run, a model or a corpus.
 
-
-def attentive(args: argparse.Namespace) -> None:
-    names = ("label", "split", "train_split", "clips_per_video", "views", "baselines", "seed")
-    _evaluate("attentive", args, names)
-
-
-def knn(args: argparse.Namespace) -> None:
-    if not args.query:
-        return _evaluate("knn", args, ("label", "split", "baselines"))
-    from vjepa.evals.nearest import nearest_page
-
-    how = {"split": args.split, "part": args.part, "overwrite": args.overwrite}
-    for clip in nearest_page(args.model, args.shards, args.query, args.out, **how):
-        print(f"{clip.cosine:.3f}  {clip.key}")
-    return None
-
-
-def _evaluate(name: str, args: argparse.Namespace, names: Sequence[str]) -> None:
-    from vjepa.evals.results import format_table
-    from vjepa.evals.shell import run_evaluation
-
-    settings = {option: getattr(args, option) for option in names}
-    how = {"out": args.out, "part": args.part, "overwrite": args.overwrite, "wandb": args.wandb}
-    print(format_table(run_evaluation(name, args.model, args.shards, settings, **how)))
-
-
-def report(args: argparse.Namespace) -> None:
+    Args:
+        source: A run folder, an export, or a corpus.
+        out: HTML file. By default report.html in that folder.
+        clips: For a model: videos whose features are shown.
+        results: For a model: files from `vjepa eval`.
+    """
     from vjepa.report.build import report
 
-    print(report(args.source, args.out, clips=args.clips, results=args.results, overwrite=args.overwrite))
+    with progress("writing the report"):
+        page = report(source, out, clips=clips, results=results, overwrite=overwrite)
+    print(page)

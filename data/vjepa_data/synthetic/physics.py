@@ -15,7 +15,7 @@ Letters: F frames, K objects, P height and width in pixels. Lengths are in sides
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -270,7 +270,15 @@ def describe(scene: Scene) -> dict[str, Any]:
 
 
 def write_corpus(
-    out: Path, *, videos: int, seed: int, px: int = 64, seconds: float = 4.0, fps: int = 12, rules: Rules = Rules()
+    out: Path,
+    *,
+    videos: int,
+    seed: int,
+    px: int = 64,
+    seconds: float = 4.0,
+    fps: int = 12,
+    rules: Rules = Rules(),
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Write an mp4 (H.264) and a json with labels for each video.
 
@@ -282,6 +290,7 @@ def write_corpus(
         seconds: length of a video.
         fps: frames per second.
         rules: distribution of scenes.
+        advance: called with the number of videos that are written and of all videos.
 
     Returns:
         Paths of the videos.
@@ -300,6 +309,7 @@ def write_corpus(
         paths.append(out / f"scene_{number:06d}.mp4")
         _write_video(paths[-1], draw_frames(scene, px), fps=fps)
         paths[-1].with_suffix(".json").write_text(json.dumps(describe(scene)) + "\n")
+        advance(number + 1, videos)
     return paths
 
 
