@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     for name in VERB_FILES:
         importlib.import_module(f"vjepa.cli.{name}")
-        if words and words[0] in APP:
+        if words and words[0] in APP and not words[0].startswith("-"):
             break  # the other files need not be loaded
     try:
         prog, run = read_command(words)

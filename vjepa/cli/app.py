@@ -44,7 +44,10 @@ SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_order = itertools.count()
+next_in_help = itertools.count().__next__
+"""Sort key that lists commands in the order of their declaration."""
+
+SETTINGS_HINT = "Settings: name=value, anywhere after the verb.\n\n"
 
 APP = App(
     name="vjepa",
@@ -71,13 +74,13 @@ def verb(name: str, *, example: str) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         takes_settings = "settings" in signature(function).parameters
-        hint = "Settings: name=value, anywhere after the verb.\n\n" if takes_settings else ""
+        hint = SETTINGS_HINT if takes_settings else ""
         parent = APP[group[0]] if group else APP
         parent.command(
             function,
             name=last,
             help_epilogue=f"{hint}Example: vjepa {example}",
-            sort_key=next(_order),
+            sort_key=next_in_help(),
             version_flags=(),
         )
         return function
@@ -85,9 +88,9 @@ def verb(name: str, *, example: str) -> Callable[[Function], Function]:
     return register
 
 
-def verb_group(name: str, text: str, **how: Any) -> App:
+def verb_group(name: str, text: str) -> App:
     """Declare a verb that is followed by another, such as `vjepa runs list`."""
-    group = App(name=name, help=text, help_epilogue="", sort_key=next(_order), version_flags=(), **how)
+    group = App(name=name, help=text, help_epilogue="", sort_key=next_in_help(), version_flags=())
     APP.command(group)
     return group
 

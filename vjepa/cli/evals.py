@@ -1,143 +1,104 @@
-"""The evaluations: `vjepa eval NAME MODEL DATA`."""
+"""The verbs `vjepa eval NAME MODEL DATA`, one for each entry of `vjepa.evals.registry`.
 
+The options of an evaluation are the fields of its settings class, and the docstrings of the fields are their help. A
+field can also be given as a setting (name=value). So a new evaluation needs no code here.
+"""
+
+import inspect
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from vjepa.cli.app import Count, Number, Overwrite, Part, Several, verb, verb_group
-from vjepa.cli.progress import progress
+from vjepa.cli.app import SETTINGS_HINT, Overwrite, Part, Settings, Several, next_in_help, verb_group
+from vjepa.evals.registry import EVALUATIONS
 
-Model = Annotated[Path, Parameter(help="A run, a checkpoint, or an export.")]
-Corpus = Annotated[Path, Parameter(help="A corpus whose samples carry labels.")]
-Split = Annotated[str, Parameter(help="Split to report on.")]
-Baselines = Annotated[bool, Parameter(help="Compare with an untrained encoder and with pixels.")]
-Publish = Annotated[bool, Parameter(help="Add the numbers to the record of the run at W&B.")]
-
-verb_group("eval", "Evaluate frozen features.")
+EVAL = verb_group("eval", "Evaluate frozen features.")
+for _name, _entry in EVALUATIONS.items():
+    _summary = f"{_entry.summary[0].upper()}{_entry.summary[1:]}."
+    EVAL.command(f"{__name__}:{_name}", name=_name, help=_summary, sort_key=next_in_help())
 
 
-@verb("eval probe", example="eval probe model corpus --out probe.json")
-def probe(
-    model: Model,
-    data: Corpus,
+def __getattr__(name: str) -> App:
+    """Make the command of an evaluation when cyclopts asks this module for it: its settings class imports torch."""
+    if name not in EVALUATIONS:
+        raise AttributeError(name)
+    from vjepa.evals.shell import settings_class
+
+    def run(model: Path, data: Path, /, **arguments: Any) -> None:
+        evaluate(name, model, data, **arguments)
+
+    fields = settings_class(name).model_fields
+    shared = [parameter for parameter in inspect.signature(evaluate).parameters.values() if is_shown(parameter, name)]
+    run.__signature__ = inspect.Signature([*shared, *make_options(settings_class(name))])  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {}
+    required = "".join(f"--{field} {field.upper()} " for field in fields if fields[field].is_required())
+    example = f"Example: vjepa eval {name} model corpus {required}--out {name}.json"
+    app = App(name=name, help_epilogue=f"{SETTINGS_HINT}{example}", version_flags=())
+    app.default(run)
+    return app
+
+
+def is_shown(parameter: inspect.Parameter, name: str) -> bool:
+    """Return whether a parameter of `evaluate` is an argument of the evaluation's verb."""
+    return parameter.name not in ("name", "options") and (parameter.name != "query" or name == "knn")
+
+
+def make_options(settings: type[Any]) -> list[inspect.Parameter]:
+    """Make an option for each field of a settings class. Its values stay words, which the class itself converts."""
+    from docstring_parser import parse_from_object
+
+    classes = [base for base in reversed(settings.__mro__) if base.__module__.split(".")[0] != "pydantic"]
+    texts = {text.arg_name: text.description for base in classes[1:] for text in parse_from_object(base).params}
+    options = []
+    for name, field in settings.model_fields.items():
+        type_text = getattr(field.annotation, "__name__", str(field.annotation))
+        default = "" if field.is_required() or field.default is None or field.default is False else field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        parameter = Parameter(
+            help=" ".join((texts.get(name) or "").split()) + (" Required." if field.is_required() else ""),
+            show_default=(lambda value, shown=shown: shown) if shown else False,
+            metavar=next((word for word in ("int", "float") if word in type_text), "str").upper(),
+        )
+        if field.annotation is bool:
+            words, missing = Annotated[bool, parameter], False
+        else:
+            words = tuple[str, ...] if "tuple" in str(field.annotation) else str
+            words, missing = Annotated[words | None, Several, parameter], None
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=missing, annotation=words))
+    return options
+
+
+def evaluate(
+    name: str,
+    model: Annotated[Path, Parameter(help="A run, a checkpoint, or an export.")],
+    data: Annotated[Path, Parameter(help="A corpus, whose samples carry labels if the evaluation reads labels.")],
     /,
     *,
-    out: Path | None = None,
-    split: Split = "val",
-    train_split: str | None = None,
-    labels: Annotated[tuple[str, ...] | None, Several] = None,
-    clips_per_video: Count = 3,
-    max_videos: Count | None = None,
-    random_seeds: Count = 3,
+    out: Annotated[Path | None, Parameter(help="File for the result.")] = None,
     part: Part = "target",
-    seed: Number = 0,
-    wandb: Publish = False,
     overwrite: Overwrite = False,
+    wandb: Annotated[bool, Parameter(help="Add the scores to the record of the run at W&B.")] = False,
+    query: Annotated[Path | None, Parameter(help="Write a page of the clips most similar to this video.")] = None,
+    settings: Settings,
+    **options: Any,
 ) -> None:
-    """Fit linear probes, compared with an untrained encoder, pixels and the prior.
-
-    Args:
-        out: JSON file for the result.
-        train_split: Split to fit on. By default two thirds of the videos of --split.
-        labels: Labels to predict. By default all.
-        clips_per_video: Clips of each video, evenly spaced.
-        max_videos: Videos of each split. By default all.
-        random_seeds: Number of untrained encoders.
-        seed: Seed of the split into videos and of the intervals.
-    """
-    from vjepa.evals.linear import probe
-
-    with progress("evaluating"):
-        result = probe(
-            model, data, out=out, split=split, train_split=train_split, labels=labels, clips_per_video=clips_per_video,
-            max_videos=max_videos, random_seeds=random_seeds, part=part, seed=seed, overwrite=overwrite,
-        )  # fmt: skip
-    print_result(result, model, wandb=wandb)
-
-
-@verb("eval attentive", example="eval attentive model corpus --label shape --out attentive.json")
-def attentive(
-    model: Model,
-    data: Corpus,
-    /,
-    *,
-    label: str,
-    out: Path,
-    split: Split = "val",
-    train_split: str | None = None,
-    clips_per_video: Count = 2,
-    views: Count = 1,
-    baselines: Baselines = False,
-    part: Part = "target",
-    seed: Number = 0,
-    wandb: Publish = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train V-JEPA 2's attentive probe over a grid of learning rates, selected on separate videos.
-
-    Args:
-        label: Label to predict.
-        out: JSON file for the result. The selected probe is written beside it.
-        train_split: Split to fit on. By default half of the videos of --split.
-        clips_per_video: Clips of each video, evenly spaced.
-        views: Square crops of each clip. 1 takes the whole frame.
-        seed: Seed of the split into videos and of the probes.
-    """
-    from vjepa.evals.attentive import attentive
-
-    with progress("evaluating"):
-        result = attentive(
-            model, data, label=label, out=out, split=split, train_split=train_split, clips_per_video=clips_per_video,
-            views=views, baselines=baselines, part=part, seed=seed, overwrite=overwrite,
-        )  # fmt: skip
-    print_result(result, model, wandb=wandb)
-
-
-@verb("eval knn", example="eval knn model corpus --query more.mp4 --out nearest.html")
-def knn(
-    model: Model,
-    data: Corpus,
-    /,
-    *,
-    out: Path,
-    label: str | None = None,
-    query: Path | None = None,
-    split: Split = "val",
-    baselines: Baselines = False,
-    part: Part = "target",
-    wandb: Publish = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Find nearest neighbours in feature space: a vote about a label, or a page for a video.
-
-    Args:
-        out: JSON file for the result, or HTML file for the page.
-        label: Report how often the nearest neighbours vote for the right value of this label.
-        query: Show the clips that are most similar to this video.
-    """
-    from vjepa.evals.knn import knn, nearest_page
+    """Run an evaluation and print its scores."""
+    from vjepa.evals.results import format_table
+    from vjepa.evals.shell import run_evaluation, settings_class
+    from vjepa_data.config_files import load_settings
     from vjepa_data.errors import BadInput
 
-    if (label is None) == (query is None):
-        raise BadInput("give either --label or --query")
-    with progress("evaluating"):
-        if query is not None:
-            for key, cosine in nearest_page(model, data, query, out, split=split, part=part, overwrite=overwrite):
-                print(f"{cosine:.3f}  {key}")
-            return
-        assert label is not None
-        result = knn(
-            model, data, label=label, out=out, baselines=baselines, split=split, part=part, overwrite=overwrite
-        )
-    print_result(result, model, wandb=wandb)
+    if query is not None:
+        from vjepa.evals.nearest import nearest_page
 
-
-def print_result(result: dict[str, Any], model: Path, *, wandb: bool) -> None:
-    """Print a result as a table, and publish it at W&B if asked."""
-    from vjepa.evals.publish import publish
-    from vjepa.evals.results import table
-
-    print(table(result))
-    if wandb:
-        publish(result, model)
+        if out is None or options["label"] is not None:
+            raise BadInput("--query needs --out page.html, and excludes --label")
+        split = options["split"] or "val"
+        for clip in nearest_page(model, data, query, out, split=split, part=part, overwrite=overwrite):
+            print(f"{clip.cosine:.3f}  {clip.key}")
+        return
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None and value is not False]
+    loaded = load_settings(settings_class(name), None, [*given, *settings]).settings
+    print(format_table(run_evaluation(name, model, data, loaded, out=out, part=part, overwrite=overwrite, wandb=wandb)))
