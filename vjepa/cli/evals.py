@@ -93,9 +93,9 @@ def evaluate(
     if query is not None:
         from vjepa.evals.nearest import nearest_page
 
-        if out is None or options["label"] is not None:
+        if out is None or "label" in options:
             raise BadInput("--query needs --out page.html, and excludes --label")
-        split = options["split"] or "val"
+        split = options.get("split", "val")
         for clip in nearest_page(model, data, query, out, split=split, part=part, overwrite=overwrite):
             print(f"{clip.cosine:.3f}  {clip.key}")
         return
