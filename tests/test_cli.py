@@ -10,12 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vjepa.cli import APP, VERB_FILES, main
 from vjepa.cli import progress as progress_module
 from vjepa.cli.progress import progress
+from vjepa.evals import results, shell
+from vjepa.evals.base import EvaluationSettings
+from vjepa.evals.registry import EVALUATIONS, EvaluationEntry
 
 RUN = """
 name: tiny
@@ -70,7 +74,7 @@ def test_every_verb_explains_itself(words: str, capsys: pytest.CaptureFixture[st
         ("show CONFIG batch_size=5 data.lanes=2", "batch_size (5) must be divisible by data.lanes (2)"),
         ("train CONFIG data.sources.0.shards=nowhere", "nowhere/manifest.json: No such file or directory"),
         ("export nowhere --out x", "nowhere"),
-        ("show CONFIG --masks masks.xyz", "masks.xyz: a picture's name ends in .png, .svg or .pdf"),
+        ("show CONFIG --masks masks.xyz", "unsupported picture format '.xyz' of masks.xyz"),
         ("shard nowhere --out x", "nowhere: no such file or folder"),
         ("shard EMPTY --out x", "EMPTY"),
         ("shard NOTES --out x", "NOTES"),
@@ -251,3 +255,41 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         advance(1, 4)
     assert "reading" in terminal.getvalue()
     assert "1/4" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("eval toy model corpus", {"split": "val", "size": 3, "names": None, "flip": False}),
+        ("eval toy model corpus --size 5 --names a 1 --flip", {"size": 5, "names": ("a", "1"), "flip": True}),
+        ("eval toy model corpus size=6 --split test", {"size": 6, "split": "test"}),
+    ],
+)
+def test_the_fields_of_an_evaluation_are_options_and_settings(
+    words: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(shell, "run_evaluation", lambda name, model, data, settings, **how: seen.append(settings))
+    monkeypatch.setattr(shell, "settings_class", lambda name: ToySettings)
+    monkeypatch.setattr(results, "format_table", lambda result: "")
+    monkeypatch.setitem(EVALUATIONS, "toy", EvaluationEntry("toy", "ToySettings", "a toy"))
+    verbs = importlib.import_module("vjepa.cli.evals")
+    verbs.declare("toy")
+    try:
+        assert main(words.split()) == 0
+    finally:
+        del verbs.EVAL["toy"]
+    assert {name: getattr(seen[0], name) for name in expected} == expected
+
+
+class ToySettings(EvaluationSettings):
+    """Settings of an evaluation that only this file knows."""
+
+    size: int = 3
+    """A number."""
+
+    names: tuple[str, ...] | None = None
+    """Several words."""
+
+    flip: bool = False
+    """A flag."""

@@ -1,4 +1,4 @@
-"""Every shipped run file reads, says what it follows, and states its command and what that costs."""
+"""Every shipped run file is valid and states its command, its cost and its expected result."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_configs_are_found_by_name() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_reads_and_tells_its_command(path: Path) -> None:
+def test_a_config_is_valid_and_states_its_command(path: Path) -> None:
     run = load(path).settings
     assert run.name == path.stem
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
@@ -27,8 +27,8 @@ def test_a_config_reads_and_tells_its_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "demo"], ids=lambda path: path.stem)
-def test_a_config_states_the_cost_that_is_estimated_and_its_command_fits(path: Path) -> None:
-    """As `vjepa estimate` counts, to the digits given, on as many nodes of 8 H100 as the command names."""
+def test_a_config_states_its_estimated_cost(path: Path) -> None:
+    """The stated cost equals `vjepa estimate` to the digits given, on the nodes of 8 H100 in the command, and fits."""
     text = " ".join(path.read_text().split("\n# "))
     cost = re.search(r"Cost: +([\d.]+) TFLOP a .*?([\d,]+) H100 hours", text)
     nodes = re.search(r"Run: .*--on launch/clusters/h100.yaml --nodes (\d+)", text)

@@ -15,9 +15,17 @@ from vjepa.cli.app import SETTINGS_HINT, Overwrite, Part, Settings, Several, nex
 from vjepa.evals.registry import EVALUATIONS
 
 EVAL = verb_group("eval", "Evaluate frozen features.")
-for _name, _entry in EVALUATIONS.items():
-    _summary = f"{_entry.summary[0].upper()}{_entry.summary[1:]}."
-    EVAL.command(f"{__name__}:{_name}", name=_name, help=_summary, sort_key=next_in_help())
+
+
+def declare(name: str) -> None:
+    """Declare the verb of an evaluation of the registry. Its settings class is imported when the verb is used."""
+    summary = EVALUATIONS[name].summary
+    text = f"{summary[0].upper()}{summary[1:]}."
+    EVAL.command(f"{__name__}:{name}", name=name, help=text, sort_key=next_in_help())
+
+
+for _name in EVALUATIONS:
+    declare(_name)
 
 
 def __getattr__(name: str) -> App:
