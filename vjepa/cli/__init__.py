@@ -1,7 +1,7 @@
 """The command line: `vjepa VERB THING [--options] [name=value ...]`.
 
-One file of verbs for each kind of user: `datasets` for dataset builders, `runs` for people who train, `models` and
-`evals` for users of trained models. `app` declares verbs and reads command lines. To add a verb, add a function to one
+Each kind of user has a file of verbs: `datasets` for dataset builders, `runs` for people who train, `models` and
+`evals` for users of trained models. `app` declares verbs and reads command lines. To add a verb, add a function to any
 of these files, or a file of its own to `VERB_FILES`.
 
 Each verb imports heavy modules only when it is called, so `vjepa show` answers at once and `vjepa launch` works on a
@@ -31,7 +31,7 @@ REMEDIES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code."""
+    """Run a verb and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     for name in VERB_FILES:
         importlib.import_module(f"vjepa.cli.{name}")

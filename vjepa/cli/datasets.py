@@ -158,14 +158,14 @@ def merge(
     weights: Annotated[tuple[float, ...] | None, Several] = None,
     base: Path | None = None,
 ) -> None:
-    """Mix several corpora as the sources of one run, each with its licence and share.
+    """Mix several corpora as the sources of a run, each with its licence and share.
 
     Args:
         corpora: Folders or addresses of corpora.
-        out: YAML file: a run file, or the `base:` of one.
+        out: YAML file: a run file, or its `base:`.
         split: Split to take of each corpus.
         by: Give each corpus a share in proportion to its clips or hours, or equal shares.
-        weights: Shares by hand, one for each corpus.
+        weights: Share of each corpus, in place of --by.
         base: Run file with all other settings.
     """
     from vjepa_data.corpus.merge import merge, write_mixture

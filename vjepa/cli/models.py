@@ -23,7 +23,7 @@ def export(
     licence: str = "other",
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a model for others to load. It is loaded back and compared.
+    """Export a model for other programs. It is loaded back and compared.
 
     Args:
         run: A run folder, a checkpoint, or another export.
@@ -100,7 +100,7 @@ def embed(
 
     Args:
         model: A run, a checkpoint, or an export.
-        videos: Files and folders, or one corpus.
+        videos: Files and folders, or a corpus.
         out: File: .parquet, .npy or .safetensors.
         what: Write one vector per clip, per time step, or per token.
         split: Split of a corpus.
@@ -148,7 +148,7 @@ def report(
     results: Files = (),
     overwrite: Overwrite = False,
 ) -> None:
-    """Write one HTML page about a run, a model or a corpus.
+    """Write an HTML page about a run, a model or a corpus.
 
     Args:
         source: A run folder, an export, or a corpus.

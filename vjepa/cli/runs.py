@@ -198,7 +198,7 @@ def runs_list(*, root: Path = Path("runs")) -> None:
 
     statuses, warning = status.read_all(status.find_runs(root))
     console = Console()
-    # A cell may wrap on a terminal. In a file each run is one line, and nothing is cut off.
+    # A cell may wrap on a terminal. In a file each run takes a single line, and nothing is cut off.
     console.width = max(console.width, 120) if console.is_terminal else 1000
     console.print(status.table(statuses) if statuses else f"no runs under {root}")
     if warning:
@@ -207,7 +207,7 @@ def runs_list(*, root: Path = Path("runs")) -> None:
 
 @verb("runs show", example="runs show runs/demo")
 def runs_show(run: RunFolder, /) -> None:
-    """Show the state of one run: attempts, nodes, and what ended them."""
+    """Show the state of a run: attempts, nodes, and what ended them."""
     from vjepa_launch import status
 
     print(status.describe(run))
@@ -276,7 +276,7 @@ def doctor(
         config: A run, whose shards are read and decoded.
         folder: Folder where runs are kept.
         on: Check and compare every node of this profile: a file, or a name.
-        visit: Result folder of one rank in a job that --on has started.
+        visit: Result folder of a rank in a job that --on has started.
     """
     from vjepa.config import load
     from vjepa_data.config_files import dump_settings
