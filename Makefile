@@ -1,12 +1,13 @@
 # make demo   raw videos in, an exported encoder and a report out; minutes on two cores
-# make test   lint, types, arrows between the rooms, tests
-# make clean  everything that the other two made
+# make test   linters, types, import contracts, tests
+# make docs   the documentation as a site, in site/index.html
+# make clean  remove everything that the other targets made
 
 PYTHON ?= python3
 DEMO ?=
 TESTS ?= tests
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: .venv/ready-demo
 	.venv/bin/vjepa demo --out runs/demo $(DEMO)
@@ -17,6 +18,9 @@ test: .venv/ready-test
 	.venv/bin/pyright
 	.venv/bin/lint-imports
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadgroup $(TESTS)
+
+docs: .venv/ready-test
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -31,4 +35,4 @@ test: .venv/ready-test
 	touch $@
 
 clean:
-	rm -rf .venv runs dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv runs dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
