@@ -64,7 +64,12 @@ def run_block(block: Block, folder: Path, *, page: Path, smaller: Mapping[str, s
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (
-        f"{page.name}:{block.line}: exit code {done.returncode}\n{text}\n{done.stdout}{done.stderr}"
-    )
-    return done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, f"{page.name}:{block.line}: exit code {done.returncode}\n{text}\n{output}"
+    return output
+
+
+def console_commands(page: Path) -> list[str]:
+    """Return the commands of the page's transcripts: lines that begin with `$ ` in any fenced block."""
+    lines = [line for block in read_blocks(page) for line in block.text.splitlines()]
+    return [line[2:].split("  #")[0].strip() for line in lines if line.startswith("$ ")]
