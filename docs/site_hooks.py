@@ -60,7 +60,7 @@ def _repository_path(page: str, target: str) -> str:
 
 
 def _place_of(page: str, target: str) -> str | None:
-    """Return where the site keeps the file that a page links to; None if the link is not relative to the repository."""
+    """Return where the site keeps the target of a link, or None if the link does not point into the repository."""
     if "://" in target or target.startswith(("mailto:", "/")) or page.startswith("source/"):
         return None
     path = _repository_path(page, target)

@@ -41,7 +41,7 @@ class Head(nn.Module):
             self.init_weights(seed)
 
     def init_weights(self, seed: int = 0) -> None:
-        """Draw the initial weights; the same on any number of ranks."""
+        """Draw the initial weights, which do not depend on the number of ranks."""
         init_weights(self, seed=seed, name="head")
 
     def forward(self, features: Tensor) -> Tensor:

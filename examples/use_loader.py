@@ -27,7 +27,7 @@ def open_stream(corpus: Path, *, step: int = 0, rank: int = 0, world: int = 1) -
 
 
 def train_steps(model: nn.Module, batches: Iterator[Batch], *, steps: int) -> list[float]:
-    """Train a toy autoencoder of mean colours; any loop that takes batches will do."""
+    """Train a toy autoencoder of mean colours, in place of any loop that takes batches."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for batch in islice(batches, steps):
@@ -51,7 +51,7 @@ def hash_clips(batches: list[Batch]) -> dict[int, str]:
 
 
 def main(corpus: Path) -> None:
-    """Compare a run in one go with a run that stops after 3 of 6 steps, and one rank with two."""
+    """Compare an uninterrupted run with a run that stops after 3 of 6 steps, and 1 rank with 2."""
     torch.manual_seed(0)
     model = nn.Linear(3, 3)
     start = {name: value.clone() for name, value in model.state_dict().items()}

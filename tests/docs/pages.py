@@ -52,7 +52,7 @@ def run_page(page: Path, folder: Path, *, smaller: Mapping[str, str] | None = No
 
 
 def run_block(block: Block, folder: Path, *, page: Path, smaller: Mapping[str, str]) -> str:
-    """Run one block and return its output; a non-zero exit code fails the test with the line of the page."""
+    """Run one block and return its output. A non-zero exit code fails the test with the line of the page."""
     text = block.text
     for old, new in smaller.items():
         text = text.replace(old, new)

@@ -1,4 +1,4 @@
-"""Counts of habits that make our English read as translated; docs/style.md has the rules."""
+"""Few strings use the words and forms that docs/style.md bans."""
 
 import ast
 import re
