@@ -1,5 +1,6 @@
 """Every file in examples/ runs, in the order in which a reader would run them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -47,3 +48,13 @@ def test_the_notebook_runs(tiny: Path) -> None:
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tiny.parent)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "accuracy" in printed
+
+
+def test_a_custom_method_trains_and_loads(tiny: Path) -> None:
+    assert "features: (1, 2, 6, 6, 48)" in run_example("custom_method.py", tiny / "shards", tiny.parent / "colour")
+
+
+def test_a_custom_evaluation_writes_a_result(tiny: Path) -> None:
+    out = tiny.parent / "retrieval.json"
+    assert "random init: " in run_example("custom_evaluation.py", tiny / "run", tiny / "shards", out)
+    assert [row["features"] for row in json.loads(out.read_text())["rows"]] == ["pretrained", "random init", "pixels"]
