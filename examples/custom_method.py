@@ -20,7 +20,6 @@ from vjepa.engine.trainer import train
 from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
 from vjepa.methods.settings import METHODS, MethodEntry, MethodSettings
 from vjepa.nn.attention import Backend
-from vjepa.nn.blocks import init_weights
 from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa_data.reader.batch import Batch
 
@@ -34,15 +33,15 @@ class ColourSettings(MethodSettings):
 class Head(nn.Module):
     """Linear readout of three colour channels."""
 
-    def __init__(self, width: int, seed: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 3)
-        if not self.linear.weight.is_meta:
-            self.init_weights(seed)
+        self.init_weights()
 
     def init_weights(self, seed: int = 0) -> None:
-        """Draw the initial weights, which do not depend on the number of ranks."""
-        init_weights(self, seed=seed, name="head")
+        """Fill the parameters with zeros, which depend neither on the device nor on the number of ranks."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear(features)
@@ -54,9 +53,9 @@ class Colour(Method):
     settings: ColourSettings
 
     def build(self, attention: Backend = "sdpa") -> Networks:
-        model, seed = self.run.model, self.run.seed
-        encoder = Encoder(model, seed=seed, attention=attention)
-        return Networks(trained={"encoder": encoder, "head": Head(model.encoder.width, seed)}, exported="encoder")
+        model = self.run.model
+        encoder = Encoder(model, seed=self.run.seed, attention=attention)
+        return Networks(trained={"encoder": encoder, "head": Head(model.encoder.width)}, exported="encoder")
 
     def prepare(self, batch: Batch, device: torch.device) -> list[Tensor]:
         return [normalise(send(clips.frames, device)) for clips in batch.groups]  # [B C T Y X]
