@@ -30,9 +30,9 @@ def test_a_config_is_valid_and_states_its_command(path: Path) -> None:
 def test_a_config_states_its_estimated_cost(path: Path) -> None:
     """The stated cost equals `vjepa estimate` to the digits given, on the nodes of 8 H100 in the command, and fits."""
     text = " ".join(path.read_text().split("\n# "))
-    cost = re.search(r"Cost: +([\d.]+) TFLOP a .*?([\d,]+) H100 hours", text)
+    cost = re.search(r"Cost: +([\d.]+) TFLOP per .*?([\d,]+) H100 hours", text)
     nodes = re.search(r"Run: .*--on launch/clusters/h100.yaml --nodes (\d+)", text)
-    assert cost, "# Cost: 1.2 TFLOP a clip (counted) and 3 H100 hours ..."
+    assert cost, "# Cost: 1.2 TFLOP per clip (counted) and 3 H100 hours ..."
     assert nodes, "# Run: vjepa launch ... --on launch/clusters/h100.yaml --nodes 2"
     found = estimate(load(path).settings, gpus=8 * int(nodes[1]))
     teraflops, decimals = found.flops_per_clip / 1e12, len(cost[1].partition(".")[2])
