@@ -23,16 +23,18 @@ from reference import networks, reference, sampler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vjepa.config import Run, load
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import join
 from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import Rates
-from vjepa.methods.base import MaskedClips
-from vjepa.methods.mask_settings import BalancedMask, Model, ReferenceMask, Run, load
+from vjepa.methods.base import Average, MaskedClips, Networks, create_method
+from vjepa.methods.mask_settings import BalancedMask, ReferenceMask
 from vjepa.methods.masking import Mask, reference_masks
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
 from vjepa.nn.predictor import Predictor, PredictorInput
+from vjepa.nn.settings import Model
 from vjepa_data.rng import generator
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "numerics" / "fixtures"
