@@ -100,7 +100,7 @@ def main(corpus: Path, folder: Path) -> None:
         }
     )
     train(run, folder)
-    features = vjepa.load_encoder(folder)(torch.zeros(1, 4, 48, 48, 3, dtype=torch.uint8))
+    features = vjepa.load(folder).encode(torch.zeros(1, 4, 48, 48, 3, dtype=torch.uint8))
     print("features:", tuple(features.shape))
 
 

@@ -45,8 +45,8 @@ def main(folder: Path) -> torch.Tensor:
     write_corpus(folder / "videos", videos=24, seed=0)
     shard([str(folder / "videos")], folder / "shards", spec=SPEC, workers=1)
     train(tiny_run(folder / "shards"), folder / "run")  # the same line resumes a run that was killed
-    encoder = vjepa.load_encoder(folder / "run")
-    return encoder(torch.zeros(1, 4, 48, 48, 3, dtype=torch.uint8))  # [B T H W C] in
+    model = vjepa.load(folder / "run")  # model.predict is the other half
+    return model.encode(torch.zeros(1, 4, 48, 48, 3, dtype=torch.uint8))  # [B T H W C] in
 
 
 if __name__ == "__main__":

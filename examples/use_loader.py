@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vjepa_data.reader.loader import Batch, ClipLoader
+from vjepa_data import ClipLoader
+from vjepa_data.reader.batch import Batch
 from vjepa_data.settings import Data, Loader
 
 BATCH_SIZE = 8  # clips per step, over all ranks

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -51,12 +50,10 @@ def test_the_notebook_runs(tiny: Path) -> None:
     assert "accuracy" in printed
 
 
-@pytest.mark.skipif(find_spec("vjepa.weights.world_model") is None, reason="needs vjepa.load")
 def test_a_custom_method_trains_and_loads(tiny: Path) -> None:
     assert "features: (1, 2, 6, 6, 48)" in run_example("custom_method.py", tiny / "shards", tiny.parent / "colour")
 
 
-@pytest.mark.skipif(find_spec("vjepa.evals.shell") is None, reason="needs the evaluation shell")
 def test_a_custom_evaluation_writes_a_result(tiny: Path) -> None:
     out = tiny.parent / "retrieval.json"
     assert "random init: " in run_example("custom_evaluation.py", tiny / "run", tiny / "shards", out)
