@@ -186,7 +186,7 @@ def test_a_buffer_is_free_once_its_last_view_is_dropped(as_worker: None):
     first, second = send(buffers, 1), send(buffers, 2)
     assert first
     assert second
-    assert (first.place, second.place) == (0, 1)
+    assert (first.index, second.index) == (0, 1)
     assert send(buffers, 3) is None
     batch = pickle.loads(inbox.pop(0))
     view = batch.groups[0].frames.numpy()[0, 0, 0]

@@ -1,4 +1,4 @@
-"""Errors of an object store's client when a range is read."""
+"""Errors of an object store's client are mapped to the end of a file or to an outage."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ def test_a_range_past_the_end_of_an_object_is_empty(monkeypatch: pytest.MonkeyPa
     assert read_range("s3://bucket/a.tar", 1 << 20, 10) == b""
 
 
-def test_other_store_errors_are_not_the_end_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_client_error_is_not_the_end_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = pytest.importorskip("s3fs.errors")
     botocore = pytest.importorskip("botocore.exceptions")
     said = {"Error": {"Code": "InvalidArgument", "Message": "no"}}

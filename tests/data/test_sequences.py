@@ -76,8 +76,9 @@ def digest(batch: Batch) -> dict[tuple[int, int], str]:
 def read(data: Data, steps: range, *, world: int = 1, workers: int = 0) -> list[dict]:
     seen: list[dict] = [{} for _ in steps]
     for rank in range(world):
-        given = {"seed": 3, "batch_size": 8, "rank": rank, "world": world, "step": steps.start}
-        with ClipLoader(data, Loader(workers=workers), **given) as loader:
+        with ClipLoader(
+            data, Loader(workers=workers), seed=3, batch_size=8, rank=rank, world=world, step=steps.start
+        ) as loader:
             for into, _ in zip(seen, steps, strict=True):
                 into |= digest(next(loader))
     assert all(len(step) == 8 * data.clip.sequence for step in seen)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vjepa_data.builder import shard
-from vjepa_data.builder.index_foreign import admit
+from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.builder.signals import read_rows
 from vjepa_data.builder.verify import verify
 from vjepa_data.corpus.format import Manifest
@@ -246,7 +246,7 @@ def test_shards_with_signals_are_ordinary_webdataset_shards(robots: Path):
 
 
 def test_foreign_shards_with_extra_members_are_indexed_without_them(robots: Path, tmp_path: Path):
-    admit(robots / "shards", out=tmp_path / "foreign")
+    index_shards(robots / "shards", out=tmp_path / "foreign")
     index = Index(tmp_path / "foreign")
     assert len(index) == len(Index(robots))
     assert not index.signals
@@ -275,8 +275,9 @@ def digest(batch: Batch) -> dict[int, str]:
 def read(data: Data, steps: range, *, world: int = 1, workers: int = 0) -> list[dict[int, str]]:
     seen: list[dict[int, str]] = [{} for _ in steps]
     for rank in range(world):
-        given = {"seed": 3, "batch_size": 8, "rank": rank, "world": world, "step": steps.start}
-        with ClipLoader(data, Loader(workers=workers), **given) as loader:
+        with ClipLoader(
+            data, Loader(workers=workers), seed=3, batch_size=8, rank=rank, world=world, step=steps.start
+        ) as loader:
             for into, _ in zip(seen, steps, strict=True):
                 into |= digest(next(loader))
     return seen

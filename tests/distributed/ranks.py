@@ -32,6 +32,7 @@ from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import rates_at
 from vjepa.engine.signals import Stop
 from vjepa.methods.base import named_parameters
+from vjepa.methods.vjepa2.method import VJEPA2
 from vjepa.monitoring.health import Unhealthy
 from vjepa.nn.encoder import Encoder, View
 from vjepa_data.reader.loader import Batch, ClipLoader, open_plan

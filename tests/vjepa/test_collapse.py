@@ -51,7 +51,8 @@ def test_a_target_that_does_not_lag_behind_collapses() -> None:
 @pytest.mark.parametrize(("regularizer", "weight"), [("sigreg", 0.2), ("vicreg", 1.0), ("barlow", 0.05)])
 def test_views_agree_by_saying_nothing_unless_something_wants_variety(regularizer: str, weight: float) -> None:
     safe, collapsed = (
-        learn(toy_run(**changed("levjepa", steps=60, regularizer=variety, weight=weight))) for weight in (weight, 0.0)
+        learn(toy_run(**changed("levjepa", steps=60, regularizer=regularizer, weight=weight)))
+        for weight in (weight, 0.0)
     )
     assert not is_collapse_seen(safe)
     assert is_collapse_seen(collapsed)

@@ -155,8 +155,9 @@ def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
     assert [clips.frames.shape[2] for clips in inputs] == [1, 8]
     networks = method.build()
     method.loss(networks, inputs, step=0).value.backward()
-    assert isinstance(networks["encoder"], Encoder)
-    for parameter in (networks["encoder"].patch_embed_img.proj.weight, networks["encoder"].patch_embed.proj.weight):
+    encoder = networks["encoder"]
+    assert isinstance(encoder, Encoder)
+    for parameter in (encoder.patch_embed_img.proj.weight, encoder.patch_embed.proj.weight):
         assert parameter.grad is not None
         assert parameter.grad.any()
 
@@ -169,8 +170,9 @@ def test_a_batch_without_pictures_gives_their_tokenizer_a_gradient_of_zero() -> 
     method.loss(networks, method.prepare(batch_of(8), torch.device("cpu")), step=0).value.backward()
     for name, parameter in [*networks["encoder"].named_parameters(), *networks["predictor"].named_parameters()]:
         assert parameter.grad is not None, name
-    assert isinstance(networks["encoder"], Encoder)
-    assert not networks["encoder"].patch_embed_img.proj.weight.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
+    encoder = networks["encoder"]
+    assert isinstance(encoder, Encoder)
+    assert not encoder.patch_embed_img.proj.weight.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 # --- LeVJEPA ------------------------------------------------------------------------------------------------------
@@ -261,10 +263,11 @@ def test_a_class_token_is_the_summary_of_a_view_where_there_is_one() -> None:
     networks, clips = method.build(), masked_clips(run, 0)
     loss = method.loss(networks, [clips], step=0)
     loss.value.backward()
-    assert isinstance(networks["encoder"], Encoder)
-    assert networks["encoder"].cls_token.grad is not None
-    assert networks["encoder"].cls_token.grad.any()
-    (whole,) = networks["encoder"]([View(clips.frames, clips.masks[0].visible)], class_token=True)
+    encoder = networks["encoder"]
+    assert isinstance(encoder, Encoder)
+    assert encoder.cls_token.grad is not None
+    assert encoder.cls_token.grad.any()
+    (whole,) = encoder([View(clips.frames, clips.masks[0].visible)], class_token=True)
     assert whole.shape[1] == clips.masks[0].visible.shape[1] + 1
 
 

@@ -67,7 +67,8 @@ def shard(
         return
     manifest = shard(sources, out, spec=loaded, workers=workers, task=task)
     parts = [
-        f"{builders.format_count(int(split['samples']), 'clip')} ({builders.format_duration(split['seconds'])}) in {name}"
+        f"{builders.format_count(int(split['samples']), 'clip')} "
+        f"({builders.format_duration(split['seconds'])}) in {name}"
         for name, split in manifest.splits.items()
     ]
     if refused := builders.count_rejects(out):

@@ -183,7 +183,7 @@ def select_clips(
             stage = "filter"
             start_s, end_s = _time_range(source, analysis.probe)
             _apply_filter(analysis, source, denied, spec, end_s - start_s)
-            sidecars = check_sidecars(source.place, analysis.probe, spec)
+            sidecars = check_sidecars(source.file, analysis.probe, spec)
             stage = "dedupe"
             same = (analysis.sha256, source.start_s, source.end_s)
             if spec.dedupe.exact and sums.setdefault(same, source.name) != source.name:
@@ -272,9 +272,7 @@ def _apply_filter(analysis: Analysis, source: InputFile, denied: frozenset[str],
         raise Refused(Reason.TOO_SLOW, f"{info.fps:g} frames per second; minimum: {accept.min_fps:g}")
 
 
-def _cut_source(
-    source: InputFile, analysis: Analysis, spec: Spec, sidecars: dict[str, Any]
-) -> list[PlannedClip]:
+def _cut_source(source: InputFile, analysis: Analysis, spec: Spec, sidecars: dict[str, Any]) -> list[PlannedClip]:
     """Cut an accepted source into clips."""
     group = source.group or (source.name.rpartition("/")[0] if spec.split.group == "folder" else source.name)
     split = source.split or assign_split(group, spec)

@@ -68,7 +68,7 @@ def write_shards(
                     shard = plan.shards[task.shard]
                     clip = shard.clips[task.position]
                     span = {"original": clip.original, "start_s": clip.start_s, "seconds": clip.seconds}
-                    answer, sidecars = with_sidecars(answer, places[clip.source], spec, **span)
+                    answer, sidecars = with_sidecars(answer, files[clip.source], spec, **span)
                     _store(writers[shard.number], clip, answer, tally, sidecars)
                     advance(tally)
                     if task.position == len(shard.clips) - 1:

@@ -45,7 +45,7 @@ class Reason(StrEnum):
     BAD_LABELS = "bad_labels"
     """The file with the labels is not a JSON object."""
     BAD_SIGNAL = "bad_signal"
-    """A signal or text beside the video is missing, damaged, or does not cover the video."""
+    """A signal or text next to the video is missing, damaged, or does not cover the video."""
     NOT_VIDEO = "not_video"
     """The container is unknown: a text, a web page, a playlist, noise."""
     NO_INDEX = "no_index"
