@@ -16,7 +16,7 @@ from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, R
 from vjepa.evals.features import clips_for, read_features
 from vjepa.evals.registry import EVALUATIONS, EvaluationEntry
 from vjepa.evals.shell import run_evaluation
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.world_model import WorldModel
 
 
 class RetrievalSettings(EvaluationSettings):
@@ -30,7 +30,7 @@ class RetrievalSettings(EvaluationSettings):
         return Baselines(untrained_seeds=(self.seed,), pixels=True)
 
 
-def evaluate(model: VideoEncoder, data: Path, settings: RetrievalSettings, context: EvaluationContext) -> Result:
+def evaluate(model: WorldModel, data: Path, settings: RetrievalSettings, context: EvaluationContext) -> Result:
     """Return the share of clips whose nearest other clip comes from the same video."""
     encoders = context.encoders(model)
     clips = clips_for(

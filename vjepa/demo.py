@@ -118,7 +118,7 @@ def _read_losses(folder: Path) -> dict[int, float]:
     except FileNotFoundError:
         return {}
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {record["step"]: record["loss/prediction"] for record in records if "loss/prediction" in record}
+    return {record["step"]: record["loss/total"] for record in records if "loss/prediction" in record}
 
 
 def _last_step(folder: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vjepa_launch import history, job_control, submit
 from vjepa_launch.request import Request
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 MAX_ELEMENTS = 1000
 """SLURM's MaxArraySize is 1001 by default."""
@@ -64,15 +64,15 @@ def launch(array: Array) -> list[submit.Launched]:
     """Start the elements of an array that are neither done nor alive.
 
     Raises:
-        BadInput: all elements are done or alive, or for the same reasons as for a single run.
+        BadLaunch: all elements are done or alive, or for the same reasons as for a single run.
     """
     folder = array.folder
     with submit.locked(folder):
         requests = _unfinished([array.request(element) for element in array.elements])
         if not requests:
-            raise BadInput(f"nothing to launch: all {len(array.elements)} elements of {folder} are done or alive")
+            raise BadLaunch(f"nothing to launch: all {len(array.elements)} elements of {folder} are done or alive")
         if array.cluster.executor == "local" and len(requests) > array.at_once:
-            raise BadInput(
+            raise BadLaunch(
                 f"on this machine all {len(requests)} elements would start at once, but at_once is {array.at_once}; "
                 "use a SLURM profile or a smaller array"
             )

@@ -32,7 +32,7 @@ from vjepa_launch.process_info import (
     rank_environment,
     reachable_address,
 )
-from vjepa_launch.settings import BadInput, Restart
+from vjepa_launch.settings import BadLaunch, Restart
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Job:
             snapshot.verify(Path(self.code).parent)
             if 0 in ranks:
                 _check_ownership(run, info.job)
-        except BadInput as error:
+        except BadLaunch as error:
             log.error("%s", error)
             return [RankExit(rank, BAD_INPUT, str(error)) for rank in ranks]
         port = int(os.environ["MASTER_PORT"]) if info.slurm else free_port()
@@ -146,14 +146,14 @@ def log_to_stderr() -> None:
 
 
 def _check_ownership(run: Path, job: str) -> None:
-    """Raise BadInput unless the run folder belongs to this job."""
+    """Raise BadLaunch unless the run folder belongs to this job."""
     owner = None
     for _ in range(OWNER_TRIES):
         owner = (history.read_owner(run) or {}).get("job")
         if owner == job:
             return
         time.sleep(1)
-    raise BadInput(f"{run} belongs to job {owner} now, and this is job {job}; cancel either job")
+    raise BadLaunch(f"{run} belongs to job {owner} now, and this is job {job}; cancel either job")
 
 
 def _exit_without_result(code: int) -> NoReturn:

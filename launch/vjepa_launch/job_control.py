@@ -7,14 +7,14 @@ from pathlib import Path
 
 from vjepa_launch import compat, slurm
 from vjepa_launch.process_info import process_state
-from vjepa_launch.settings import BadInput
+from vjepa_launch.settings import BadLaunch
 
 
 def is_alive(executor: str, job: str) -> bool:
     """Return whether a job is pending or running.
 
     Raises:
-        BadInput: the scheduler does not answer.
+        BadLaunch: the scheduler does not answer.
     """
     return job in alive_jobs(executor, [job])
 
@@ -23,14 +23,14 @@ def alive_jobs(executor: str, jobs: Iterable[str]) -> set[str]:
     """Return the jobs in `jobs` that are pending or running, with a single query to the scheduler.
 
     Raises:
-        BadInput: the scheduler does not answer.
+        BadLaunch: the scheduler does not answer.
     """
     if executor == "local":
         return {job for job in jobs if _controller_is_alive(int(job))}
     try:
         return set(jobs) & set(slurm.queued_jobs())
     except slurm.SchedulerUnreachable as error:
-        raise BadInput(f"cannot tell which jobs have ended: {error}") from None
+        raise BadLaunch(f"cannot tell which jobs have ended: {error}") from None
 
 
 def _controller_is_alive(pid: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vjepa_launch import compat, history
 from vjepa_launch.job import Job
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def with_nodes(cluster: Cluster, nodes: int | None) -> Cluster:
     """Return the profile with another number of nodes (None: unchanged).
 
     Raises:
-        BadInput: the cluster does not have so many nodes.
+        BadLaunch: the cluster does not have so many nodes.
     """
     if nodes is None:
         return cluster
     if nodes < 1 or (cluster.executor == "local" and nodes > 1):
         allowed = "must be 1 on this machine" if cluster.executor == "local" else "must be at least 1"
-        raise BadInput(f"--nodes {nodes}: {allowed}")
+        raise BadLaunch(f"--nodes {nodes}: {allowed}")
     return cluster.model_copy(update={"nodes": nodes})
 
 

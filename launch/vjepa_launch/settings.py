@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class BadInput(ValueError):
+class BadLaunch(ValueError):
     """An error that the user can fix. The message says what is wrong, what was given, and what to do. Exit code 2."""
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vjepa_launch.atomic import read_json, write_json
 from vjepa_launch.history import launch_folder
-from vjepa_launch.settings import BadInput
+from vjepa_launch.settings import BadLaunch
 
 PACKAGES = ("vjepa", "vjepa_data", "vjepa_launch")
 
@@ -48,7 +48,7 @@ def find_packages() -> dict[str, Path]:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise BadInput(f"cannot freeze the code: package {package} was not found; install vjepa-pretrain")
+            raise BadLaunch(f"cannot freeze the code: package {package} was not found; install vjepa-pretrain")
         folders[package] = Path(spec.origin).parent
     return folders
 
@@ -57,7 +57,7 @@ def list_files(packages: dict[str, Path]) -> dict[str, Path]:
     """Map each name in the frozen tree (`vjepa/engine/trainer.py`) to its source file, in order.
 
     Raises:
-        BadInput: a file is too large to be code.
+        BadLaunch: a file is too large to be code.
     """
     files = {}
     for package, folder in packages.items():
@@ -67,7 +67,7 @@ def list_files(packages: dict[str, Path]) -> dict[str, Path]:
     for path in files.values():
         mib = path.stat().st_size / 2**20
         if mib > LARGEST_FILE_MIB:
-            raise BadInput(
+            raise BadLaunch(
                 f"cannot freeze the code: {path} is {mib:.0f} MiB, and the limit for a file is {LARGEST_FILE_MIB} MiB; "
                 "move it out of the packages"
             )
@@ -136,16 +136,16 @@ def verify(run: Path) -> CodeSnapshot:
     """Read the snapshot of a run and check that the frozen code still matches it.
 
     Raises:
-        BadInput: the frozen code is missing or was changed.
+        BadLaunch: the frozen code is missing or was changed.
     """
     record = read_json(launch_folder(run) / "code.json")
     frozen = run / "code"
     if record is None or not frozen.is_dir():
-        raise BadInput(f"{run} has no frozen code; launch with --refreeze to freeze the current code")
+        raise BadLaunch(f"{run} has no frozen code; launch with --refreeze to freeze the current code")
     code = CodeSnapshot(**record)
     found = digest_files(list_files({package: frozen / package for package in PACKAGES}))
     if found != code.digest:
-        raise BadInput(
+        raise BadLaunch(
             f"{frozen} was changed after it was frozen: digest {found[:12]}, expected {code.digest[:12]}; "
             "launch with --refreeze to continue with the current code"
         )

@@ -16,7 +16,7 @@ from rich.text import Text
 from vjepa_launch import history, job_control, slurm, snapshot
 from vjepa_launch.atomic import read_json
 from vjepa_launch.history import log_path
-from vjepa_launch.settings import BadInput
+from vjepa_launch.settings import BadLaunch
 
 TAIL_BYTES = 65536
 """Bytes to read from the end of metrics.jsonl, enough to measure the pace."""
@@ -88,7 +88,7 @@ def _read(run: Path, owner: Mapping[str, Any] | None, jobs: Mapping[str, slurm.Q
         job=owner["job"] if owner else None,
         step=step,
         steps=steps,
-        loss=row.get("loss/prediction"),
+        loss=row.get("loss/total", row.get("loss/prediction")),  # runs of version 0.1 have the latter
         age_s=time.time() - row["time"] if row else None,
         checkpoint=checkpoint,
         attempts=len(starts),
@@ -237,15 +237,15 @@ def read_log(run: Path, *, rank: int = 0, lines: int = 100, follow: bool = False
     """Yield the last lines of a rank's output and, if `follow` is set, new output until the run has ended.
 
     Raises:
-        BadInput: the folder is not a run, or the rank has no output.
+        BadLaunch: the folder is not a run, or the rank has no output.
     """
     path = log_path(_check_run(run), rank)
     if rank and path.name == "log.txt":
-        raise BadInput(f"{run} was not launched, so it has a log of rank 0 only; leave out --rank {rank}")
+        raise BadLaunch(f"{run} was not launched, so it has a log of rank 0 only; leave out --rank {rank}")
     if not path.exists() and not follow:
         known = sorted(path.parent.glob(path.name.replace(f"_{rank}_log", "_*_log")))
         ranks = f"{len(known)} ranks have output" if known else "the job has not started"
-        raise BadInput(f"rank {rank} of {run} has no output at {path}; {ranks}")
+        raise BadLaunch(f"rank {rank} of {run} has no output at {path}; {ranks}")
     while not path.exists():
         time.sleep(0.5)
     with path.open(errors="replace") as file:
@@ -267,7 +267,7 @@ def cancel(run: Path, *, after_checkpoint: bool = False) -> str:
     """
     owner = _check_owner(run)
     if not job_control.is_alive(owner["executor"], owner["job"]):
-        raise BadInput(f"nothing to cancel: job {owner['job']} of {run} has ended")
+        raise BadLaunch(f"nothing to cancel: job {owner['job']} of {run} has ended")
     (status,), _ = read_all([run])
     try:
         if after_checkpoint and status.state == "running":
@@ -276,7 +276,7 @@ def cancel(run: Path, *, after_checkpoint: bool = False) -> str:
             return f"job {owner['job']} will save and end"
         job_control.cancel(owner["executor"], owner["job"])
     except slurm.SchedulerUnreachable as error:
-        raise BadInput(f"job {owner['job']} could not be reached: {error}") from None
+        raise BadLaunch(f"job {owner['job']} could not be reached: {error}") from None
     return f"job {owner['job']} is cancelled"
 
 
@@ -291,26 +291,26 @@ def requeue(run: Path) -> str | None:
         return None
     (status,), _ = read_all([run])
     if status.state != "running":
-        raise BadInput(f"job {owner['job']} of {run} is {status.state}; it starts by itself")
+        raise BadLaunch(f"job {owner['job']} of {run} is {status.state}; it starts by itself")
     try:
         job_control.send_signal(owner["executor"], owner["job"], "USR2")
     except slurm.SchedulerUnreachable as error:
-        raise BadInput(f"job {owner['job']} could not be reached: {error}") from None
+        raise BadLaunch(f"job {owner['job']} could not be reached: {error}") from None
     return f"job {owner['job']} will save and be requeued"
 
 
 def _check_owner(run: Path) -> dict[str, Any]:
-    """Return the record of the job that owns a run, or raise BadInput if the run was never launched."""
+    """Return the record of the job that owns a run, or raise BadLaunch if the run was never launched."""
     owner = history.read_owner(_check_run(run))
     if owner is None:
-        raise BadInput(f"{run} was not launched; stop a trainer that was started by hand with Ctrl-C")
+        raise BadLaunch(f"{run} was not launched; stop a trainer that was started by hand with Ctrl-C")
     return owner
 
 
 def _check_run(run: Path) -> Path:
-    """Return a run folder, or raise BadInput otherwise."""
+    """Return a run folder, or raise BadLaunch otherwise."""
     if not (run / "config.yaml").exists():
-        raise BadInput(f"{run} is not a run folder: config.yaml is missing; `vjepa runs list` shows the runs in runs/")
+        raise BadLaunch(f"{run} is not a run folder: config.yaml is missing; `vjepa runs list` shows the runs in runs/")
     return run
 
 

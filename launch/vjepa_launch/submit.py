@@ -27,7 +27,7 @@ from vjepa_launch.atomic import atomic_write
 from vjepa_launch.job import Job
 from vjepa_launch.process_info import code_environment, common_environment
 from vjepa_launch.request import Request, batch_lines, interpreter, make_job, slurm_parameters
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 NO_LIMIT_MIN = 60 * 24 * 365 * 10
 
@@ -51,7 +51,7 @@ def launch(request: Request) -> Launched:
     """Start or resume a run as a job.
 
     Raises:
-        BadInput: the run folder is in use by another job, or has different settings or changed code, or the scheduler
+        BadLaunch: the run folder is in use by another job, or has different settings or changed code, or the scheduler
             rejects the job.
     """
     run = request.run
@@ -93,11 +93,11 @@ def launch_again(run: Path) -> Launched:
     """Launch a run with the profile, command and settings of its last launch.
 
     Raises:
-        BadInput: it was never launched, or it is in use.
+        BadLaunch: it was never launched, or it is in use.
     """
     owner = history.read_owner(run)
     if owner is None:
-        raise BadInput(f"{run} was never launched; use `vjepa launch`")
+        raise BadLaunch(f"{run} was never launched; use `vjepa launch`")
     return launch(
         Request(
             run.resolve(),
@@ -189,7 +189,7 @@ def _submit_to_slurm(folder: Path, request: Request, jobs: Sequence[Job], at_onc
         with submitit.helpers.clean_env(), _environment(kept):
             return [job.job_id for job in executor.submit_array(jobs)]
     except (RuntimeError, FailedJobError, FileNotFoundError) as error:
-        raise BadInput(f"the job was not submitted: {' '.join(str(error).split())}") from None
+        raise BadLaunch(f"the job was not submitted: {' '.join(str(error).split())}") from None
 
 
 _submission_lock = threading.Lock()
@@ -200,7 +200,7 @@ def write_config(request: Request) -> None:
     """Write the settings of a run.
 
     Raises:
-        BadInput: the run has different settings, and the request does not replace them.
+        BadLaunch: the run has different settings, and the request does not replace them.
     """
     path = request.run / "config.yaml"
     if path.exists() and not request.replace_settings:
@@ -211,7 +211,7 @@ def write_config(request: Request) -> None:
         changed = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[0] in "+-"][2:]
         if changed:
             shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
-            raise BadInput(
+            raise BadLaunch(
                 f"{path} has different settings ({shown}); launch with the same settings, choose another run folder, "
                 "or add --replace-settings"
             )
@@ -237,7 +237,7 @@ def freeze_once(folder: Path, refreeze: bool) -> tuple[snapshot.CodeSnapshot, st
 def _check_not_in_use(run: Path) -> None:
     owner = history.read_owner(run)
     if owner and job_control.is_alive(owner["executor"], owner["job"]):
-        raise BadInput(
+        raise BadLaunch(
             f"{run} is in use by job {owner['job']}; wait for it, or `vjepa runs cancel {shlex.quote(str(run))}`"
         )
 
@@ -247,14 +247,14 @@ def locked(run: Path) -> Iterator[None]:
     """Hold the launch lock of a run folder.
 
     Raises:
-        BadInput: another process is launching into the folder.
+        BadLaunch: another process is launching into the folder.
     """
     history.launch_folder(run).mkdir(parents=True, exist_ok=True)
     with (history.launch_folder(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"{run} is being launched by another process right now; try again") from None
+            raise BadLaunch(f"{run} is being launched by another process right now; try again") from None
         yield
 
 

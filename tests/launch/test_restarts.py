@@ -9,7 +9,7 @@ import pytest
 
 from vjepa_launch import history, port
 from vjepa_launch.drill.drill_run import DrillRun
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 
 def machine(*, ranks: int = 2, **restart: Any) -> Cluster:
@@ -122,11 +122,11 @@ def test_a_second_launch_resumes_with_the_frozen_code(make_drill_run: Make) -> N
     run = make_drill_run("--steps", "40", "--step-s", "0.03", "--every", "5")
     first = run.launch(machine())
     run.wait_for(lambda: run.step() >= 12)
-    with pytest.raises(BadInput, match=f"in use by job {run.job}"):
+    with pytest.raises(BadLaunch, match=f"in use by job {run.job}"):
         run.launch(machine())
     run.cancel()
     run.wait()
-    with pytest.raises(BadInput, match=r"has different settings \(-name: drill; \+name: large\)"):
+    with pytest.raises(BadLaunch, match=r"has different settings \(-name: drill; \+name: large\)"):
         run.launch(machine(), config="name: large\n")
     second = run.launch(machine())
     assert second.resumes is not None

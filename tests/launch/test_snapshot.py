@@ -11,7 +11,7 @@ import pytest
 
 from vjepa_launch import snapshot
 from vjepa_launch.process_info import code_environment
-from vjepa_launch.settings import BadInput
+from vjepa_launch.settings import BadLaunch
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,11 +47,11 @@ def test_changed_or_missing_frozen_code_is_rejected(tmp_path: Path) -> None:
     assert snapshot.verify(tmp_path) == frozen
     with (tmp_path / "code" / "vjepa" / "config.py").open("a") as file:
         file.write("\n")
-    with pytest.raises(BadInput, match="was changed after it was frozen"):
+    with pytest.raises(BadLaunch, match="was changed after it was frozen"):
         snapshot.verify(tmp_path)
     assert snapshot.freeze(tmp_path).digest == frozen.digest  # as --refreeze does
     (tmp_path / "launch" / "code.json").unlink()
-    with pytest.raises(BadInput, match="has no frozen code"):
+    with pytest.raises(BadLaunch, match="has no frozen code"):
         snapshot.verify(tmp_path)
 
 
@@ -78,5 +78,5 @@ def test_bytecode_files_do_not_change_the_digest(tmp_path: Path) -> None:
 def test_a_large_file_in_a_package_is_rejected(tmp_path: Path) -> None:
     with (tmp_path / "weights.bin").open("wb") as file:
         file.truncate((snapshot.LARGEST_FILE_MIB + 1) * 2**20)
-    with pytest.raises(BadInput, match=r"weights.bin is 11 MiB"):
+    with pytest.raises(BadLaunch, match=r"weights.bin is 11 MiB"):
         snapshot.list_files({"vjepa": tmp_path})

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vjepa_launch import history, status
 from vjepa_launch.drill.drill_run import DrillRun
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 MACHINE = Cluster(executor="local", tasks_per_node=2)
 CONFIG = "name: tiny\nsteps: 4000\n"
@@ -50,7 +50,7 @@ def test_the_status_follows_a_run_until_it_is_cancelled(make_drill_run: Callable
     run.wait()
     assert read(run.folder).state == "cancelled"
     assert f"2 ranks on {run.events('start')[0]['nodes'][0]}" in status.describe(run.folder)
-    with pytest.raises(BadInput, match="nothing to cancel"):
+    with pytest.raises(BadLaunch, match="nothing to cancel"):
         status.cancel(run.folder)
 
 
@@ -82,7 +82,7 @@ def test_the_log_of_every_rank_can_be_followed(make_drill_run: Callable[..., Dri
     followed = "".join(status.read_log(run.folder, rank=1, follow=True))
     assert "rank 1 done" in followed
     assert "rank 0 done" in "".join(status.read_log(run.folder))
-    with pytest.raises(BadInput, match=r"rank 7 .* 2 ranks have output"):
+    with pytest.raises(BadLaunch, match=r"rank 7 .* 2 ranks have output"):
         list(status.read_log(run.folder, rank=7))
 
 
@@ -126,12 +126,12 @@ def test_a_run_by_hand_is_done_after_its_last_step(tmp_path: Path) -> None:
     assert read(tmp_path).state == "done"
     (tmp_path / "log.txt").write_text("step 20\n")
     assert list(status.read_log(tmp_path)) == ["step 20\n"]
-    with pytest.raises(BadInput, match="a log of rank 0 only; leave out --rank 3"):
+    with pytest.raises(BadLaunch, match="a log of rank 0 only; leave out --rank 3"):
         list(status.read_log(tmp_path, rank=3))
 
 
 def test_a_folder_that_is_not_a_run_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is not a run folder"):
+    with pytest.raises(BadLaunch, match="is not a run folder"):
         status.describe(tmp_path)
 
 

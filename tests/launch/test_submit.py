@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vjepa_launch import submit
 from vjepa_launch.request import Request, train_command, with_nodes
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 CLUSTERS = Path(__file__).parents[2] / "launch" / "clusters"
 CONFIG = "name: tiny\nsteps: 10\n"
@@ -113,7 +113,7 @@ sys.exit(main(["launch", "vitl16_256px_16f", "--on", "h100", "--nodes", "16", "-
 
 def test_a_failed_submission_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(BadInput, match=r"the job was not submitted: .*srun"):
+    with pytest.raises(BadLaunch, match=r"the job was not submitted: .*srun"):
         submit.launch(Request(tmp_path / "run", read("slurm"), ["python"], config=CONFIG, name="tiny"))
 
 
@@ -133,5 +133,5 @@ def test_an_inconsistent_profile_is_rejected(values: dict[str, object], message:
 
 
 def test_more_than_one_node_on_this_machine_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="--nodes 2: must be 1 on this machine"):
+    with pytest.raises(BadLaunch, match="--nodes 2: must be 1 on this machine"):
         describe(tmp_path / "run", read("local"), nodes=2)

@@ -11,7 +11,7 @@ from vjepa_launch import array, job_control, snapshot, status, submit, sweep
 from vjepa_launch.array import Array, Element
 from vjepa_launch.atomic import write_json
 from vjepa_launch.drill.drill_run import DrillRun
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 from vjepa_launch.sweep import Sweep
 
 
@@ -95,7 +95,7 @@ def test_a_second_launch_starts_only_unfinished_elements(
     (again,) = launch_sweep()
     assert again.run.name == "001"
     wait([again])
-    with pytest.raises(BadInput, match=r"all 3 elements .* done or alive"):
+    with pytest.raises(BadLaunch, match=r"all 3 elements .* done or alive"):
         launch_sweep()
     alone = submit.launch_again(again.run)  # a single element
     assert alone.code == first[0].code
@@ -103,5 +103,5 @@ def test_a_second_launch_starts_only_unfinished_elements(
 
 
 def test_an_array_larger_than_at_once_is_rejected_locally(launch_sweep: Callable[..., list[submit.Launched]]) -> None:
-    with pytest.raises(BadInput, match="at_once is 2"):
+    with pytest.raises(BadLaunch, match="at_once is 2"):
         launch_sweep(at_once=2)

@@ -12,7 +12,7 @@ import pytest
 from vjepa_launch import status, submit
 from vjepa_launch.drill import drills
 from vjepa_launch.drill.drill_run import DrillRun
-from vjepa_launch.settings import BadInput, Cluster
+from vjepa_launch.settings import BadLaunch, Cluster
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
@@ -111,7 +111,7 @@ def test_the_dry_run_shows_the_submitted_batch_script(slurm: Any, make_drill_run
     assert submitted.strip() in described
     (now,), _ = status.read_all([run.folder])
     assert (now.state, now.detail) == ("queued", "BeginTime")
-    with pytest.raises(BadInput, match=f"in use by job {run.job}"):
+    with pytest.raises(BadLaunch, match=f"in use by job {run.job}"):
         run.launch(cluster)
     assert status.cancel(run.folder) == f"job {run.job} is cancelled"
     run.wait()
@@ -121,5 +121,5 @@ def test_the_dry_run_shows_the_submitted_batch_script(slurm: Any, make_drill_run
 
 def test_a_rejected_submission_is_an_error_of_one_line(slurm: Any, make_drill_run: Callable[..., DrillRun]) -> None:
     run = make_drill_run("--steps", "20")
-    with pytest.raises(BadInput, match=r"the job was not submitted: .*invalid partition specified: nope"):
+    with pytest.raises(BadLaunch, match=r"the job was not submitted: .*invalid partition specified: nope"):
         run.launch(PROFILE.model_copy(update={"partition": "nope"}))

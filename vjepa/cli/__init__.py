@@ -74,6 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that mean bad settings or input. Imported late: both packages load pydantic."""
     from vjepa_data.errors import BadInput
-    from vjepa_launch.settings import BadInput as LaunchBadInput
+    from vjepa_launch.settings import BadLaunch
 
-    return BadInput, LaunchBadInput
+    return BadInput, BadLaunch

@@ -37,8 +37,9 @@ from vjepa.evals.embed import EmbedRequest, embed_parts
 from vjepa.evals.features import CorpusVideos, clips_for, fingerprint, read_class_labels
 from vjepa.evals.ridge import wilson
 from vjepa.nn.attentive_probe import AttentiveProbe, save_classifier
-from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import read_json
+from vjepa.weights.video_encoder import VideoEncoder
+from vjepa.weights.world_model import WorldModel
 from vjepa_data.corpus.format import read_manifest
 from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
@@ -218,7 +219,7 @@ def _best(scores: Mapping[int, GridScore]) -> int:
     return max(scores, key=lambda number: (scores[number].choose, -number))
 
 
-def evaluate(model: VideoEncoder, data: Path, settings: AttentiveSettings, context: EvaluationContext) -> Result:
+def evaluate(model: WorldModel, data: Path, settings: AttentiveSettings, context: EvaluationContext) -> Result:
     """Train the grid of probes and report the accuracy of the selected probe.
 
     The selected probe is written next to the result with the suffix `.safetensors`.

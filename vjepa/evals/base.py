@@ -3,7 +3,7 @@
 A module of `vjepa.evals.registry` defines
 
     class MySettings(EvaluationSettings): ...
-    def evaluate(model: VideoEncoder, data: Path, settings: MySettings, context: EvaluationContext) -> Result: ...
+    def evaluate(model: WorldModel, data: Path, settings: MySettings, context: EvaluationContext) -> Result: ...
 
 `vjepa.evals.shell.run_evaluation` loads the model, makes the baselines, calls `evaluate`, and writes its result:
 
@@ -26,7 +26,8 @@ from vjepa.config import Parallel
 from vjepa.distributed.world import World, join
 from vjepa.evals.progress import track
 from vjepa.evals.ridge import wilson
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.video_encoder import VideoEncoder
+from vjepa.weights.world_model import WorldModel
 from vjepa_data.settings import BadInput, Settings
 
 FORMAT = 1
@@ -180,9 +181,9 @@ class EvaluationContext:
     pixels: VideoEncoder | None = None
     """Raw pixels behind the interface of an encoder, if `Baselines.pixels`."""
 
-    def encoders(self, model: VideoEncoder) -> dict[str, VideoEncoder]:
-        """Return the model and its baselines under the names that result rows use."""
-        found = {"pretrained": model}
+    def encoders(self, model: WorldModel) -> dict[str, VideoEncoder]:
+        """Return the encoder of the model and its baselines under the names that result rows use."""
+        found = {"pretrained": model.encoder}
         for number, encoder in enumerate(self.untrained):
             found["random init" if len(self.untrained) == 1 else f"random init {number}"] = encoder
         return found | ({"pixels": self.pixels} if self.pixels is not None else {})

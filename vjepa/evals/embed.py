@@ -34,8 +34,8 @@ from vjepa.evals.base import PATIENT
 from vjepa.evals.features import CorpusVideos, Pooling, fingerprint, reduce_tokens
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.weights.load import load_encoder
-from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import read_json
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import Part
 from vjepa_data.errors import Unreadable
 from vjepa_data.evaluation.clips import EvalClip, EvalClips

@@ -24,7 +24,8 @@ from vjepa.evals.base import EvaluationContext
 from vjepa.evals.object_labels import TokenLabels, mean_velocity, token_labels
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.nn.grid import Grid
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.video_encoder import VideoEncoder
+from vjepa.weights.world_model import WorldModel
 from vjepa_data.corpus.format import read_manifest
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import Unreadable
@@ -111,7 +112,7 @@ def fingerprint(encoder: VideoEncoder) -> str:
 
 
 def clips_for(
-    encoder: VideoEncoder,
+    model: VideoEncoder | WorldModel,
     shards: Path,
     *,
     split: str,
@@ -119,16 +120,16 @@ def clips_for(
     views: int = 1,
     max_videos: int | None = None,
 ) -> EvalClips:
-    """Open the clips of a corpus in the size, length and frame rate that an encoder was trained on.
+    """Open the clips of a corpus in the size, length and frame rate that a model was trained on.
 
     Args:
-        encoder: gives size, length and rate.
+        model: the model, for size, length and frame rate.
         shards, split, per_video, views, max_videos: as in `EvalClips`.
 
     Raises:
         BadInput: see `EvalClips`.
     """
-    form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
+    form: dict[str, Any] = {"px": model.px, "frames": model.frames, "fps": model.fps}
     return EvalClips(shards, split=split, per_video=per_video, views=views, max_videos=max_videos, **form)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.features import clips_for, read_class_labels, read_features
 from vjepa.evals.ridge import wilson
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.world_model import WorldModel
 from vjepa_data.settings import BadInput
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -62,7 +62,7 @@ class UnitFeatures:
         return cls(values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12), mean)
 
 
-def evaluate(model: VideoEncoder, data: Path, settings: KnnSettings, context: EvaluationContext) -> Result:
+def evaluate(model: WorldModel, data: Path, settings: KnnSettings, context: EvaluationContext) -> Result:
     """Measure how often the nearest clips of other videos predict a label.
 
     Raises:

@@ -18,7 +18,7 @@ from pydantic import Field
 from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.features import LabelledClips, clips_for, read_features
 from vjepa.evals.ridge import Kind, Score, Table, prior_score, ridge_score
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.world_model import WorldModel
 from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
 
@@ -87,7 +87,7 @@ class ProbeTask:
     """Rows by encoder."""
 
 
-def evaluate(model: VideoEncoder, data: Path, settings: ProbeSettings, context: EvaluationContext) -> Result:
+def evaluate(model: WorldModel, data: Path, settings: ProbeSettings, context: EvaluationContext) -> Result:
     """Fit and score a linear probe for each label of a corpus.
 
     Raises:

@@ -16,7 +16,7 @@ from vjepa.evals.features import clips_for, encode, read_features
 from vjepa.evals.knn import UnitFeatures
 from vjepa.viz import plots
 from vjepa.weights.load import load_encoder
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import Part
 from vjepa_data import html
 from vjepa_data.evaluation.video_files import FileClip, FileVideos

@@ -19,8 +19,8 @@ from vjepa.evals.base import EvaluationSettings, Result, open_context
 from vjepa.evals.features import PixelEncoder
 from vjepa.evals.publish import find_record, publish
 from vjepa.evals.registry import find_evaluation
-from vjepa.weights.load import load_encoder
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.load import load
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import Part, random_encoder
 from vjepa_data.settings import BadInput
 
@@ -72,11 +72,11 @@ def run_evaluation(
     if wandb:
         find_record(model_path)
     evaluate = importlib.import_module(entry.module).evaluate
-    encoder = load_encoder(model_path, part)
+    model = load(model_path, part)
     with open_context(out, overwrite=overwrite) as context:
-        context = replace(context, **_baselines(encoder, settings, context.world))
-        result = evaluate(encoder.to(context.world.device), data, settings, context)
-        result = replace(result, kind=name, model=describe_model(model_path, encoder))
+        context = replace(context, **_baselines(model.encoder, settings, context.world))
+        result = evaluate(model.to(context.world.device), data, settings, context)
+        result = replace(result, kind=name, model=describe_model(model_path, model.encoder))
         context.world.gather(None)  # all files of the evaluation exist before the result that refers to them
         if context.world.is_first:
             if out is not None:

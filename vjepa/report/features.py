@@ -9,8 +9,8 @@ import torch
 from vjepa import config
 from vjepa.evals.features import clips_for
 from vjepa.viz import plots
-from vjepa.weights.native import VideoEncoder
 from vjepa.weights.tensors import read_json
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import random_encoder
 from vjepa_data import html
 from vjepa_data.evaluation.clips import EvalClip

@@ -112,7 +112,7 @@ class DrillRun:
         """Return the steps that are missing, or whose loss differs from an undisturbed run."""
         losses: dict[int, set[float]] = {}
         for row in self.metrics():
-            losses.setdefault(row["step"], set()).add(row["loss/prediction"])
+            losses.setdefault(row["step"], set()).add(row["loss/total"])
         state, wrong = "", []
         for step in range(1, steps + 1):
             state = dummy_trainer.advance(state, step - 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vjepa_launch import history, slurm, tables
 from vjepa_launch.drill.drill_run import DrillRun
-from vjepa_launch.settings import BadInput, Cluster, Restart
+from vjepa_launch.settings import BadLaunch, Cluster, Restart
 
 STEP_S = 0.05
 
@@ -90,7 +90,7 @@ def _stop_after_restart(run: DrillRun) -> None:
 def _launch_again(run: DrillRun, cluster: Cluster) -> None:
     try:
         run.launch(cluster)
-    except BadInput:
+    except BadLaunch:
         return
     raise AssertionError("a second job was launched into the run folder")
 
@@ -153,15 +153,15 @@ def choose(cluster: Cluster, only: Sequence[str]) -> list[Drill]:
     """Return the drills with these names, or all drills.
 
     Raises:
-        BadInput: a name is unknown, or the cluster has fewer than two ranks.
+        BadLaunch: a name is unknown, or the cluster has fewer than two ranks.
     """
     ranks = cluster.nodes * cluster.ranks_per_node
     if ranks < 2:
-        raise BadInput(f"drills need two ranks, but this profile has {ranks}; set tasks_per_node: 2, or use --nodes 2")
+        raise BadLaunch(f"drills need two ranks, but this profile has {ranks}; set tasks_per_node: 2, or use --nodes 2")
     known = {drill.name: drill for drill in drills(cluster)}
     for name in only:
         if name not in known:
-            raise BadInput(f"unknown drill '{name}'; choose from {', '.join(known)}")
+            raise BadLaunch(f"unknown drill '{name}'; choose from {', '.join(known)}")
     return [known[name] for name in only] if only else list(known.values())
 
 

@@ -60,7 +60,7 @@ def main() -> int:
         done = step + 1
         if rank == 0:
             with (run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": done, "time": time.time(), "loss/prediction": loss(state)}) + "\n")
+                file.write(json.dumps({"step": done, "time": time.time(), "loss/total": loss(state)}) + "\n")
         stop = any_rank(bool(received))
         if stop or done % options.every == 0 or done == options.steps:
             time.sleep(options.save_s)
