@@ -18,7 +18,7 @@ from typing import Any
 
 from vjepa.config import Run, load
 from vjepa.demo import CORPUS
-from vjepa.estimate import count_flops, count_tokens
+from vjepa.estimate.step_counts import count_step
 
 TASKS = ("token centre", "objects", "token shape", "clip velocity", "token direction", "token velocity")
 
@@ -91,7 +91,7 @@ def recipe(name: str, shards: Path, seed: int, cost: float, settings: list[str])
 
 def flops(run: Run) -> float:
     """Model FLOPs of a step."""
-    return run.batch_size * sum(count_flops(run, count_tokens(run)).values())
+    return run.batch_size * count_step(run).flops_per_clip
 
 
 def one_run(run: Path, settings: list[str], shards: Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from vjepa.engine.loop import sum_metrics
 from vjepa.engine.optimizer import build_optimizer, update_weights
 from vjepa.engine.schedule import rates_at
 from vjepa.engine.trainer import build_networks
-from vjepa.estimate import Tokens as Counted
-from vjepa.estimate import accelerator_of, count_flops, count_parameters
+from vjepa.estimate.estimate import accelerator_of
+from vjepa.estimate.step_counts import count_step
 from vjepa.methods.base import MaskedClips
 from vjepa.methods.mask_settings import ReferenceMask
 from vjepa.methods.masking import Mask, reference_masks
@@ -193,12 +193,11 @@ def report(
     device: torch.device,
 ) -> None:
     """Print the numbers."""
-    tokens = [Counted(grid.tokens, visible.shape[1], hidden.shape[1]) for visible, hidden in masks]
-    flops = sum(count_flops(run, tokens).values()) * run.batch_size
+    flops = count_step(run).flops_per_clip * run.batch_size
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{where}, torch {torch.__version__}, {run.precision}, compile={run.parallel.compile}")
     print(
-        f"{run.model.encoder.name} ({count_parameters(run)['encoder'] / 1e6:.1f} M), {grid.tokens} tokens, "
+        f"{run.model.encoder.name} ({count_step(run).parameters['encoder'] / 1e6:.1f} M), {grid.tokens} tokens, "
         f"{run.batch_size} clips, {flops / 1e9:.1f} GFLOP a step; masks " + str([(t.visible, t.hidden) for t in tokens])
     )
     for name, values in seconds.items():

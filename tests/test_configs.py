@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vjepa.config import load, shipped_configs
-from vjepa.estimate import estimate
+from vjepa.estimate.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""The arithmetic against the real thing: torch's own counts, what autograd keeps, and 1,024 pretended ranks."""
+"""The estimate against real steps: torch's counts, saved activations, and 1,024 simulated ranks."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,21 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from vjepa import estimate as arithmetic
-from vjepa.config import ENCODERS, EncoderSize, Run
+from vjepa.config import EncoderSize, Run, load
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import World, join
 from vjepa.engine.optimizer import build_optimizer
 from vjepa.engine.trainer import build_networks, open_clips
-from vjepa.estimate import (
-    ACCELERATORS,
-    accelerator_of,
-    count_flops,
-    count_memory,
-    count_parameters,
-    count_tokens,
-    estimate,
-)
+from vjepa.estimate.estimate import ACCELERATORS, accelerator_of, count_memory, estimate
+from vjepa.estimate.step_counts import count_step
 from vjepa.methods.base import create_method, named_parameters
 from vjepa_data.reader.loader import open_plan
 from vjepa_data.reader.plan import Plan
@@ -58,20 +50,6 @@ def pretended(size: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", sorted(ENCODERS))
-def test_parameters_are_those_of_the_model(tiny_run: MakeRun, name: str) -> None:
-    run = tiny_run(
-        model={"encoder": EncoderSize.model_validate(name), "predictor": {"width": 384, "depth": 12, "heads": 12}}
-    )
-    with torch.device("meta"):
-        method = create_method(run)
-        networks = method.build()
-    real = {part: sum(p.numel() for p in model.parameters()) for part, model in networks.saved.items()}
-    assert count_parameters(run) == real
-
-
-RANDOM_QUARTER = [{"mode": "random", "visible_share": 0.25}]
-RANDOM_HALF = [{"mode": "random", "visible_share": 0.5}]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "vjepa2": {},
     "vjepa2_1": {
@@ -102,7 +80,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
-    # Large enough that what the formula leaves out (scores of attention, norms' statistics, the loss) is small.
     changes = dict(OBJECTIVES[name])
     run = tiny_run(
         data={"clip": {"frames": 8, "fps": 4}},
@@ -113,7 +90,9 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
         },
         **changes,
     )
-    tokens = count_tokens(run)
+    # The random directions of sigreg are one table for all clips, which weighs more in a small batch.
+    kept_within = 0.15 if name.startswith("levjepa") else 0.05
+    counts = count_step(run)
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
         method, networks = build_networks(run, world)
         inputs = method.prepare(next(clips), world.device)
@@ -131,9 +110,9 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
         # The counter knows attention only when it is spelled out as products.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             method.loss(networks, inputs, step=0).value.backward()
-    assert sum(count_flops(run, tokens).values()) * run.batch_size == pytest.approx(counter.get_total_flops(), rel=0.02)
-    memory = count_memory(run, tokens, count_parameters(run), gpus=1)
-    assert memory["activations"] == pytest.approx(sum(kept.values()), rel=0.15)
+    assert counts.flops_per_clip * run.batch_size == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counts.activations * run.batch_size == pytest.approx(sum(kept.values()), rel=kept_within)
+    assert dict(counts.parameters) == {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -150,9 +129,9 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun
             "weights": sum(p.nbytes for p in learning),
             "gradients": sum(p.grad.nbytes for p in learning if p.grad is not None),
             "moments": sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim),
-            "target": sum(p.nbytes for p in networks["target"].parameters()),
+            "averages": sum(p.nbytes for p in networks["target"].parameters()),
         }
-    memory = count_memory(run, count_tokens(run), count_parameters(run), gpus=1)
+    memory = count_memory(run, count_step(run), gpus=1)
     assert {part: memory[part] for part in held} == held
 
 
@@ -177,7 +156,7 @@ def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) ->
             ours[name.split(".")[0]] += parameter.to_local().numel() * 4  # pyright: ignore[reportAttributeAccessIssue]
     # Slices are cut along the first dimension, so the last rank's are smaller and rank 0's larger than the mean: by a
     # third for the 1,408 rows of ViT-g's maps on 1,024 ranks.
-    assert ours["target"] == pytest.approx(expected.memory["target"], rel=0.5)
+    assert ours["target"] == pytest.approx(expected.memory["averages"], rel=0.5)
     assert ours["encoder"] + ours["predictor"] == pytest.approx(expected.memory["weights"], rel=0.5)
 
 
@@ -198,7 +177,7 @@ def test_messages_are_as_large_as_counted(tiny_run: MakeRun, tmp_path: Path, mon
         with open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
             loss = method.loss(networks, method.prepare(next(clips), world.device), step=0)
             loss.value.backward()
-    expected = estimate(run, gpus=size).messages
+    expected = estimate(run, gpus=size).communication
     # Roots that learn stay gathered between forward and backward: a little less than counted; slices are padded: more.
     assert received["gather"] == pytest.approx(expected["gather"], rel=0.15)
     assert received["scatter"] == pytest.approx(expected["scatter"], rel=0.15)
@@ -225,7 +204,7 @@ def test_a_published_recipe_comes_out_as_published(tiny_run: MakeRun) -> None:
             "patch_px": 16,
         },
     )
-    assert estimate(run, gpus=1).flops["target"] == pytest.approx(1.66e12, rel=0.01)
+    assert estimate(run, gpus=1).counts.flops["target"] == pytest.approx(1.66e12, rel=0.01)
 
 
 def test_what_does_not_fit_is_said_with_a_setting_that_helps(tiny_run: MakeRun) -> None:
@@ -264,9 +243,27 @@ def test_a_gpu_is_known_by_its_name() -> None:
     assert accelerator_of("NVIDIA GeForce RTX 4090") is None
 
 
-def test_the_arithmetic_needs_no_torch_but_for_the_masks() -> None:
-    text = Path(arithmetic.__file__).read_text()
-    assert "import torch" not in text
+@pytest.mark.parametrize("name", ["vitl16_256px_16f", "vjepa2_1_vitl16_256px_16f", "levjepa_vitl16_224px_16f"])
+def test_recomputation_keeps_less(name: str) -> None:
+    run = load(name).settings
+    counts = count_step(run)
+    kept = [
+        count_memory(
+            run.model_copy(update={"parallel": run.parallel.model_copy(update={"recompute": mode})}), counts, 1
+        )
+        for mode in ("off", "selective", "full")
+    ]
+    off, selective, full = (memory["activations"] for memory in kept)
+    assert full < 0.25 * off
+    assert full < selective < off
+
+
+def test_accumulation_keeps_whole_gradients(tiny_run: MakeRun) -> None:
+    run = tiny_run(batch_size=8, parallel={"accumulate": 2})
+    counts = count_step(run)
+    trained = sum(counts.parameters[name] for name in counts.trained)
+    assert count_memory(run, counts, gpus=2)["whole gradients"] == 4 * trained
+    assert count_memory(run, counts, gpus=1)["whole gradients"] == 0
 
 
 def test_a_model_that_no_slicing_makes_fit_may_be_offloaded(tiny_run: MakeRun) -> None:
@@ -284,4 +281,4 @@ def test_a_model_that_no_slicing_makes_fit_may_be_offloaded(tiny_run: MakeRun) -
     found = estimate(run, gpus=1)
     assert not found.fits
     assert [advice.split()[0] for advice in found.advice()] == ["parallel.offload=True"]
-    assert found.memory["moments"] == 8 * (found.parameters["encoder"] + found.parameters["predictor"])
+    assert found.memory["moments"] == 8 * sum(found.counts.parameters[name] for name in found.counts.trained)

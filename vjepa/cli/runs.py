@@ -86,7 +86,7 @@ def estimate(
         mfu: Share of the GPU's peak FLOPs that you reach.
     """
     from vjepa.config import load
-    from vjepa.estimate import ACCELERATORS, estimate
+    from vjepa.estimate.estimate import ACCELERATORS, estimate
     from vjepa_data.errors import BadInput
 
     if gpu not in ACCELERATORS:

@@ -251,5 +251,6 @@ def _shards(network: nn.Module) -> list[Tensor]:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the device asynchronously; from pageable memory the host would wait for the copy."""
-    is_to_go = device.type == "cuda" and not tensor.is_cuda  # the loader's frames may already be there
-    return tensor.pin_memory().to(device, non_blocking=True) if is_to_go else tensor
+    if device.type == "cuda" and not tensor.is_cuda:  # the loader's frames may already be there
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -10,7 +10,8 @@ import torch
 
 from vjepa.config import Run
 from vjepa.distributed.world import World
-from vjepa.estimate import accelerator_of, count_flops, count_tokens
+from vjepa.estimate.estimate import accelerator_of
+from vjepa.estimate.step_counts import count_step
 from vjepa.methods.base import Loss
 from vjepa.monitoring.stragglers import Pulse, Stragglers
 from vjepa.monitoring.timers import StepTimer
@@ -101,4 +102,4 @@ def _peak_clips_per_s(run: Run, world: World) -> float | None:
     accelerator = accelerator_of(torch.cuda.get_device_name(world.device))
     if accelerator is None:
         return None
-    return world.size * accelerator.flops / sum(count_flops(run, count_tokens(run)).values())
+    return world.size * accelerator.flops / count_step(run).flops_per_clip

@@ -130,7 +130,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
             x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
         )  # [count H length d]
         mask = segments.masks[number] if segments.masks is not None else None
-        run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask)
+        if q.is_meta:  # fused, as on every device; torch's own choice for the meta device would be the unfused form
+            run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_run, k_run, v_run, attn_mask=mask)[0]
+        else:
+            run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask)
         outputs.append(run.transpose(1, 2).flatten(0, 1))
         start += count * length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

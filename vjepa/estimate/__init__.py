@@ -1,0 +1,1 @@
+"""What a run needs: FLOPs, memory, communication and hours, before it is queued."""

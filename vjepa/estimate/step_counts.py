@@ -1,0 +1,269 @@
+"""Counts of one training step, taken from the real loss on the meta device: no memory is used and nothing is computed.
+
+A method declares nothing. Its networks are built, its inputs are prepared, and its loss runs forward and backward on
+tensors without data, in the run's precision, while four observers count:
+
+    FLOPs          torch's FlopCounterMode: the matrix products and the attention of the forward and backward passes
+    activations    the storages that autograd saves for the backward pass, without parameters
+    blocks         inputs, saved activations and matrix products of every block, for recomputation
+    live bytes     the largest amount at any moment of the forward pass
+
+Model FLOPs, by which MFU is measured, contain no recomputation.
+"""
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from vjepa.config import Run
+from vjepa.distributed.sharding import PRODUCTS, blocks_of
+from vjepa.methods.base import Networks, create_method
+from vjepa_data.reader.batch import Batch, Clips
+
+COUNTED_CLIPS = 64
+"""Clips of the counted step. Masks differ between clips, so that fewer would make the mean of token counts rough."""
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Counts of one step: numbers of clips are means over the stream; bytes are in the run's precision."""
+
+    parameters: Mapping[str, int]
+    """Parameters of each network."""
+
+    trained: frozenset[str]
+    averages: frozenset[str]
+    evaluated: frozenset[str]
+    """Names of the networks that are trained, that are averages, and that the forward pass runs."""
+
+    largest_block: int
+    """Parameters of the largest block of a network."""
+
+    roots: int
+    """Parameters outside of blocks, of all networks."""
+
+    flops: Mapping[str, float]
+    """Model FLOPs of one clip, by network and for the rest of the loss."""
+
+    tokens: float
+    """Tokens of one clip, counted for each view."""
+    visible: float
+    hidden: float
+
+    activations: float
+    """Bytes that autograd keeps for one clip."""
+    block_inputs: float
+    """Bytes of the inputs of all trained blocks for one clip."""
+    block_activations: float
+    """Bytes that autograd keeps inside of trained blocks for one clip."""
+    largest_activations: float
+    """Bytes that autograd keeps inside of the largest trained block for one clip."""
+    products: float
+    """Bytes of the results of matrix products and attention in trained blocks for one clip."""
+    transient: float
+    """Largest number of bytes for one clip that the forward pass holds in addition to the activations."""
+
+    @property
+    def flops_per_clip(self) -> float:
+        """Model FLOPs of one clip."""
+        return sum(self.flops.values())
+
+
+@functools.lru_cache(maxsize=8)
+def count_step(run: Run) -> StepCounts:
+    """Count a step of a run, averaged over the clip lengths of its sources."""
+    parts = [(share, _count(run, frames)) for frames, share in clip_lengths(run)]
+    _, first = parts[0]
+    means: dict[str, Any] = {}
+    for field in fields(StepCounts):
+        value = getattr(first, field.name)
+        if isinstance(value, float):
+            means[field.name] = sum(share * getattr(part, field.name) for share, part in parts)
+        elif field.name == "flops":
+            means["flops"] = {name: sum(share * part.flops[name] for share, part in parts) for name in value}
+        else:
+            means[field.name] = value
+    return StepCounts(**means)
+
+
+def clip_lengths(run: Run) -> list[tuple[int, float]]:
+    """Return the frames per clip and the share of the stream of each source."""
+    total = sum(source.weight for source in run.data.sources)
+    return [(source.frames or run.data.clip.frames, source.weight / total) for source in run.data.sources]
+
+
+def _count(run: Run, frames: int) -> StepCounts:
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    method = create_method(run)
+    with META:
+        networks = method.build("sdpa")
+    for _, network in networks.items():
+        network.to(dtype)
+    ignored = {p.untyped_storage()._cdata for _, network in networks.items() for p in network.parameters()}
+    saved, live, flops = _Saved(ignored), _LiveBytes(ignored), FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    blocks = [block for network in networks.trained.values() for block in blocks_of(network)]
+    with live, flops, _observed(networks, blocks, saved, live, flops) as (forward, inside):
+        inputs = method.prepare(_batch(run, frames), META)
+        with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
+            loss = method.loss(networks, inputs, step=0)
+        forward_flops, peak = flops.get_total_flops(), live.peak
+        loss.value.backward()
+    n = float(COUNTED_CLIPS)
+    return StepCounts(
+        parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+        trained=frozenset(networks.trained),
+        averages=frozenset(networks.averages),
+        evaluated=frozenset(forward),
+        largest_block=max((_size(block) for _, network in networks.items() for block in blocks_of(network)), default=0),
+        roots=sum(_size(network) - sum(map(_size, blocks_of(network))) for _, network in networks.items()),
+        flops={name: count / n for name, count in _by_network(networks, forward, forward_flops, flops).items()},
+        tokens=loss.tokens.total / n,
+        visible=loss.tokens.visible / n,
+        hidden=loss.tokens.hidden / n,
+        activations=saved.bytes / n,
+        block_inputs=inside.inputs / n,
+        block_activations=sum(inside.activations) / n,
+        largest_activations=max(inside.activations, default=0) / n,
+        products=live.products / n,
+        transient=max(0.0, peak - saved.bytes) / n,
+    )
+
+
+def _batch(run: Run, frames: int) -> Batch:
+    px, slots = run.data.crop.px, tuple(range(COUNTED_CLIPS))
+    pixels = torch.empty(COUNTED_CLIPS, frames, px, px, 3, dtype=torch.uint8, device=META)
+    clips = Clips(pixels, slots=slots, keys=("",) * len(slots), sources=(0,) * len(slots), start_s=(0.0,) * len(slots))
+    return Batch(0, (clips,))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _by_network(
+    networks: Networks, forward: Counter[str], forward_flops: int, counter: FlopCounterMode
+) -> dict[str, float]:
+    """Divide the FLOPs among networks; the backward pass in proportion to the forward passes of trained networks."""
+    backward = counter.get_total_flops() - forward_flops
+    trained = sum(forward[name] for name in networks.trained) or 1
+    found = {
+        name: forward[name] + (backward * forward[name] / trained if name in networks.trained else 0.0)
+        for name, _ in networks.items()
+        if forward[name]
+    }
+    rest = counter.get_total_flops() - sum(found.values())
+    return found | ({"loss": rest} if rest > 0.5 else {})
+
+
+class _Saved:
+    """Storages that autograd saves for the backward pass."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        self._ignored = ignored
+        self._kept: dict[int, torch.UntypedStorage] = {}
+        self.bytes = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a saved tensor once, whatever views of it are saved."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._ignored and storage._cdata not in self._kept:
+            self._kept[storage._cdata] = storage  # kept alive, so that its address is not used again
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that exist, and of the results of matrix products inside of trained blocks."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        super().__init__()
+        self._ignored, self._live = ignored, dict[int, int]()
+        self.bytes = self.peak = self.products = 0
+        self.is_in_block = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device == META:
+                self._watch(tensor.untyped_storage())
+                if self.is_in_block and (str(func) in PRODUCTS):
+                    self.products += tensor.nbytes
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._live or key in self._ignored:
+            return
+        self._live[key] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.bytes -= self._live.pop(key, 0)
+
+
+@dataclass
+class _Blocks:
+    inputs: int
+    activations: list[int]
+
+
+@contextmanager
+def _observed(
+    networks: Networks, blocks: list[nn.Module], saved: _Saved, live: _LiveBytes, flops: FlopCounterMode
+) -> Iterator[tuple[Counter[str], _Blocks]]:
+    """Count the forward FLOPs of each network, and what its blocks take in and keep."""
+    forward, inside, started = Counter[str](), _Blocks(0, []), dict[str, int]()
+
+    def begin(name: str) -> None:
+        started[name] = flops.get_total_flops()
+
+    def end(name: str) -> None:
+        forward[name] += flops.get_total_flops() - started[name]
+
+    def enter(inputs: tuple[Any, ...]) -> None:
+        live.is_in_block = True
+        inside.inputs += inputs[0].nbytes
+        started["block"] = saved.bytes
+
+    def leave() -> None:
+        live.is_in_block = False
+        inside.activations.append(saved.bytes - started["block"])
+
+    with ExitStack() as hooks:
+        for name, network in networks.items():
+            hooks.callback(network.register_forward_pre_hook(lambda *_, name=name: begin(name)).remove)
+            hooks.callback(network.register_forward_hook(lambda *_, name=name: end(name)).remove)
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(lambda _, inputs: enter(inputs)).remove)
+            hooks.callback(block.register_forward_hook(lambda *_: leave()).remove)
+        yield forward, inside
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Count two products for each of the forward pass; what a kernel recomputes is not model FLOPs."""
+    return 2 * sdpa_flop_count(q, k, v)
+
+
+# The operations of meta tensors in `vjepa.nn.attention`, which torch's counter does not list.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
