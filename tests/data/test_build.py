@@ -28,6 +28,7 @@ from vjepa_data.builder.survey import survey
 from vjepa_data.builder.verify import verify
 from vjepa_data.config_files import load_settings
 from vjepa_data.corpus.format import Manifest, read_manifest
+from vjepa_data.reader.bench import descendants
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Spec
 
@@ -175,7 +176,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(videos: Path, corpus: Path, tm
     out = tmp_path / "o"
     builder = start(videos, out)
     wait_for(lambda: list((out / "shards").glob("*.tar")) != [] if (out / "shards").exists() else False)
-    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+    children = descendants(builder.pid) - {builder.pid}
     builder.kill()
     builder.communicate()
     for folder in ("", "plan/", "status/"):

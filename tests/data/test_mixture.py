@@ -62,7 +62,7 @@ def test_a_run_rejects_a_replaced_corpus(corpora: list[str], edit_manifest, tmp_
     (tmp_path / "run.yaml").write_text(f"base: mixture.yaml\n{SETTINGS}")
     write_mixture(merge(corpora), tmp_path / "mixture.yaml")
     edit_manifest(Path(corpora[1]), lambda manifest: manifest.update(tools={"av": "1"}))
-    with pytest.raises(BadInput, match=r"b holds the corpus \w+, not \w+; bring that one back"):
+    with pytest.raises(BadInput, match=r"b holds the corpus \w+, not \w+; restore that corpus"):
         open_plan(load(tmp_path / "run.yaml").settings.data, seed=0, batch_size=2)
 
 

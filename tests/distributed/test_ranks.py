@@ -194,7 +194,7 @@ def test_a_rank_that_differs_is_named_before_the_first_step(runs: Path, name: st
     assert len(found) == 2
     for answer in found:
         assert answer["kind"] == "BadInput"
-        assert f"rank 1 differs from the others in {what} (" in answer["error"]
+        assert f"rank 1 differs from the other ranks in {what} (" in answer["error"]
 
 
 def test_a_rank_that_sleeps_is_named_with_what_others_wait_in_and_all_end(runs: Path) -> None:

@@ -153,7 +153,7 @@ def test_the_classifier_is_hugging_faces(written: tuple[Result, Path], trained: 
     assert model.config.id2label == {0: "disc", 1: "square"}
     frames = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
     assert torch.equal(load_encoder(tmp_path / "hf")(frames), load_encoder(trained)(frames))
-    with pytest.raises(BadInput, match="format hf only"):
+    with pytest.raises(BadInput, match="only be exported with format hf"):
         export(trained, tmp_path / "native", probe=probe, format="native")
 
 
