@@ -193,12 +193,14 @@ def report(
     device: torch.device,
 ) -> None:
     """Print the numbers."""
-    flops = count_step(run).flops_per_clip * run.batch_size
+    counts = count_step(run)
+    flops = counts.flops_per_clip * run.batch_size
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{where}, torch {torch.__version__}, {run.precision}, compile={run.parallel.compile}")
     print(
-        f"{run.model.encoder.name} ({count_step(run).parameters['encoder'] / 1e6:.1f} M), {grid.tokens} tokens, "
-        f"{run.batch_size} clips, {flops / 1e9:.1f} GFLOP a step; masks " + str([(t.visible, t.hidden) for t in tokens])
+        f"{run.model.encoder.name} ({counts.parameters['encoder'] / 1e6:.1f} M), {grid.tokens} tokens, "
+        f"{run.batch_size} clips, {flops / 1e9:.1f} GFLOP a step; "
+        f"{counts.visible:.0f} tokens of a clip are visible and {counts.hidden:.0f} predicted, over all masks"
     )
     for name, values in seconds.items():
         tenths = statistics.quantiles(values, n=10)

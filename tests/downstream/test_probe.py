@@ -18,7 +18,7 @@ from vjepa.evals.linear import ProbeSettings
 from vjepa.evals.object_labels import TokenLabels
 from vjepa.evals.results import format_table, read_result
 from vjepa.evals.shell import run_evaluation
-from vjepa.weights.load import load_encoder
+from vjepa.weights.load import load
 from vjepa.weights.native import VideoEncoder
 from vjepa_data.settings import BadInput
 
@@ -90,13 +90,14 @@ class Tracker(PixelEncoder):
 def track_objects(
     trained: Path, scenes: Path, context: EvaluationContext, label: str, monkeypatch: pytest.MonkeyPatch, frames: int
 ) -> float:
-    tracker = Tracker(load_encoder(trained), frames=frames)
+    model = load(trained)
+    tracker = Tracker(model.encoder, frames=frames)
     monkeypatch.setattr(Tracker, "shrink", lambda self, frames: self(frames).mean((2, 3)).flatten(1))
     honest = features_module.fingerprint
     monkeypatch.setattr(features_module, "fingerprint", lambda encoder: f"{honest(encoder)} {frames}")
-    monkeypatch.setattr(type(context), "encoders", lambda self, model: {"pretrained": model, "pixels": model})
+    monkeypatch.setattr(type(context), "encoders", lambda self, model: {"pretrained": tracker, "pixels": tracker})
     settings = ProbeSettings(labels=(label,), random_seeds=0)
-    return linear.evaluate(tracker, scenes, settings, context).value(label, "pretrained")
+    return linear.evaluate(model, scenes, settings, context).value(label, "pretrained")
 
 
 def test_a_token_task_reads_tokens(trained: Path, scenes: Path, context, monkeypatch) -> None:

@@ -11,7 +11,6 @@ tensors without data, in the run's precision, while four observers count:
 Model FLOPs, by which MFU is measured, contain no recomputation.
 """
 
-import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -81,7 +80,6 @@ class StepCounts:
         return sum(self.flops.values())
 
 
-@functools.lru_cache(maxsize=8)
 def count_step(run: Run) -> StepCounts:
     """Count a step of a run, averaged over the clip lengths of its sources."""
     parts = [(share, _count(run, frames)) for frames, share in clip_lengths(run)]
