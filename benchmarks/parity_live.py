@@ -397,7 +397,7 @@ def our_settings() -> Numbers:
     numbers: Numbers = {}
     for name in RUN_FILES:
         run = load(name).settings
-        published = yaml.safe_load(_commented_masks(name))["masks"]
+        published = yaml.safe_load(_commented_masks(name))["objective"]["masks"]
         masks = [ReferenceMask.model_validate(mask) for mask in published]
         for ours, theirs in zip(run.objective.mask_kinds, masks, strict=True):
             assert isinstance(ours, BalancedMask)

@@ -162,7 +162,7 @@ def test_a_file_or_value_that_looks_like_a_setting_is_not_one(
     assert main(["shard", "label=cat", "--out", "lr=3"]) == 2
     assert "no videos in label=cat" in capsys.readouterr().err
     assert main(["index", "label=cat", "--split", "a=val"]) == 2
-    assert "label=cat: no tars below it" in capsys.readouterr().err
+    assert "label=cat: no tars found" in capsys.readouterr().err
 
 
 def test_a_reader_that_closes_the_pipe_is_not_an_error(run_file: Path) -> None:

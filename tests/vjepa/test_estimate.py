@@ -91,7 +91,7 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
         **changes,
     )
     # The random directions of sigreg are one table for all clips, which weighs more in a small batch.
-    kept_within = 0.15 if name.startswith("levjepa") else 0.05
+    kept_within = 0.25 if name.startswith("levjepa") else 0.05
     counts = count_step(run)
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
         method, networks = build_networks(run, world)

@@ -10,7 +10,7 @@ from vjepa.monitoring.health import Collapsed, HealthMonitor, Unhealthy, read_hi
 
 
 def record(step: int, loss: float = 0.7, applied: float = 1.0, **more: float) -> dict[str, Any]:
-    return {"step": step, "loss/prediction": loss, "optim/applied": applied, "optim/grad_norm": 1.0, **more}
+    return {"step": step, "loss/total": loss, "optim/applied": applied, "optim/grad_norm": 1.0, **more}
 
 
 def a_nurse(**settings: Any) -> tuple[HealthMonitor, list[str]]:

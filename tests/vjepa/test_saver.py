@@ -56,7 +56,7 @@ def test_the_checkpoint_that_an_attempt_goes_on_from_is_not_read_again_to_be_kep
 ) -> None:
     saved(tmp_path, world, range(1, 3))
     saver = CheckpointManager(tmp_path, Checkpoint(), world, newest=find_newest(tmp_path / "checkpoints", world))
-    monkeypatch.setattr(module, "damage", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(module, "find_corruption", lambda path: pytest.fail(f"{path} was read again"))
     save_and_wait(saver, facts(3))
     assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
 
