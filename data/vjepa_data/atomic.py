@@ -69,6 +69,12 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_own(folder: Path) -> None:
+    """Remove the temporary files of this process, in case a signal came before anything else knew of them."""
+    for path in folder.glob(f".*.{socket.gethostname()}.{os.getpid()}.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)

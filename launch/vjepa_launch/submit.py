@@ -255,7 +255,11 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadLaunch(f"{run} is being launched by another process right now; try again") from None
-        yield
+        try:
+            yield
+        finally:
+            # Closing the file is not enough: a child that another thread is just starting still has a copy of it.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager

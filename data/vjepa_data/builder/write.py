@@ -1,5 +1,6 @@
 """Stage 4 of a build: encode and check clips in worker processes, and write shards one at a time."""
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from vjepa_data.atomic import is_claimed, remove_leftovers
+from vjepa_data.atomic import is_claimed, remove_leftovers, remove_own
 from vjepa_data.builder.pack import BuildPlan, ShardPlan
 from vjepa_data.builder.select import PlannedClip
 from vjepa_data.builder.signals import SidecarParts, with_sidecars
@@ -56,8 +57,10 @@ def write_shards(
     writers: dict[int, ShardWriter] = {}
     commits: deque[Future[None]] = deque()
     tally = Tally()
-    # Syncing a shard to disk takes seconds, during which idle workers must get new tasks.
-    with ThreadPoolExecutor(1) as committer:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(remove_own, out / "shards")
+        # Syncing a shard to disk takes seconds, during which idle workers must get new tasks.
+        committer = cleanup.enter_context(ThreadPoolExecutor(1))
         try:
             while missing := [s for s in missing if read_record(out, s.number, plan=plan.hash) is None]:
                 free = [shard for shard in missing if not is_claimed(out / shard.file)]
