@@ -4,10 +4,10 @@
       ChildProcess("module:factory", argument) --->       limits its memory and ignores stop signals
                                                           answer = factory(argument)
       send(request)                            --->       reply = answer(request)
-      wait(limit_s=20)                         <---       reply
+      wait(limit_s=20)                         <---       heartbeats of a long request, then the reply
 
 The kernel kills the child when its parent dies. Requests and replies are pickled; large arrays can go through
-`SharedMemory`. A child that exceeds its time budget or exits raises `ChildFailed`; the caller decides whether to retry
+`SharedMemory`. A child that exceeds its time budget or exits raises `ChildFailed`; every `heartbeat` renews the budget; the caller decides whether to retry
 in a new child. DataLoader workers, which are not of this kind, share the functions for signals and for dying together.
 """
 
@@ -33,11 +33,32 @@ from typing import Any, Literal
 PR_SET_PDEATHSIG = 1
 START_TIMEOUT_S = 180.0
 """Time budget for starting Python and importing modules, which is slow on a slow disk."""
+HEARTBEAT_S = 0.5
+"""Shortest time between two heartbeats. Heartbeats in between are not sent."""
 EXIT_TIMEOUT_S = 10.0
 """Time for a child to exit once it has closed its connection; threads of a decoder may delay it."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a terminal or a scheduler sends to all processes of a job. Only the main process handles them."""
+
+
+class Heartbeat:
+    """Message of a child that its request makes progress."""
+
+    connection: Connection | None = None
+    """Connection of this process to its parent, if it is a child that answers a request."""
+    sent_s = 0.0
+    """Time of the last heartbeat."""
+
+
+def heartbeat() -> None:
+    """Tell the parent that the current request makes progress, which renews its time budget.
+
+    Call it after each frame or block of bytes. Outside a child it does nothing.
+    """
+    if Heartbeat.connection is not None and time.monotonic() - Heartbeat.sent_s > HEARTBEAT_S:
+        Heartbeat.sent_s = time.monotonic()
+        Heartbeat.connection.send(Heartbeat())
 
 
 class ChildFailed(Exception):
@@ -104,7 +125,8 @@ class ChildProcess:
         """Wait for the reply to the last request.
 
         Args:
-            limit_s: time budget in seconds of work or sleep. The start of the child has a budget of its own.
+            limit_s: time budget in seconds of work or sleep since the last heartbeat. The start of the child has a
+            budget of its own.
 
         Raises:
             ChildFailed: the child exited or exceeded its time budget.
@@ -117,14 +139,17 @@ class ChildProcess:
         return reply
 
     def _receive(self, limit_s: float) -> Any:
-        budget = ActiveTimeBudget(self.pid, limit_s)
-        while not self._connection.poll(budget.tick_s):
-            if budget.is_over():
-                raise ChildFailed("timeout")
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError):
-            raise ChildFailed("crash") from None
+        while True:
+            budget = ActiveTimeBudget(self.pid, limit_s)
+            while not self._connection.poll(budget.tick_s):
+                if budget.is_over():
+                    raise ChildFailed("timeout")
+            try:
+                reply = self._connection.recv()
+            except (EOFError, OSError):
+                raise ChildFailed("crash") from None
+            if not isinstance(reply, Heartbeat):
+                return reply
 
     def exit_code(self) -> int:
         """Return the exit code of a child that has closed its connection. A child that stays is killed."""
@@ -171,7 +196,7 @@ def _serve(target: str, arguments: list[Any], descriptor: int, parent: int, memo
             resource.setrlimit(kind, (limit, limit))
     module, _, factory = target.partition(":")
     answer = getattr(importlib.import_module(module), factory)(*arguments)
-    connection = Connection(descriptor)
+    connection = Heartbeat.connection = Connection(descriptor)
     connection.send("ready")
     while True:
         try:

@@ -15,6 +15,7 @@ from vjepa_data.media.video import Reason, Refused
 
 WORK = """
 import os, signal, time
+from vjepa_data.child_process import heartbeat
 from vjepa_data.media.video import Reason, Refused
 def work(task):
     kind, _, value = task.partition(":")
@@ -39,6 +40,12 @@ def work(task):
     if kind == "detach":
         os.closerange(3, 100)
         time.sleep(1000)
+    if kind == "import":
+        import no_such_package
+    if kind == "beating":
+        for _ in range(int(value) * 10):
+            time.sleep(0.1)
+            heartbeat()
     if kind == "slow":
         time.sleep(float(value))
     return f"{kind} in {os.getpid()}" if kind == "who" else kind
@@ -78,9 +85,22 @@ def test_a_hanging_child_is_killed_in_time(module: str) -> None:
     assert time.monotonic() - begin < 30
 
 
-def test_a_bug_in_work_raises_with_its_traceback(module: str) -> None:
-    with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
-        answers(module, ["a", "bug"])
+def test_an_exception_costs_its_task_and_names_its_type(module: str) -> None:
+    with WorkerPool[str, str](module, workers=1, timeout_s=30) as pool:
+        (_, bug), (_, other) = pool.map(["bug", "b"])
+    assert isinstance(bug, Refused)
+    assert bug.reason is Reason.CRASHED
+    assert "ZeroDivisionError" in bug.detail
+    assert other == "b"
+
+
+def test_a_missing_package_ends_the_build(module: str) -> None:
+    with pytest.raises(RuntimeError, match="no_such_package"):
+        answers(module, ["a", "import", "b"])
+
+
+def test_heartbeats_renew_the_time_budget(module: str) -> None:
+    assert answers(module, ["beating:4"], workers=1, timeout_s=1.5) == ["beating"]
 
 
 def test_leaving_the_pool_early_ends_its_children(module: str) -> None:

@@ -4,7 +4,8 @@
     WorkerPool.map  -- task -->  MODULE.work(task)
                     <-- answer -- or a Refused, or nothing within the time budget: the child is killed and replaced
 
-A child that crashes or hangs costs its task, never the build. Answers come in the order of the tasks, so nothing
+A child that fails, crashes or hangs costs its task, never the build. The time budget counts silence: every heartbeat of
+the child (`child_process.heartbeat`) renews it, so that long videos are not mistaken for hanging ones. Answers come in the order of the tasks, so nothing
 downstream depends on the number of children.
 """
 
@@ -12,6 +13,7 @@ import importlib
 import itertools
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +42,7 @@ class WorkerPool(Generic[Task, Answer]):
     Args:
         module: name of the module. Its `work` must be a function of its task and raise `Refused` for bad input.
         workers: number of children.
-        timeout_s: time budget of a task, in seconds of work or sleep.
+        timeout_s: time budget of a task between two heartbeats, in seconds of work or sleep.
     """
 
     def __init__(self, module: str, *, workers: int, timeout_s: float) -> None:
@@ -68,7 +70,7 @@ class WorkerPool(Generic[Task, Answer]):
         """Run the tasks a few ahead of the consumer, and yield tasks and answers in order.
 
         Raises:
-            RuntimeError: `work` has a bug; the message is the child's traceback.
+            RuntimeError: the child does not start or lacks a package; the message is its traceback.
         """
         source = iter(tasks)
         ahead: deque[tuple[Task, Future[Any]]] = deque()
@@ -93,18 +95,20 @@ class WorkerPool(Generic[Task, Answer]):
             else:
                 if child.served >= TASKS_PER_CHILD:
                     self._remove(child)
+                if isinstance(answer, ImportError):
+                    raise RuntimeError(f"{self._module} lacks a package: {answer}; run `vjepa doctor`")
                 return answer
             code = child.exit_code() if reason == "crash" else None
             output = child.output()
             self._remove(child)
-            if code == 1:
-                raise RuntimeError(f"{self._module} failed on {task}:\n{output}")
+            if code == 1 and not child.is_ready:
+                raise RuntimeError(f"{self._module} does not start:\n{output}")
             if code == -signal.SIGKILL and kills < MAX_OUTSIDE_KILLS:
                 kills += 1
                 continue
             attempts += 1
             if attempts == 2 and reason == "timeout":
-                return Refused(Reason.TIMED_OUT, f"after {self._timeout_s:g} s, twice")
+                return Refused(Reason.TIMED_OUT, f"no progress for {self._timeout_s:g} s, twice")
             if attempts == 2:
                 return Refused(Reason.CRASHED, "the decoder or encoder crashed twice")
 
@@ -135,7 +139,18 @@ def task_service(module: str) -> Callable[[Any], Any]:
             return work(task)
         except Refused as refusal:
             return refusal
+        except ImportError as error:  # of the installation, not of the file
+            return error
         except MemoryError:
             return Refused(Reason.TOO_LARGE, f"needs more than {MEMORY_GIB} GiB")
+        except Exception as error:  # noqa: BLE001 - files can break any library in ways that nobody has listed
+            return Refused(Reason.CRASHED, _failure(error))
 
     return answer
+
+
+def _failure(error: Exception) -> str:
+    """Name the type and the place of an exception. Its message may hold local paths, so it is left out."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "vjepa_data" in frame.filename]
+    place = f" in {frames[-1].filename.rpartition('vjepa_data')[2].lstrip('/')}, {frames[-1].name}" if frames else ""
+    return f"{type(error).__name__}{place}; please report it"
