@@ -38,8 +38,9 @@ from vjepa_data.builder.verify import verify
 from vjepa_data.config_files import load_settings
 from vjepa_data.corpus.format import read_manifest
 from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.media.canonical import read_canonical
 from vjepa_data.media.transcode import transcode
-from vjepa_data.media.video import SUFFIXES, read_canonical
+from vjepa_data.media.video import SUFFIXES
 from vjepa_data.spec import Encode, Filter, Spec
 
 QUIET = Console(file=io.StringIO())

@@ -7,8 +7,9 @@
       wait(limit_s=20)                         <---       heartbeats of a long request, then the reply
 
 The kernel kills the child when its parent dies. Requests and replies are pickled; large arrays can go through
-`SharedMemory`. A child that exceeds its time budget or exits raises `ChildFailed`; every `heartbeat` renews the budget; the caller decides whether to retry
-in a new child. DataLoader workers, which are not of this kind, share the functions for signals and for dying together.
+`SharedMemory`. A child that exceeds its time budget or exits raises `ChildFailed`, and the caller decides whether to
+retry in a new child. Each `heartbeat` renews the budget. DataLoader workers, which are not of this kind, share the
+functions for signals and for dying together.
 """
 
 import contextlib

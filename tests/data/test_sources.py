@@ -26,7 +26,8 @@ from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media import fetch
 from vjepa_data.media.analysis import difference_hash, perceptual_hashes, scene_starts
 from vjepa_data.media.fetch import FileRef, open_local
-from vjepa_data.media.video import Reason, Refused, probe
+from vjepa_data.media.probe import probe
+from vjepa_data.media.video import Reason, Refused
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Spec
 

@@ -12,8 +12,10 @@ import pytest
 from odd_files import ffmpeg, turned
 
 from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.media.canonical import ClipFormat, read_canonical
+from vjepa_data.media.probe import probe
 from vjepa_data.media.transcode import StoredClip, check, resample_frames, stored_rate, stored_size, transcode
-from vjepa_data.media.video import ClipFormat, Reason, Refused, probe, read_canonical
+from vjepa_data.media.video import Reason, Refused
 from vjepa_data.spec import Encode, Filter
 
 FORM = Encode(short_side_px=64)
@@ -39,7 +41,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(path: Path, *, start_s: float | None = None, end_s: float | None = None, form: Encode = FORM, **accept):
     """Transcode and check, as the builder does."""
     clip = transcode(path, start_s=start_s, end_s=end_s, encode=form, accept=Filter(**accept))
-    check(clip.data, clip.stored, gop=form.gop)
+    check(clip, gop=form.gop)
     return clip
 
 
@@ -122,7 +124,7 @@ def test_resampling_takes_the_frame_on_display() -> None:
 
 
 def test_time_stamps_with_jumps_are_damage() -> None:
-    for times in ([0, 100], [0, 2, 1]):
+    for times in ([0, 15_000], [0, 2, 1]):
         frames = [(Fraction(time), "x") for time in times]
         with pytest.raises(Refused) as caught:
             list(resample_frames(iter(frames), start_s=None, seconds=None, rate=Fraction(1)))

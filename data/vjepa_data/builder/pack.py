@@ -41,6 +41,7 @@ CLIP_COLUMNS = pa.schema(
         ("split", pa.string()),
         ("labels", pa.string()),
         ("original", pa.string()),
+        ("probe", pa.string()),
     ]
 )
 
@@ -157,7 +158,7 @@ def load_plan(out: Path, *, sources: Sequence[InputFile], spec: Spec, tools: dic
                 f"give another --out or remove that folder{hint if name == 'sources' else ''}"
             )
     clips, rejects = (pq.read_table(out / "plan" / f"{name}.parquet").to_pylist() for name in ("clips", "rejects"))
-    names = [f.name for f in fields(PlannedClip)]
+    names = [f.name for f in fields(PlannedClip) if not clips or f.name in clips[0]]  # older plans lack some
     shards: list[ShardPlan] = []
     counts: dict[str, int] = {}
     groups: dict[int, list[PlannedClip]] = {}

@@ -19,12 +19,15 @@ from vjepa_data.corpus.format import RejectRecord, canonical_json
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.tasks import Analysis, AnalyzeTask
 from vjepa_data.media.transcode import PictureBox
-from vjepa_data.media.video import Reason, Refused, VideoInfo
+from vjepa_data.media.video import Reason, Refused, SeekPoint, VideoInfo
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Filter, Spec
 
 CHUNK = 512
 """Sources per stored chunk of analyses. A killed builder repeats at most this many."""
+
+SEEK_POINTS = 3
+"""Seek points kept for each clip: one to begin at, and others in case that its frames are late."""
 
 SAME_LENGTH_S = 0.5
 """Largest difference in length between near duplicates, in seconds, or 2 % of the length if that is more."""
@@ -45,6 +48,8 @@ class PlannedClip:
     """JSON object."""
     original: str
     """JSON object that describes the source file."""
+    probe: str = ""
+    """JSON object of the `VideoInfo` of the source, with the seek points that this clip may need. Empty for images."""
 
 
 def analyze_sources(
@@ -151,9 +156,32 @@ def _to_json(result: Analysis | Refused) -> dict[str, Any]:
 def _from_json(row: dict[str, Any]) -> Analysis | Refused:
     if "reason" in row:
         return Refused(Reason(row["reason"]), row["detail"])
-    info = VideoInfo(**{**row["probe"], "rate": tuple(row["probe"]["rate"])})
+    info = info_from_json(row["probe"])
     box = PictureBox(**row["box"]) if row["box"] else None
     return Analysis(info, row["sha256"], tuple(row["scenes"]), tuple(row["hashes"]), box)
+
+
+def info_from_json(values: dict[str, Any]) -> VideoInfo:
+    """Make the properties of a video from their JSON object."""
+    dense, points = values.get("dense_rate"), values.get("seek_points", ())
+    return VideoInfo(
+        **{
+            **values,
+            "rate": tuple(values["rate"]),
+            "dense_rate": tuple(dense) if dense else None,
+            "seek_points": tuple(SeekPoint(*point) for point in points),
+        }
+    )
+
+
+def _describe(analysis: Analysis) -> dict[str, Any]:
+    """Return the properties of a source that are stored with its clips. Those of unusual sources are often left out."""
+    info = analysis.probe
+    known = {**asdict(info), "fps": info.fps, "sha256": analysis.sha256}
+    for name in ("rate", "start_s", "stream", "delay", "seek_points"):
+        del known[name]
+    usual = {"video_streams": 1, "dense_rate": None, "transfer": "", "is_joined": False}
+    return {name: value for name, value in known.items() if name not in usual or value != usual[name]}
 
 
 def select_clips(
@@ -276,9 +304,7 @@ def _cut_source(source: InputFile, analysis: Analysis, spec: Spec, sidecars: dic
     """Cut an accepted source into clips."""
     group = source.group or (source.name.rpartition("/")[0] if spec.split.group == "folder" else source.name)
     split = source.split or assign_split(group, spec)
-    original: dict[str, Any] = {**asdict(analysis.probe), "fps": analysis.probe.fps, "sha256": analysis.sha256}
-    del original["rate"], original["start_s"]
-    original |= sidecars
+    original = _describe(analysis) | sidecars
     if analysis.box is not None:
         original["box"] = asdict(analysis.box)
     start, end = _time_range(source, analysis.probe)
@@ -300,9 +326,15 @@ def _cut_source(source: InputFile, analysis: Analysis, spec: Spec, sidecars: dic
             split=split,
             labels=canonical_json(source.labels).decode(),
             original=canonical_json(original).decode(),
+            probe=_probe_of_part(analysis.probe, begin or 0.0) if spec.media == "videos" else "",
         )
         for begin, finish in windows
     ]
+
+
+def _probe_of_part(info: VideoInfo, start_s: float) -> str:
+    points = [point for point in info.seek_points if point.time_s <= start_s][-SEEK_POINTS:]
+    return canonical_json({**asdict(info), "seek_points": points}).decode()
 
 
 def cut_windows(start: float, end: float, *, spec: Spec) -> list[tuple[float | None, float | None]]:

@@ -13,7 +13,7 @@ import xxhash
 
 from vjepa_data.atomic import is_claimed, remove_leftovers, remove_own
 from vjepa_data.builder.pack import BuildPlan, ShardPlan
-from vjepa_data.builder.select import PlannedClip
+from vjepa_data.builder.select import PlannedClip, info_from_json
 from vjepa_data.builder.signals import SidecarParts, with_sidecars
 from vjepa_data.builder.status import Tally
 from vjepa_data.corpus.format import RejectRecord, SampleRecord, ShardWriter, read_record
@@ -124,6 +124,7 @@ def store_task(clip: PlannedClip, shard: int, position: int, file: FileRef, spec
         encode=spec.encode,
         accept=spec.filter,
         may_copy=spec.mode == "copy",
+        info=info_from_json(json.loads(clip.probe)) if clip.probe else None,
     )
 
 

@@ -60,9 +60,20 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         # fault_tol=1 raises at the first frame that cannot be decoded; 0 and -1 would repeat another frame.
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
         _check_length("decord", len(reader), expect)
-        return np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
+        return unpadded(np.from_dlpack(_Frames(reader.get_batch(frames))))  # pyright: ignore[reportArgumentType]
     except (decord.DECORDError, RuntimeError, IndexError) as e:
         raise Unreadable("error", f"decord: {e}") from e
+
+
+def unpadded(pictures: np.ndarray) -> np.ndarray:
+    """Remove the padding of rows from pictures, uint8 [... H W C], of which decord 0.6 makes additional channels.
+
+    It pads rows to a multiple of 32 pixels. For widths of 16, 24, 48 and 72 a whole number of padded rows results.
+    """
+    *others, width, channels = pictures.shape
+    if channels <= 3:
+        return pictures
+    return pictures.reshape(*others, width * channels)[..., : 3 * width].reshape(*others, width, 3)
 
 
 class _Frames:

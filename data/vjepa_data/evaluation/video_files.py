@@ -7,6 +7,7 @@ Untrusted files are opened in child processes that can be killed (`vjepa_data.me
 its decoder gives a `Refused` and affects no other file.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,9 +21,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vjepa_data.evaluation.clips import square_views
+from vjepa_data.media.display import orientation
+from vjepa_data.media.frames import read_frames
 from vjepa_data.media.pool import WorkerPool
-from vjepa_data.media.transcode import decode, resample_frames
-from vjepa_data.media.video import SUFFIXES, Reason, Refused, open_video, probe, video_stream
+from vjepa_data.media.probe import probe
+from vjepa_data.media.transcode import resample_frames
+from vjepa_data.media.video import SUFFIXES, Reason, Refused, VideoInfo
 from vjepa_data.settings import BadInput
 
 TIMEOUT_S = 120.0
@@ -137,26 +141,20 @@ def file_clips(path: Path, *, px: int, frames: int, fps: float, per_video: int =
     last = max(0.0, info.duration_s - (frames - 1) / fps - 1 / info.fps)
     clips = []
     for start_s in [last / 2] if per_video == 1 else np.linspace(0, last, per_video).tolist():
-        pictures = _pictures(path, start_s=start_s, origin_s=info.start_s, frames=frames, fps=fps)
+        pictures = _pictures(path, info, start_s=start_s, frames=frames, fps=fps)
         clips += [FileClip(view, start_s, number) for number, view in enumerate(square_views(pictures, px, views))]
     return clips
 
 
-def _pictures(path: Path, *, start_s: float, origin_s: float, frames: int, fps: float) -> UInt8[np.ndarray, "T H W 3"]:
+def _pictures(path: Path, info: VideoInfo, *, start_s: float, frames: int, fps: float) -> UInt8[np.ndarray, "T H W 3"]:
     rate = Fraction(fps).limit_denominator(1001)
-    with open_video(path) as container:
-        stream = video_stream(container)
-        own = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        timed = decode(container, stream, origin_s + start_s if start_s > 0 else None, own)
-        pictures: list[np.ndarray] = []
-        for frame in resample_frames(timed, start_s=origin_s + start_s, seconds=frames / fps, rate=rate):
-            pictures.append(_upright(frame))
-            if len(pictures) == frames:
-                break
+    timed = read_frames(path, info, start_s=start_s)
+    resampled = resample_frames(timed, start_s=start_s, seconds=frames / fps, rate=rate)
+    pictures = [_upright(frame) for frame in itertools.islice(resampled, frames)]
     if len(pictures) < frames:
         raise Refused(Reason.TOO_SHORT, f"{len(pictures)} frames at {fps:g} per second, a clip has {frames}")
     return np.stack(pictures)
 
 
 def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
+    return np.ascontiguousarray(orientation(frame).apply(frame.to_ndarray(format="rgb24")))

@@ -1,16 +1,17 @@
 """Analyze the content of videos: scene starts, black bars and perceptual hashes."""
 
-import math
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import av.filter
 import numpy as np
-from av.error import BlockingIOError, EOFError, FFmpegError
+from av.error import BlockingIOError, EOFError
 
-from vjepa_data.media.transcode import PictureBox, decode
-from vjepa_data.media.video import Reason, Refused, VideoInfo, open_video, video_stream
+from vjepa_data.media.display import orientation
+from vjepa_data.media.frames import read_frames
+from vjepa_data.media.transcode import PictureBox
+from vjepa_data.media.video import Reason, Refused, VideoInfo
 
 HASH_POSITIONS = (0.2, 0.5, 0.8)
 """Positions of the hashed frames, as fractions of the length."""
@@ -42,23 +43,18 @@ def scene_starts(path: Path, info: VideoInfo, *, threshold: float) -> tuple[floa
     Source: FFmpeg's `scdet` filter, at 160 pixels of width.
     """
     starts: list[float] = []
-    rate = Fraction(*info.rate)
-    with open_video(path) as container:
-        stream = video_stream(container)
-        graph: av.filter.Graph | None = None
-        first = Fraction(0)
-        for number, (time, frame) in enumerate(decode(container, stream, None, rate)):
-            if graph is None:
-                graph, first = _detector(frame, threshold), time
-            frame.pts, frame.time_base = number, Fraction(1, 1000)
-            graph.vpush(frame)
-            try:
-                changed = float(graph.vpull().metadata.get("lavfi.scd.score", "0")) >= threshold
-            except (BlockingIOError, EOFError):
-                continue
-            at = float(time - first)
-            if number and changed and at - (starts[-1] if starts else 0.0) >= MIN_SCENE_S:
-                starts.append(round(at, 6))
+    graph: av.filter.Graph | None = None
+    for number, (time, frame) in enumerate(read_frames(path, info)):
+        graph = graph or _detector(frame, threshold)
+        frame.pts, frame.time_base = number, Fraction(1, 1000)
+        graph.vpush(frame)
+        try:
+            changed = float(graph.vpull().metadata.get("lavfi.scd.score", "0")) >= threshold
+        except (BlockingIOError, EOFError):
+            continue
+        at = float(time)
+        if number and changed and at - (starts[-1] if starts else 0.0) >= MIN_SCENE_S:
+            starts.append(round(at, 6))
     return tuple(starts)
 
 
@@ -85,7 +81,7 @@ def picture_box(path: Path, info: VideoInfo) -> PictureBox | None:
     rows = columns = np.zeros(0, np.float32)
     for number in range(BAR_FRAMES):
         frame = frame_at(path, info, (number + 0.5) / BAR_FRAMES)
-        grey = np.rot90(frame.to_ndarray(format="gray"), frame.rotation // 90)
+        grey = orientation(frame).apply(frame.to_ndarray(format="gray"))
         rows, columns = (_brightest(*pair) for pair in ((rows, grey.mean(axis=1)), (columns, grey.mean(axis=0))))
     down, across = np.flatnonzero(rows > BLACK), np.flatnonzero(columns > BLACK)
     if not len(down) or not len(across):
@@ -133,28 +129,16 @@ def frame_at(path: Path, info: VideoInfo, share: float) -> av.VideoFrame:
     Raises:
         Refused: the frame cannot be decoded.
     """
-    at = info.start_s + share * info.duration_s
-    frame = _frame_at(path, at, seeks=True) or _frame_at(path, at, seeks=False)  # seeking fails in some files
-    if frame is None:
-        raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
-    return frame
-
-
-def _frame_at(path: Path, at: float, *, seeks: bool) -> av.VideoFrame | None:
+    at = share * info.duration_s
     last: av.VideoFrame | None = None
-    with open_video(path) as container:
-        stream = video_stream(container)
-        try:
-            if seeks and stream.time_base is not None:
-                container.seek(int(at / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                last = frame if last is None or (frame.time or 0.0) <= at + 1e-3 else last
-                if (frame.time or math.inf) >= at:
-                    break
-        except FFmpegError as error:
-            if seeks:
-                return None
-            raise Refused(Reason.DAMAGED, f"near {at:.1f} s: {error.strerror}") from None
+    for time, frame in read_frames(path, info, start_s=at):
+        if last is not None and time > at + 1e-3:
+            break
+        last = frame
+        if time >= at:
+            break
+    if last is None:
+        raise Refused(Reason.DAMAGED, f"no frame near {at:.1f} s")
     return last
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vjepa_data.decoding.picture import upright_rgb
+from vjepa_data.media.canonical import ClipFormat
 from vjepa_data.media.transcode import StoredClip, stored_size
-from vjepa_data.media.video import MAX_PIXELS, ClipFormat, Reason, Refused, VideoInfo
+from vjepa_data.media.video import MAX_PIXELS, Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")

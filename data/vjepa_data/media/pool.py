@@ -4,9 +4,9 @@
     WorkerPool.map  -- task -->  MODULE.work(task)
                     <-- answer -- or a Refused, or nothing within the time budget: the child is killed and replaced
 
-A child that fails, crashes or hangs costs its task, never the build. The time budget counts silence: every heartbeat of
-the child (`child_process.heartbeat`) renews it, so that long videos are not mistaken for hanging ones. Answers come in the order of the tasks, so nothing
-downstream depends on the number of children.
+A child that fails, crashes or hangs costs its task, never the build. The time budget counts silence: every heartbeat
+of the child (`child_process.heartbeat`) renews it, so that long videos are not mistaken for hanging ones. Answers come
+in the order of the tasks, so nothing downstream depends on the number of children.
 """
 
 import importlib

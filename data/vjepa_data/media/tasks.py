@@ -11,9 +11,12 @@ from PIL import Image
 from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.errors import Unreadable
 from vjepa_data.media.analysis import perceptual_hashes, picture_box, scene_starts
+from vjepa_data.media.canonical import ClipFormat, read_canonical
 from vjepa_data.media.fetch import FileRef, open_local
 from vjepa_data.media.image import probe_image, store_image
+from vjepa_data.media.probe import probe
 from vjepa_data.media.transcode import (
+    MARGIN,
     PictureBox,
     StoredClip,
     check,
@@ -22,7 +25,7 @@ from vjepa_data.media.transcode import (
     open_decord,
     transcode,
 )
-from vjepa_data.media.video import ClipFormat, Reason, Refused, VideoInfo, probe, read_canonical
+from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode, Filter
 
 
@@ -69,6 +72,8 @@ class StoreTask:
     encode: Encode
     accept: Filter
     may_copy: bool
+    info: VideoInfo | None = None
+    """Properties of a video, from its analysis."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +189,10 @@ def _store(task: StoreTask, path: Path) -> StoredSample:
     is_whole = task.start_s is None and task.end_s is None and task.box is None
     kept = _read_if_canonical(task, path) if task.may_copy and is_whole else None
     part = {"start_s": task.start_s, "end_s": task.end_s, "box": task.box}
-    clip = kept or transcode(path, **part, encode=task.encode, accept=task.accept)
+    clip = kept or transcode(path, **part, encode=task.encode, accept=task.accept, info=task.info)
     middle = time.process_time()
-    check(clip.data, clip.stored, gop=task.encode.gop)
+    check(clip, gop=task.encode.gop)
+    clip = StoredClip(clip.data, clip.stored)
     return StoredSample(clip, kept is not None, middle - begin, time.process_time() - middle)
 
 
@@ -197,8 +203,8 @@ def _read_if_canonical(task: StoreTask, path: Path) -> StoredClip | None:
         stored = read_canonical(data, gop=task.encode.gop)
     except Refused:
         return None
-    rate = task.encode.fps or task.encode.max_fps
-    has_rate = stored.fps <= rate + 0.01 and (task.encode.fps is None or stored.fps >= rate - 0.01)
+    fps, limit = task.encode.fps, task.encode.max_fps * float(MARGIN)
+    has_rate = stored.fps <= limit + 0.01 if fps is None else abs(stored.fps - fps) <= 0.01
     has_size = min(stored.width, stored.height) == task.encode.short_side_px
     return StoredClip(data, stored) if has_rate and has_size else None
 

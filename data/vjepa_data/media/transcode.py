@@ -5,12 +5,15 @@ mode, and x264 runs in one thread without its macroblock tree, which in this bui
 differs between CPU generations. This costs about 8 % more bytes at equal PSNR.
 """
 
+import dataclasses
+import functools
 import io
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,36 +22,33 @@ from typing import Any, TypeVar
 import av
 import av.container
 import av.filter
-import av.video.stream
 import numpy as np
-from av.error import BlockingIOError, EOFError, FFmpegError
+from av.error import BlockingIOError, EOFError
 from av.video.frame import PictureType
 
-from vjepa_data.media.video import (
-    ClipFormat,
-    Reason,
-    Refused,
-    open_video,
-    probe,
-    read_canonical,
-    shown_size,
-    video_stream,
-)
+from vjepa_data.child_process import heartbeat
+from vjepa_data.decoding.backends import unpadded
+from vjepa_data.media.canonical import ClipFormat, read_canonical
+from vjepa_data.media.display import TONE_MAP, Orientation, orientation
+from vjepa_data.media.frames import Timed, read_frames
+from vjepa_data.media.probe import probe
+from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode, Filter
 
-ROTATION_FILTERS = {
-    0: (),
-    90: (("transpose", "cclock"),),
-    180: (("hflip", None), ("vflip", None)),
-    270: (("transpose", "clock"),),
-}
-"""FFmpeg filters that rotate a frame counter-clockwise by a number of degrees."""
+MAX_GAP_S = 4 * 3600
+"""Longest display of one frame, in seconds. A longer gap means damaged time stamps."""
 
-UNTIMED = frozenset(["avi", "h264", "hevc", "mpegvideo", "m4v", "av1", "obu", "yuv4mpegpipe"])
-"""Containers without presentation times."""
+SLOWEST_FPS = Fraction(1, 60)
+"""Slowest rate that is stored as it is. Slower videos are stored at 1 frame per second."""
 
-MAX_GAP_S = 60
-"""Longest time between two frames, in seconds. A longer gap means damaged time stamps."""
+MARGIN = Fraction(11, 10)
+"""How far a rate may exceed `max_fps` before frames are left out. Telephones record 30.5 where they mean 30."""
+
+INDEXED = frozenset(["mov", "mp4", "matroska", "webm"])
+"""Containers whose times do not depend on where decoding begins."""
+
+MAX_DIFFERENCE = 16.0
+"""Largest mean difference of 64 blocks of a stored frame from those of its source, in grey levels of 255."""
 
 Frame = TypeVar("Frame")
 
@@ -69,16 +69,30 @@ class StoredClip:
 
     data: bytes
     stored: ClipFormat
+    samples: tuple["SourceSample", ...] = ()
+    """The first, middle and last frame, as they must look. Empty for clips that were not encoded."""
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """The picture that one frame of a stored clip must show, reduced to a few pixels."""
+
+    number: int
+    """Number of the frame in the stored clip."""
+    thumbnail: np.ndarray
+    """From `thumbnail`."""
 
 
 def stored_rate(rate: Fraction, *, encode: Encode) -> Fraction:
-    """Compute the frame rate of the stored clip from that of the video.
+    """Compute the frame rate of the stored clip from that of the video, or of its densest part if the rate varies.
 
     A rate above `max_fps` is divided by an integer, so that 60 becomes 30 and 50 becomes 25.
     """
     if encode.fps is not None:
         return Fraction(encode.fps).limit_denominator(1001)
-    return rate / max(1, math.ceil(rate / Fraction(encode.max_fps).limit_denominator(1001) - Fraction(1, 100)))
+    if rate < SLOWEST_FPS:
+        return Fraction(1)
+    return rate / max(1, math.ceil(rate / Fraction(encode.max_fps).limit_denominator(1001) / MARGIN))
 
 
 def stored_size(width: int, height: int, *, encode: Encode) -> tuple[int, int]:
@@ -133,6 +147,7 @@ def transcode(
     encode: Encode,
     accept: Filter,
     box: PictureBox | None = None,
+    info: VideoInfo | None = None,
 ) -> StoredClip:
     """Encode a video, or a part of it, in the canonical form.
 
@@ -142,63 +157,93 @@ def transcode(
         encode: size, rate and quality.
         accept: limits of motion and brightness.
         box: the part of each frame to use (default: the entire frame).
+        info: properties of the file, if they are known. Otherwise the whole file is read once more.
 
     Raises:
         Refused: the video cannot be decoded from start to end, ends early, or is below the limits.
     """
-    info = probe(path)
-    rate = stored_rate(Fraction(*info.rate), encode=encode)
-    seconds = None if end_s is None else end_s - (start_s or 0.0)
-    with open_video(path) as source:
-        stream = video_stream(source)
-        begin = None if not start_s else info.start_s + start_s
-        frames = resample_frames(
-            decode(source, stream, begin, Fraction(*info.rate)), start_s=begin, seconds=seconds, rate=rate
-        )
-        clip = _encode(frames, stream, rate=rate, encode=encode, accept=accept, box=box)
-    # Without a frame count, the declared duration may be that of the audio.
-    is_declared = seconds is not None or not info.audio or info.frames
-    expected = seconds if seconds is not None else info.duration_s - (start_s or 0.0)
+    info = info or probe(path)
+    rate = stored_rate(Fraction(*(info.dense_rate or info.rate)), encode=encode)
+    begin = start_s or 0.0
+    seconds = None if end_s is None else end_s - begin
+    expected = info.duration_s - begin if seconds is None else seconds
+    watch = _Watch(begin, rate, round(expected * rate) // 2)
+    frames = resample_frames(
+        watch.pass_on(read_frames(path, info, start_s=begin)), start_s=begin or None, seconds=seconds, rate=rate
+    )
+    clip = _encode(frames, info, rate=rate, encode=encode, accept=accept, box=box)
     actual = clip.stored.frames / float(rate)
-    if is_declared and expected - actual > max(0.5, 0.02 * expected, 2 / info.fps):
-        raise Refused(Reason.TRUNCATED, f"{actual:.2f} s of video, but {expected:.2f} s declared")
-    return clip
+    if expected - actual > max(0.5, 0.02 * expected, 2 / info.fps):
+        ends = f"the video ends after {begin + actual:.2f} s, but {begin + expected:.2f} s are declared or requested"
+        raise Refused(Reason.TRUNCATED, ends)
+    seen = watch.sources(clip.stored.frames)
+    if begin and not set(info.container.split(",")) & INDEXED:
+        _check_start(path, info, begin, seen[0])
+    graph = functools.partial(_graph, info=info, width=clip.stored.width, height=clip.stored.height, box=box)
+    samples = tuple(SourceSample(number, _filtered_thumbnail(graph, frame)) for number, frame in sorted(seen.items()))
+    return dataclasses.replace(clip, samples=samples)
 
 
-def decode(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, begin: float | None, rate: Fraction
-) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Decode from the key frame at or before a time of the stream, and reject damage instead of concealing it.
+class _Watch:
+    """Remembers the source frames on display at the first, a middle and the last frame of a clip.
 
-    Yields the time of each frame in seconds, and the frame. If the container stores no presentation times (AVI, raw
-    streams), times are computed from `rate`.
+    It looks at the decoded frames before they are resampled, so that the stored clip can be compared with its source.
+    """
+
+    def __init__(self, begin: float, rate: Fraction, middle: int) -> None:
+        self._begin, self._rate, self._middle = Fraction(begin), rate, middle
+        self._found: dict[int, av.VideoFrame] = {}
+        self._latest: deque[Timed] = deque(maxlen=2)
+
+    def pass_on(self, frames: Iterator[Timed]) -> Iterator[Timed]:
+        for time, frame in frames:
+            for number in (0, self._middle):
+                if number not in self._found or self._is_shown(time, number):
+                    self._found[number] = frame
+            self._latest.append((time, frame))
+            yield time, frame
+
+    def _is_shown(self, time: Fraction, number: int) -> bool:
+        return time <= self._begin + (number + Fraction(1, 4)) / self._rate
+
+    def sources(self, frames: int) -> dict[int, av.VideoFrame]:
+        """Return the source frames by number in a clip of this many frames."""
+        found = {number: frame for number, frame in self._found.items() if number < frames}
+        shown = [frame for time, frame in self._latest if self._is_shown(time, frames - 1)]
+        return {**found, frames - 1: shown[-1]} if shown else found
+
+
+def _check_start(path: Path, info: VideoInfo, begin: float, first: av.VideoFrame) -> None:
+    """Decode the first frame of a part once more, from an earlier place, since times may depend on the place.
 
     Raises:
-        Refused: a frame is damaged, or differs from the first in size or pixel format.
+        Refused: it is another picture.
     """
-    stream.codec_context.options = {"err_detect": "explode"}
-    is_timed = container.format.name not in UNTIMED
-    if begin is not None and stream.time_base and is_timed:
-        container.seek(int(begin / stream.time_base), stream=stream)
-    number, size = 0, None
-    try:
-        for number, frame in enumerate(container.decode(stream), start=1):
-            if frame.is_corrupt:
-                raise Refused(Reason.DAMAGED, f"frame {number} is damaged")
-            if size not in (None, (frame.width, frame.height, frame.format.name)):
-                raise Refused(Reason.SIZE_CHANGES, f"frame {number} is {frame.width}x{frame.height}, previously {size}")
-            size = (frame.width, frame.height, frame.format.name)
-            if is_timed and frame.pts is not None and frame.time_base is not None:
-                yield frame.pts * frame.time_base, frame
-            else:
-                yield (number - 1) / rate, frame
-    except FFmpegError as error:
-        raise Refused(Reason.DAMAGED, f"after {number} frames: {error.strerror}") from None
+    slack = Fraction(1, 4) / Fraction(*info.rate)
+    shown: av.VideoFrame | None = None
+    for time, frame in read_frames(path, info, start_s=begin, skip=1):
+        if shown is not None and time > begin + slack:
+            break
+        shown = frame
+    if shown is None or not np.array_equal(shown.to_ndarray(format="gray"), first.to_ndarray(format="gray")):
+        raise Refused(Reason.CHECK_FAILED, f"the picture at {begin:g} s depends on where decoding begins")
+
+
+def thumbnail(rgb: np.ndarray) -> np.ndarray:
+    """Reduce a picture, uint8 [H W 3], to the grey levels of 8 x 8 blocks, float32."""
+    rows = np.array_split(rgb.mean(axis=2, dtype=np.float32), 8, axis=0)
+    return np.array([[block.mean() for block in np.array_split(row, 8, axis=1)] for row in rows], np.float32)
+
+
+def _filtered_thumbnail(make_graph: Callable[..., av.filter.Graph], frame: av.VideoFrame) -> np.ndarray:
+    graph = make_graph(frame, deinterlaces=False)
+    graph.vpush(frame)
+    return thumbnail(graph.vpull().to_ndarray(format="rgb24"))
 
 
 def _encode(
     frames: Iterator[av.VideoFrame],
-    stream: av.video.stream.VideoStream,
+    info: VideoInfo,
     *,
     rate: Fraction,
     encode: Encode,
@@ -208,9 +253,8 @@ def _encode(
     first = next(frames, None)
     if first is None:
         raise Refused(Reason.DAMAGED, "no frame in the requested time range")
-    shown = shown_size(first, stream)
-    width, height = stored_size(*((box.width, box.height) if box else shown), encode=encode)
-    graph = _graph(first, width, height, crop=_crop(first, shown, box) if box else None)
+    width, height = stored_size(*((box.width, box.height) if box else (info.width, info.height)), encode=encode)
+    graph = _graph(first, info=info, width=width, height=height, box=box)
     # A file in memory, so that a killed process leaves nothing behind. FFmpeg needs its name, because a second pass
     # moves the index to the front.
     with os.fdopen(os.memfd_create("clip"), "w+b") as file:
@@ -260,10 +304,10 @@ def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterat
             yield filtered
 
 
-def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: PictureBox) -> str:
+def _crop(frame: av.VideoFrame, turn: Orientation, info: VideoInfo, box: PictureBox) -> str:
     """Return the options of the crop filter, whose input is upright, but may have non-square pixels."""
-    size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
-    across, down = (Fraction(now, side) for now, side in zip(size, shown, strict=True))
+    size = turn.size(frame.width, frame.height)
+    across, down = (Fraction(now, side) for now, side in zip(size, (info.width, info.height), strict=True))
     width, left, height, top = (
         2 * int(number * scale / 2)
         for number, scale in ((box.width, across), (box.left, across), (box.height, down), (box.top, down))
@@ -271,8 +315,16 @@ def _crop(frame: av.VideoFrame, shown: tuple[int, int], box: PictureBox) -> str:
     return f"{width}:{height}:{left}:{top}"
 
 
-def _graph(frame: av.VideoFrame, width: int, height: int, *, crop: str | None) -> av.filter.Graph:
-    """Build the filters that deinterlace, rotate, crop and scale a frame to the stored form."""
+def _graph(
+    frame: av.VideoFrame,
+    *,
+    info: VideoInfo,
+    width: int,
+    height: int,
+    box: PictureBox | None,
+    deinterlaces: bool = True,
+) -> av.filter.Graph:
+    """Build the filters that deinterlace, turn, crop, scale and tone-map a frame to the stored form."""
     graph = av.filter.Graph()
     graph.threads = 1
     chain = [
@@ -280,12 +332,14 @@ def _graph(frame: av.VideoFrame, width: int, height: int, *, crop: str | None) -
             width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
         )
     ]
-    if frame.interlaced_frame:
+    if frame.interlaced_frame and deinterlaces:
         chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
-    chain.extend(graph.add(name, options) for name, options in ROTATION_FILTERS[frame.rotation % 360])
-    if crop is not None:
-        chain.append(graph.add("crop", crop))
-    chain.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:out_range=tv"))
+    turn = orientation(frame)
+    chain.extend(graph.add(name, options) for name, options in turn.filters)
+    if box is not None:
+        chain.append(graph.add("crop", _crop(frame, turn, info, box)))
+    colour = f":{TONE_MAP}" if info.transfer else ""
+    chain.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:out_range=tv{colour}"))
     chain.append(graph.add("setsar", "1"))
     chain.append(graph.add("format", "pix_fmts=yuv420p"))
     chain.append(graph.add("buffersink"))
@@ -329,27 +383,35 @@ class ContentStats:
             raise Refused(Reason.STILL, f"frames differ by {change:.2f}; minimum: {accept.min_motion:g}")
 
 
-def check(data: bytes, stored: ClipFormat, *, gop: int) -> None:
-    """Check that the bytes of a clip have the canonical form and that the training decoder returns every frame.
+def check(clip: StoredClip, *, gop: int) -> None:
+    """Check that a clip has the canonical form, that the training decoder returns every frame, and that it shows them.
 
     Raises:
-        Refused: it is not canonical, or decord fails or returns a different number or size of frames.
+        Refused: it is not canonical, decord fails or returns a different number or size of frames, or the first, middle
+            or last frame differs from its source.
     """
-    found = read_canonical(data, gop=gop)
-    if found != stored:
-        raise Refused(Reason.NOT_CANONICAL, f"{found} in the file, but {stored} encoded")
-    decode_all(data, frames=stored.frames, width=stored.width, height=stored.height)
+    found = read_canonical(clip.data, gop=gop)
+    if found != clip.stored:
+        raise Refused(Reason.NOT_CANONICAL, f"{found} in the file, but {clip.stored} encoded")
+    decode_all(clip.data, frames=found.frames, width=found.width, height=found.height, samples=clip.samples)
 
 
-def decode_all(data: bytes, *, frames: int, width: int, height: int) -> None:
+def decode_all(data: bytes, *, frames: int, width: int, height: int, samples: Sequence[SourceSample] = ()) -> None:
     """Decode every frame of a stored clip with the training decoder.
 
     Raises:
-        Refused: decord fails, or returns a different number or size of frames.
+        Refused: decord fails, returns a different number or size of frames, or a frame differs from its sample.
     """
     reader, decord = open_decord(data)
+    wanted = {sample.number: sample.thumbnail for sample in samples}
+    shapes = set()
     try:
-        shapes = {reader.next().shape for _ in range(len(reader))}
+        for number in range(len(reader)):
+            heartbeat()
+            picture = unpadded(reader.next().asnumpy())
+            shapes.add(picture.shape)
+            if number in wanted and np.abs(thumbnail(picture) - wanted[number]).mean() > MAX_DIFFERENCE:
+                raise Refused(Reason.CHECK_FAILED, f"frame {number} of {frames} differs from its source")
     except decord.DECORDError as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     if len(reader) != frames or shapes != {(height, width, 3)}:

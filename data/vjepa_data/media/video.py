@@ -1,19 +1,15 @@
-"""Probe video files, and name the reasons for rejecting them."""
+"""Open video files, and name the reasons for rejecting them."""
 
-import io
-import itertools
 import stat
 from dataclasses import dataclass
 from enum import StrEnum
-from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
 import av.container
 import av.video.stream
 from av.error import FFmpegError
-from av.stream import Disposition
 
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,mxf,dv,rm,h264,hevc,ivf,nut,y4m"
@@ -23,7 +19,8 @@ FORMATS = (
 
 SUFFIXES = frozenset(
     """.mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .m2ts .mts .vob .flv .wmv .asf .ogv .ogg .gif .3gp .3g2 .mxf
-    .dv .ivf .y4m .h264 .264 .hevc .265 .divx .rm .rmvb""".split()  # noqa: SIM905
+    .dv .ivf .y4m .h264 .264 .h265 .hevc .265 .divx .rm .rmvb .f4v .qt .mpe .m1v .m2p .mp2v .mpv .m2t .tp .trp .tod .mod
+    .3gpp .3gpp2 .ogm .ogx .nut .wtv .obu .av1 .mj2 .xvid""".split()  # noqa: SIM905
 )
 """Suffixes of videos in a folder search. The content then decides whether the file is a video."""
 
@@ -62,6 +59,8 @@ class Reason(StrEnum):
     """The video cannot be decoded from start to end."""
     TRUNCATED = "truncated"
     """The frames end before the declared duration."""
+    ODD_ROTATION = "odd_rotation"
+    """The video is to be displayed at an angle that is not a multiple of 90 degrees."""
     SIZE_CHANGES = "size_changes"
     """The frame size changes within the video."""
     DUPLICATE = "duplicate"
@@ -85,11 +84,11 @@ class Reason(StrEnum):
     NOT_CANONICAL = "not_canonical"
     """The encoded clip does not have the canonical form, which is a bug."""
     CHECK_FAILED = "check_failed"
-    """The training decoder does not reproduce the stored clip."""
+    """The stored clip differs from its source, or the training decoder does not reproduce it."""
     TIMED_OUT = "timed_out"
-    """Reading, encoding or checking took longer than `timeout_s`, twice."""
+    """Reading, encoding or checking made no progress for `timeout_s`, twice."""
     CRASHED = "crashed"
-    """Reading, encoding or checking killed its process, twice."""
+    """Reading, encoding or checking raised an unexpected exception, or killed its process twice."""
 
 
 class Refused(Exception):
@@ -105,6 +104,19 @@ class Refused(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = " ".join("".join(c if c.isprintable() else " " for c in detail).split())[:200]
+
+
+class SeekPoint(NamedTuple):
+    """A key frame and its place in a file that has no index of its own."""
+
+    time_s: float
+    """Its time in seconds from the first frame."""
+    ticks: int
+    """Its time on the continuous time line (`timeline.PacketClock`), in the stream's time base."""
+    position: int
+    """Offset of its first byte in the file."""
+    offset: int
+    """Ticks from the times stored there to the continuous time line."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,22 @@ class VideoInfo:
     frames: int
     """Declared number of frames, or 0 if the container does not declare it."""
     start_s: float
+    """Time stamp of the first frame."""
     audio: bool
+    stream: int = 0
+    """Number of the video stream in the file."""
+    video_streams: int = 1
+    """Number of video streams, without cover art."""
+    dense_rate: tuple[int, int] | None = None
+    """Frames per second of the densest part, if the rate varies."""
+    transfer: str = ""
+    """Transfer function, if it is one of HDR: `smpte2084` (PQ) or `arib-std-b67` (HLG)."""
+    is_joined: bool = False
+    """The clock jumps, as where recordings were joined. The parts count as one video."""
+    delay: int = 0
+    """Frames that the decoder holds back, in containers without presentation times."""
+    seek_points: tuple["SeekPoint", ...] = ()
+    """Key frames, a few seconds apart, in files without an index of their own."""
 
     @property
     def fps(self) -> float:
@@ -178,179 +205,11 @@ def _has_index(file: BinaryIO, size: int) -> bool:
     return False
 
 
-def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    """Return the video stream (not the cover art), set to decode in one thread.
-
-    Raises:
-        Refused: there is no video stream, or it cannot be decoded.
-    """
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        raise Refused(Reason.NO_VIDEO_STREAM, f"none of {len(container.streams)} streams is a video")
-    stream = streams[0]
-    if stream.codec_context is None:
-        raise Refused(Reason.NO_DECODER, "unknown codec")
-    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-        raise Refused(Reason.TOO_LARGE, f"{stream.codec_context.width}x{stream.codec_context.height}")
+def video_stream(container: av.container.InputContainer, index: int) -> av.video.stream.VideoStream:
+    """Return a video stream by its number in the file, set to decode in one thread and to report damage."""
+    stream = container.streams[index]
+    assert isinstance(stream, av.video.stream.VideoStream)
     stream.thread_count = 1
     stream.thread_type = "NONE"
+    stream.codec_context.options = {"err_detect": "explode"}
     return stream
-
-
-def probe(path: Path) -> VideoInfo:
-    """Read the declared properties of a video, and decode one frame to learn its displayed size.
-
-    Raises:
-        Refused: the file is not a video, or cannot be decoded.
-    """
-    with open_video(path) as container:
-        stream = video_stream(container)
-        try:
-            frame = next(container.decode(stream), None)
-        except FFmpegError as error:
-            raise Refused(Reason.DAMAGED, f"first frame: {error.strerror}") from None
-        if frame is None:
-            raise Refused(Reason.DAMAGED, "no frame can be decoded")
-        width, height = shown_size(frame, stream)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-        if not 0 < rate <= 1000:
-            rate = stream.guessed_rate if stream.guessed_rate and 0 < stream.guessed_rate <= 1000 else Fraction(25)
-        rate = Fraction(rate).limit_denominator(1001)
-        duration = _duration(container, stream, rate)
-        return VideoInfo(
-            bytes=path.stat().st_size,
-            container=container.format.name,
-            codec=stream.codec_context.name,
-            pixel_format=stream.codec_context.pix_fmt or "",
-            width=width,
-            height=height,
-            rate=(rate.numerator, rate.denominator),
-            duration_s=round(duration, 6),
-            frames=stream.frames,
-            start_s=round(float((stream.start_time or 0) * (stream.time_base or 0)), 6),
-            audio=bool(container.streams.audio),
-        )
-
-
-def _duration(container: av.container.InputContainer, stream: av.video.stream.VideoStream, rate: Fraction) -> float:
-    """Return the declared duration in seconds: of the stream, else from its frame count, else of the container."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if stream.frames:
-        return float(stream.frames / rate)
-    return (container.duration or 0) / av.time_base
-
-
-def shown_size(frame: av.VideoFrame, stream: av.video.stream.VideoStream) -> tuple[int, int]:
-    """Return the displayed width and height: after rotation, in square pixels."""
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    width, height = frame.width, frame.height
-    if aspect > 0 and aspect != 1:
-        width = max(1, round(width * aspect))
-    return (height, width) if frame.rotation % 180 else (width, height)
-
-
-def boxes(data: bytes, start: int = 0, end: int | None = None) -> list[tuple[str, int, int]]:
-    """List the boxes of an MP4 at one level: name, and offsets of the start and end of its content.
-
-    Source: ISO/IEC 14496-12, section 4.2.
-    """
-    found, at, end = [], start, len(data) if end is None else end
-    while at + 8 <= end:
-        size, name, head = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], 8
-        if size == 1:
-            size, head = int.from_bytes(data[at + 8 : at + 16]), 16
-        size = end - at if size == 0 else size
-        if size < head or at + size > end:
-            break
-        found.append((name.decode("latin-1"), at + head, at + size))
-        at += size
-    return found
-
-
-@dataclass(frozen=True)
-class ClipFormat:
-    """Properties of a stored clip."""
-
-    frames: int
-    rate: tuple[int, int]
-    width: int
-    height: int
-
-    @property
-    def fps(self) -> float:
-        return self.rate[0] / self.rate[1]
-
-
-def read_canonical(data: bytes, *, gop: int) -> ClipFormat:
-    """Check that an MP4 has the canonical form, without decoding it, and return its properties.
-
-    Canonical: index first, no edit list, one track, H.264 yuv420p, square pixels, no rotation, constant rate from time
-    0, and a key frame at least every `gop` frames.
-
-    Raises:
-        Refused: it has another form. The detail names the first difference.
-    """
-    track = _check_boxes(data)
-    try:
-        with av.open(io.BytesIO(data), "r", format="mp4") as container:
-            stream = container.streams.video[0] if container.streams.video else None
-            if stream is None or stream.codec_context is None or stream.codec_context.name != "h264":
-                raise _not_canonical("not H.264")
-            context, step = stream.codec_context, stream.time_base
-            packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None)
-            if context.pix_fmt != "yuv420p":
-                raise _not_canonical(f"pixel format {context.pix_fmt}, expected yuv420p")
-            if (stream.sample_aspect_ratio or 1) != 1:
-                raise _not_canonical(f"pixels are not square ({stream.sample_aspect_ratio})")
-    except FFmpegError as error:
-        raise _not_canonical(error.strerror or "cannot be read") from None
-    if _is_rotated(data, track):
-        raise _not_canonical("it is rotated")
-    gap = _check_timing(packets, gop)
-    assert step is not None
-    rate = 1 / (step * gap) if gap else Fraction(stream.average_rate or 1)
-    return ClipFormat(len(packets), (rate.numerator, rate.denominator), context.width, context.height)
-
-
-def _not_canonical(difference: str) -> Refused:
-    return Refused(Reason.NOT_CANONICAL, difference)
-
-
-def _check_boxes(data: bytes) -> list[tuple[str, int, int]]:
-    """Check the layout of an MP4, and return the boxes of its only track."""
-    top = {name: (start, end) for name, start, end in reversed(boxes(data))}
-    if not {"ftyp", "moov", "mdat"} <= top.keys():
-        raise _not_canonical("not a complete MP4")
-    if top["moov"] > top["mdat"]:
-        raise _not_canonical("the index is not at the front")
-    inside = boxes(data, *top["moov"])
-    tracks = [boxes(data, start, end) for name, start, end in inside if name == "trak"]
-    if len(tracks) != 1:
-        raise _not_canonical(f"{len(tracks)} tracks, expected 1")
-    if any(name == "edts" for name, _, _ in tracks[0]):
-        raise _not_canonical("it has an edit list")
-    if any(name == "mvex" for name, _, _ in inside):
-        raise _not_canonical("it is fragmented")
-    return tracks[0]
-
-
-def _check_timing(packets: list[tuple[int, bool]], gop: int) -> int:
-    """Check times and key frames of packets in display order, and return the ticks per frame (0 for a single frame)."""
-    times = [pts for pts, _ in packets]
-    gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
-    if not times or times[0] != 0 or len(gaps) > 1 or 0 in gaps:
-        raise _not_canonical(f"the rate is not constant from 0: {len(gaps)} different gaps, first frame at {times[:1]}")
-    keys = [number for number, (_, is_key) in enumerate(packets) if is_key]
-    longest = max((b - a for a, b in itertools.pairwise([*keys, len(packets)])), default=0)
-    if not keys or keys[0] != 0 or longest > gop:
-        raise _not_canonical(f"{longest or len(packets)} frames between key frames, expected at most {gop}")
-    return gaps.pop() if gaps else 0
-
-
-def _is_rotated(data: bytes, track: list[tuple[str, int, int]]) -> bool:
-    """Tell whether the matrix in a track's header differs from the identity (ISO/IEC 14496-12, section 8.3.2)."""
-    start, end = next(((start, end) for name, start, end in track if name == "tkhd"), (0, 0))
-    matrix = data[end - 44 : end - 8]  # nine numbers, followed by width and height at the end of the box
-    identity = b"".join(n.to_bytes(4) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
-    return start == end or matrix != identity

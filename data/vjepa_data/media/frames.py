@@ -1,0 +1,223 @@
+"""Decode the frames of any video with their times, from its start or from the middle.
+
+    read_frames --> pass from the key frame before `start_s` --> is its first frame late? --> pass from an earlier one
+
+Seeking lands late in some containers. Frames that are missing at the start of a part are never filled in: each pass
+shows the time of its first frame, and an earlier pass replaces one that begins too late.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.container
+from av.error import FFmpegError
+
+from vjepa_data.child_process import heartbeat
+from vjepa_data.media.timeline import BROADCAST, RAW, SLOTTED, PacketClock, is_flush
+from vjepa_data.media.video import Reason, Refused, SeekPoint, VideoInfo, open_video, video_stream
+
+STEPS_BACK_S = (0, 1, 2, 4, 8, 16, 32)
+"""How much earlier to seek, in seconds, until a pass begins early enough. The last attempt begins at the start."""
+
+Timed = tuple[Fraction, av.VideoFrame]
+
+
+def read_frames(path: Path, info: VideoInfo, *, start_s: float = 0.0, skip: int = 0) -> Iterator[Timed]:
+    """Decode a video from the key frame at or before a time, and reject damage instead of concealing it.
+
+    A recording that begins or ends inside a group of pictures is read from its first to its last whole picture.
+
+    Args:
+        path: a local file.
+        info: its properties.
+        start_s: time of the first frame that is needed, in seconds from the first frame.
+        skip: number of suitable places to begin that are passed over, to read the same frames by another way.
+
+    Yields:
+        The time of each frame in seconds from the first frame of the video, and the frame.
+
+    Raises:
+        Refused: a frame is damaged, or differs from the first in size or pixel format.
+    """
+    slack = 1 / (4 * info.fps)
+    for start in _starts(info, start_s):
+        frames = Pass(path, info, start).frames()
+        try:
+            first = next(frames, None)
+        except Refused:
+            if start is None:
+                raise
+            continue
+        if start is None or (first is not None and first[0] <= start_s + slack):
+            if start is not None and skip:
+                skip -= 1
+                continue
+            if first is not None:
+                yield first
+                yield from frames
+            return
+
+
+def _starts(info: VideoInfo, start_s: float) -> Iterator[SeekPoint | float | None]:
+    """Yield places where a pass may begin, from the latest to the start of the file (None)."""
+    if info.container in BROADCAST | RAW:
+        yield from (point for point in reversed(info.seek_points) if 0 < point.time_s <= start_s + 1e-6)
+    elif not info.is_joined:
+        yield from (start_s - back for back in STEPS_BACK_S if start_s - back > 0)
+    yield None
+
+
+class Pass:
+    """One pass over the frames of a video.
+
+    Args:
+        path: a local file.
+        info: its properties.
+        start: where to begin: a seek point, a time in seconds from the first frame, or None for the start.
+    """
+
+    def __init__(self, path: Path, info: VideoInfo, start: SeekPoint | float | None) -> None:
+        self._path, self._info, self._start = path, info, start
+        self._is_recording = info.container in BROADCAST | RAW
+        self._needs_key = True
+        self._key_ticks = 0
+        """Display time of the key frame where decoding began. Frames before it may refer to missing ones."""
+        self._is_leading = self._drops_leading = False
+        self._slots: deque[int] = deque()
+        self._number, self._form = 0, None
+        self._last_ticks = 0
+        self._last: av.VideoFrame | None = None
+        self.fed = 0
+        """Packets given to the decoder so far."""
+
+    def frames(self) -> Iterator[Timed]:
+        """Decode to the end of the file."""
+        with open_video(self._path) as container:
+            self._open(container)
+            yield from self._all(container)
+        if not self._number and self._start is None and self._needs_key:
+            self._needs_key = False  # nothing is marked as a key frame
+            with open_video(self._path) as container:
+                self._open(container)
+                yield from self._all(container)
+
+    def _open(self, container: av.container.InputContainer) -> None:
+        info = self._info
+        self._stream = video_stream(container, info.stream)
+        self._base = self._stream.time_base or Fraction(1, 1000)
+        self._origin = round(Fraction(info.start_s) / self._base)
+        point = self._start if isinstance(self._start, SeekPoint) else None
+        self._clock = PacketClock(info.container, self._base, Fraction(*info.rate), point)
+        if point is not None:
+            container.seek(point.position, stream=self._stream, unsupported_byte_offset=True)
+        elif self._start is not None:
+            container.seek(int((self._start + info.start_s) / self._base), stream=self._stream)
+
+    def _all(self, container: av.container.InputContainer) -> Iterator[Timed]:
+        held: av.Packet | None = None  # one behind, to know the last packet before a jump or the end
+        for packet in self._packets(container):
+            heartbeat()
+            is_end = is_flush(packet)
+            jumps = not is_end and self._clock.stamp(packet)
+            if held is not None:
+                yield from self._decode(held, is_last=is_end or jumps)
+            if jumps:
+                yield from self._drain()
+                self._stream.codec_context.flush_buffers()
+                self._needs_key = True
+            held = None if is_end else packet
+        if held is not None:
+            yield from self._decode(held, is_last=True)
+        yield from self._drain()
+        yield from self._hold()
+
+    def _hold(self) -> Iterator[Timed]:
+        """Repeat the last frame where its display ends, if it stays for longer than others."""
+        period = min(Fraction(1), 1 / Fraction(*(self._info.dense_rate or self._info.rate)))
+        if self._last is not None and self._last.duration:
+            held = self._last.duration * self._base
+            if held > period * 3 / 2:
+                yield (self._last_ticks - self._origin) * self._base + held - period, self._last
+
+    def _packets(self, container: av.container.InputContainer) -> Iterator[av.Packet]:
+        try:
+            yield from container.demux(self._stream)
+        except FFmpegError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: FFmpegError) -> Refused:
+        return Refused(Reason.DAMAGED, f"after {self._number} frames: {error.strerror}")
+
+    def _decode(self, packet: av.Packet, *, is_last: bool) -> Iterator[Timed]:
+        if self._needs_key and not self._begin(packet):
+            return
+        is_ahead = packet.pts is not None and packet.pts < self._key_ticks and self._info.container not in SLOTTED
+        self._is_leading = self._is_leading and (is_ahead or packet.is_keyframe)
+        if is_last and self._is_recording and packet.is_corrupt:
+            return
+        if packet.dts is not None and self._info.container in SLOTTED:
+            self._slots.append(packet.dts)
+        self.fed += 1
+        try:
+            frames = self._stream.codec_context.decode(packet)
+        except FFmpegError as error:
+            is_first = not self._number and self._info.container in SLOTTED
+            if self._is_leading or is_first or (is_last and self._is_recording):
+                return
+            raise self._damaged(error) from None
+        yield from self._timed(frames)
+
+    def _begin(self, packet: av.Packet) -> bool:
+        """Begin at the first key frame, and return whether this packet is that."""
+        if not packet.is_keyframe:
+            return False
+        self._needs_key, self._is_leading = False, True
+        self._drops_leading = self._start is not None or self._number > 0
+        self._key_ticks = (packet.dts if packet.pts is None else packet.pts) or 0
+        if isinstance(self._start, SeekPoint) and not self._number:
+            is_there = (
+                packet.dts == self._start.ticks if self._info.container in RAW else packet.pts == self._start.ticks
+            )
+            if not is_there:
+                raise Refused(Reason.DAMAGED, "the seek point is not where it was")
+        return True
+
+    def _drain(self) -> Iterator[Timed]:
+        try:
+            frames = self._stream.codec_context.decode(None)
+        except FFmpegError as error:
+            if self._is_recording:
+                return
+            raise self._damaged(error) from None
+        yield from self._timed(frames, is_drained=True)
+
+    def _timed(self, frames: list[av.VideoFrame], *, is_drained: bool = False) -> Iterator[Timed]:
+        for frame in frames:
+            ticks = self._ticks(frame)
+            is_before_key = ticks < self._key_ticks and self._info.container not in SLOTTED
+            if is_before_key and (frame.is_corrupt or self._drops_leading):
+                continue
+            self._number += 1
+            if frame.is_corrupt:
+                if is_drained and self._is_recording:
+                    continue
+                raise Refused(Reason.DAMAGED, f"frame {self._number} is damaged")
+            form = (frame.width, frame.height, frame.format.name)
+            if self._form not in (None, form):
+                size = f"{frame.width}x{frame.height}"
+                raise Refused(Reason.SIZE_CHANGES, f"frame {self._number} is {size}, previously {self._form}")
+            self._form, self._last_ticks, self._last = form, ticks, frame
+            yield (ticks - self._origin) * self._base, frame
+        if self._stream.codec_context.name not in ("h264", "hevc"):
+            while len(self._slots) > self._info.delay:  # packets that gave no frame
+                self._slots.popleft()
+
+    def _ticks(self, frame: av.VideoFrame) -> int:
+        if self._info.container in SLOTTED:
+            return self._slots.popleft() if self._slots else self._last_ticks + self._clock.period
+        if frame.pts is not None:
+            return frame.pts
+        return self._last_ticks + (frame.duration or self._clock.period)
