@@ -38,7 +38,7 @@ class IndexResult:
 
     manifest: Manifest
     flaws: dict[str, int]
-    """Indexed samples that are not canonical, counted by the first difference."""
+    """Indexed samples by difference from the canonical form. A sample may have several."""
     rejects: dict[str, int]
     """Omitted samples, counted by reason."""
 
@@ -232,8 +232,7 @@ def _examine_tar(
             if isinstance(answer, Refused):
                 tar.rejects.append(_reject(f"{file}/{member.key}", answer.reason, answer.detail))
                 continue
-            if answer.flaw:
-                tar.flaws[answer.flaw.partition(" (")[0].partition(":")[0]] += 1
+            tar.flaws.update(flaw.partition(" (")[0].partition(":")[0] for flaw in answer.flaws)
             tar.samples.append(_row(data, member, answer, labels))
     return tar
 

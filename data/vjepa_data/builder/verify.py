@@ -69,14 +69,15 @@ def verify(
     total = sum(shard.bytes for shard in manifest.shards)
     done = decoded = 0
     root = manifest.root(str(place))
+    is_foreign = bool(manifest.spec.get("foreign"))
     with WorkerPool[CheckTask, None]("vjepa_data.media.tasks", workers=workers, timeout_s=timeout_s) as pool:
         for number, shard in enumerate(manifest.shards):
             own = table.filter(pc.field("shard") == number).to_pylist()
             with local_tar(root, shard.file, scratch=folder) as path:
-                found = list(_check_shard(path, shard, own, is_foreign=bool(manifest.spec.get("foreign"))))
+                found = list(_check_shard(path, shard, own, is_foreign=is_foreign))
                 if deep and path is not None and not found:
                     decoded += len(own)
-                    found.extend(_decode_all(path, shard.file, own, pool))
+                    found.extend(_decode_all(path, shard.file, own, pool, is_foreign=is_foreign))
             problems.extend(found)
             done += shard.bytes
             advance(done, total)
@@ -181,13 +182,16 @@ def _check_bytes(file: BinaryIO, row: dict[str, Any]) -> Iterator[str]:
             yield f"its {member} has changed (xxh64 differs)"
 
 
-def _decode_all(path: Path, name: str, rows: list[dict[str, Any]], pool: WorkerPool[CheckTask, None]) -> Iterator[str]:
+def _decode_all(
+    path: Path, name: str, rows: list[dict[str, Any]], pool: WorkerPool[CheckTask, None], *, is_foreign: bool
+) -> Iterator[str]:
     tasks = [
         CheckTask(
             key=row["key"],
             file=FileRef(str(path), row["video_offset"], row["video_size"]),
             suffix=row["suffix"],
             expect=Expect(row["frames"], row["width"], row["height"]),
+            is_foreign=is_foreign,
         )
         for row in rows
     ]

@@ -6,6 +6,7 @@ uses little memory.
 """
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -104,17 +105,45 @@ def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
     import av
     from av.error import FFmpegError
 
+    from vjepa_data.decoding.orientation import orientation
+
     try:
         with av.open(io.BytesIO(video)) as container:
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")
+            if stream is None:
+                raise Unreadable("error", "pyav: no video stream")
             stream.thread_type = "NONE"
             _check_length("pyav", stream.frames or None, expect)
-            return _walk(container, stream, frames)
+            found = _walk(container, stream, frames) if _is_even(stream) else _walk_by_rank(container, stream, frames)
     except (FFmpegError, ValueError, IndexError) as e:
         raise Unreadable("error", f"pyav: {e}") from e
+    if len(found) != len(frames):
+        raise Unreadable("frames", f"pyav found {len(found)} of {len(frames)} frames by their time stamps")
+    turn = orientation(found[0])
+    return np.stack([turn.apply(frame.to_ndarray(format="rgb24")) for frame in found])
 
 
-def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
+def _is_even(stream) -> bool:
+    """Tell whether the rate of an MP4 is constant, so that times tell the numbers of frames."""
+    times = [entry.timestamp for entry in stream.index_entries]
+    return len({later - earlier for earlier, later in itertools.pairwise(times)}) <= 1
+
+
+def _walk_by_rank(container, stream, frames: np.ndarray) -> list:
+    """Decode like `_walk` where the rate varies: frame n is that with the n-th smallest time stamp, as in decord."""
+    times = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+    wanted = {times[number] for number in frames.tolist()}
+    container.seek(min(wanted), stream=stream, backward=True)
+    found = []
+    for frame in container.decode(stream):
+        if frame.pts in wanted:
+            found.append(frame)
+        if frame.pts is None or frame.pts >= max(wanted):
+            break
+    return found
+
+
+def _walk(container, stream, frames: np.ndarray) -> list:
     """Decode from the key frame before the first frame to the last, and convert only the requested frames.
 
     In H.264, frames from which no other frame is predicted are skipped unless requested. This gives the same pixels in
@@ -125,7 +154,7 @@ def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
     container.seek(int(start + int(frames[0]) * period), stream=stream, backward=True)
     wanted = set(frames.tolist())
     may_skip = stream.codec_context.name == "h264"
-    pictures = []
+    found = []
     for packet in container.demux(stream):
         if may_skip:
             is_wanted = packet.pts is None or round((packet.pts - start) / period) in wanted
@@ -133,14 +162,12 @@ def _walk(container, stream, frames: np.ndarray) -> np.ndarray:
         for frame in packet.decode():
             number = round((frame.pts - start) / period)
             if number in wanted:
-                pictures.append(frame.to_ndarray(format="rgb24"))
+                found.append(frame)
             if number >= int(frames[-1]):
                 break
-        if len(pictures) == len(frames):
+        if len(found) == len(frames):
             break
-    if len(pictures) != len(frames):
-        raise Unreadable("frames", f"pyav found {len(pictures)} of {len(frames)} frames by their time stamps")
-    return np.stack(pictures)
+    return found
 
 
 def _image(image: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vjepa_data.decoding.orientation import orientation
 from vjepa_data.evaluation.clips import square_views
-from vjepa_data.media.display import orientation
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.probe import probe

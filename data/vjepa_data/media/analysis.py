@@ -8,7 +8,7 @@ import av.filter
 import numpy as np
 from av.error import BlockingIOError, EOFError
 
-from vjepa_data.media.display import orientation
+from vjepa_data.decoding.orientation import orientation
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.transcode import PictureBox
 from vjepa_data.media.video import Reason, Refused, VideoInfo

@@ -50,63 +50,69 @@ def read_canonical(data: bytes, *, gop: int) -> ClipFormat:
     0, and a key frame at least every `gop` frames.
 
     Raises:
-        Refused: it has another form. The detail names the first difference.
+        Refused: it has another form. The detail names the weightiest difference.
     """
-    track = _check_boxes(data)
-    try:
-        with av.open(io.BytesIO(data), "r", format="mp4") as container:
-            stream = container.streams.video[0] if container.streams.video else None
-            if stream is None or stream.codec_context is None or stream.codec_context.name != "h264":
-                raise _not_canonical("not H.264")
-            context, step = stream.codec_context, stream.time_base
-            packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None)
-            if context.pix_fmt != "yuv420p":
-                raise _not_canonical(f"pixel format {context.pix_fmt}, expected yuv420p")
-            if (stream.sample_aspect_ratio or 1) != 1:
-                raise _not_canonical(f"pixels are not square ({stream.sample_aspect_ratio})")
-    except FFmpegError as error:
-        raise _not_canonical(error.strerror or "cannot be read") from None
-    if _is_rotated(data, track):
-        raise _not_canonical("it is rotated")
-    gap = _check_timing(packets, gop)
-    assert step is not None
-    rate = 1 / (step * gap) if gap else Fraction(stream.average_rate or 1)
-    return ClipFormat(len(packets), (rate.numerator, rate.denominator), context.width, context.height)
+    found, differences = compare(data, gop=gop)
+    if differences or found is None:
+        raise Refused(Reason.NOT_CANONICAL, differences[0])
+    return found
 
 
-def _not_canonical(difference: str) -> Refused:
-    return Refused(Reason.NOT_CANONICAL, difference)
+def compare(data: bytes, *, gop: int) -> tuple[ClipFormat | None, list[str]]:
+    """Compare an MP4 with the canonical form, without decoding it.
 
-
-def _check_boxes(data: bytes) -> list[tuple[str, int, int]]:
-    """Check the layout of an MP4, and return the boxes of its only track."""
+    Returns:
+        Its properties, or None if it cannot be read; and all differences from the canonical form. Those that may change
+        what a decoder shows come first, then those that make it slow.
+    """
     top = {name: (start, end) for name, start, end in reversed(boxes(data))}
     if not {"ftyp", "moov", "mdat"} <= top.keys():
-        raise _not_canonical("not a complete MP4")
-    if top["moov"] > top["mdat"]:
-        raise _not_canonical("the index is not at the front")
+        return None, ["not a complete MP4"]
     inside = boxes(data, *top["moov"])
     tracks = [boxes(data, start, end) for name, start, end in inside if name == "trak"]
-    if len(tracks) != 1:
-        raise _not_canonical(f"{len(tracks)} tracks, expected 1")
-    if any(name == "edts" for name, _, _ in tracks[0]):
-        raise _not_canonical("it has an edit list")
-    if any(name == "mvex" for name, _, _ in inside):
-        raise _not_canonical("it is fragmented")
-    return tracks[0]
+    weighty = {
+        "it is rotated": any(_is_rotated(data, track) for track in tracks[:1]),
+        "it has an edit list": any(name == "edts" for track in tracks for name, _, _ in track),
+    }
+    slow = {
+        f"{len(tracks)} tracks, expected 1": len(tracks) != 1,
+        "it is fragmented": any(name == "mvex" for name, _, _ in inside),
+        "the index is not at the front": top["moov"] > top["mdat"],
+    }
+    try:
+        found, of_stream, of_keys = _compare_stream(data, gop)
+    except FFmpegError as error:
+        return None, [error.strerror or "cannot be read"]
+    named = [difference for difference, applies in weighty.items() if applies]
+    rest = [difference for difference, applies in slow.items() if applies]
+    return found, [*of_stream, *named, *of_keys, *rest]
 
 
-def _check_timing(packets: list[tuple[int, bool]], gop: int) -> int:
-    """Check times and key frames of packets in display order, and return the ticks per frame (0 for a single frame)."""
-    times = [pts for pts, _ in packets]
-    gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
-    if not times or times[0] != 0 or len(gaps) > 1 or 0 in gaps:
-        raise _not_canonical(f"the rate is not constant from 0: {len(gaps)} different gaps, first frame at {times[:1]}")
+def _compare_stream(data: bytes, gop: int) -> tuple[ClipFormat | None, list[str], list[str]]:
+    """Return the properties of the video stream, its weighty differences, and those of its key frames."""
+    with av.open(io.BytesIO(data), "r", format="mp4") as container:
+        stream = container.streams.video[0] if container.streams.video else None
+        if stream is None or stream.codec_context is None or stream.codec_context.name != "h264":
+            return None, ["not H.264"], []
+        context, step, aspect = stream.codec_context, stream.time_base, stream.sample_aspect_ratio or 1
+        packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None)
+        times = [pts for pts, _ in packets]
+        gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
+        is_even = bool(times) and times[0] == 0 and len(gaps) <= 1 and 0 not in gaps
+        checks = {
+            f"the rate is not constant from 0: {len(gaps)} different gaps, first frame at {times[:1]}": not is_even,
+            f"pixel format {context.pix_fmt}, expected yuv420p": context.pix_fmt != "yuv420p",
+            f"pixels are not square ({aspect})": aspect != 1,
+        }
+        rate = Fraction(stream.average_rate or 1)
+        if is_even and gaps and step is not None:
+            rate = 1 / (step * min(gaps))
+        found = ClipFormat(len(packets), (rate.numerator, rate.denominator), context.width, context.height)
     keys = [number for number, (_, is_key) in enumerate(packets) if is_key]
     longest = max((b - a for a, b in itertools.pairwise([*keys, len(packets)])), default=0)
-    if not keys or keys[0] != 0 or longest > gop:
-        raise _not_canonical(f"{longest or len(packets)} frames between key frames, expected at most {gop}")
-    return gaps.pop() if gaps else 0
+    is_dense = bool(keys) and keys[0] == 0 and longest <= gop
+    apart = f"{longest or len(packets)} frames between key frames, expected at most {gop}"
+    return found, [difference for difference, applies in checks.items() if applies], [] if is_dense else [apart]
 
 
 def _is_rotated(data: bytes, track: list[tuple[str, int, int]]) -> bool:

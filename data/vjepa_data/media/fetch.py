@@ -17,6 +17,7 @@ from urllib.parse import quote
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from vjepa_data.child_process import heartbeat
 from vjepa_data.corpus.remote import store_errors
 from vjepa_data.media.video import Reason, Refused
 
@@ -145,4 +146,5 @@ def _copy_stream(read: Callable[[int], bytes], copy: BinaryIO) -> int:
         if total > MAX_BYTES:
             raise Refused(Reason.TOO_LARGE, f"more than {MAX_BYTES} bytes")
         copy.write(block)
+        heartbeat()
     return total

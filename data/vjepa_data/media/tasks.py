@@ -3,20 +3,25 @@
 import hashlib
 import io
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
+import numpy as np
 from PIL import Image
 
-from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.child_process import heartbeat
+from vjepa_data.decoding.backends import Expect, decode, unpadded
 from vjepa_data.errors import Unreadable
 from vjepa_data.media.analysis import perceptual_hashes, picture_box, scene_starts
-from vjepa_data.media.canonical import ClipFormat, read_canonical
+from vjepa_data.media.canonical import ClipFormat, compare, read_canonical
 from vjepa_data.media.fetch import FileRef, open_local
 from vjepa_data.media.image import probe_image, store_image
 from vjepa_data.media.probe import probe
 from vjepa_data.media.transcode import (
     MARGIN,
+    MAX_DIFFERENCE,
     PictureBox,
     StoredClip,
     check,
@@ -27,6 +32,12 @@ from vjepa_data.media.transcode import (
 )
 from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode, Filter
+
+BLOCK = 1 << 22
+"""Bytes that are hashed at once."""
+
+CHUNK = 32
+"""Frames that PyAV decodes at once when all frames are checked."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,8 @@ class CheckTask:
     file: FileRef
     suffix: str
     expect: Expect
+    is_foreign: bool = False
+    """PyAV may decode it if decord cannot, as in a run."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +126,8 @@ class Examined:
     """Properties of a clip of a foreign corpus, as the training decoder reads it."""
 
     stored: ClipFormat
-    flaw: str
-    """First difference from the canonical form, or empty."""
+    flaws: tuple[str, ...]
+    """Differences from the canonical form, the weightiest first."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,7 @@ def work(task: Task) -> Answer:
             case StoreTask():
                 return _store(task, path)
             case CheckTask():
-                return _check(path, task.suffix, task.expect)
+                return _check(path, task.suffix, task.expect, is_foreign=task.is_foreign)
             case ExamineTask():
                 return _examine(task, path)
             case StripTask():
@@ -163,8 +176,11 @@ def work(task: Task) -> Answer:
 
 def _analyze(task: AnalyzeTask, path: Path) -> Analysis:
     info = probe_image(path) if task.media == "images" else probe(path)
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            heartbeat()
+            sha256.update(block)
     scenes: tuple[float, ...] = ()
     hashes: tuple[int, ...] = ()
     box = None
@@ -175,7 +191,7 @@ def _analyze(task: AnalyzeTask, path: Path) -> Analysis:
             hashes = perceptual_hashes(path, info)
         if task.wants_box:
             box = picture_box(path, info)
-    return Analysis(info, sha256, scenes, hashes, box)
+    return Analysis(info, sha256.hexdigest(), scenes, hashes, box)
 
 
 def _store(task: StoreTask, path: Path) -> StoredSample:
@@ -209,27 +225,79 @@ def _read_if_canonical(task: StoreTask, path: Path) -> StoredClip | None:
     return StoredClip(data, stored) if has_rate and has_size else None
 
 
-def _check(path: Path, suffix: str, expect: Expect) -> None:
-    if suffix == "mp4":
-        decode_all(path.read_bytes(), frames=expect.frames, width=expect.width, height=expect.height)
-    else:
-        _decode(path.read_bytes(), (0,), suffix, expect)
+def _check(path: Path, suffix: str, expect: Expect, *, is_foreign: bool) -> None:
+    data = path.read_bytes()
+    if suffix != "mp4":
+        _decode(data, (0,), suffix, expect)
+        return
+    try:
+        decode_all(data, frames=expect.frames, width=expect.width, height=expect.height)
+    except Refused as refusal:
+        if not is_foreign:
+            raise
+        for first in range(0, expect.frames, CHUNK):
+            heartbeat()
+            _decode_with("pyav", data, range(first, min(first + CHUNK, expect.frames)), expect, refusal)
 
 
 def _examine(task: ExamineTask, path: Path) -> Examined:
     if task.suffix != "mp4":
         info = probe_image(path)
-        stored, flaw = ClipFormat(1, (1, 1), info.width, info.height), ""
+        examined = Examined(ClipFormat(1, (1, 1), info.width, info.height), ())
     else:
         info = probe(path)
         data = path.read_bytes()
-        try:
-            stored, flaw = read_canonical(data, gop=task.gop), ""
-        except Refused as refusal:
-            stored, flaw = read_with_decord(data, info), refusal.detail
+        stored, flaws = compare(data, gop=task.gop)
+        examined = Examined(stored, ()) if stored and not flaws else _compare_decoders(data, info, flaws)
+    stored = examined.stored
     if task.deep or task.suffix != "mp4":
-        _check(path, task.suffix, Expect(stored.frames, stored.width, stored.height))
-    return Examined(stored, flaw)
+        _check(path, task.suffix, Expect(stored.frames, stored.width, stored.height), is_foreign=True)
+    return examined
+
+
+def _compare_decoders(data: bytes, info: VideoInfo, flaws: list[str]) -> Examined:
+    """Examine a clip that is not canonical with both decoders of a run, decord and PyAV.
+
+    Raises:
+        Refused: neither decodes it, or they show different pictures.
+    """
+    try:
+        stored, refusal = read_with_decord(data, info), None
+    except Refused as refused:
+        stored, refusal = ClipFormat(_count(data), info.rate, info.width, info.height), refused
+        flaws = [f"decord cannot decode {info.codec}, PyAV does", *flaws]
+    expect = Expect(stored.frames, stored.width, stored.height)
+    numbers = sorted({0, stored.frames // 2, stored.frames - 1})
+    shown = _decode_with("pyav", data, numbers, expect, refusal)
+    if refusal is None:
+        other = _decode_with("decord", data, numbers, expect, None)
+        differences = np.abs(shown.astype(np.int16) - other).mean(axis=(1, 2, 3))
+        if differences.max() > MAX_DIFFERENCE:
+            detail = f"of frame {numbers[int(differences.argmax())]}; `vjepa shard` stores such clips"
+            raise Refused(Reason.DECODERS_DIFFER, f"decord and PyAV show different pictures {detail}")
+    return Examined(stored, tuple(flaws))
+
+
+def _count(data: bytes) -> int:
+    """Return the number of frames of a video, by its packets."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.best("video")
+        return sum(p.pts is not None and not p.is_discard for p in container.demux(stream)) if stream else 0
+
+
+def _decode_with(backend: str, data: bytes, numbers: Sequence[int], expect: Expect, before: Refused | None):
+    """Decode frames with one decoder of a run.
+
+    Raises:
+        Refused: it fails, as the decoder before it did, or else the two differ.
+    """
+    try:
+        return decode(data, numbers, backend=backend, expect=expect)
+    except Unreadable as error:
+        if before is not None:
+            raise Refused(before.reason, f"{before.detail}; {error.detail}") from None
+        detail = f"{error.detail}; `vjepa shard` stores such clips"
+        raise Refused(Reason.DECODERS_DIFFER, f"only one decoder reads it: {detail}") from None
 
 
 def read_with_decord(data: bytes, info: VideoInfo) -> ClipFormat:
@@ -240,7 +308,7 @@ def read_with_decord(data: bytes, info: VideoInfo) -> ClipFormat:
     """
     reader, decord = open_decord(data)
     try:
-        height, width = reader.next().shape[:2]
+        height, width = unpadded(reader.next().asnumpy()).shape[:2]
     except decord.DECORDError as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     return ClipFormat(len(reader), info.rate, width, height)

@@ -28,8 +28,9 @@ from av.video.frame import PictureType
 
 from vjepa_data.child_process import heartbeat
 from vjepa_data.decoding.backends import unpadded
+from vjepa_data.decoding.orientation import Orientation, orientation
 from vjepa_data.media.canonical import ClipFormat, read_canonical
-from vjepa_data.media.display import TONE_MAP, Orientation, orientation
+from vjepa_data.media.display import TONE_MAP
 from vjepa_data.media.frames import Timed, read_frames
 from vjepa_data.media.probe import probe
 from vjepa_data.media.video import Reason, Refused, VideoInfo

@@ -85,6 +85,8 @@ class Reason(StrEnum):
     """The encoded clip does not have the canonical form, which is a bug."""
     CHECK_FAILED = "check_failed"
     """The stored clip differs from its source, or the training decoder does not reproduce it."""
+    DECODERS_DIFFER = "decoders_differ"
+    """The decoders of a run show different pictures of a foreign clip, or only one of them is right."""
     TIMED_OUT = "timed_out"
     """Reading, encoding or checking made no progress for `timeout_s`, twice."""
     CRASHED = "crashed"

@@ -1,0 +1,66 @@
+"""Turn frames upright as the display matrix of their video asks for."""
+
+import math
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+
+
+class OddRotation(ValueError):
+    """Raised for a display matrix whose angle is not a multiple of 90 degrees."""
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How to turn a stored frame upright: first the transposition, then the flips. Names are those of FFmpeg."""
+
+    transpose: str | None = None
+    """A value of the `transpose` filter."""
+    hflip: bool = False
+    vflip: bool = False
+
+    @property
+    def filters(self) -> list[tuple[str, str | None]]:
+        """Filters and their options."""
+        flips = [(name, None) for name in ("hflip", "vflip") if getattr(self, name)]
+        return [("transpose", self.transpose), *flips] if self.transpose else flips
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height after turning."""
+        return (height, width) if self.transpose else (width, height)
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """Turn an array [H W ...] upright."""
+        if self.transpose:
+            picture = np.rot90(picture, -1 if self.transpose.startswith("clock") else 1)
+            picture = picture[::-1] if self.transpose.endswith("_flip") else picture
+        picture = picture[:, ::-1] if self.hflip else picture
+        return picture[::-1] if self.vflip else picture
+
+
+def orientation(frame: av.VideoFrame) -> Orientation:
+    """Return the orientation that the display matrix of a frame asks for, including mirroring.
+
+    Raises:
+        OddRotation: the angle is not a multiple of 90 degrees, within one degree.
+
+    Source: `configure_input_video_filter` in FFmpeg's fftools/ffmpeg_filter.c.
+    """
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return Orientation()
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    if not math.hypot(a, c) or not math.hypot(b, d):
+        return Orientation()  # not a rotation at all; FFmpeg ignores it
+    angle = math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c))) % 360
+    if abs(angle - 90) < 1:
+        return Orientation(transpose="cclock_flip" if c > 0 else "clock")
+    if abs(angle - 180) < 1:
+        return Orientation(hflip=a < 0, vflip=d < 0)
+    if abs(angle - 270) < 1:
+        return Orientation(transpose="clock_flip" if c < 0 else "cclock")
+    if min(angle, 360 - angle) < 1:
+        return Orientation(vflip=d < 0)
+    raise OddRotation(f"it is to be displayed at an angle of {angle:.0f} degrees; turn it with ffmpeg first")
