@@ -1,8 +1,6 @@
 """The command line: exit codes, parsing, and one-line errors for everything that a user can fix."""
 
 import importlib
-import io
-import logging
 import os
 import re
 import shutil
@@ -15,8 +13,6 @@ from typing import Any
 import pytest
 
 from vjepa.cli import APP, VERB_FILES, main
-from vjepa.cli import progress as progress_module
-from vjepa.cli.progress import progress
 from vjepa.evals import results, shell
 from vjepa.evals.base import EvaluationSettings
 from vjepa.evals.registry import EVALUATIONS, EvaluationEntry
@@ -234,27 +230,6 @@ def test_settings_are_shown_without_importing_torch(run_file: Path) -> None:
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "vjepa", "show", str(run_file)], check=True, capture_output=True)
     assert time.perf_counter() - started < 10, "settings need no torch, so they should not take as long as importing it"
-
-
-def test_progress_in_a_log_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO), progress("reading") as advance:
-        for done in range(1, 5):
-            advance(done, 4)
-    assert caplog.messages == ["reading: 2 of 4 after 31 s", "reading: 4 of 4 after 62 s"]
-
-
-def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with progress("reading") as advance:
-        advance(1, 4)
-    assert "reading" in terminal.getvalue()
-    assert "1/4" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The evaluation shell runs evaluations of any module, shows progress, and needs no torch to list them."""
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from vjepa.cli.evals import make_options
-from vjepa.evals import progress
 from vjepa.evals.registry import EVALUATIONS, EvaluationEntry
 from vjepa.evals.results import find_results
 from vjepa.evals.shell import run_evaluation, settings_class
@@ -85,16 +83,3 @@ def test_invalid_results_are_named(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"kind": "probe", "protocol": {}, "rows": [{"task": "shape"}]}')
     with pytest.raises(BadInput, match="invalid evaluation result: 'metric' is missing"):
         find_results(tmp_path)
-
-
-def test_progress_is_logged_where_there_is_no_terminal(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
-    with caplog.at_level(logging.INFO, "vjepa.evals.progress"), progress.progress_bar("encode", 20) as advance:
-        advance(8)
-    assert "encode: 8 of 20" in caplog.text
-    caplog.clear()
-    with progress.progress_bar("encode", 20, show=False) as advance:
-        advance(8)
-    assert not caplog.text

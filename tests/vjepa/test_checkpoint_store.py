@@ -20,6 +20,7 @@ from vjepa.distributed.world import World, join
 from vjepa.engine.trainer import train
 from vjepa.methods.vjepa2.method import VJEPA2
 from vjepa.weights.load import read_weights
+from vjepa_data.corpus import remote
 from vjepa_data.settings import BadInput
 
 MakeRun = Callable[..., Run]
@@ -108,16 +109,16 @@ def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
     saver = CheckpointManager(tmp_path, Checkpoint(folder=HOME), world)
     # s3fs tries a few times by itself, before we do.
     store.trouble = lambda asked: (
-        Trouble(status=503) if asked.method == "PUT" and "trying again" not in caplog.text else None
+        Trouble(status=503) if asked.method == "PUT" and "retrying" not in caplog.text else None
     )
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.DEBUG, remote.__name__):
         save(saver, 1)
-    assert "trying again" in caplog.text
+    assert "retrying" in caplog.text
     assert checkpoint.latest(checkpoint.checkpoint_dir(tmp_path, saver.settings)) is not None
 
     store.trouble = lambda asked: Trouble(status=503)
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
-    with pytest.raises(BadInput, match=r"cannot be reached for .* then resume"):
+    monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 0.5)
+    with pytest.raises(BadInput, match=r"was unreachable for .* then resume"):
         checkpoint.list_checkpoints(saver.home)
     store.trouble = lambda asked: Trouble(status=403)
     with pytest.raises(BadInput, match=r"cannot be read .*credentials"):
@@ -130,9 +131,9 @@ def test_a_damaged_one_is_set_aside_but_an_outage_is_no_damage(
     saver = CheckpointManager(tmp_path, Checkpoint(folder=HOME), world)
     for step in (1, 2):
         save(saver, step)
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 0.5)
     store.trouble = lambda asked: Trouble(status=503) if asked.key.endswith(".distcp") else None
-    with pytest.raises(BadInput, match="cannot be reached"):
+    with pytest.raises(BadInput, match="was unreachable"):
         checkpoint.find_newest(saver.home, world)
     store.trouble = lambda asked: None
     store.flip("bucket/runs/x/step_00000002/__0_0.distcp", -1)

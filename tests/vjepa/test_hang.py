@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch._C import _distributed_c10d as c10d
 
+from vjepa.compat import flight_records
 from vjepa.config import Health, Run
 from vjepa.distributed.world import World
-from vjepa.monitoring.stall_watchdog import joined_collectives, name_the_late, watchdog
+from vjepa.monitoring.stall_watchdog import StallWatchdog, name_the_late
 
 MakeRun = Callable[..., Run]
 
@@ -27,7 +29,7 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_the_last_collectives_once(
 
     thread = threading.Thread(target=hangs_here)
     thread.start()
-    with watchdog(Health(stall_s=0.2), tmp_path, world) as dog:
+    with closing(StallWatchdog(Health(stall_s=0.2), tmp_path, world)) as dog:
         dog.beat("making step 8", step=7)
         file = tmp_path / "stacks" / "rank_00000.txt"
         deadline = time.monotonic() + 10
@@ -44,7 +46,7 @@ def test_a_stall_leaves_the_stacks_of_all_threads_and_the_last_collectives_once(
 
 
 def test_the_first_step_may_take_ten_times_as_long(world: World, tmp_path: Path) -> None:
-    with watchdog(Health(stall_s=0.2), tmp_path, world):
+    with closing(StallWatchdog(Health(stall_s=0.2), tmp_path, world)):
         time.sleep(0.6)
     assert not (tmp_path / "stacks").exists()
 
@@ -55,7 +57,7 @@ def test_a_job_that_was_suspended_for_an_hour_is_not_ended_for_it(
     ended, clock = threading.Event(), itertools.count()
     monkeypatch.setattr("os._exit", lambda code: ended.set())
     monkeypatch.setattr("time.monotonic", lambda: 4000.0 * next(clock))
-    with watchdog(Health(stall_s=0.5, hang_s=3600), tmp_path, world) as dog:
+    with closing(StallWatchdog(Health(stall_s=0.5, hang_s=3600), tmp_path, world)) as dog:
         dog.beat("making step 8", step=7)
         assert not ended.wait(0.4)
     assert not (tmp_path / "stacks").exists()
@@ -67,7 +69,7 @@ def test_a_folder_that_cannot_be_written_keeps_no_run_alive_that_hangs(
     (tmp_path / "stacks").write_text("in the way of a folder")
     ended = threading.Event()
     monkeypatch.setattr("os._exit", lambda code: ended.set())
-    with watchdog(Health(stall_s=0.1, hang_s=0.2), tmp_path, world) as dog:
+    with closing(StallWatchdog(Health(stall_s=0.1, hang_s=0.2), tmp_path, world)) as dog:
         dog.beat("making step 8", step=7)
         assert ended.wait(10)
 
@@ -84,7 +86,7 @@ def test_what_nccl_joined_is_kept_beside_what_gloo_joined_and_counted_by_itself(
         # Only a build of torch with NCCL has this recorder.
         monkeypatch.setattr(c10d, "_dump_nccl_trace_json", text.encode, raising=False)
         world.sum(torch.ones(1))  # gloo's, in the same group, under the same number
-        entries = joined_collectives()
+        entries = flight_records()
         assert {one["profiling_name"].partition(":")[0] for one in entries} == {"nccl", "gloo"}
         (tmp_path / f"rank_{rank:05d}.json").write_text(json.dumps({"time": time.time(), "entries": entries[:joined]}))
     assert "rank 1 has not joined nccl:all_reduce (number 5 of group 0 default_pg nccl" in name_the_late(tmp_path, 2)

@@ -6,24 +6,20 @@ therefore takes the role of the rename: a `step_*` without it is not a checkpoin
 
 import hashlib
 import logging
-import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from vjepa_data.corpus.remote import LONGEST_ATTEMPT_S, StoreUnreachable, store_errors
+from vjepa.compat import store_reader
+from vjepa_data.corpus import remote
 from vjepa_data.settings import BadInput
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-PATIENCE_S = 300.0
-"""Seconds for which a store may be unreachable."""
 
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that are not retried."""
@@ -63,28 +59,11 @@ def with_retries(action: Callable[[], T], path: Path) -> T:
 
     Raises:
         FileNotFoundError, PermissionError: without a retry.
-        BadInput: the store did not answer for five minutes.
+        StoreUnreachable: the store did not answer for five minutes.
     """
     if not is_remote(path):
         return action()
-    waited_s, pause_s = 0.0, 0.2
-    while True:
-        began_s = time.monotonic()
-        try:
-            return action()
-        except FINAL:
-            raise
-        except (OSError, *store_errors()) as error:
-            waited_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
-            if waited_s > PATIENCE_S:
-                raise StoreUnreachable(
-                    f"{path} cannot be reached for {waited_s:.0f} s ({error}); see to the network or the store, "
-                    f"then resume"
-                ) from error
-            log.warning("%s: %s: %s; trying again", path, type(error).__name__, error)
-        time.sleep(random.uniform(0.5, 1.0) * pause_s)  # ranks retry at different times
-        waited_s += pause_s
-        pause_s = min(15.0, 2 * pause_s)
+    return remote.with_retries(action, path, transient=(OSError, *remote.store_errors()), permanent=FINAL)
 
 
 def children(folder: Path) -> list[Path]:
@@ -108,9 +87,7 @@ def open_reader(path: Path) -> FileSystemReader:
     """Return DCP's reader for a checkpoint."""
     if not is_remote(path):
         return FileSystemReader(path)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-    return FsspecReader(str(path), use_listings_cache=False)
+    return store_reader(path)
 
 
 def staging_folder(path: Path, rank: int) -> Path:

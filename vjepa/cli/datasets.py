@@ -8,7 +8,7 @@ from cyclopts import Parameter, Token
 
 from vjepa.cli.app import Count, Number, Settings, Several, Workers, verb
 from vjepa.cli.cluster import shard_on_cluster
-from vjepa.cli.progress import progress
+from vjepa.progress import progress
 from vjepa.threads import available_cores
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from vjepa.cli.app import Amount, Count, Number, Overwrite, Part, Several, verb, whole_number
-from vjepa.cli.progress import progress
+from vjepa.progress import progress
 
 Files = Annotated[tuple[Path, ...], Several]
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from vjepa.cli.app import Amount, Config, Count, Number, Settings, verb, verb_group
 from vjepa.cli.cluster import Nodes, On, launch_array, load_profile, print_launched
-from vjepa.cli.progress import progress
+from vjepa.progress import progress
 
 RunFolder = Annotated[Path, Parameter(help="Run folder.")]
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vjepa.compat import ATTENTION_OPERATIONS, keep_compiled_variants
 from vjepa.config import Parallel
 from vjepa.methods.base import Networks
 
@@ -45,7 +46,7 @@ def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: to
         cast_forward_inputs=False,
     )
     if settings.compile:
-        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+        keep_compiled_variants(COMPILED_VARIANTS)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
     is_sharded = mesh.size() > 1 or half or settings.offload
     for name, network in networks.items():
@@ -140,21 +141,12 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if str(operation) in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# By name, because some are registered only when their module is imported.
 PRODUCTS = frozenset(
     {
         "aten.mm.default",
         "aten.addmm.default",
-        # sdpa
-        "aten._scaled_dot_product_flash_attention.default",
-        "aten._scaled_dot_product_efficient_attention.default",
-        "aten._scaled_dot_product_cudnn_attention.default",
-        "aten._scaled_dot_product_flash_attention_for_cpu.default",
-        # varlen
-        "torch_attn._varlen_attn.default",
-        # xformers, by kernel
+        *ATTENTION_OPERATIONS,
         "xformers_flash.flash_fwd.default",
         "xformers_flash3.flash_fwd.default",
-        "aten._efficient_attention_forward.default",
     }
 )

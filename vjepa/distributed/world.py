@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from vjepa.compat import local_store
 from vjepa.config import Parallel
 from vjepa_data.settings import BadInput
 
@@ -101,7 +101,7 @@ def join(settings: Parallel) -> Iterator[World]:
     device = _device(local)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.timeout_s)
-    store = HashStore() if size == 1 else None  # a single rank needs no address and no port
+    store = local_store() if size == 1 else None
     dist.init_process_group(
         backend,
         rank=rank,

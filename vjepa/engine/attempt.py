@@ -21,7 +21,7 @@ from vjepa.monitoring.collapse import drift, monitor
 from vjepa.monitoring.health import HealthMonitor
 from vjepa.monitoring.logger import RunLogger
 from vjepa.monitoring.periodic import PeriodicTasks
-from vjepa.monitoring.stall_watchdog import Watchdog
+from vjepa.monitoring.stall_watchdog import StallWatchdog
 from vjepa.monitoring.throughput import Throughput
 from vjepa.monitoring.timers import StepTimer
 from vjepa_data.reader.batch import Batch
@@ -48,7 +48,7 @@ class Attempt:
     checkpoints: CheckpointManager
     logger: RunLogger
     health: HealthMonitor
-    watchdog: Watchdog
+    watchdog: StallWatchdog
     timer: StepTimer
     manifests: list[str]
     throughput: Throughput

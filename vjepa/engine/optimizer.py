@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vjepa.compat import skip_step_if
 from vjepa.config import Optim
 from vjepa.engine.schedule import Rates
 from vjepa.methods.base import named_parameters
@@ -73,9 +74,7 @@ def update_weights(
     for group in optimizer.param_groups:
         group["lr"] = rates.lr
         group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
-    # The attributes by which a gradient scaler makes a fused optimizer skip.
-    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.found_inf = (~finite).to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+    skip_step_if(optimizer, ~finite)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Update(grad_norm=norm, applied=finite.to(torch.float32))

@@ -27,7 +27,7 @@ from vjepa.methods.base import Method, Networks, create_method
 from vjepa.monitoring.health import HealthMonitor, Unhealthy, read_history
 from vjepa.monitoring.logger import RunLogger, logging_to
 from vjepa.monitoring.periodic import PeriodicTasks
-from vjepa.monitoring.stall_watchdog import watchdog
+from vjepa.monitoring.stall_watchdog import StallWatchdog
 from vjepa.monitoring.throughput import Throughput
 from vjepa.monitoring.timers import StepTimer
 from vjepa.nn.attention import choose
@@ -91,7 +91,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
     metadata = checkpoint.read_metadata(newest) if newest else None
     step = metadata.step if metadata else 0
     with ExitStack() as at_end:
-        dog = at_end.enter_context(watchdog(run.health, folder, world))
+        watchdog = at_end.enter_context(closing(StallWatchdog(run.health, folder, world)))
         skipped = world.first(lambda: skipped_batches.read(folder)) or (metadata.passed_over if metadata else ())
         plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size, loader=run.loader)
         stream = skipped_batches.Stream(
@@ -135,7 +135,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             checkpoints=checkpoints,
             logger=logger,
             health=health,
-            watchdog=dog,
+            watchdog=watchdog,
             timer=timer,
             manifests=manifests,
             throughput=Throughput(run, world),

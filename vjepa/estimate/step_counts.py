@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vjepa.compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode, storage_key, tree_leaves
 from vjepa.config import Run
 from vjepa.distributed.sharding import PRODUCTS, blocks_of
 from vjepa.methods.base import Networks, create_method
@@ -109,7 +108,7 @@ def _count(run: Run, frames: int) -> StepCounts:
         networks = method.build("sdpa")
     for _, network in networks.items():
         network.to(dtype)
-    ignored = {p.untyped_storage()._cdata for _, network in networks.items() for p in network.parameters()}
+    ignored = {storage_key(p.untyped_storage()) for _, network in networks.items() for p in network.parameters()}
     saved, live, flops = _Saved(ignored), _LiveBytes(ignored), FlopCounterMode(display=False, custom_mapping=ATTENTION)
     blocks = [block for network in networks.trained.values() for block in blocks_of(network)]
     with live, flops, _observed(networks, blocks, saved, live, flops) as (forward, inside):
@@ -176,8 +175,8 @@ class _Saved:
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a saved tensor once, whatever views of it are saved."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._ignored and storage._cdata not in self._kept:
-            self._kept[storage._cdata] = storage  # kept alive, so that its address is not used again
+        if storage_key(storage) not in self._ignored and storage_key(storage) not in self._kept:
+            self._kept[storage_key(storage)] = storage  # kept alive, so that its address is not used again
             self.bytes += storage.nbytes()
         return tensor
 
@@ -201,7 +200,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._live or key in self._ignored:
             return
         self._live[key] = storage.nbytes()
@@ -262,6 +261,6 @@ def _attention_backward_flops(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **
 
 # The operations of meta tensors in `vjepa.nn.attention`, which torch's counter does not list.
 ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    CPU_ATTENTION: _attention_flops,
+    CPU_ATTENTION_BACKWARD: _attention_backward_flops,
 }

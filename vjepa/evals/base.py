@@ -24,8 +24,8 @@ from pydantic import Field
 
 from vjepa.config import Parallel
 from vjepa.distributed.world import World, join
-from vjepa.evals.progress import track
 from vjepa.evals.ridge import wilson
+from vjepa.progress import track
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.settings import BadInput, Settings

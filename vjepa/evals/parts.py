@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vjepa.atomic import new_file
 from vjepa.distributed.world import World
-from vjepa.evals.progress import progress_bar
+from vjepa.progress import progress
 
 PART_VIDEOS = 64  # at most so many videos are repeated after an interruption
 
@@ -32,9 +32,9 @@ def write_parts(
     files = {start: folder / f"{start:09d}{suffix}" for start in starts}
     missing = [start for start in starts[world.rank :: world.size] if not files[start].exists()]
     videos = {start: range(start, min(count, start + PART_VIDEOS)) for start in missing}
-    with progress_bar(text, sum(map(len, videos.values())), show=world.is_first) as advance:
+    with progress(text, sum(map(len, videos.values())), show=world.is_first) as bar:
         for start in missing:
             with new_file(files[start], overwrite=True) as partial:
-                write(videos[start], partial, advance)
+                write(videos[start], partial, bar.advance)
     world.gather(None)
     return list(files.values())

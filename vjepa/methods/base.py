@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from vjepa.compat import move_towards
 from vjepa.methods.masking import Mask, sample_masks
 from vjepa.methods.settings import METHODS, MethodSettings, RunSettings, import_class
 from vjepa.nn.attention import Backend
@@ -232,10 +233,7 @@ def update_average(average: nn.Module, network: nn.Module, ema: float, *, applie
         ema: share of the average that stays.
         applied: 1, or 0 for a skipped step, which leaves the average as it is; on the device.
     """
-    averages, parameters = _shards(average), _shards(network)
-    change = torch._foreach_sub(parameters, averages)  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_mul_(change, applied * (1 - ema))  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_add_(averages, change)  # pyright: ignore[reportPrivateImportUsage]
+    move_towards(_shards(average), _shards(network), applied * (1 - ema))
 
 
 def _shards(network: nn.Module) -> list[Tensor]:

@@ -11,17 +11,14 @@ import faulthandler
 import json
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch._C import _distributed_c10d as c10d
-
+from vjepa.compat import flight_records
 from vjepa.config import Health
 from vjepa.distributed.world import World
+from vjepa_data.watchdog import Alarm, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -29,82 +26,52 @@ GRACE_S = 5.0
 """Ranks detect a stall by their own clocks. After this many seconds all responsive ranks have written their files."""
 
 
-class Watchdog:
-    """A thread that detects a stall and dumps the stacks of all threads."""
+class StallWatchdog:
+    """Detects a stall, dumps the stacks of all threads, names the late ranks, and ends a process that hangs."""
 
     def __init__(self, settings: Health, folder: Path, world: World) -> None:
         self._settings, self._rank, self._size = settings, world.rank, world.size
         self._folder = folder / "stacks"
-        self._quiet_s, self._doing, self._steps = 0.0, "starting", 0
-        self._dumped = self._told = False
-        self._over = threading.Event()
+        self._doing = "starting"
+        self._watchdog = Watchdog(self._alarms(10 * settings.stall_s), name=f"rank {world.rank}")  # for the first step
+        self._watchdog.beat()
 
     def beat(self, doing: str, *, step: int | None = None) -> None:
         """Report progress and the next activity."""
-        self._quiet_s, self._doing, self._dumped, self._told = 0.0, doing, False, False
-        self._steps += step is not None
+        self._doing = doing
+        if step is not None:
+            self._watchdog.alarms = self._alarms(self._settings.stall_s)
+        self._watchdog.beat()
 
-    def watch(self) -> None:
-        """Run until closed. Time during which the whole job is suspended does not count."""
-        settings = self._settings
-        tick_s = min(1.0, settings.stall_s / 4)
-        while not self._over.wait(tick_s):
-            self._quiet_s += tick_s
-            quiet_s = self._quiet_s
-            stall_s = settings.stall_s if self._steps else 10 * settings.stall_s
-            try:
-                self._report(quiet_s, stall_s)
-            except (OSError, ValueError) as error:  # a full disk must not keep a hanging process alive
-                log.error("rank %d: stacks cannot be written or compared: %s", self._rank, error)
-            if quiet_s > max(settings.hang_s, stall_s):
-                log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
-                os._exit(1)
+    def close(self) -> None:
+        """End the thread."""
+        self._watchdog.close()
 
-    def _report(self, quiet_s: float, stall_s: float) -> None:
-        """Dump this rank's stacks and, a little later, name the late ranks; each once in a stall."""
-        if quiet_s > stall_s and not self._dumped:
-            self._dump(quiet_s)
-        if quiet_s > stall_s + min(GRACE_S, self._settings.stall_s) and not self._told:
-            self._told = True
-            log.warning("rank %d: %s", self._rank, name_the_late(self._folder, self._size))
+    def _alarms(self, stall_s: float) -> list[Alarm]:
+        grace_s = min(GRACE_S, self._settings.stall_s)
+        end = Alarm(max(self._settings.hang_s, stall_s), self._end)
+        return [Alarm(stall_s, self._dump), Alarm(stall_s + grace_s, self._name_the_late), end]
 
     def _dump(self, quiet_s: float) -> None:
-        self._dumped = True
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"rank_{self._rank:05d}.txt"
         with file.open("a") as stream:
             stream.write(f"\n{time.ctime()}: rank {self._rank}, {quiet_s:.0f} s without a step while {self._doing}\n")
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
-        text = f"rank {self._rank}: no step for {quiet_s:.0f} s while {self._doing}; stacks are in {file}"
-        log.warning(text)
+        log.warning(
+            "rank %d: no step for %.0f s while %s; stacks are in %s", self._rank, quiet_s, self._doing, file
+        )  # fmt: skip
         beside = self._folder / f".rank_{self._rank:05d}.part"
-        beside.write_text(json.dumps({"time": time.time(), "entries": joined_collectives()}))
+        beside.write_text(json.dumps({"time": time.time(), "entries": flight_records()}))
         os.replace(beside, file.with_suffix(".json"))
 
-    def stop(self) -> None:
-        """End the thread."""
-        self._over.set()
+    def _name_the_late(self, quiet_s: float) -> None:
+        log.warning("rank %d: %s", self._rank, name_the_late(self._folder, self._size))
 
-
-@contextmanager
-def watchdog(settings: Health, folder: Path, world: World) -> Iterator[Watchdog]:
-    """Run a watchdog during the block."""
-    dog = Watchdog(settings, folder, world)
-    thread = threading.Thread(target=dog.watch, name="watchdog", daemon=True)
-    thread.start()
-    try:
-        yield dog
-    finally:
-        dog.stop()
-        thread.join()
-
-
-def joined_collectives() -> list[dict[str, Any]]:
-    """Return the entries of torch's flight recorders of this process, oldest first for each recorder."""
-    dumps = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # builds without NCCL lack the first
-    texts = [getattr(c10d, name)() for name in dumps if hasattr(c10d, name)]
-    return [entry for text in texts for entry in json.loads(text).get("entries", [])]
+    def _end(self, quiet_s: float) -> None:
+        log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
+        os._exit(1)
 
 
 def name_the_late(folder: Path, world: int, *, since: float | None = None) -> str:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vjepa.compat import CPU_ATTENTION
 from vjepa.nn.shapes import Bool, Float, Int
 from vjepa_data.errors import BadInput
 
@@ -131,7 +132,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         )  # [count H length d]
         mask = segments.masks[number] if segments.masks is not None else None
         if q.is_meta:  # fused, as on every device; torch's own choice for the meta device would be the unfused form
-            run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_run, k_run, v_run, attn_mask=mask)[0]
+            run = CPU_ATTENTION(q_run, k_run, v_run, attn_mask=mask)[0]
         else:
             run = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask)
         outputs.append(run.transpose(1, 2).flatten(0, 1))

@@ -62,7 +62,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
     """
     read = _http_range if url.startswith("http") else _store_range
     transient = (OSError, http.client.HTTPException, _Busy)
-    return with_retries(lambda: read(url, start, size), url, transient=transient, limit_s=OUTAGE_LIMIT_S)
+    return with_retries(lambda: read(url, start, size), url, transient=transient)
 
 
 def with_retries(
@@ -71,7 +71,6 @@ def with_retries(
     *,
     transient: tuple[type[Exception], ...],
     permanent: tuple[type[Exception], ...] = (),
-    limit_s: float = OUTAGE_LIMIT_S,
 ) -> T:
     """Call a function until it succeeds, with growing random pauses.
 
@@ -80,10 +79,9 @@ def with_retries(
         address: the store or file that it accesses, for messages.
         transient: errors after which it is called again.
         permanent: subclasses of them that are raised at once.
-        limit_s: largest sum of failed attempts and pauses, in seconds.
 
     Raises:
-        StoreUnreachable: the limit is exceeded.
+        StoreUnreachable: failed attempts and pauses sum to more than `OUTAGE_LIMIT_S`.
     """
     began_s = failed_s = 0.0
 
@@ -95,7 +93,7 @@ def with_retries(
         """tenacity's own limit would count the time during which a job is suspended."""
         nonlocal failed_s
         failed_s += min(time.monotonic() - began_s, LONGEST_ATTEMPT_S)
-        return failed_s + state.idle_for > limit_s
+        return failed_s + state.idle_for > OUTAGE_LIMIT_S
 
     def log_retry(state: RetryCallState) -> None:
         error = state.outcome and state.outcome.exception()
@@ -114,7 +112,8 @@ def with_retries(
     except RetryError as error:
         last = error.last_attempt.exception()
         raise StoreUnreachable(
-            f"{address} was unreachable for over {limit_s:.0f} s ({last}); check the network or the store, then resume"
+            f"{address} was unreachable for over {OUTAGE_LIMIT_S:.0f} s ({last}); "
+            "check the network or the store, then resume"
         ) from last
 
 

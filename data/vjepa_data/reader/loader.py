@@ -29,12 +29,12 @@ from vjepa_data.decoding.decode_worker_main import keep_memory
 from vjepa_data.errors import BadInput
 from vjepa_data.reader.batch import Batch, Clips
 from vjepa_data.reader.clip_times import EligibleSamples
-from vjepa_data.reader.loader_watchdog import LoaderWatchdog
 from vjepa_data.reader.pipeline import BOARD_BYTES, Decode, Gather, Samples, open_plan
 from vjepa_data.reader.plan import Plan
 from vjepa_data.reader.rejects import RejectLog, TooManyRejects
 from vjepa_data.reader.shared_buffers import SharedBuffers
 from vjepa_data.settings import Data, Loader
+from vjepa_data.watchdog import Alarm, Watchdog
 
 __all__ = ["Batch", "ClipLoader", "Clips", "TooManyRejects", "open_plan"]
 
@@ -94,14 +94,17 @@ class ClipLoader:
         self._stalls = None if folder is None else str(folder / name)
         self._restarts = 0
         self._batches: Iterator[Batch] = self._open()
-        self._watchdog = LoaderWatchdog(stall_s, self._describe_stall)
+        self._watchdog = Watchdog([Alarm(stall_s, self._describe_stall)], name="loader watchdog")
 
     def __iter__(self) -> "ClipLoader":
         return self
 
     def __next__(self) -> Batch:
-        with self._watchdog:
+        self._watchdog.beat()
+        try:
             batch = self._next()
+        finally:
+            self._watchdog.rest()
         if batch.stop is not None:
             self.close()
             raise batch.stop

@@ -1,0 +1,105 @@
+"""Private parts of torch behave as `vjepa.compat` expects. If a test fails after an upgrade, adapt that module."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._C import _distributed_c10d as c10d
+
+from vjepa import compat
+from vjepa.distributed.world import World
+
+
+def test_a_local_store_keeps_values() -> None:
+    store = compat.local_store()
+    store.set("name", "value")
+    assert isinstance(store, dist.Store)
+    assert store.get("name") == b"value"
+    with pytest.raises(dist.DistStoreError):
+        store.wait(["absent"], timedelta(milliseconds=1))
+
+
+def test_flight_records_name_collectives(world: World) -> None:
+    world.sum(torch.ones(3))
+    last = compat.flight_records()[-1]
+    assert last["profiling_name"] == "gloo:all_reduce"
+    assert last["input_sizes"] == [[3]]
+    assert not last["is_p2p"]
+    assert last["collective_seq_id"] >= 1
+    assert last["process_group"]
+
+
+def test_recorders_of_nccl_and_gloo_are_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.sum(torch.ones(1))
+    # Only a build of torch with NCCL has this recorder.
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda: b'{"entries": [{"of": "nccl"}]}', raising=False)
+    entries = compat.flight_records()
+    assert entries[0] == {"of": "nccl"}
+    assert entries[-1]["profiling_name"] == "gloo:all_reduce"
+
+
+def test_cpu_attention_equals_public_attention() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    mask = torch.full((1, 1, 5, 5), -torch.inf).triu(1)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(compat.CPU_ATTENTION(q, k, v, attn_mask=mask)[0], expected)
+    on_meta = compat.CPU_ATTENTION(*(x.to("meta") for x in (q, k, v)), attn_mask=mask.to("meta"))[0]
+    assert on_meta.shape == expected.shape
+
+
+def test_cpu_attention_calls_its_backward_operation() -> None:
+    seen = []
+
+    class Record(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with Record():
+        compat.CPU_ATTENTION(q, q, q)[0].sum().backward()
+    assert {compat.CPU_ATTENTION, compat.CPU_ATTENTION_BACKWARD} <= set(seen)
+
+
+@pytest.mark.parametrize("name", compat.ATTENTION_OPERATIONS)
+def test_attention_operations_exist(name: str) -> None:
+    import torch.nn.attention.varlen
+
+    package, operation, overload = name.split(".")
+    assert str(getattr(getattr(getattr(torch.ops, package), operation), overload)) == name
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_a_fused_step_is_skipped_with_its_counter(is_finite: bool) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.ones(3)
+    optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    compat.skip_step_if(optimizer, torch.tensor(not is_finite))
+    optimizer.step()
+    assert (parameter != 1).all() == is_finite
+    assert optimizer.state[parameter]["step"] == int(is_finite)
+
+
+def test_tensors_move_towards_goals() -> None:
+    tensors, goals = [torch.zeros(2), torch.ones(1)], [torch.full((2,), 4.0), torch.full((1,), 3.0)]
+    compat.move_towards(tensors, goals, torch.tensor(0.25))
+    assert [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [1.5]]
+
+
+def test_the_limit_of_compiled_variants_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compat.keep_compiled_variants(64)
+    assert torch._dynamo.config.recompile_limit == 64
+
+
+def test_views_share_a_storage_key() -> None:
+    tensor, other = torch.empty(4, device="meta"), torch.empty(4, device="meta")
+    assert compat.storage_key(tensor.untyped_storage()) == compat.storage_key(tensor[1:].untyped_storage())
+    assert compat.storage_key(tensor.untyped_storage()) != compat.storage_key(other.untyped_storage())
+
+
+def test_leaves_of_a_tree_are_listed() -> None:
+    assert compat.tree_leaves({"a": [1, (2, 3)], "b": 4}) == [1, 2, 3, 4]
