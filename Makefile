@@ -6,6 +6,8 @@
 PYTHON ?= python3
 DEMO ?=
 TESTS ?= tests
+# One more than two cores, because tests on SLURM and of time-outs mostly wait.
+WORKERS ?= 3
 
 .PHONY: demo test docs clean
 
@@ -17,7 +19,7 @@ test: .venv/ready-test
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 	.venv/bin/lint-imports
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 docs: .venv/ready-test
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

@@ -29,6 +29,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FRAMES, FPS, SIDE = 24, 8, 48
 
+LONGEST_GROUPS = ("slurm", "slurm-training", "distributed/test_ranks.py", "learning", "examples", "docs/test_pages.py")
+"""Groups of tests to start with, so that no worker is left alone with a long group at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run all tests of a file on one worker, so that its fixtures are made once, and the longest groups first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.name}"))
+    order = {name: number for number, name in enumerate(LONGEST_GROUPS)}
+    items.sort(key=lambda item: order.get(_group_of(item), len(order)))
+
+
+def _group_of(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return mark.args[0]
+
 
 def encode_video(look: int, codec: str = "libx264") -> bytes:
     """A moving pattern, as H.264 unless said: one closed group of pictures every 12 frames."""

@@ -23,6 +23,9 @@ T = TypeVar("T")
 # train alone and overwrite the other's checkpoints, so the process stops instead.
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
+STORAGE_TIMEOUT_S = 1800.0
+"""A checkpoint of a large model on a slow disk takes longer than any step."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -116,8 +119,7 @@ def join(settings: Parallel) -> Iterator[World]:
         flat = settings.replicate == 1
         mesh = init_device_mesh(device.type, shape[flat:], mesh_dim_names=names[flat:])
         control = dist.new_group(backend="gloo", timeout=timeout)
-        # A checkpoint of a large model on a slow disk takes longer than any step.
-        storage = dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30)))
+        storage = dist.new_group(backend="gloo", timeout=max(timeout, timedelta(seconds=STORAGE_TIMEOUT_S)))
         assert isinstance(control, dist.ProcessGroup)
         assert isinstance(storage, dist.ProcessGroup)
         here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -32,8 +32,9 @@ from vjepa_data.settings import BadInput, Settings
 
 FORMAT = 1
 
-# Ranks wait only for the last videos of the slowest rank, which may take hours.
-PATIENT = Parallel(timeout_s=86_400)
+TIMEOUT_S = 86400.0
+"""Ranks wait only for the last videos of the slowest rank, which may take hours."""
+PATIENT = Parallel(timeout_s=TIMEOUT_S)
 
 CACHE = ".vjepa-features"
 

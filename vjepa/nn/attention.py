@@ -150,7 +150,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return out
 
 
-@torch.compiler.disable(reason="xformers picks its kernel in Python")
 def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return _load_xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=segments.blocks)[0]
 
