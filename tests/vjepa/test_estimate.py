@@ -1,5 +1,6 @@
 """The estimate against real steps: torch's counts, saved activations, and 1,024 simulated ranks."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from vjepa.compat import TorchDispatchMode, storage_key, tree_leaves
 from vjepa.config import EncoderSize, Run, load
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import World, join
@@ -111,8 +113,55 @@ def test_flops_and_kept_activations_are_those_of_a_real_step(tiny_run: MakeRun, 
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             method.loss(networks, inputs, step=0).value.backward()
     assert counts.flops_per_clip * run.batch_size == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert counts.activations * run.batch_size == pytest.approx(sum(kept.values()), rel=kept_within)
+    assert counts.activations["off"] * run.batch_size == pytest.approx(sum(kept.values()), rel=kept_within)
     assert dict(counts.parameters) == {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (key := storage_key(tensor.untyped_storage())) not in self.live:
+                self.live[key] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self.live.pop, key)
+        return result
+
+
+def bytes_kept_by(run: Run, folder: Path) -> int:
+    """Return the bytes that exist between the forward and the backward pass of a real step, and did not before."""
+    with alone(run) as world, open_clips(run, plan_of(run), folder, world, 0) as clips:
+        method, networks = build_networks(run, world)
+        inputs = method.prepare(next(clips), world.device)
+        with LiveBytes() as mode:
+            loss = method.loss(networks, inputs, step=0)
+            found = sum(mode.live.values())
+            loss.value.backward()
+    return found
+
+
+@pytest.mark.parametrize("name", ["vjepa2_1", "levjepa, causal"])
+def test_recomputed_activations_are_those_of_a_real_step(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
+    changes = dict(OBJECTIVES[name])
+    model = {
+        "encoder": {"name": "custom", "width": 192, "depth": 3, "heads": 3},
+        "predictor": {"width": 96, "depth": 2, "heads": 3},
+        **changes.pop("model", {}),
+    }
+    runs = {
+        mode: tiny_run(data={"clip": {"frames": 8, "fps": 4}}, model=model, parallel={"recompute": mode}, **changes)
+        for mode in ("off", "selective", "full")
+    }
+    counts = count_step(runs["off"])
+    kept = {mode: bytes_kept_by(run, tmp_path / mode) for mode, run in runs.items()}
+    for mode in ("selective", "full"):
+        freed = (counts.activations["off"] - counts.activations[mode]) * runs["off"].batch_size
+        assert kept["off"] - kept[mode] == pytest.approx(freed, rel=0.02), mode
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -223,11 +223,9 @@ def count_memory(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
     trained = sum(counts.parameters[name] for name in counts.trained)
     averages = sum(counts.parameters[name] for name in counts.averages)
     frozen = sum(counts.parameters.values()) - trained - averages
-    kept = counts.activations
+    kept = counts.activations[parallel.recompute]
     if parallel.recompute != "off":
-        kept += counts.block_inputs + counts.largest_activations - counts.block_activations
-    if parallel.recompute == "selective":
-        kept += counts.products
+        kept += counts.largest_activations
     here = (0 if parallel.offload else 1) / shards
     # Without a reduction after every micro-batch, FSDP2 accumulates gradients that are not sharded, in fp32.
     is_accumulating = parallel.accumulate > 1 and shards > 1

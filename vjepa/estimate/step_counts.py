@@ -5,14 +5,14 @@ tensors without data, in the run's precision, while four observers count:
 
     FLOPs          torch's FlopCounterMode: the matrix products and the attention of the forward and backward passes
     activations    the storages that autograd saves for the backward pass, without parameters
-    blocks         inputs, saved activations and matrix products of every block, for recomputation
+    recomputation  of these, the storages that are kept when blocks are recomputed: their inputs, and products
     live bytes     the largest amount at any moment of the forward pass
 
 Model FLOPs, by which MFU is measured, contain no recomputation.
 """
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -60,16 +60,10 @@ class StepCounts:
     visible: float
     hidden: float
 
-    activations: float
-    """Bytes that autograd keeps for one clip."""
-    block_inputs: float
-    """Bytes of the inputs of all trained blocks for one clip."""
-    block_activations: float
-    """Bytes that autograd keeps inside of trained blocks for one clip."""
+    activations: Mapping[str, float]
+    """Bytes that are kept of one clip until the backward pass, for each mode of `parallel.recompute`."""
     largest_activations: float
     """Bytes that autograd keeps inside of the largest trained block for one clip."""
-    products: float
-    """Bytes of the results of matrix products and attention in trained blocks for one clip."""
     transient: float
     """Largest number of bytes for one clip that the forward pass holds in addition to the activations."""
 
@@ -88,8 +82,12 @@ def count_step(run: Run) -> StepCounts:
         value = getattr(first, field.name)
         if isinstance(value, float):
             means[field.name] = sum(share * getattr(part, field.name) for share, part in parts)
-        elif field.name == "flops":
-            means["flops"] = {name: sum(share * part.flops[name] for share, part in parts) for name in value}
+        elif field.name in ("flops", "activations"):
+            names = {name: [getattr(part, field.name)[name] for _, part in parts] for name in value}
+            means[field.name] = {
+                name: sum(share * each for (share, _), each in zip(parts, of_parts, strict=True))
+                for name, of_parts in names.items()
+            }
         else:
             means[field.name] = value
     return StepCounts(**means)
@@ -109,9 +107,10 @@ def _count(run: Run, frames: int) -> StepCounts:
     for _, network in networks.items():
         network.to(dtype)
     ignored = {storage_key(p.untyped_storage()) for _, network in networks.items() for p in network.parameters()}
-    saved, live, flops = _Saved(ignored), _LiveBytes(ignored), FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    saved = _Saved(ignored)
+    live, flops = _LiveBytes(ignored, saved), FlopCounterMode(display=False, custom_mapping=ATTENTION)
     blocks = [block for network in networks.trained.values() for block in blocks_of(network)]
-    with live, flops, _observed(networks, blocks, saved, live, flops) as (forward, inside):
+    with live, flops, _observed(networks, blocks, saved, flops) as forward:
         inputs = method.prepare(_batch(run, frames), META)
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             loss = method.loss(networks, inputs, step=0)
@@ -129,12 +128,9 @@ def _count(run: Run, frames: int) -> StepCounts:
         tokens=loss.tokens.total / n,
         visible=loss.tokens.visible / n,
         hidden=loss.tokens.hidden / n,
-        activations=saved.bytes / n,
-        block_inputs=inside.inputs / n,
-        block_activations=sum(inside.activations) / n,
-        largest_activations=max(inside.activations, default=0) / n,
-        products=live.products / n,
-        transient=max(0.0, peak - saved.bytes) / n,
+        activations={mode: saved.total(mode) / n for mode in RECOMPUTED},
+        largest_activations=max(map(saved.total, saved.blocks), default=0) / n,
+        transient=max(0.0, peak - saved.total("off")) / n,
     )
 
 
@@ -164,39 +160,60 @@ def _by_network(
     return found | ({"loss": rest} if rest > 0.5 else {})
 
 
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "off": ("outside", "inside"),
+    "selective": ("outside", "inputs", "products"),
+    "full": ("outside", "inputs"),
+}
+"""The groups of tensors that each mode of `parallel.recompute` keeps until the backward pass."""
+
+
 class _Saved:
-    """Storages that autograd saves for the backward pass."""
+    """Storages that are kept for the backward pass. A storage counts once, whatever views of it are saved."""
 
     def __init__(self, ignored: set[int]) -> None:
         self._ignored = ignored
-        self._kept: dict[int, torch.UntypedStorage] = {}
-        self.bytes = 0
+        self._found: dict[str, dict[int, torch.UntypedStorage]] = defaultdict(dict)
+        self.blocks: list[str] = []
+        """The names of the groups that hold what each trained block saves."""
+        self.is_in_block = False
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Count a saved tensor once, whatever views of it are saved."""
-        storage = tensor.untyped_storage()
-        if storage_key(storage) not in self._ignored and storage_key(storage) not in self._kept:
-            self._kept[storage_key(storage)] = storage  # kept alive, so that its address is not used again
-            self.bytes += storage.nbytes()
+        """Count a tensor that autograd saves."""
+        self.add("inside" if self.is_in_block else "outside", tensor)
+        if self.is_in_block:
+            self.add(self.blocks[-1], tensor)
         return tensor
+
+    def add(self, group: str, tensor: Tensor) -> None:
+        """Count a tensor in a group. Its storage is kept alive, so that its key is not used again."""
+        storage = tensor.untyped_storage()
+        if storage_key(storage) not in self._ignored:
+            self._found[group][storage_key(storage)] = storage
+
+    def total(self, name: str) -> int:
+        """Return the bytes of a group or of a mode of recomputation."""
+        union: dict[int, torch.UntypedStorage] = {}
+        for group in RECOMPUTED.get(name, (name,)):
+            union |= self._found[group]
+        return sum(storage.nbytes() for storage in union.values())
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that exist, and of the results of matrix products inside of trained blocks."""
+    """Bytes of the tensors that exist. Also counts the results of matrix products inside of trained blocks as saved."""
 
-    def __init__(self, ignored: set[int]) -> None:
+    def __init__(self, ignored: set[int], saved: _Saved) -> None:
         super().__init__()
-        self._ignored, self._live = ignored, dict[int, int]()
-        self.bytes = self.peak = self.products = 0
-        self.is_in_block = False
+        self._ignored, self._saved, self._live = ignored, saved, dict[int, int]()
+        self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device == META:
                 self._watch(tensor.untyped_storage())
-                if self.is_in_block and (str(func) in PRODUCTS):
-                    self.products += tensor.nbytes
+                if self._saved.is_in_block and (str(func) in PRODUCTS):
+                    self._saved.add("products", tensor)
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
@@ -212,18 +229,12 @@ class _LiveBytes(TorchDispatchMode):
         self.bytes -= self._live.pop(key, 0)
 
 
-@dataclass
-class _Blocks:
-    inputs: int
-    activations: list[int]
-
-
 @contextmanager
 def _observed(
-    networks: Networks, blocks: list[nn.Module], saved: _Saved, live: _LiveBytes, flops: FlopCounterMode
-) -> Iterator[tuple[Counter[str], _Blocks]]:
-    """Count the forward FLOPs of each network, and what its blocks take in and keep."""
-    forward, inside, started = Counter[str](), _Blocks(0, []), dict[str, int]()
+    networks: Networks, blocks: list[nn.Module], saved: _Saved, flops: FlopCounterMode
+) -> Iterator[Counter[str]]:
+    """Count the forward FLOPs of each network, and tell `saved` which block runs."""
+    forward, started = Counter[str](), dict[str, int]()
 
     def begin(name: str) -> None:
         started[name] = flops.get_total_flops()
@@ -232,13 +243,14 @@ def _observed(
         forward[name] += flops.get_total_flops() - started[name]
 
     def enter(inputs: tuple[Any, ...]) -> None:
-        live.is_in_block = True
-        inside.inputs += inputs[0].nbytes
-        started["block"] = saved.bytes
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, Tensor):
+                saved.add("inputs", tensor)
+        saved.blocks.append(f"block {len(saved.blocks)}")
+        saved.is_in_block = True
 
     def leave() -> None:
-        live.is_in_block = False
-        inside.activations.append(saved.bytes - started["block"])
+        saved.is_in_block = False
 
     with ExitStack() as hooks:
         for name, network in networks.items():
@@ -247,7 +259,7 @@ def _observed(
         for block in blocks:
             hooks.callback(block.register_forward_pre_hook(lambda _, inputs: enter(inputs)).remove)
             hooks.callback(block.register_forward_hook(lambda *_: leave()).remove)
-        yield forward, inside
+        yield forward
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
