@@ -179,17 +179,47 @@ def merge(
     print(f"{out}: {shares}; use it with `base: {out.name}`, or give --base")
 
 
-@verb("synthesize", example="synthesize physics --out videos --videos 100")
-def synthesize(kind: Literal["physics"] = "physics", /, *, out: Path, videos: Count = 800, seed: Number = 0) -> None:
-    """Write generated scenes with known truth as labelled mp4 files.
+@verb("synthesize", example="synthesize two_room --out videos --videos 100 --policy mixed")
+def synthesize(
+    kind: Literal["physics", "two_room", "push"] = "physics",
+    /,
+    *,
+    out: Path,
+    videos: Count = 800,
+    seed: Number = 0,
+    policy: Literal["wander", "expert", "mixed"] | None = None,
+    layout: Literal["fixed", "random", "held_out"] | None = None,
+    px: Count | None = None,
+    frames: Count | None = None,
+) -> None:
+    """Write generated scenes with known truth as labelled mp4 files; a world with actions also writes its signals.
 
     Args:
-        kind: World to generate: `physics`, shapes that fall, bounce and hide.
+        kind: World to generate: `physics`, shapes that fall, bounce and hide; `two_room`, a disc that moves through a
+            door; `push`, a disc that pushes another.
         out: Folder for the videos and their labels.
         videos: Number of videos.
         seed: Another seed gives other videos.
+        policy: Who acts in a world with actions: at random, towards goals, or half of the episodes each (default).
+        layout: One layout for all episodes (default), random ones, or those that `random` never draws.
+        px: Height and width of a frame in pixels. Default: 64.
+        frames: Length of an episode. Default: 33 frames at 10 per second.
     """
-    from vjepa_data.synthetic.physics import write_corpus
+    from vjepa_data.errors import BadInput
 
+    given = {"policy": policy, "layout": layout, "px": px, "frames": frames}
+    chosen = {name: value for name, value in given.items() if value is not None}
     with progress("writing videos") as advance:
-        write_corpus(out, videos=videos, seed=seed, advance=advance)
+        if kind == "physics":
+            from vjepa_data.synthetic.physics import write_corpus
+
+            if chosen:
+                raise BadInput(f"--{min(chosen)} is for two_room and push; physics takes --out, --videos and --seed")
+            write_corpus(out, videos=videos, seed=seed, advance=advance)
+        else:
+            from vjepa_data.worlds.episodes import WORLDS
+            from vjepa_data.worlds.files import write_episodes
+
+            write_episodes(WORLDS[kind], out, episodes=videos, seed=seed, advance=advance, **chosen)
+    if kind != "physics":
+        print(f"{out}: {videos} episodes; shard them with `vjepa shard {out} --spec {out / 'spec.yaml'} --out corpus`")

@@ -307,15 +307,13 @@ def write_corpus(
     for number in range(videos):
         scene = draw_scene(seed, number, frames=round(seconds * fps), fps=fps, rules=rules)
         paths.append(out / f"scene_{number:06d}.mp4")
-        _write_video(paths[-1], draw_frames(scene, px), fps=fps)
+        write_video(paths[-1], draw_frames(scene, px), fps=fps)
         paths[-1].with_suffix(".json").write_text(json.dumps(describe(scene)) + "\n")
         advance(number + 1, videos)
     return paths
 
 
-def _write_video(
-    path: Path, frames: Sequence[UInt8[ndarray, "P P 3"]] | UInt8[ndarray, "F P P 3"], *, fps: int
-) -> None:
+def write_video(path: Path, frames: Sequence[UInt8[ndarray, "P P 3"]] | UInt8[ndarray, "F P P 3"], *, fps: int) -> None:
     """Encode at high quality, since the builder encodes once more. One thread makes the bytes reproducible."""
     options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:

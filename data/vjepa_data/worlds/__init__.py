@@ -1,0 +1,1 @@
+"""Small worlds with actions: simulated in NumPy, many episodes at once, and written as videos with signals."""
