@@ -23,6 +23,7 @@ from vjepa_data.builder import shard
 from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.builder.signals import read_rows
 from vjepa_data.builder.verify import verify
+from vjepa_data.corpus import signal_statistics
 from vjepa_data.corpus.format import Manifest
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import BadInput, Unreadable
@@ -445,3 +446,46 @@ def test_a_member_that_is_not_the_described_array_is_unreadable():
     for data, found in [(b"junk", "signal 'a': "), (module.np.zeros(3).tobytes(), "signal 'a': ")]:
         with pytest.raises(Unreadable, match=found):
             read_member(data, columns=1, name="a")
+
+
+# Statistics
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 20), min_size=1, max_size=6), st.floats(-1e4, 1e4))
+def test_merged_moments_are_those_of_all_rows(seed: int, lengths: list[int], offset: float):
+    parts = [np.random.default_rng((seed, i)).normal(offset, 1, (n, 2)).astype("f4") for i, n in enumerate(lengths)]
+    records = [{"split": "train", "signals": {"move": signal_statistics.measure(part)}} for part in parts]
+    found = signal_statistics.read_statistics(signal_statistics.merge_records(records))["move"]
+    everything = np.concatenate(parts).astype(np.float64)
+    assert found.rows == len(everything)
+    for name in ("mean", "std", "min", "max"):
+        assert np.allclose(getattr(found, name), getattr(everything, name)(axis=0), rtol=1e-9, atol=1e-7)
+    pooled = signal_statistics.pool(
+        [
+            signal_statistics.read_statistics({"x": signal_statistics.finish(m)})["x"]
+            for m in (r["signals"]["move"] for r in records)
+        ]
+    )
+    assert np.allclose(pooled.std, found.std, rtol=1e-9, atol=1e-7)
+
+
+def test_the_manifest_has_statistics_of_the_train_split(films: Path, tmp_path: Path):
+    build(films, tmp_path / "c", split={"val_share": 0.4}, shard_samples=2)
+    index = Index(tmp_path / "c")
+    rows = np.concatenate(
+        [
+            read_member(index.read(i, ["move.npy"]).members["move.npy"], columns=2, name="move")
+            for i in range(len(index))
+        ]
+    )
+    found = index.statistics["move"]
+    assert found.rows == len(rows) > 0
+    assert np.allclose(found.mean, rows.astype(np.float64).mean(0), atol=1e-9)
+    assert np.allclose(found.std, rows.astype(np.float64).std(0), atol=1e-9)
+    assert Index(tmp_path / "c", "val").statistics == index.statistics
+
+
+def test_sums_are_scaled_by_the_rows_of_an_interval():
+    rows = signal_statistics.SignalStatistics(9, (1.0,), (2.0,), (-3.0,), (4.0,))
+    assert rows.of_intervals(combine="sum", rows_per_interval=3).std == (6.0,)
+    assert rows.of_intervals(combine="mean", rows_per_interval=3) == rows

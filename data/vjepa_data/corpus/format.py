@@ -21,11 +21,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from vjepa_data.atomic import atomic_write, sync_folder, temporary_name
+from vjepa_data.corpus import signal_statistics
 from vjepa_data.errors import BadInput
 from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
 
@@ -115,6 +117,8 @@ class Manifest:
     splits: dict[str, dict[str, float]]
     samples_sha256: str
     hash: str = ""
+    signals: dict[str, Any] = field(default_factory=dict)
+    """Statistics of each signal over the train split; see `vjepa_data.corpus.signal_statistics`."""
 
     def root(self, place: str) -> str:
         """Return the folder or URL of the shards: next to the manifest, or where the indexed shards are."""
@@ -122,13 +126,17 @@ class Manifest:
 
     def with_hash(self) -> "Manifest":
         """Return a copy with the hash that fits the other fields."""
-        values = asdict(self)
+        values = self._values()
         del values["hash"]
         return Manifest(**{**self.__dict__, "hash": hashlib.sha256(canonical_json(values)).hexdigest()})
 
     def as_json(self) -> bytes:
         """Return the contents of `manifest.json`."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(self._values(), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+    def _values(self) -> dict[str, Any]:
+        """Return all fields. Without signals that field is left out, so that such corpora keep their bytes."""
+        return {name: value for name, value in asdict(self).items() if value or name != "signals"}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -216,6 +224,7 @@ class ShardWriter:
         self._tar = tarfile.TarFile(fileobj=self._sink, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[dict[str, Any]] = []
         self._rejects: list[RejectRecord] = []
+        self._moments: dict[str, dict[str, Any]] = {}
 
     def refuse(self, reject: RejectRecord) -> None:
         """Record a clip that was planned for this shard and refused."""
@@ -250,6 +259,9 @@ class ShardWriter:
             row[f"{member}.xxh64"] = xxhash.xxh64_hexdigest(data)
         for signal, clock in sample.facts.get("signals", {}).items():
             row |= {f"{member_of_signal(signal)}.{name}": clock[name] for name in ("rate_hz", "start_s")}
+            rows = np.load(io.BytesIO(sample.members[member_of_signal(signal)]), allow_pickle=False)
+            moments = signal_statistics.measure(rows)
+            self._moments[signal] = signal_statistics.merge(self._moments.get(signal), moments)
         self._rows.append(row)
 
     def _append(self, key: str, suffix: str, data: bytes) -> int:
@@ -279,6 +291,7 @@ class ShardWriter:
             "sha256": sha256 if self._rows else "",
             "samples": self._rows,
             "rejects": [asdict(reject) for reject in self._rejects],
+            **({"signals": self._moments} if self._moments else {}),
         }
         atomic_write(record_path(self._folder, self._number), canonical_json(record) + b"\n")
 
@@ -340,6 +353,7 @@ def write_manifest(
         shards=tuple(ShardEntry(r["file"], r["split"], r["bytes"], r["sha256"], len(r["samples"])) for r in full),
         splits=splits,
         samples_sha256=hashlib.sha256(samples).hexdigest(),
+        signals=signal_statistics.merge_records(full),
     ).with_hash()
     atomic_write(folder / "manifest.json", manifest.as_json())
     return manifest

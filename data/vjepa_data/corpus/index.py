@@ -29,6 +29,7 @@ from vjepa_data.atomic import atomic_write, remove_leftovers, temporary_name
 from vjepa_data.corpus.cache import Cache
 from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, member_columns, read_manifest
 from vjepa_data.corpus.remote import Gone, is_remote, read_range
+from vjepa_data.corpus.signal_statistics import SignalStatistics, read_statistics
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
 
@@ -96,6 +97,8 @@ class Index:
     """Rows per second of each signal, float64 [N]."""
     signal_starts: dict[str, np.ndarray]
     """Time of row 0 of each signal in the stored video, seconds, float64 [N]."""
+    statistics: dict[str, SignalStatistics]
+    """Statistics of each signal over the train split; empty for a corpus of an earlier version."""
 
     def __init__(
         self, place: str | Path, split: str = "train", cache: Cache | None = None, *, corpus: str | None = None
@@ -138,6 +141,7 @@ class Index:
                     f"{place}/manifest.json: shard {s.file!r} is not a plain relative path; build the corpus again"
                 )
         self.signals, self.texts = signals_of(manifest.spec), texts_of(manifest.spec)
+        self.statistics = read_statistics(manifest.signals)
         extra = member_columns(self.signals, self.texts)
         self._table = _read_table(folder, split, self.hash, extra)
         for name in [*NUMBERS, "xxh64"]:

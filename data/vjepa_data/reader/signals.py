@@ -21,8 +21,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
 from vjepa_data.corpus.index import Index
+from vjepa_data.corpus.signal_statistics import SignalStatistics, pool
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.reader.clip_times import RATE_TOLERANCE, EligibleSamples, offsets
+from vjepa_data.settings import Data
 from vjepa_data.signal_spec import SNAP_ROWS, member_of_signal, member_of_text
 
 SLACK_ROWS = 0.5  # rows that may be missing at the edge of a video, as the builder allows
@@ -181,6 +183,33 @@ def _check_stack(name: str, sources: Sequence[EligibleSamples]) -> None:
                     f"signal {name!r} is stacked, but {index.place} has {counts[0]:g} rows between two frames and "
                     f"others have {sizes[source.frames]}; set the same data.sources[].frame_step for all"
                 )
+
+
+def interval_statistics(data: Data, name: str) -> SignalStatistics:
+    """Return the statistics of a signal over all sources of a run, on the scale of its clips.
+
+    Args:
+        data: settings of the stream.
+        name: name of the signal.
+
+    Raises:
+        BadInput: a corpus lacks the signal or its statistics.
+    """
+    parts = []
+    for source in data.sources:
+        index = Index(source.shards, source.split, corpus=source.corpus)
+        if name not in index.signals:
+            raise BadInput(f"{index.place} has no signal {name!r}; set data.signals to its signals")
+        if name not in index.statistics:
+            raise BadInput(
+                f"{index.place} has no statistics of signal {name!r}: it has no train split, or an earlier version built "
+                "it; build it again, or set objective.normalise=none"
+            )
+        fps = source.fps or data.clip.fps
+        rows = float(np.median(index.signal_rates[name])) / fps
+        combine = index.signals[name].combine
+        parts.append(index.statistics[name].of_intervals(combine=combine, rows_per_interval=rows))
+    return pool(parts)
 
 
 def cut_signals(
