@@ -1,7 +1,7 @@
 """Run the fenced blocks of a documentation page in order, as a reader would, at a size that a test can afford.
 
 `sh` and `python` blocks are run; `text`, `yaml` and unnamed blocks are only shown. A `sh` block is one bash script with
-the environment's `vjepa` and `python` first on the path; a `python` block is one program.
+`vjepa` (see `command_server`) and the environment's `python` first on the path; a `python` block is one program.
 """
 
 import os
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from command_server import client_folder
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
@@ -59,7 +61,7 @@ def run_block(block: Block, folder: Path, *, page: Path, smaller: Mapping[str, s
     command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(client_folder()), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "WANDB_MODE": "disabled",
         "OMP_NUM_THREADS": "1",
     }

@@ -94,9 +94,11 @@ def count_step(run: Run) -> StepCounts:
 
 
 def clip_lengths(run: Run) -> list[tuple[int, float]]:
-    """Return the frames per clip and the share of the stream of each source."""
-    total = sum(source.weight for source in run.data.sources)
-    return [(source.frames or run.data.clip.frames, source.weight / total) for source in run.data.sources]
+    """Return each number of frames per clip, with its share of the stream."""
+    weights = defaultdict[int, float](float)
+    for source in run.data.sources:
+        weights[source.frames or run.data.clip.frames] += source.weight
+    return [(frames, weight / sum(weights.values())) for frames, weight in weights.items()]
 
 
 def _count(run: Run, frames: int) -> StepCounts:
