@@ -25,7 +25,7 @@ from vjepa_data.config_files import Loaded, Variants, find_file, load_settings, 
 from vjepa_data.settings import Data, Loader, Settings, Share
 
 Objective = Annotated[SerializeAsAny[MethodSettings], BeforeValidator(read_method_settings), Variants(settings_classes)]
-"""Settings of any registered method; see `vjepa.methods.settings.METHODS`."""
+"""Settings of any registered method (`vjepa.methods.settings.METHODS`)."""
 
 
 class Optim(Settings):
@@ -44,25 +44,25 @@ class Optim(Settings):
     """Optimizer steps of linear warm-up. V-JEPA 2: 12,000."""
 
     decay: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes from its peak to `final_lr`; `constant` stays at the peak."""
+    """How the learning rate goes from its peak to `final_lr`. `constant` stays at the peak."""
 
     weight_decay: float = Field(default=0.04, ge=0)
-    """Weight decay at the first step; biases, norms and other vectors have none."""
+    """Weight decay at the first step. Biases, norms and other vectors have none."""
 
     final_weight_decay: float | None = Field(default=None, ge=0)
-    """Weight decay at the last step (cosine in between); by default constant."""
+    """Weight decay at the last step (cosine in between). By default constant."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
 
     clip_norm: float | None = Field(default=None, gt=0)
-    """Largest global gradient norm; by default gradients are not clipped (V-JEPA 2)."""
+    """Largest global gradient norm. By default gradients are not clipped (V-JEPA 2)."""
 
     ema: Share = 0.99925
     """Rate of the target encoder's moving average at the first step: target = ema * target + (1 - ema) * encoder."""
 
     final_ema: Share | None = None
-    """The same at the last step (linear in between); by default constant."""
+    """The same at the last step (linear in between). By default constant."""
 
 
 class Parallel(Settings):
@@ -75,14 +75,14 @@ class Parallel(Settings):
     """Copies of the sharded model (HSDP): 1 shards over all ranks, the number of nodes shards inside each node."""
 
     recompute: Literal["off", "selective", "full"] = "off"
-    """Activation checkpointing: keep all activations, recompute cheap ones, or recompute every block."""
+    """Activation checkpointing: keep all activations, recompute cheap activations, or recompute every block."""
 
     compile: bool = False
     """Compile each block with torch.compile."""
 
     attention: Literal["auto", "sdpa", "varlen", "xformers"] = "auto"
-    """Attention backend; `auto` takes the first of varlen, xformers, sdpa that passes a small test on this
-    machine; the order is fixed, so that all ranks and all attempts of a run agree."""
+    """Attention backend. `auto` takes the first of varlen, xformers, sdpa that passes a small test on this
+    machine. The order is fixed, so that all ranks and all attempts of a run agree."""
 
     offload: bool = False
     """Keep the slices of weights, gradients and moments in the memory of the host, and update them there (FSDP2's
@@ -96,8 +96,8 @@ class Parallel(Settings):
     """Seconds after which a collective that does not return ends the process."""
 
     collect_every_steps: int = Field(default=100, ge=1)
-    """Steps between collections of Python's garbage, at the same step on all ranks: one that collects alone makes all
-    others wait."""
+    """Steps between collections of Python's garbage, at the same step on all ranks: a rank that collects alone makes
+    all ranks wait."""
 
 
 class Checkpoint(Settings):
@@ -106,14 +106,14 @@ class Checkpoint(Settings):
     every_steps: int = Field(default=1000, ge=1)
 
     folder: str | None = None
-    """Where checkpoints lie: a folder, or the URL of one in an object store (`s3://bucket/runs/NAME`), of this run
-    alone; by default `checkpoints` in the run folder. On the way to a URL they are staged in TMPDIR."""
+    """Where checkpoints lie: a folder, or a URL in an object store (`s3://bucket/runs/NAME`), of this run
+    alone. By default `checkpoints` in the run folder. On the way to a URL they are staged in TMPDIR."""
 
     keep_last: int = Field(default=2, ge=2)
-    """Newest checkpoints to keep; at least two, since one of them may be the one being written."""
+    """Newest checkpoints to keep. At least two, since the newest may be incomplete."""
 
     keep_every_steps: int | None = Field(default=None, ge=1)
-    """Checkpoints to keep for ever: those at multiples of this."""
+    """Checkpoints at multiples of this step are never deleted."""
 
     milestones: tuple[int, ...] = ()
     """Steps whose checkpoints are written whatever the cadence, and kept for ever."""
@@ -126,13 +126,13 @@ class Profile(Settings):
     """A look at where a few steps spend their time."""
 
     at: int = Field(ge=1)
-    """First step to be traced, counted from 1; later than the first few, which warm up."""
+    """First step to be traced, counted from 1. It should be later than the first few, which warm up."""
 
     steps: int = Field(default=3, ge=1)
-    """Steps in the trace; each makes a GPU's trace some megabytes longer."""
+    """Steps in the trace. Each makes a GPU's trace some megabytes longer."""
 
     ranks: int = Field(default=1, ge=1)
-    """How many of the ranks, from 0, write one."""
+    """Number of ranks, from 0, that write a trace."""
 
 
 class OnlineProbe(Settings):
@@ -145,10 +145,10 @@ class OnlineProbe(Settings):
     """Its name. Numbers are scored by R2, anything else by accuracy."""
 
     split: str = "val"
-    """Part of the corpus; half of the videos are to fit on, half to score on."""
+    """Part of the corpus. The probe is fitted on half of its videos and scored on the other half."""
 
     videos: int = Field(default=128, ge=4)
-    """At most so many, always the same, from the middle of each; kept in memory, spread over the ranks."""
+    """Largest number of videos, always the same. Their middle clips are kept in memory, spread over the ranks."""
 
     every_steps: int = Field(default=1000, ge=1)
 
@@ -157,19 +157,19 @@ class Track(Settings):
     """What is recorded, and where. `metrics.jsonl` in the run folder is always written and is the truth."""
 
     every_steps: int = Field(default=10, ge=1)
-    """Steps between records; before a checkpoint there is always one."""
+    """Steps between records. There is always a record before a checkpoint."""
 
     monitor_every_steps: int = Field(default=100, ge=1)
     """Steps between the monitors of collapse (RankMe, feature spread), which cost a decomposition."""
 
     pictures_every_steps: int | None = Field(default=5000, ge=1)
-    """Steps between pictures of a clip, its masks and its features, in `pictures/` and at W&B; null for none."""
+    """Steps between pictures of a clip, its masks and its features, in `pictures/` and at W&B. Null for none."""
 
     probe: OnlineProbe | None = None
-    """A probe in the course of the run; by default none."""
+    """A probe in the course of the run. By default none."""
 
     profile: Profile | None = None
-    """A trace by torch's profiler, in `profile/` of the run folder; by default none."""
+    """A trace by torch's profiler, in `profile/` of the run folder. By default none."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """`auto` is online with a key and a network, else offline. W&B is never the reason that training stops."""
@@ -190,7 +190,7 @@ class Health(Settings):
 
     max_loss_ratio: float | None = Field(default=None, gt=1)
     """A loss above this many times the median of the last 200 recorded steps, `max_skipped_in_a_row` times in a row,
-    is a spike, and the run goes back to a checkpoint from before it; by default only what is not finite counts."""
+    is a spike, and the run goes back to a checkpoint from before it. By default only non-finite losses count."""
 
     roll_backs: int = Field(default=1, ge=0)
     """How often an attempt may go back, before it stops."""
@@ -209,7 +209,7 @@ class Health(Settings):
     """What to do then: say so, go back to a checkpoint from before (counted among `roll_backs`), or stop."""
 
     stall_s: float = Field(default=60.0, gt=0)
-    """Seconds without a step after which the stacks of all threads are written to the run folder; ten times as long
+    """Seconds without a step after which the stacks of all threads are written to the run folder. Ten times as long
     for the first step, which may compile."""
 
     hang_s: float = Field(default=3600.0, gt=0)
@@ -221,10 +221,10 @@ class Health(Settings):
 
 
 class Run(Settings):
-    """One training run: everything that decides its result, and how it is carried out."""
+    """A training run: everything that decides its result, and how it is carried out."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")
-    """Name of the run; its folder is `runs/NAME` unless told otherwise."""
+    """Name of the run. By default its folder is `runs/NAME`."""
 
     seed: int = Field(default=0, ge=0)
     """Whatever is random is a function of (seed, step, slot)."""
@@ -240,12 +240,12 @@ class Run(Settings):
     cooldown, or further training on other data. By default new weights."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of activations and gradients in flight; weights, averages and reductions are fp32."""
+    """Type of activations and gradients in flight. Weights, averages and reductions are fp32."""
 
     data: Data
     model: Model
     objective: Objective = VJEPA2Settings()
-    """The method that is trained, with its settings; `name` selects it."""
+    """The method that is trained, with its settings. `name` selects it."""
 
     optim: Optim
 
@@ -290,7 +290,7 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:
     """The run that a file describes.
 
     Args:
-        config: path of a YAML file, or the name of one that ships with the project (`demo`, `vitl16_256px_16f`).
+        config: path of a YAML file, or the name of a file that ships with the project (`demo`, `vitl16_256px_16f`).
         overrides: `dotted.name=value`, the value in YAML.
 
     Raises:

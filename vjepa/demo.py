@@ -1,4 +1,4 @@
-"""Run the complete pipeline on one machine: raw videos in, an exported encoder and a report out.
+"""Run the complete pipeline on a single machine: raw videos in, an exported encoder and a report out.
 
 Every stage is an ordinary verb, started as a user would start it and printed before it runs. During training the
 process is killed with SIGKILL and started again, and the repeated steps are compared bit by bit.
@@ -88,7 +88,7 @@ def _run_verb(*words: str | Path) -> None:
 
 
 def _train_through_a_kill(run: Run, folder: Path, words: Sequence[str | Path]) -> None:
-    """Train to the end with one SIGKILL between two checkpoints, and print whether repeated steps were identical."""
+    """Train to the end with a SIGKILL between two checkpoints, and print whether repeated steps were identical."""
     saved_step = run.checkpoint.every_steps
     kill_step = saved_step + 2 * run.track.every_steps
     if kill_step > run.steps:

@@ -34,7 +34,7 @@ CLIPS = 20
 
 
 def checks(run: Run | None) -> list[Check]:
-    """List the checks of one machine. With a run, its corpora are read and decoded too."""
+    """List the checks of a machine. With a run, its corpora are read and decoded too."""
     devices = max(2, torch.cuda.device_count())
     found: list[Check] = [partial(check_exchange_between_devices, devices)]
     if run is not None:
@@ -101,7 +101,7 @@ def measure_all_reduce(mib: int, device: torch.device) -> float:
 
 
 def check_corpora(name: str, check: Callable[[Run], list[Finding]], run: Run) -> list[Finding]:
-    """Run a check of the corpora of a run; an unusable corpus is a finding."""
+    """Run a check of the corpora of a run. An unusable corpus is a finding."""
     try:
         return check(run)
     except BadInput as error:
@@ -125,7 +125,7 @@ def read_shards(run: Run) -> list[Finding]:
 
 
 def decode_clips(run: Run) -> list[Finding]:
-    """Measure the clips per second that one core decodes for a run."""
+    """Measure the clips per second that a core decodes for a run."""
     stages = measure_stages(run.data, run.loader, seed=run.seed, batch_size=run.batch_size, clips=CLIPS)
     rate = 1000 / stages.total
     text = f"{rate:.1f} clips/s for each core, {stages.total:.1f} CPU-ms a clip ({stages.decode:.1f} of them decoding)"
@@ -133,7 +133,7 @@ def decode_clips(run: Run) -> list[Finding]:
 
 
 def main() -> None:
-    """Run one rank of the all-reduce, as started by torchrun or the launcher."""
+    """Run a rank of the all-reduce, as started by torchrun or the launcher."""
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"]) if torch.cuda.device_count() > 1 else 0
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

@@ -9,8 +9,9 @@
             deep: decode every clip as well.
         \"""
 
-Parameters before `/` are positional, all others are options; their help is the docstring. A function with a parameter
-`settings: Settings` also takes settings (name=value), anywhere after the verb. It returns an exit code, or None for 0.
+Parameters before `/` are positional, all other parameters are options. Their help is the docstring. A function with a
+parameter `settings: Settings` also takes settings (name=value), anywhere after the verb. It returns an exit code, or
+None for 0.
 Import heavy modules inside the function, so that other verbs start without them.
 """
 
@@ -96,7 +97,7 @@ def verb_group(name: str, text: str) -> App:
 
 
 class CommandLineError(Exception):
-    """A command line that cannot be run. The text is one line for the user."""
+    """A command line that cannot be run. The text is a single line for the user."""
 
 
 def read_command(words: Sequence[str]) -> tuple[str, Callable[[], int | None] | None]:
@@ -146,7 +147,7 @@ def split_settings(words: Sequence[str], options: ArgumentCollection) -> tuple[l
 
 
 def explain(error: CycloptsError, prog: str, takes_settings: bool) -> str:
-    """Describe a parse error in one line: the problem, the words given, the remedy."""
+    """Describe a parse error in a line: the problem, the words given, the remedy."""
     see_help = f"; see `{prog} --help`"
     name = error.argument.name if error.argument else ""
     match error:
@@ -195,9 +196,9 @@ Amount = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Several = Parameter(consume_multiple=True)
 """For an option that is followed by several values."""
 
-Config = Annotated[str, Parameter(help="A YAML file, or the name of one that ships with the project.")]
+Config = Annotated[str, Parameter(help="A YAML file, or the name of a file that ships with the project.")]
 Overwrite = Annotated[bool, Parameter(help="Replace an earlier result.")]
-Workers = Annotated[int | None, whole_number(1), Parameter(help="Processes. By default one per core.")]
+Workers = Annotated[int | None, whole_number(1), Parameter(help="Processes. By default as many as cores.")]
 Part = Annotated[
     Literal["target", "encoder"],
     Parameter(help="Weights to use: the moving average (target), or the trained weights (encoder)."),

@@ -39,7 +39,7 @@ def shard(
         sources: Folders, video files, tables of videos, tars, URLs.
         out: Folder for the corpus.
         spec: YAML file with the settings of the build.
-        dry_run: Read all sources and print counts and costs; write nothing.
+        dry_run: Read all sources and print counts and costs. Write nothing.
         status: Print the progress of the builders that write to --out, on this and other machines.
         task: Build as task K of an array of N, counted from 0.
         on: Build as an array of jobs on a cluster: a profile, or a name in launch/clusters.

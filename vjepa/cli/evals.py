@@ -1,4 +1,4 @@
-"""The verbs `vjepa eval NAME MODEL DATA`, one for each entry of `vjepa.evals.registry`.
+"""The verbs `vjepa eval NAME MODEL DATA`, with a verb for each entry of `vjepa.evals.registry`.
 
 The options of an evaluation are the fields of its settings class, and the docstrings of the fields are their help. A
 field can also be given as a setting (name=value). So a new evaluation needs no code here.

@@ -63,7 +63,7 @@ def import_model(
         source: A released file of V-JEPA, 2 or 2.1, or a Hugging Face folder.
         out: Folder for the checkpoint, laid out like a run folder.
         heads: Attention heads of a .pt file's encoder. By default the registry's number for its size.
-        predictor_heads: Attention heads of its predictor. By default 12; for the first V-JEPA the encoder's.
+        predictor_heads: Attention heads of its predictor. By default 12, and for the first V-JEPA the encoder's.
         px: Side of its clips, which a .pt file does not store. By default 256.
         frames: Frames of its clips. By default 16.
         fps: Frames per second of its clips.
@@ -102,11 +102,11 @@ def embed(
         model: A run, a checkpoint, or an export.
         videos: Files and folders, or a corpus.
         out: File: .parquet, .npy or .safetensors.
-        what: Write one vector per clip, per time step, or per token.
+        what: Write a vector per clip, per time step, or per token.
         split: Split of a corpus.
         clips_per_video: Clips of each video, evenly spaced.
         views: Square crops of each clip. 1 takes the whole frame.
-        device: Device to compute on. By default a GPU if there is one.
+        device: Device to compute on. By default a GPU, if any.
         batch: Clips that are encoded together.
         workers: Processes that decode files.
         timeout_s: Seconds after which a file is given up.

@@ -1,1 +1,1 @@
-"""Many ranks, one run: the process group, and networks sharded over it."""
+"""The process group of a run, and networks sharded over it."""

@@ -1,12 +1,12 @@
 """Networks on the mesh: recomputation, compilation and sharding, block by block (FSDP2).
 
-Each block of a network is a unit of sharding. Its parameters are kept in shards, one per rank, gathered just before the
+Each block of a network is a unit of sharding. Its parameters are kept in a shard on each rank, gathered just before the
 block runs and freed afterwards. Optimizer state and averages are sharded alike. With `replicate` there are several such
-sharded copies (HSDP): shards travel inside a copy, gradients between copies. On one rank that computes in the stored
+sharded copies (HSDP): shards travel inside a copy, gradients between copies. A single rank that computes in the stored
 type nothing is sharded.
 
-    replicate=1   [ r0 r1 r2 r3 ]            replicate=2   [ r0 r1 ]  one copy, on one node
-                  one copy in four shards                  [ r2 r3 ]  another copy
+    replicate=1   [ r0 r1 r2 r3 ]            replicate=2   [ r0 r1 ]  a copy, on one node
+                  a copy in four shards                    [ r2 r3 ]  another copy
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: to
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
-    """Return the modules that are sharded one by one: the entries of every child list named `*blocks`."""
+    """Return the modules that are units of sharding: the entries of every child list named `*blocks`."""
     lists = [child for name, child in network.named_children() if name.endswith("blocks")]
     return [block for child in lists if isinstance(child, nn.ModuleList) for block in child]
 
@@ -74,7 +74,7 @@ def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
 def materialise(networks: Networks, device: torch.device, *, seed: int) -> None:
     """Allocate sharded networks of the meta device and initialise them.
 
-    No rank ever holds a whole network: each rank draws one parameter after another and keeps its shard. Memory is
+    No rank ever holds a whole network: each rank draws parameter after parameter and keeps its shard. Memory is
     filled with NaN first, so that an uninitialised parameter is found.
 
     Args:

@@ -148,7 +148,7 @@ def _place() -> tuple[int, int, int]:
         missing = [name for name in names if name not in given]
         if missing:
             raise BadInput(
-                f"this process is one of several but {', '.join(missing)} is not set (have {given}); start it with "
+                f"this process is part of a group but {', '.join(missing)} is not set (have {given}); start it with "
                 f"torchrun or vjepa launch, or unset RANK and WORLD_SIZE to run alone"
             )
         return int(given["RANK"]), int(given["WORLD_SIZE"]), int(given["LOCAL_RANK"])
@@ -156,13 +156,13 @@ def _place() -> tuple[int, int, int]:
         if int(os.environ.get(name, 1)) > 1:
             raise BadInput(
                 f"this process is one of {os.environ[name]} ({name}) but RANK and WORLD_SIZE are not set; start it "
-                f"with vjepa launch or torchrun, or start one task only"
+                f"with vjepa launch or torchrun, or start a single task"
             )
     return 0, 1, 0
 
 
 def _check_loopback() -> None:
-    """Check that loopback is up. Gloo needs an address even for one rank, and its own error is a page of C++."""
+    """Check that loopback is up. Gloo needs an address even for a single rank, and its own error is a page of C++."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(("127.0.0.1", 9))  # nothing is sent; the call only looks up a route
@@ -181,7 +181,7 @@ def _device(local_rank: int) -> torch.device:
     number = 0 if seen == 1 else local_rank
     if number >= seen:
         raise BadInput(
-            f"local rank {local_rank} sees {seen} GPUs; start one process per GPU, or correct CUDA_VISIBLE_DEVICES"
+            f"local rank {local_rank} sees {seen} GPUs; start a process for each GPU, or correct CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)

@@ -118,7 +118,3 @@ def first_batch(run: Run, plan: Plan, *, number: int) -> str:
         for mask in sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=number, slots=group.slots):
             hasher.update(torch.cat((mask.visible, mask.hidden), dim=1).numpy().tobytes())
     return hasher.hexdigest()
-
-
-def _word(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()

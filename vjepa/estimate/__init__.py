@@ -1,1 +1,1 @@
-"""What a run needs: FLOPs, memory, communication and hours, before it is queued."""
+"""FLOPs, memory, communication and hours of a run, before it is queued."""

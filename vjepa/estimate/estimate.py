@@ -1,4 +1,4 @@
-"""Memory, communication and hours of a run, by arithmetic on the counts of one step.
+"""Memory, communication and hours of a run, by arithmetic on the counts of a step.
 
 step    = FLOPs of a clip * clips per GPU / (peak FLOP/s * MFU)
 memory  = shards of weights, averages, gradients and moments + gathered blocks + activations + transient tensors
@@ -46,7 +46,7 @@ CONTEXT_BYTES = 1.5 * GIB
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs. Bytes are per GPU."""
+    """The needs of a run. Bytes are per GPU."""
 
     run: Run
     gpus: int
@@ -64,7 +64,7 @@ class Estimate:
 
     @property
     def flops_per_clip(self) -> float:
-        """Model FLOPs of one clip."""
+        """Model FLOPs of a clip."""
         return self.counts.flops_per_clip
 
     @property
@@ -93,7 +93,7 @@ class Estimate:
         return HEADROOM * self.clips_per_gpu / self.step_s * mean_frames(self.run) / FRAMES_PER_CORE_S
 
     def advice(self) -> list[str]:
-        """Changes of settings that make it fit, when it does not; the cheapest first."""
+        """Changes of settings that make it fit, when it does not. The cheapest comes first."""
         if self.fits:
             return []
         found: dict[str, str] = {}
@@ -182,7 +182,7 @@ def estimate(
         gpus: number of GPUs over all nodes.
         accelerator: their kind.
         mfu: assumed model FLOPs utilization, in (0, 1].
-        counts: counts of a step, if they are known; by default a step is counted on the meta device.
+        counts: counts of a step, if they are known. By default a step is counted on the meta device.
 
     Raises:
         BadInput: the GPUs do not divide the batch, or `parallel.replicate` does not divide the GPUs.
@@ -211,11 +211,11 @@ def mean_frames(run: Run) -> float:
 
 
 def count_memory(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
-    """Return the bytes on one GPU, by purpose.
+    """Return the bytes on a GPU, by purpose.
 
-    Shards are exact except for padding. Activations are those of eager autograd, so that compiled blocks take less.
-    Recomputation keeps the inputs of blocks (`selective`: and the results of products), and restores one block at a
-    time. Gathered blocks and transient tensors are upper bounds.
+    Shards are exact except for padding. Activations are counted in eager mode, so that compiled blocks take less.
+    Recomputation keeps the inputs of blocks (`selective`: and the results of products), and restores the blocks in
+    turn. Gathered blocks and transient tensors are upper bounds.
     """
     parallel = run.parallel
     shards, width = gpus // parallel.replicate, 2 if run.precision == "bf16" else 4
@@ -245,11 +245,11 @@ def count_memory(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
 
 
 def count_communication(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
-    """Return the bytes that one GPU receives in a step, by kind.
+    """Return the bytes that a GPU receives in a step, by kind.
 
     Inside a copy of the model, weights are gathered in the working type: twice for trained networks (forward and
-    backward), once for the others that the forward pass runs. Gradients are scattered in fp32. Between copies, shards
-    of gradients are summed.
+    backward), once for other networks of the forward pass. Gradients are scattered in fp32. Between copies, shards of
+    gradients are summed.
     """
     copies = run.parallel.replicate
     shards = gpus // copies

@@ -1,4 +1,4 @@
-"""Counts of one training step, taken from the real loss on the meta device: no memory is used and nothing is computed.
+"""Counts of a training step, taken from the real loss on the meta device: no memory is used and nothing is computed.
 
 A method declares nothing. Its networks are built, its inputs are prepared, and its loss runs forward and backward on
 tensors without data, in the run's precision, while four observers count:
@@ -36,7 +36,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Counts of one step: numbers of clips are means over the stream; bytes are in the run's precision."""
+    """Counts of a step. Numbers of clips are means over the stream, and bytes are in the run's precision."""
 
     parameters: Mapping[str, int]
     """Parameters of each network."""
@@ -53,23 +53,23 @@ class StepCounts:
     """Parameters outside of blocks, of all networks."""
 
     flops: Mapping[str, float]
-    """Model FLOPs of one clip, by network and for the rest of the loss."""
+    """Model FLOPs of a clip, by network and for the rest of the loss."""
 
     tokens: float
-    """Tokens of one clip, counted for each view."""
+    """Tokens of a clip, counted for each view."""
     visible: float
     hidden: float
 
     activations: Mapping[str, float]
-    """Bytes that are kept of one clip until the backward pass, for each mode of `parallel.recompute`."""
+    """Bytes that are kept of a clip until the backward pass, for each mode of `parallel.recompute`."""
     largest_activations: float
-    """Bytes that autograd keeps inside of the largest trained block for one clip."""
+    """Bytes that autograd keeps inside of the largest trained block for a clip."""
     transient: float
-    """Largest number of bytes for one clip that the forward pass holds in addition to the activations."""
+    """Largest number of bytes for a clip that the forward pass holds in addition to the activations."""
 
     @property
     def flops_per_clip(self) -> float:
-        """Model FLOPs of one clip."""
+        """Model FLOPs of a clip."""
         return sum(self.flops.values())
 
 
@@ -150,7 +150,7 @@ def _size(module: nn.Module) -> int:
 def _by_network(
     networks: Networks, forward: Counter[str], forward_flops: int, counter: FlopCounterMode
 ) -> dict[str, float]:
-    """Divide the FLOPs among networks; the backward pass in proportion to the forward passes of trained networks."""
+    """Divide the FLOPs among networks. The backward pass is divided as the forward passes of trained networks."""
     backward = counter.get_total_flops() - forward_flops
     trained = sum(forward[name] for name in networks.trained) or 1
     found = {
@@ -269,7 +269,7 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, out_val: Any = None, **__:
 
 
 def _attention_backward_flops(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Count two products for each of the forward pass; what a kernel recomputes is not model FLOPs."""
+    """Count two products for each of the forward pass. Recomputation in a kernel is not model FLOPs."""
     return 2 * sdpa_flop_count(q, k, v)
 
 

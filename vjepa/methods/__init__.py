@@ -1,1 +1,1 @@
-"""Methods: what is learned, and from what. One folder per method; see `vjepa.methods.base` for the contract."""
+"""Methods of self-supervised learning, with a folder for each. `vjepa.methods.base` has the contract."""

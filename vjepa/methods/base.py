@@ -83,7 +83,7 @@ def named_parameters(networks: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
 
 @dataclass(frozen=True)
 class MaskedClips:
-    """Clips of one shape on the device, with the masks through which they are seen."""
+    """Clips of equal shape on the device, with the masks through which they are seen."""
 
     frames: Float[Tensor, "B C T Y X"]
     grid: Grid
@@ -113,15 +113,15 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Loss:
-    """One micro-batch's part of the loss of a step. The sum over micro-batches and ranks is the loss."""
+    """A micro-batch's part of the loss of a step. The sum over micro-batches and ranks is the loss."""
 
     value: Float[Tensor, ""]
     """The part, with its gradient."""
 
     metrics: Mapping[str, Float[Tensor, ""]]
-    """Parts of named numbers, without gradient; summed as the loss is, and logged as `loss/NAME`. With `baseline`, the
-    loss of a constant prediction, the share that the model explains is logged as `loss/explained`. The baseline is per
-    clip, so that it is the same on any number of ranks; it falls with the loss when features collapse."""
+    """Parts of named numbers, without gradient. They are summed as the loss is, and logged as `loss/NAME`. With
+    `baseline`, the loss of a constant prediction, the share that the model explains is logged as `loss/explained`. The
+    baseline is per clip and does not depend on the number of ranks. It falls with the loss when features collapse."""
 
     features: Float[Tensor, "tokens D"]
     """Features for the collapse monitors: at most 4,096 targets, evenly spread, or embeddings."""
@@ -133,7 +133,7 @@ class Method(ABC):
     """A way to train networks on clips. Subclasses live in a folder each and are registered in `METHODS`."""
 
     settings: Any
-    """Settings of the method; subclasses declare their own class."""
+    """Settings of the method. Subclasses declare their own class."""
 
     def __init__(self, settings: MethodSettings, run: RunSettings) -> None:
         """Args:
@@ -161,7 +161,7 @@ class Method(ABC):
         Args:
             networks: the networks, perhaps sharded.
             inputs: the result of `prepare`.
-            step: updates made before this one. It differs from the batch's number after batches were skipped.
+            step: number of earlier updates. It differs from the batch's number after batches were skipped.
         """
 
     def after_update(self, networks: Networks, *, ema: float, applied: Float[Tensor, ""]) -> None:
@@ -170,7 +170,7 @@ class Method(ABC):
         Args:
             networks: the networks after the optimizer's step.
             ema: share of an average that stays.
-            applied: 1, or 0 for a skipped step, which leaves the averages as they are; on the device.
+            applied: 1, or 0 for a skipped step, which leaves the averages as they are. On the device.
         """
         for average in networks.averages.values():
             update_average(average.network, networks.trained[average.of], ema, applied=applied)
@@ -191,12 +191,12 @@ class MaskingMethod(Method):
     def prepare(self, batch: Batch, device: torch.device) -> list[MaskedClips]:
         """Bring clips to the device and draw their masks.
 
-        A still picture is a clip of one frame. It is repeated to fill a tubelet, unless it has its own tokenizer.
+        A still picture is a clip of a single frame. It is repeated to fill a tubelet, unless it has its own tokenizer.
         """
         return [self.mask(clips.frames, device, step=batch.step, slots=clips.slots) for clips in batch.groups]
 
     def mask(self, frames: Tensor, device: torch.device, *, step: int, slots: tuple[int, ...]) -> MaskedClips:
-        """Normalise frames of one shape and draw their masks.
+        """Normalise frames of equal shape and draw their masks.
 
         Args:
             frames: uint8 [B T H W C].
@@ -231,7 +231,7 @@ def update_average(average: nn.Module, network: nn.Module, ema: float, *, applie
         average: sharded as `network` is.
         network: the network that it follows.
         ema: share of the average that stays.
-        applied: 1, or 0 for a skipped step, which leaves the average as it is; on the device.
+        applied: 1, or 0 for a skipped step, which leaves the average as it is. On the device.
     """
     move_towards(_shards(average), _shards(network), applied * (1 - ema))
 
@@ -248,7 +248,7 @@ def _shards(network: nn.Module) -> list[Tensor]:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device asynchronously; from pageable memory the host would wait for the copy."""
+    """Copy to the device asynchronously. From pageable memory the host would wait for the copy."""
     if device.type == "cuda" and not tensor.is_cuda:  # the loader's frames may already be there
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -15,13 +15,13 @@ class BalancedMask(Settings):
     """Rectangles whose union is hidden, through all of time."""
 
     block_share: Share
-    """Area of one rectangle as a share of the frame."""
+    """Area of a rectangle as a share of the frame."""
 
     aspect: tuple[float, float] = (0.75, 1.5)
     """Smallest and largest height / width of a rectangle."""
 
     visible_share: Share | None = None
-    """Share of tokens that stay visible; by default the average area outside the rectangles."""
+    """Share of tokens that stay visible. By default the average area outside the rectangles."""
 
 
 class ReferenceMask(Settings):
@@ -33,7 +33,7 @@ class ReferenceMask(Settings):
     temporal_scale: tuple[Share, Share] = (1.0, 1.0)
     aspect: tuple[float, float] = (0.75, 1.5)
     batch: int = Field(default=24, ge=1)
-    """Slots that are truncated together. In V-JEPA 2 this is the batch size of one GPU, which decides the masking
+    """Slots that are truncated together. In V-JEPA 2 this is the batch size of a GPU, which decides the masking
     ratio."""
 
 

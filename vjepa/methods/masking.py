@@ -28,10 +28,10 @@ ROUND_TOKENS = 64
 
 @dataclass(frozen=True)
 class Mask:
-    """Visible and hidden tokens of some clips, for one kind of mask."""
+    """Visible and hidden tokens of some clips, for a kind of mask."""
 
     kind: int
-    """Index of the kind; also of its mask token."""
+    """Index of the kind and of its mask token."""
 
     rows: tuple[int, ...]
     """Positions in the requested slots, ascending. `reference` masks may cover only some of them, because their counts
@@ -44,7 +44,7 @@ class Mask:
     """Sorted ids of hidden tokens, to predict."""
 
     def select(self, clips: Tensor) -> Tensor:
-        """Return the clips that this mask covers, given one for each slot; without a copy if it covers all."""
+        """Return the clips that this mask covers, given a clip for each slot. Without a copy if it covers all."""
         if self.rows == tuple(range(len(clips))):
             return clips
         return clips[torch.tensor(self.rows).to(clips.device, non_blocking=True)]
@@ -66,7 +66,7 @@ def sample_masks(kinds: Sequence[MaskKind], grid: Grid, *, seed: int, step: int,
         slots: places in the global batch, ascending.
 
     Returns:
-        On the CPU, one mask for each kind, in order; more for a `reference` kind whose slots span several groups.
+        On the CPU, a mask for each kind, in order. A `reference` kind whose slots span several groups has more.
 
     Raises:
         BadInput: a kind would leave nothing visible or nothing hidden on this grid.
@@ -126,7 +126,7 @@ def _round_count(wanted: float, whole: int, multiple: int) -> int:
 
 
 def _ids(chosen: NDArray[np.bool_]) -> Int[Tensor, "B V"]:
-    """Return the ids of chosen tokens, ascending; every slot must have the same number."""
+    """Return the ids of chosen tokens, ascending. Every slot must have the same number."""
     return torch.from_numpy(np.nonzero(chosen)[1].reshape(len(chosen), -1))
 
 
@@ -150,8 +150,8 @@ def _hide_rectangles(kind: BalancedMask, grid: Grid, draws: Sequence[np.random.G
 
     Each rectangle has its own aspect and position. A cell's score is the factor by which the nearest rectangle must be
     scaled about its centre to reach the cell (1 on the border). The cells of lowest score are therefore the union of
-    rectangles scaled by one factor. Hidden regions stay large and contiguous, without isolated cells that a model could
-    fill in from their neighbours. A rectangle's last row is cut at one end, in a direction drawn for the slot.
+    rectangles scaled by a common factor. Hidden regions stay large and contiguous, without isolated cells that a model
+    could fill in from their neighbours. A rectangle's last row is cut at one end, in a direction drawn for the slot.
 
     Returns:
         [B cells], True where hidden.
@@ -215,7 +215,7 @@ def _chance(cells: int, length: int) -> NDArray[np.float64]:
 def _reference(
     kind: ReferenceMask, number: int, grid: Grid, *, seed: int, step: int, slots: Sequence[int]
 ) -> list[Mask]:
-    """Mask groups of `kind.batch` slots of the global batch as V-JEPA 2 masks the batch of one GPU."""
+    """Mask groups of `kind.batch` slots of the global batch as V-JEPA 2 masks the batch of a GPU."""
     masks = []
     for group in sorted({slot // kind.batch for slot in slots}):
         sizes, places = generator(seed, "reference mask", step, group, number).integers(2**63, size=2)
@@ -233,7 +233,7 @@ def reference_masks(
 ) -> tuple[Int[Tensor, "B V"], Int[Tensor, "B K"]]:
     """Reproduce V-JEPA 2's sampler draw by draw: equal seeds give equal ids.
 
-    All clips share one block size, and each block of each clip has its own position. Tokens outside all blocks are
+    All clips share a block size, and each block of each clip has its own position. Tokens outside all blocks are
     visible. Then every clip is truncated to the fewest ids of any clip, first ids first. Time is outermost in an id, so
     truncation removes the end of the clip from both sets, and its amount depends on `clips`.
 
@@ -268,7 +268,7 @@ def reference_masks(
         else:
             raise BadInput(
                 f"masks: {kind.blocks} blocks of {t}x{h}x{w} tokens cover the whole grid {grid.t}x{grid.h}x{grid.w}; "
-                "use fewer or smaller ones"
+                "use fewer or smaller blocks"
             )
         flat = seen.flatten()
         visible.append(flat.nonzero()[:, 0])

@@ -1,7 +1,7 @@
 """Regularizers that prevent collapse without a slowly moving target: SIGReg, VICReg, Barlow Twins.
 
 Each term is a function of the embeddings of the whole step. Sums over clips are summed over ranks, with their gradient,
-so that the term and its gradient are the same on one rank and on many.
+so that the term and its gradient do not depend on the number of ranks.
 
 Letters: n clips of this rank, d channels, k knots, s slices.
 """
@@ -33,7 +33,7 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Differentiable all-reduce (sum). Returns its input on one rank."""
+    """Differentiable all-reduce (sum). Returns its input on a single rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     result = _Sum.apply(x)
@@ -52,7 +52,7 @@ def sigreg(z: Float[Tensor, "n d"], *, count: int, slices: Float[Tensor, "d s"],
     """Return the distance of embeddings from a standard normal distribution, along many directions.
 
     Along a direction u the numbers x = z u should be standard normal, whose characteristic function is exp(-t^2 / 2).
-    The Epps-Pulley statistic compares it with the empirical one, at `knots` values of t in [0, 3]:
+    The Epps-Pulley statistic compares it with the empirical function, at `knots` values of t in [0, 3]:
 
         count * sum_t w(t) [ (mean cos(t x) - exp(-t^2 / 2))^2 + (mean sin(t x))^2 ]
 
@@ -65,7 +65,7 @@ def sigreg(z: Float[Tensor, "n d"], *, count: int, slices: Float[Tensor, "d s"],
         knots: values of t.
 
     Returns:
-        Mean over directions; about 1 for normal embeddings, at any count.
+        Mean over directions. It is about 1 for normal embeddings, at any count.
 
     Source: LeJEPA (arXiv:2511.08544).
     """

@@ -1,7 +1,7 @@
 """The settings that every method has, and the registry that finds a method by its name. Never imports torch.
 
 A method is a folder with two files: `settings.py`, which loads without torch, and `method.py`, in the order of the
-paper. One line of `METHODS` makes it known to the settings of a run, the trainer, the estimate and the pages.
+paper. A line of `METHODS` makes it known to the settings of a run, the trainer, the estimate and the pages.
 """
 
 import difflib
@@ -42,11 +42,11 @@ class MethodSettings(Settings):
     """Base of the settings of a method."""
 
     name: Any
-    """Name under which the method is registered; a `Literal` in each subclass."""
+    """Name under which the method is registered, as a `Literal` in each subclass."""
 
     @property
     def mask_kinds(self) -> tuple[Mask, ...]:
-        """Kinds of mask through which every clip is seen; empty for a method that does not mask."""
+        """Kinds of mask through which every clip is seen. Empty for a method that does not mask."""
         return ()
 
     def check(self, run: RunSettings) -> None:
@@ -65,7 +65,7 @@ class MethodEntry:
     """The settings class, or its place as `module:class`."""
 
     method: str | type
-    """The method class, or its place as `module:class`; imported when a run is built, since it needs torch."""
+    """The method class, or its place as `module:class`, which is imported when a run is built, since it needs torch."""
 
 
 METHODS: dict[str, MethodEntry] = {
@@ -95,7 +95,7 @@ def settings_classes() -> Iterator[type[MethodSettings]]:
 
 
 def read_method_settings(given: Any) -> Any:
-    """Validate a mapping with the settings class of the method that it names; pass anything else through.
+    """Validate a mapping with the settings class of the method that it names. Pass anything else through.
 
     Raises:
         ValueError: the name is not registered, or a setting does not fit.

@@ -13,21 +13,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]
-"""Sum over ranks: `World.sum`, or the identity on one rank."""
+"""Sum over ranks: `World.sum`, or the identity on a single rank."""
 
 
 def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Tensor, ""]]:
     """Measure the spread of features.
 
     Args:
-        features: features of this rank; at least two over all ranks. Features pooled over a clip show whether clips
+        features: features of this rank. At least two over all ranks. Features pooled over a clip show whether clips
             differ. Tokens may differ by their position alone.
         total: sum over ranks.
 
     Returns:
         `rankme`: effective rank of the features, from 1 (collapsed) to D: exp of the entropy of the singular values
             normalised to sum 1, without centring (Garrido et al., RankMe, arXiv:2210.02885). At most n.
-        `std`: standard deviation of a channel, mean over channels; 0 when all features are the same.
+        `std`: standard deviation of a channel, mean over channels. It is 0 when all features are the same.
         `covariance`: share of the covariance's energy off the diagonal, from 0 (uncorrelated channels) to 1 - 1/D
             (identical channels). VICReg (arXiv:2105.04906) minimises it.
         All are NaN if a feature is not finite.
@@ -61,7 +61,7 @@ def monitor(features: Float[Tensor, "n D"], total: Total) -> dict[str, Float[Ten
 def drift(target: Iterable[Tensor], encoder: Iterable[Tensor], total: Total) -> Float[Tensor, ""]:
     """Return the distance between the weights of an average and of its network, relative to the norm of the network.
 
-    A target that follows too closely makes predictions trivially true. One that does not follow gives no new signal.
+    A target that follows too closely makes predictions trivially true. A target that stays gives no new signal.
 
     Args:
         target: this rank's shards of the average.

@@ -18,7 +18,7 @@ WATCHED = ("monitor/rankme", "monitor/std")
 
 
 class Unhealthy(RuntimeError):
-    """The last steps went wrong; resuming from an earlier checkpoint may help."""
+    """The last steps went wrong. Resuming from an earlier checkpoint may help."""
 
     def __init__(self, text: str, *, healthy: int, last: int) -> None:
         """Args:
@@ -62,7 +62,7 @@ class HealthMonitor:
         """Check the records of the last steps.
 
         Raises:
-            Unhealthy: too many steps in a row were skipped, or had a loss far above the previous ones.
+            Unhealthy: too many steps in a row were skipped, or had a loss far above the previous losses.
             Collapsed: a collapse monitor fell far below its earlier values, and the settings say to stop.
         """
         for record in records:

@@ -32,7 +32,7 @@ SHOWN = {"loss/total": "loss", "loss/explained": "explained", "optim/lr": "lr", 
 
 
 class RunLogger:
-    """Records the metrics of one attempt. Every rank keeps them; rank 0 writes them."""
+    """Records the metrics of an attempt. Every rank keeps them, and rank 0 writes them."""
 
     def __init__(self, run: Run, folder: Path, world: World, *, step: int, wandb_id: str | None) -> None:
         """Open the record at the step from which the attempt resumes.
@@ -59,7 +59,7 @@ class RunLogger:
         """Keep the metrics of a step, without synchronising.
 
         Args:
-            step: updates made, this one included.
+            step: updates made, including the last.
             measures: numbers, on the device or on the host, equal on all ranks.
         """
         self._buffer.append({"step": step, "time": time.time(), **measures})
@@ -78,7 +78,7 @@ class RunLogger:
         return bool(self._buffer)
 
     def write(self, extra: Mapping[str, float]) -> list[Record]:
-        """Write the lines of all steps since the last call; waits for the device.
+        """Write the lines of all steps since the last call. Waits for the device.
 
         Args:
             extra: metrics over these steps, added to the last line.
@@ -164,7 +164,7 @@ class Terminal:
 
 @contextmanager
 def logging_to(file: Path, world: World) -> Iterator[None]:
-    """Copy the log of rank 0 to the run folder; other ranks log warnings only."""
+    """Copy the log of rank 0 to the run folder. Other ranks log warnings only."""
     root, ours = logging.getLogger(), [logging.getLogger(room) for room in ("vjepa", "vjepa_data")]
     levels = [logger.level for logger in ours]
     handler = logging.FileHandler(file) if world.is_first else logging.NullHandler()
@@ -210,7 +210,7 @@ def _remembered_id(file: Path, known: str | None) -> str:
 
 
 def _to_host(buffer: list[Mapping[str, Tensor | float | int]]) -> list[Record]:
-    """Copy all numbers to the host, with one copy per device."""
+    """Copy all numbers to the host, with a single copy per device."""
     tensors = [value for measures in buffer for value in measures.values() if isinstance(value, Tensor)]
     numbers: dict[int, float] = {}
     for device in {tensor.device for tensor in tensors}:

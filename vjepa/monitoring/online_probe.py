@@ -1,7 +1,7 @@
-"""An online probe: a linear readout of one label from the exported encoder, on a fixed set of videos, during training.
+"""An online probe: a linear readout of a label from the exported encoder, on a fixed set of videos, during training.
 
 Every rank encodes its share of the clips. Half of the videos are for fitting, the other half for scoring. Scores are
-comparable within one run. Across runs use `vjepa eval probe`, with its protocol, intervals and baselines.
+comparable within a run. Across runs use `vjepa eval probe`, with its protocol, intervals and baselines.
 """
 
 import logging
@@ -26,7 +26,7 @@ CLIPS_AT_ONCE = 8
 
 
 class ProbeRunner:
-    """Predicts one label from the mean feature of a clip."""
+    """Predicts a label from the mean feature of a clip."""
 
     def __init__(self, settings: OnlineProbe, run: Run, world: World) -> None:
         """Read and decode this rank's share of the videos.

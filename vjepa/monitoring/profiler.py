@@ -17,7 +17,7 @@ class Profiler:
 
     def __init__(self, settings: Profile | None, folder: Path, world: World) -> None:
         """Args:
-        settings: steps to trace; None traces nothing.
+        settings: steps to trace. None traces nothing.
         folder: folder of the run.
         world: this rank.
         """
@@ -43,7 +43,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """End the trace and write it, if there is one."""
+        """End the trace, if any, and write it."""
         if self._trace is None or self._settings is None:
             return
         if self._on_device:

@@ -3,7 +3,7 @@
     stacks/rank_00003.txt    stacks of all threads of a rank, at every stall
            rank_00003.json   torch's flight recorders: the last collectives that it joined
 
-There are two recorders, one for NCCL and one for gloo, and a rank with a GPU uses both. A rank that is stopped or dead
+NCCL and gloo have a recorder each, and a rank with a GPU uses both. A rank that is stopped or dead
 writes no file and is reported for that.
 """
 
@@ -82,7 +82,7 @@ def name_the_late(folder: Path, world: int, *, since: float | None = None) -> st
     Args:
         folder: folder of the recorder files.
         world: number of ranks.
-        since: files older than this belong to an earlier stall, seconds since the epoch; by default ten minutes
+        since: files older than this belong to an earlier stall, seconds since the epoch. By default ten minutes
             ago.
     """
     since = time.time() - 600 if since is None else since

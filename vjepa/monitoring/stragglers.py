@@ -1,7 +1,7 @@
-"""Straggler detection: ranks that make the others wait.
+"""Straggler detection: ranks for which all ranks wait.
 
 A step takes as long as its slowest rank, and no rank's step time shows which rank that is. Work that a rank does alone
-can be compared: its wait for data, and a pulse, one local matrix product. A throttled GPU or a shared core is slow
+can be compared: its wait for data, and a pulse, a local matrix product. A throttled GPU or a shared core is slow
 there.
 """
 
@@ -15,7 +15,7 @@ import torch
 log = logging.getLogger(__name__)
 
 PATIENCE = 3
-"""Readings in a row before a rank is named; a single one may be chance."""
+"""Readings in a row before a rank is named. A single reading may be chance."""
 
 
 class Stragglers:
@@ -62,7 +62,7 @@ class Pulse:
         self.measure_s()
 
     def measure_s(self) -> float:
-        """Return the seconds of the fastest of three runs; the device must be idle."""
+        """Return the seconds of the fastest of three runs. The device must be idle."""
         return min(self._once_s() for _ in range(3))
 
     def _once_s(self) -> float:

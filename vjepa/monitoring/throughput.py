@@ -42,7 +42,7 @@ class Throughput:
             self._hidden += loss.tokens.hidden
 
     def read(self, timer: StepTimer) -> dict[str, float]:
-        """Return the metrics since the last reading; waits for the device. All ranks must call it together."""
+        """Return the metrics since the last reading. Waits for the device. All ranks must call it together."""
         seconds = timer.read()
         now_s = time.perf_counter()
         wall_s, self._since_s = now_s - self._since_s, now_s

@@ -48,7 +48,7 @@ class StepTimer:
             yield item
 
     def read(self) -> dict[str, float]:
-        """Return the seconds since the last reading, by part; waits for the device."""
+        """Return the seconds since the last reading, by part. Waits for the device."""
         if self._on_device:
             torch.cuda.synchronize()
         seconds = defaultdict(float, self._host_s)

@@ -1,6 +1,6 @@
-"""Attention over packed sequences, with three backends behind one function.
+"""Attention over packed sequences, with three backends behind a common function.
 
-The sequences of a step (every clip under every mask) are concatenated in one tensor, `[S H d]`, without padding.
+The sequences of a step (every clip under every mask) are concatenated in a tensor `[S H d]` without padding.
 `Segments` describes which tokens attend to each other: runs of sequences of equal length.
 
     runs ((2, 3), (1, 4))      | a a a | b b b | c c c c |      S = 10
@@ -9,8 +9,8 @@ A token attends to all tokens of its own sequence or, with `times`, to tokens of
 
 - `sdpa`: one call of torch's scaled_dot_product_attention for each run. It works everywhere. Masks with exact counts
   make few runs, so the other two have little to gain.
-- `varlen`: torch's variable-length attention, one call for all runs. Needs CUDA and half precision; no `times`.
-- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, one call for all runs. Needs CUDA; no `times`.
+- `varlen`: torch's variable-length attention, in a single call. Needs CUDA and half precision. Has no `times`.
+- `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, in a single call. Needs CUDA. Has no `times`.
 
 Letters: S tokens of all sequences, H heads, d channels of a head.
 """
@@ -47,10 +47,10 @@ class Segments:
     """Backend for more than one run. A single run is an ordinary batch and always uses sdpa."""
 
     starts: Int[Tensor, " starts"] | None = field(default=None, repr=False)
-    """First token of each sequence, then S; int32 on the device. Only for `varlen`."""
+    """First token of each sequence, then S, as int32 on the device. Only for `varlen`."""
 
     longest: int = 0
-    """Tokens of the longest sequence. Only for `varlen`: one compiled block then serves any mixture."""
+    """Tokens of the longest sequence. Only for `varlen`: a compiled block then serves any mixture."""
 
     blocks: Any = field(default=None, repr=False)
     """The runs as a `BlockDiagonalMask`, on the device. Only for `xformers`."""
@@ -73,7 +73,7 @@ class Segments:
             runs: (sequences, tokens in each), in the order of the packed tensor.
             backend: result of `choose`.
             device: device of the packed tensor.
-            times: time of each token; a token then attends to its own time and earlier times only.
+            times: time of each token. A token then attends to its own time and earlier times only.
         """
         joined: list[tuple[int, int]] = []
         for count, length in runs:
@@ -155,7 +155,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def _load_xformers() -> ModuleType:
-    """Import xformers' attention on first use: each wheel supports one torch and warns under any other."""
+    """Import xformers' attention on first use: each wheel supports a single torch and warns under any other."""
     return importlib.import_module("xformers.ops.fmha")
 
 
@@ -182,7 +182,7 @@ def choose(
         causal: whether tokens must not attend to later times.
 
     Raises:
-        BadInput: the settings name a backend that does not work here; the text gives the reason.
+        BadInput: the settings name a backend that does not work here. The text gives the reason.
     """
     if backend == "sdpa":
         return "sdpa"
@@ -207,10 +207,10 @@ def refusal(
     compiled: bool = False,
     causal: bool = False,
 ) -> str | None:
-    """Return the reason why a backend cannot be used here, in one line; None if it can.
+    """Return the reason why a backend cannot be used here as a single line, or None if it can.
 
     Args:
-        backend: one of the backends.
+        backend: name of the backend.
         device: device of the model.
         dtype: type of queries, keys and values.
         head_widths: channels of a head to try.

@@ -2,7 +2,7 @@
 
 Letters: B clips, N tokens of a clip, D width, H heads.
 
-Source: V-JEPA 2 (arXiv:2506.09985), attentive probe; the released classifiers, whose parameter names these are.
+Source: V-JEPA 2 (arXiv:2506.09985), attentive probe. Parameter names are those of the released classifiers.
 """
 
 import json
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attend from one query to all tokens, without a projection after it, as in V-JEPA 2."""
+    """Attend from a single query to all tokens, without a projection after it, as in V-JEPA 2."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class QueryBlock(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Pool the tokens of a clip to one feature."""
+    """Pool the tokens of a clip to a feature."""
 
     def __init__(self, width: int, heads: int, blocks: int) -> None:
         super().__init__()

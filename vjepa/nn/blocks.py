@@ -70,7 +70,7 @@ class PatchEmbed(nn.Module):
     def forward(
         self, frames: Float[Tensor, "B C T Y X"], index: Int[Tensor, "B V"] | None = None
     ) -> Float[Tensor, "B V D"]:
-        """Embed the tokens of `index`, by default all; pixels of other tokens are not read.
+        """Embed the tokens of `index`, by default all. Pixels of other tokens are not read.
 
         On the CPU, without an index, this calls the convolution, so that features equal the reference's bit for bit.
         Elsewhere it is a matrix product, since torch's 3-D convolutions in bf16 were slow, used too much memory or gave

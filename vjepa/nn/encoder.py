@@ -1,4 +1,4 @@
-"""The encoder, frames to tokens: V-JEPA 2's video transformer, for any number of views in one pass.
+"""The encoder, frames to tokens: V-JEPA 2's video transformer, for any number of views in a single pass.
 
 Letters: B clips, C channels, T frames, Y X height and width in pixels, V visible tokens of a clip, S tokens of all
 packed sequences, D width, LD width times levels. In a list each view has its own: _B and _V.
@@ -32,20 +32,20 @@ def normalise(frames: UInt8[Tensor, "B T Y X C"]) -> Float[Tensor, "B C T Y X"]:
 
 @functools.cache
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation on a device; cached, since each copy to a device makes the host wait."""
+    """Return mean and standard deviation on a device. Cached, since each copy to a device makes the host wait."""
     mean, std = (torch.tensor(x, device=device)[:, None, None, None] for x in (MEAN, STD))
     return mean, std
 
 
 @dataclass(frozen=True)
 class View:
-    """Clips of one shape, and the tokens that the encoder reads of each."""
+    """Clips of equal shape, and the tokens that the encoder reads of each."""
 
     frames: Float[Tensor, "B C T Y X"]
     """Normalised pixels. Several views may share them."""
 
     index: Int[Tensor, "B V"] | None = None
-    """Sorted ids of the visible tokens; None for all tokens."""
+    """Sorted ids of the visible tokens, or None for all tokens."""
 
 
 class Encoder(nn.Module):
@@ -88,11 +88,11 @@ class Encoder(nn.Module):
     def forward(
         self, views: Sequence[View], *, levels: bool = False, class_token: bool = False
     ) -> list[Float[Tensor, "_B _V LD"]]:
-        """Encode all views in one packed pass. Attention stays within each clip of each view.
+        """Encode all views in a packed pass. Attention stays within each clip of each view.
 
         Args:
             views: any mixture of clip lengths, picture sizes and masks.
-            levels: return the features of all `settings.levels` side by side, the last block's last; else L = 1.
+            levels: return the features of all `settings.levels` side by side, the last block's last. Otherwise L = 1.
             class_token: return the class token's feature too, as the first.
 
         Returns:
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
     def _embed(
         self, views: Sequence[View], grids: Sequence[Grid], ids: Sequence[Tensor]
     ) -> list[Float[Tensor, "_B _V D"]]:
-        """Embed the visible tokens of all views; with a class token, it comes first."""
+        """Embed the visible tokens of all views. A class token comes first."""
         if self.settings.still_tokens:
             tokens = self._embed_stills_and_clips(views)
         else:

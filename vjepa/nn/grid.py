@@ -8,7 +8,7 @@ from vjepa_data.errors import BadInput
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of one clip. Token id = (t * h + row) * w + column, so the tokens of a frame are neighbours."""
+    """The grid of a clip. Token id = (t * h + row) * w + column, so the tokens of a frame are neighbours."""
 
     t: int
     """Tubelets."""
@@ -52,7 +52,7 @@ class Grid:
 
     @property
     def cells(self) -> int:
-        """Number of tokens of one tubelet: positions in the frame."""
+        """Number of tokens of a tubelet: positions in the frame."""
         return self.h * self.w
 
 

@@ -11,7 +11,7 @@ def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) 
     """Initialize every parameter from the seed and the parameter's name alone.
 
     Matrices are normal with standard deviation `std`. Matrices that write into the residual stream (`attn.proj`,
-    `mlp.fc2`) are divided by sqrt(2 * layer), layer = 1, 2, ... Norms are one, biases and mask tokens zero. The
+    `mlp.fc2`) are divided by sqrt(2 * layer), layer = 1, 2, ... Norms are 1, biases and mask tokens zero. The
     embeddings that mark pictures and clips have a standard deviation of 1e-6. V-JEPA 2 truncates at an absolute value
     of 2, which is a hundred standard deviations and so has no effect.
 
@@ -19,10 +19,10 @@ def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) 
     its shard.
 
     Args:
-        module: a network; its parameters may be sharded, or uninitialized after `to_empty`.
+        module: a network. Its parameters may be sharded, or uninitialized after `to_empty`.
         seed: seed of the run.
-        name: name of the network; distinguishes parameters of the same name.
-        std: standard deviation of matrices; `model.init_std`.
+        name: name of the network, which distinguishes parameters of the same name.
+        std: standard deviation of matrices (`model.init_std`).
     """
     with torch.no_grad():
         for path, parameter in module.named_parameters():

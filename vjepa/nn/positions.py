@@ -17,7 +17,7 @@ from vjepa.nn.shapes import Float, Int
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines that rotate the channels of a head by its token's position; 1 and 0 for unrotated channels."""
+    """Cosines and sines that rotate the channels of a head by its token's position: 1 and 0 for unrotated channels."""
 
     cos: Float[Tensor, "S 1 1 d"]
     sin: Float[Tensor, "S 1 1 d"]
@@ -50,8 +50,8 @@ def rotations(
     Args:
         positions: grid and token ids of each run of sequences, in the order of the packed tensor.
         head_width: channels of a head.
-        form: which channels share an angle; with `sincos` no channel rotates.
-        cells: stretch rows and columns, each to 0 .. cells - 1; by default they are counted.
+        form: which channels share an angle. With `sincos` no channel rotates.
+        cells: stretch rows and columns, each to 0 .. cells - 1. By default they are counted.
 
     Returns:
         Tables for S tokens.

@@ -1,4 +1,4 @@
-"""The masked predictor, visible tokens to hidden tokens: V-JEPA 2's narrow transformer, many inputs in one pass.
+"""The masked predictor, visible tokens to hidden tokens: V-JEPA 2's narrow transformer, many inputs in a single pass.
 
 Letters: B clips, V visible and K hidden tokens, D width of the encoder, LD times its levels, P width of the predictor,
 N tokens of a sequence, V + K. In a list each input has its own: _B and _K.
@@ -49,7 +49,7 @@ class Predictor(nn.Module):
 
         Args:
             settings: sizes, positions.
-            mask_tokens: number of kinds of mask; each has a token of its own.
+            mask_tokens: number of kinds of mask. Each has a token of its own.
             seed: determines the initial weights, independently of device and sharding.
             attention: backend for packed sequences, see `vjepa.nn.attention.choose`.
         """
@@ -82,7 +82,7 @@ class Predictor(nn.Module):
         init_weights(self, seed=seed, name="predictor", std=self.settings.init_std)
 
     def forward(self, inputs: Sequence[PredictorInput]) -> list[Float[Tensor, "_B _K LD"]]:
-        """Predict the features of all hidden tokens in one packed pass. Attention stays within each clip.
+        """Predict the features of all hidden tokens in a packed pass. Attention stays within each clip.
 
         Visible and hidden tokens of a clip are concatenated, not sorted by position as in V-JEPA 2. The result is the
         same up to rounding: attention does not depend on order, and positions are in the rotation.
@@ -118,7 +118,7 @@ class Predictor(nn.Module):
         return [project(self.predictor_norm(each)).clone() for project, each in outputs]
 
     def _sequence(self, given: PredictorInput) -> Float[Tensor, "B N P"]:
-        """Embed the visible tokens of each clip and append mask tokens for the hidden ones."""
+        """Embed the visible tokens of each clip and append mask tokens for the hidden tokens."""
         visible = self.predictor_embed(given.context)
         hidden = self.mask_tokens[given.mask_kind].to(visible.dtype).expand(*given.hidden.shape, -1)
         sequence = torch.cat((visible, hidden), dim=1)

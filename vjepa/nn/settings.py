@@ -29,7 +29,7 @@ class Transformer(Settings):
     """Blocks."""
 
     heads: int = Field(ge=1)
-    """Attention heads; must divide the width."""
+    """Attention heads. Must divide the width."""
 
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden channels of the MLP over the width."""

@@ -1,1 +1,1 @@
-"""Pages in one HTML file about a run, a model or a corpus."""
+"""Pages in a single HTML file about a run, a model or a corpus."""

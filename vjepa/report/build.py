@@ -1,4 +1,4 @@
-"""Write the page of a run, a model or a corpus: one HTML file under 5 MB, without scripts or links to other files.
+"""Write the page of a run, a model or a corpus: a single HTML file under 5 MB, without scripts or links to files.
 
 vjepa report runs/X                       a run: writes runs/X/report.html
 vjepa report MODEL --clips VIDEOS...      an export or a checkpoint: writes MODEL/report.html

@@ -79,7 +79,7 @@ def corpus_clips(shards: Path, split: str, encoder: VideoEncoder) -> list[Named]
 
 
 def clips_of(paths: Sequence[Path], encoder: VideoEncoder) -> list[Named]:
-    """Return a few clips of files, folders of files, or one corpus.
+    """Return a few clips of files, folders of files, or a corpus.
 
     Raises:
         BadInput: no video is found, or none can be decoded.

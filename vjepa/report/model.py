@@ -20,8 +20,8 @@ def model_page(path: Path, *, clips: Sequence[Path] = (), results: Sequence[Path
 
     Args:
         path: folder of the model.
-        clips: videos, folders of videos, or one corpus whose features are shown.
-        results: files that evaluations of the model wrote, in addition to those in its folder.
+        clips: videos, folders of videos, or a corpus whose features are shown.
+        results: files that evaluations of the model wrote, in addition to the results in its folder.
 
     Raises:
         BadInput: the model, a video or a result is missing or damaged.

@@ -13,10 +13,10 @@ TITLE = "Evaluations"
 
 
 def results_section(results: Sequence[Result], *, how: str) -> Section:
-    """Show one table for each evaluation, and bars if it has several tasks.
+    """Show a table for each evaluation, and bars if it has several tasks.
 
     Args:
-        results: of one model.
+        results: results of a model.
         how: shown if there are no results: the command that makes some.
     """
     if not results:
@@ -62,7 +62,7 @@ def _cell(row: ScoreRow | None, *, bold: bool) -> str:
 
 
 def _describe(result: Result) -> str:
-    """Describe in one paragraph how a result was measured and of which weights."""
+    """Describe in a paragraph how a result was measured and of which weights."""
     model = ", ".join(f"{name} {value}" for name, value in result.model.items() if value is not None)
     protocol = "; ".join(f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in result.protocol.items())
     return f"{protocol}. Model: {model}."

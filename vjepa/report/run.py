@@ -104,7 +104,7 @@ def read_lines(file: Path) -> Iterator[Record]:
     """Yield the objects of a JSON-lines file. The file may be missing, and its last line may be incomplete.
 
     Raises:
-        BadInput: a line before the last one is invalid.
+        BadInput: a line before the last line is invalid.
     """
     if not file.is_file():
         return

@@ -43,7 +43,7 @@ def training_clips(run: config.Run, *, step: int, groups: int = CLIPS) -> list[C
     Args:
         run: settings of the run.
         step: training step.
-        groups: number of lanes to load. Each lane gives one or a few clips.
+        groups: number of lanes to load. Each lane gives a few clips.
 
     Raises:
         BadInput: the corpora cannot be read.

@@ -77,7 +77,7 @@ def _describe_kind(run: Run, number: int, states: UInt8[ndarray, "slots t h w"])
 
 
 def _draw_clips(figure, states: UInt8[ndarray, "slots t h w"]) -> None:
-    """Draw the tubelets of the first clips, one clip per row."""
+    """Draw the tubelets of the first clips, with a row for each clip."""
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap([NEITHER, VISIBLE, HIDDEN])

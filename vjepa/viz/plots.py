@@ -32,7 +32,7 @@ def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None
     """Put frames side by side, from left to right in time.
 
     Args:
-        frames: frames of one clip.
+        frames: frames of a clip.
         gap: white pixels between two frames.
         height: height of the strip. Small frames are enlarged without smoothing.
     """
@@ -44,7 +44,7 @@ def strip(frames: UInt8[ndarray, "T H W 3"], *, gap: int = 2, height: int | None
 
 
 def stack(rows: Sequence[UInt8[ndarray, "_H W 3"]], *, gap: int = 2) -> UInt8[ndarray, "H W 3"]:
-    """Stack pictures of one width."""
+    """Stack pictures of equal width."""
     white = np.full((gap, rows[0].shape[1], 3), 255, np.uint8)
     return np.concatenate([part for row in rows for part in (white, row)][1:], axis=0)
 
@@ -113,7 +113,7 @@ def plot(
     """Plot curves as SVG text that scales to the width of the page.
 
     Args:
-        curves: curves to draw. A long one is drawn faint, with its running mean on top.
+        curves: curves to draw. A long curve is drawn faint, with its running mean on top.
         title: name of the quantity, with its unit.
         marks: positions of thin vertical lines, for instance the first step of an attempt.
         log: whether the vertical axis is logarithmic.

@@ -121,7 +121,7 @@ class Uncropped:
     """The boxes [T h w C] of all clips, flattened and concatenated."""
 
     boxes: tuple[CropBox, ...]
-    """Box of each slot; the clips of a sequence share it."""
+    """Box of each slot. The clips of a sequence share it."""
 
     frames: int
     px: int
@@ -173,7 +173,7 @@ class Batch:
     """For each clip that the fallback decoder decoded: why the first decoder failed, as a reason of `Unreadable`."""
 
     stop: BadInput | None = None
-    """The error that prevented a batch; the loader raises it."""
+    """The error that prevented a batch. The loader raises it."""
 
     def __len__(self) -> int:
         return sum(len(g) for g in (*self.groups, *self.uncropped))

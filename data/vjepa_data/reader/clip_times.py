@@ -30,7 +30,7 @@ class FrameSelection:
     """The frames of a slot: those of its clip, or of all clips of its sequence in order."""
 
     frames: tuple[int, ...]
-    """Frame numbers in the file, ascending; `sequence` times as many as a clip has."""
+    """Frame numbers in the file, ascending: `sequence` times as many as a clip has."""
 
     starts: tuple[int, ...]
     """First frame number of each clip."""

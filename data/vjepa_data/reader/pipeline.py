@@ -54,7 +54,7 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
         loader: says where copies of remote shards are kept.
 
     Raises:
-        BadInput: a corpus is missing, has no eligible sample or lacks a signal; or the lanes do not divide the batch.
+        BadInput: a corpus is missing, has no eligible sample or lacks a signal, or the lanes do not divide the batch.
     """
     cache = Cache(loader.cache, loader.cache_gib) if loader and loader.cache else None
     sources = []
@@ -174,7 +174,7 @@ class Samples(IterableDataset):
         return SlotDraw(step, slot, draw, choice, index.key(draw.sample), index.url(draw.sample))
 
     def read(self, drawn: SlotDraw) -> dict:
-        """Read a sample. `__draw__` holds the draw; an unreadable sample has `__error__` instead of its members."""
+        """Read a sample. `__draw__` holds the draw. An unreadable sample has `__error__` instead of its members."""
         of_slot = {"__key__": drawn.key, "__url__": drawn.url, "__draw__": drawn}
         draw = drawn.draw
         video = draw.source, draw.sample

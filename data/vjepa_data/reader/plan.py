@@ -1,4 +1,4 @@
-"""The plan: a function from (step, slot) to a sample. It is arithmetic only; nothing is stored or replayed.
+"""The plan: a function from (step, slot) to a sample. It is arithmetic only, and nothing is stored or replayed.
 
     shards of a source        0 1 2 3 4 5 6 7       in the order of the index
     permuted for the epoch    5 2 7 0 3 1 6 4       a function of (seed, source, epoch)
@@ -336,7 +336,7 @@ class Plan:
         return Draw(source, self._sample(source, *order.at(epoch, at)), epoch, at, view)
 
     def redraw(self, step: int, slot: int, attempt: int) -> Draw:
-        """Draw a replacement for a sample that cannot be decoded. It is of the same source; no other slot changes.
+        """Draw a replacement for a sample that cannot be decoded. It is of the same source, and no other slot changes.
 
         The first eight replacements come from the same window, whose shards are open. If all eight fail, an entire
         shard is probably bad, and later replacements come from anywhere in the source.

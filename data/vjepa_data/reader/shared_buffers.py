@@ -58,7 +58,7 @@ class SharedBuffers:
 
         Returns:
             Empty uint8 tensors of these shapes, and the buffer that holds them, or None for fresh memory. They belong
-            to the caller until the batch is sent; a batch in a buffer is sent as `InSharedBuffer`.
+            to the caller until the batch is sent. A batch in a buffer is sent as `InSharedBuffer`.
         """
         worker = get_worker_info()
         assert worker is not None, "only workers take buffers"

@@ -41,7 +41,7 @@ class CutSignal:
 
 
 def row_positions(times_s: np.ndarray, *, rate_hz: float, start_s: float) -> Float64[np.ndarray, " T"]:
-    """Return where times lie on the axis of rows; a time within 1/1000 of a row counts as that row."""
+    """Return where times lie on the axis of rows. A time within 1/1000 of a row counts as that row."""
     positions = (np.asarray(times_s, dtype=np.float64) - start_s) * rate_hz
     nearest = np.round(positions)
     return np.where(np.abs(positions - nearest) < SNAP_ROWS, nearest, positions)
@@ -74,7 +74,7 @@ def combine_actions(
     """Combine all actions that act between each frame and the next.
 
     Args:
-        rows: the stored rows of the sample; row `i` acts in [start_s + i / rate_hz, start_s + (i + 1) / rate_hz).
+        rows: the stored rows of the sample. Row `i` acts in [start_s + i / rate_hz, start_s + (i + 1) / rate_hz).
         times_s: time of each frame in the stored video, not decreasing.
         rate_hz: rows per second.
         start_s: time of row 0 in the stored video.

@@ -1,4 +1,4 @@
-"""LeVJEPA: views of one clip agree, and embeddings fill space. The method has no predictor and follows no target.
+"""LeVJEPA: views of a clip agree, and embeddings fill space. The method has no predictor and follows no target.
 
     clip --> one global view, some small crops --> tokens dropped at random --> encoder --> class token, or mean
          --> projector --> e

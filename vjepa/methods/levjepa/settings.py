@@ -16,16 +16,16 @@ class LeVJEPASettings(MethodSettings):
     name: Literal["levjepa"] = "levjepa"
 
     masks: tuple[Mask, ...] = (RandomMask(visible_share=0.05),)
-    """The one kind of mask through which every view is seen. The paper keeps a random 5 % of the tokens."""
+    """The only kind of mask, through which every view is seen. The paper keeps a random 5 % of the tokens."""
 
     average: bool = True
-    """Keep a moving average of the encoder. Training does not read it; evaluations and exports use it."""
+    """Keep a moving average of the encoder. Training does not read it. Evaluations and exports use it."""
 
     local_views: int = Field(default=10, ge=1)
     """Small crops of each clip, in addition to the global view."""
 
     local_px: int = Field(default=96, ge=1)
-    """Height and width of a small crop, in pixels; a multiple of `model.patch_px`."""
+    """Height and width of a small crop, in pixels: a multiple of `model.patch_px`."""
 
     local_scale: tuple[Share, Share] = (0.02, 0.4)
     """Smallest and largest area of a small crop, as a share of the global view."""
@@ -43,7 +43,7 @@ class LeVJEPASettings(MethodSettings):
     """The term that prevents collapse."""
 
     weight: float = Field(default=0.02, ge=0)
-    """Weight of the regularizer. LeVJEPA uses 0.02 with sigreg; VICReg's own proportions are 1 with vicreg."""
+    """Weight of the regularizer. LeVJEPA uses 0.02 with sigreg. VICReg's own proportions are 1 with vicreg."""
 
     slices: int = Field(default=1024, ge=1)
     """Random directions of sigreg."""
@@ -53,7 +53,7 @@ class LeVJEPASettings(MethodSettings):
 
     @property
     def mask_kinds(self) -> tuple[Mask, ...]:
-        """The one kind of mask through which every view is seen."""
+        """The only kind of mask, through which every view is seen."""
         return self.masks
 
     def check(self, run: RunSettings) -> None:

@@ -73,10 +73,10 @@ def context_weight(step: int, settings: VJEPA21Settings) -> float:
 
 
 def distance_weights(visible: Int[Tensor, "B V"], hidden: Int[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B V"]:
-    """Return 1 / sqrt(distance) from each visible token to the nearest hidden one, in tokens of a grid of 16 rows.
+    """Return 1 / sqrt(distance) from each visible token to the nearest hidden token, in tokens of a grid of 16 rows.
 
     The distance is Euclidean, over time, rows and columns. It is computed axis by axis: the nearest hidden token along
-    time, then among those results along rows, then along columns. The result is exact and needs no table of all pairs.
+    time, then among these results along rows, then along columns. The result is exact and needs no table of all pairs.
     """
     near = torch.full((len(hidden), grid.tokens), torch.inf, device=hidden.device)
     near = near.scatter(1, hidden, 0.0).unflatten(1, (grid.t, grid.h, grid.w))  # squared distance so far
