@@ -1,4 +1,4 @@
-"""What the dataset builder costs, and whether it can be trusted: numbers for data/README.md.
+"""Measure the speed, memory and reliability of the dataset builder, for data/README.md.
 
     python benchmarks/builder.py throughput [--videos DIR]   against bare ffmpeg doing the same transcode
     python benchmarks/builder.py decode [--videos DIR]       clips of our form against a key frame every 250
@@ -217,7 +217,7 @@ def small_videos(folder: Path, count: int) -> Path:
 
 
 def kill(args: argparse.Namespace, work: Path) -> None:
-    """Builds that are killed again and again, alone and four at once, against one that is left in peace."""
+    """Compare builds that are killed repeatedly, alone and four at once, with an undisturbed build."""
     folder = small_videos(work / "videos", 40)
     shard([str(folder)], work / "peace", spec=spec(*SMALL), workers=2, console=QUIET)
     wanted = digests(work / "peace")
@@ -326,7 +326,7 @@ def fixtures(args: argparse.Namespace, work: Path) -> None:
 
 
 def decoders_agree(out: Path, row: dict, decoders: list[str]) -> bool:
-    """Whether a stored clip has the canonical form, and all decoders give the same pixels of five of its frames."""
+    """Return whether a stored clip has the canonical form and all decoders give the same pixels of five frames."""
     data = (out / read_manifest(out).shards[row["shard"]].file).read_bytes()[row["video_offset"] :][: row["video_size"]]
     stored = read_canonical(data, gop=12)
     expect = Expect(row["frames"], row["width"], row["height"])

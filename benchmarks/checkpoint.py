@@ -1,10 +1,10 @@
-"""How long does a save keep training waiting, and what share of it is that at the default cadence?
+"""Measure how long training waits for a save, and its share of training at the default cadence.
 
     python benchmarks/checkpoint.py                                             ViT-S on a CPU, clips of 8 x 64 px
     python benchmarks/checkpoint.py --encoder vit_large --px 256 --frames 16 --batch 24 --precision bf16      a GPU
 
-A save keeps training waiting until `save` returns; with `checkpoint.background` the rest goes on beside the next steps,
-which are then slower: that is counted too.
+Training waits until `save` returns. With `checkpoint.background` the rest runs during the next steps, and their
+slowdown is counted too.
 """
 
 import statistics
@@ -55,13 +55,13 @@ def main() -> None:
                 blocked_s, beside_s = (statistics.median(column) for column in zip(*lost, strict=True))
                 share = (blocked_s + beside_s) / (every * step_s)
                 print(
-                    f"background={background}: training waits {blocked_s:.2f} s, steps beside it take {beside_s:.2f} s "
+                    f"background={background}: training waits {blocked_s:.2f} s, steps meanwhile take {beside_s:.2f} s "
                     f"longer in all; {share:.2%} of the time"
                 )
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Measure and print."""
     start = time.perf_counter()
     action()
     if torch.cuda.is_available():

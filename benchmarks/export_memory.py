@@ -1,10 +1,10 @@
-"""How much memory an export takes, in units of the weights that it writes.
+"""Measure the memory of an export, in units of the weights that it writes.
 
     python benchmarks/export_memory.py --encoder vit_large --ranks 4
 
 Writes a checkpoint of an untrained model from several ranks, each parameter cut among them as FSDP2 cuts it, optimizer
-moments included; then exports it in a process of its own, once in each format, and prints that process's highest
-anonymous memory (what is not a page of a file, which the system may drop) less what it had after its imports.
+moments included. Then exports it in a separate process for each format, and prints the growth of its anonymous memory
+since its imports. Pages of files do not count, since the system may drop them.
 """
 
 import argparse
@@ -67,12 +67,12 @@ with join(run.parallel) as world:
 
 
 def main() -> None:
-    """Print one line for each format."""
+    """Print a line for each format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="vit_large")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument(
-        "--place", type=Path, help="folder for the files, on a disk with room (default: a temporary one)"
+        "--place", type=Path, help="folder for the files, on a disk with room (default: a temporary folder)"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.place) as place:

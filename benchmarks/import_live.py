@@ -32,14 +32,14 @@ GRID, PX, FRAMES, TOLERANCE = Grid(2, 4, 4), 32, 4, 2e-5
 
 
 def value_of(part: str, name: str, shape: Sequence[int]) -> Tensor:
-    """What a parameter is: noise that follows from its name, around 1 for the weights of norms."""
+    """Return the value of a parameter: noise that follows from its name, around 1 for the weights of norms."""
     seed = int.from_bytes(hashlib.blake2b(f"{part}.{name}".encode(), digest_size=4).digest())
     noise = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     return 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
 def fill(module: nn.Module, part: str) -> None:
-    """Give every parameter its value; the tables of positions have theirs."""
+    """Give every parameter its value. Tables of positions keep theirs."""
     for name, parameter in module.named_parameters():
         if "pos_embed" not in name:
             parameter.data = value_of(part, name, parameter.shape)
@@ -75,26 +75,26 @@ def theirs(file: Path) -> dict[str, np.ndarray]:
     with torch.no_grad():
         found = {"features": encoder(normalise(frames)), "context": encoder(normalise(frames), masks=[visible])}
         for kind in range(2):
-            found[f"guess_{kind}"] = predictor(found["context"], [visible], [hidden], mask_index=kind)
+            found[f"prediction_{kind}"] = predictor(found["context"], [visible], [hidden], mask_index=kind)
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
 @torch.no_grad()
 def ours(folder: Path) -> dict[str, np.ndarray]:
-    """The same from the imported file."""
+    """Return the same numbers from the imported file."""
     weights = read_weights(folder)
     encoder, predictor = weights.encoder().encoder, Predictor(weights.model, weights.mask_tokens)
     predictor.load_state_dict(weights.tensors.part("predictor"))
     frames, visible, hidden = puzzle()
     (features,), (context,) = encoder([View(normalise(frames))]), encoder([View(normalise(frames), visible)])
-    guesses = {
-        f"guess_{kind}": predictor([PredictorInput(context, visible, hidden, GRID, kind)])[0] for kind in range(2)
+    predictions = {
+        f"prediction_{kind}": predictor([PredictorInput(context, visible, hidden, GRID, kind)])[0] for kind in range(2)
     }
-    return {name: one.numpy() for name, one in {"features": features, "context": context, **guesses}.items()}
+    return {name: tensor.numpy() for name, tensor in {"features": features, "context": context, **predictions}.items()}
 
 
 def main() -> None:
-    """Print the largest difference of each; fail if one is too large."""
+    """Print the largest difference of each number, and fail if any is too large."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()

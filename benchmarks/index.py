@@ -1,8 +1,8 @@
-"""The index of a large corpus: how long processes of one node take to open it, and what it costs them in memory.
+"""Measure how long the processes of a node take to open the index of a large corpus, and the memory that it takes.
 
     python benchmarks/index.py --rows 10000000
 
-Pages of a mapped file that two processes share count half for each (PSS); what a process has for itself is private.
+Pages of a mapped file that two processes share count half for each (PSS). All other memory of a process is private.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def measure(count: int, work: Path) -> None:
 
 
 def smaps(pid: int) -> dict[str, float]:
-    """Memory of a process in MB: resident, its share of it, and what no other has."""
+    """Return the memory of a process in MB: resident, proportional share, and private."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     sizes = {name: int(rest.split()[0]) / 1e3 for name, _, rest in (line.partition(":") for line in lines)}
     return {"Rss": sizes["Rss"], "Pss": sizes["Pss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}

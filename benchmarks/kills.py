@@ -1,6 +1,6 @@
 """kill -9, again and again, at the fixed points of a save and at random moments: does the run end with the same bits?
 
-    python benchmarks/kills.py --kills 200                                      one rank
+    python benchmarks/kills.py --kills 200                                      a single rank
     python benchmarks/kills.py --kills 200 --world 2 --workers 2 --background   ranks, loader workers, saves in the back
 
 It is the test of tests/distributed/test_kills.py, for as long as you like, on a run of a few thousand parameters.

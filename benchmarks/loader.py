@@ -5,7 +5,7 @@
 
 `--videos` holds loose files (720p, to compare with a training set as it is downloaded). They are sharded once with
 `vjepa shard`, and copied once to 340x256 with x264's default groups of 250 frames. Then every method runs in a process
-of its own, all of them in every round, in random order, so that whatever else the machine does hits all alike; the
+of its own, all methods in every round, in random order, so that other work on the machine slows all alike. The
 medians over rounds are printed. 16 frames at 4 fps, crops of 256 px, two workers (decoding processes).
 """
 
@@ -74,7 +74,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def measure(clips: Iterator[int], seconds: float) -> dict:
-    """Take clips for some seconds after the first few; count them and the CPU time of all processes."""
+    """Take clips for some seconds after the first few. Count them and the CPU time of all processes."""
     from vjepa_data.reader.bench import cpu_seconds, descendants
 
     for _ in range(3 * WORKERS):
@@ -105,7 +105,7 @@ def ours(decoder: str) -> Callable[[argparse.Namespace], Iterator[int]]:
 def bare(args: argparse.Namespace) -> Iterator[int]:
     """Decode the clips of the same plan with decord in a loop, in as many processes as the loader has workers.
 
-    They have the bytes in memory and, like the loader's servants, no torch, with which decord takes a quarter longer.
+    They have the bytes in memory. Like decode workers they import no torch, with which decord takes a quarter longer.
     """
     import multiprocessing
 
@@ -169,7 +169,7 @@ def reference_dataset(args: argparse.Namespace, folder: str) -> Any:
 
 
 def cost(args: argparse.Namespace, clips: int) -> None:
-    """Take one clip at a time through each method in turn, in this process and one servant, and compare CPU time."""
+    """Take clip after clip through each method in turn, in this process and a decode worker, and compare CPU time."""
     import torch
 
     from vjepa_data.decoding.backends import Expect, decode
@@ -182,7 +182,7 @@ def cost(args: argparse.Namespace, clips: int) -> None:
     torch.set_num_threads(1)
     sources = (Source(shards=str(args.work / "shards")),)
     data = Data(sources=sources, clip=Clip(frames=FRAMES, fps=FPS), crop=Crop(px=PX))
-    plan, servant = open_plan(data, seed=0, batch_size=BATCH), DecodeWorker()
+    plan, worker = open_plan(data, seed=0, batch_size=BATCH), DecodeWorker()
     row = torch.empty(FRAMES, PX, PX, 3, dtype=torch.uint8)
     methods: dict[str, Callable[[int, int], object]] = {}
 
@@ -194,7 +194,7 @@ def cost(args: argparse.Namespace, clips: int) -> None:
 
     def ours(step: int, slot: int) -> None:
         video, choice, expect = drawn(step, slot)
-        row.copy_(crops.cut_out(servant.decode(video, choice.times.frames, expect), choice.box, PX))
+        row.copy_(crops.cut_out(worker.decode(video, choice.times.frames, expect), choice.box, PX))
 
     def bare(step: int, slot: int) -> None:
         video, choice, expect = prepared[step, slot]
@@ -207,13 +207,13 @@ def cost(args: argparse.Namespace, clips: int) -> None:
             dataset = reference_dataset(args, folder)
             methods[f"reference, {folder}"] = lambda step, slot, d=dataset: d[(step * BATCH + slot) % len(d)]
     spent: dict[str, list[float]] = {name: [] for name in methods}
-    pids = {os.getpid(), servant.pid}
+    pids = {os.getpid(), worker.pid}
     for n in range(clips):
         for name in random.sample(list(methods), len(methods)):
             before = cpu_seconds(pids)
             methods[name](n // BATCH, n % BATCH)
             spent[name].append((cpu_seconds(pids) - before) * 1000)
-    servant.close()
+    worker.close()
     print(f"{'method':24} {'CPU-ms/clip':>12}   (means of {clips} clips, interleaved)")
     for name, values in spent.items():
         mean, times = statistics.fmean(values), statistics.fmean(values) / statistics.fmean(spent["bare decord"])

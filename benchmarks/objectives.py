@@ -1,10 +1,10 @@
-"""What each objective teaches the same encoder, on the same videos, for the same FLOPs: pretrain, probe, one table.
+"""Compare methods on the same encoder, videos and FLOPs: pretrain, probe, print a table.
 
     python benchmarks/objectives.py --out runs/objectives --seeds 3 [--only vjepa2 ...] [--cost 0.4] [key=value ...]
 
 The corpus is written once, as `vjepa demo` writes it. Each objective takes as many steps as the budget of model FLOPs
-pays for (`vjepa.estimate`, so what is read, decoded and averaged costs nothing). `--only "vjepa2, causal" --cost 1` is
-the demo itself. Settings after the options change every recipe, for ablations. What is done already is not done again.
+pays for (`vjepa.estimate`, so reading, decoding and averaging cost nothing). `--only "vjepa2, causal" --cost 1` is
+the demo itself. Settings after the options change every recipe, for ablations. Finished parts are not repeated.
 """
 
 import argparse
@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--videos", default="800")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--cost", type=float, default=0.4, help="FLOPs, in those of the demo (default: %(default)s)")
+    parser.add_argument(
+        "--cost", type=float, default=0.4, help="FLOPs, as a multiple of the demo (default: %(default)s)"
+    )
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
     shards = args.out / "shards"
@@ -95,7 +97,7 @@ def flops(run: Run) -> float:
 
 
 def one_run(run: Path, settings: list[str], shards: Path) -> dict[str, Any]:
-    """Train and probe, unless that was done; what the probe found and what it took."""
+    """Train and probe, unless that was done. Return the scores and the cost."""
     found = run / "probe.json"
     if not found.exists():
         seconds = vjepa("train", "demo", "--out", run, *settings)
@@ -107,7 +109,7 @@ def one_run(run: Path, settings: list[str], shards: Path) -> dict[str, Any]:
 
 
 def vjepa(*words: str | Path) -> float:
-    """Run a verb in one thread and return its CPU seconds, those of its children included."""
+    """Run a verb in a single thread and return its CPU seconds, including its children."""
     before = os.times()
     subprocess.run(
         [sys.executable, "-m", "vjepa", *map(str, words)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -117,7 +119,7 @@ def vjepa(*words: str | Path) -> float:
 
 
 def table(done: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean over seeds, least and most: what was learned, what each encoder knew untrained, pixels and the prior."""
+    """Return mean, least and most over seeds: trained and untrained encoders, pixels and the prior."""
     lines = [["objective", "steps", "CPU s", *TASKS], ["---"] * (3 + len(TASKS))]
     some = {name: runs for name, runs in done.items() if runs}
     for name, runs in some.items():

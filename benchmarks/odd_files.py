@@ -13,7 +13,7 @@ def ffmpeg(*words: str | Path) -> None:
 
 
 def make_odd_files(folder: Path, work: Path) -> dict[str, str]:
-    """Every kind of odd and damaged file, and what must become of each: a reason, or a number of frames."""
+    """Make every kind of odd and damaged file, with the expected result: a reason, or a number of frames."""
     base = ["-f", "lavfi", "-i", "testsrc2=size=320x180:rate=25:duration=4"]
     good, long = work / "good.mp4", work / "long.mp4"
     ffmpeg(*base, *X264, "-g", "60", "-movflags", "+faststart", good)
@@ -72,7 +72,7 @@ def make_odd_files(folder: Path, work: Path) -> dict[str, str]:
 
 
 def turned(data: bytes) -> bytes:
-    """The same MP4, to be shown turned by a quarter: another matrix in its track's header."""
+    """Turn an MP4 by a quarter with another matrix in its track's header."""
     upright, quarter = (
         b"".join(n.to_bytes(4, signed=True) for n in matrix)
         for matrix in ((1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))

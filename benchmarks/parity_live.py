@@ -1,6 +1,6 @@
 """Hold our network, masks, training step and run files against a clone of facebookresearch/vjepa2, number by number.
 
-    VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py            compare, a minute on one core
+    VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py            compare, a minute on a core
     VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py --record   write tests/numerics/fixtures anew
 
 The fixtures are numbers that came out of the reference, so that `tests/numerics` compares with it where there is no
@@ -81,7 +81,10 @@ def main() -> None:
 
 
 def reference_mask_sets() -> Numbers:
-    """What the reference's sampler hides in three batches running: packed bits, [visible | hidden] x clips x tokens."""
+    """Return the tokens that the reference's sampler hides in three batches in a row.
+
+    They are packed bits, [visible | hidden] x clips x tokens.
+    """
     sets = {}
     for name, kind, grid, clips, seed in MASK_CASES:
         sample = sampler(kind, grid)
@@ -92,7 +95,7 @@ def reference_mask_sets() -> Numbers:
 
 
 def our_mask_sets() -> Numbers:
-    """The same from ours."""
+    """Return the same from our sampler."""
     sets = {}
     for name, kind, grid, clips, seed in MASK_CASES:
         places = torch.Generator().manual_seed(seed)
@@ -172,33 +175,33 @@ def some_masks(step: int) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def reference_network() -> Numbers:
-    """Features of whole and of masked clips, and guesses with either mask token; every 16th channel."""
+    """Return features of whole and masked clips, and predictions with either mask token: every 16th channel."""
     encoder, predictor = their_network()
     frames, masks = some_frames(0), some_masks(0)
     numbers = {"whole": encoder(frames)}
     for kind, (visible, hidden) in enumerate(masks):
         context = encoder(frames, masks=[visible])
         numbers[f"context-{kind}"] = context
-        numbers[f"guess-{kind}"] = predictor(context, [visible], [hidden], mask_index=kind)
+        numbers[f"prediction-{kind}"] = predictor(context, [visible], [hidden], mask_index=kind)
     return {name: value[..., ::16].numpy() for name, value in numbers.items()}
 
 
 @torch.no_grad()
 def our_network_numbers() -> Numbers:
-    """The same from ours, all masks in one pass."""
+    """Return the same numbers from our model, all masks in a single pass."""
     encoder, predictor = our_network()
     frames, masks = some_frames(0), some_masks(0)
     whole, *contexts = encoder([View(frames), *(View(frames, visible) for visible, _ in masks)])
     numbers = {"whole": whole}
-    guesses = [PredictorInput(c, *mask, GRID, kind) for kind, (c, mask) in enumerate(zip(contexts, masks, strict=True))]
-    for kind, guess in enumerate(predictor(guesses)):
+    inputs = [PredictorInput(c, *mask, GRID, kind) for kind, (c, mask) in enumerate(zip(contexts, masks, strict=True))]
+    for kind, prediction in enumerate(predictor(inputs)):
         numbers[f"context-{kind}"] = contexts[kind]
-        numbers[f"guess-{kind}"] = guess
+        numbers[f"prediction-{kind}"] = prediction
     return {name: value[..., ::16].numpy() for name, value in numbers.items()}
 
 
 def compare_network(theirs: Numbers) -> float:
-    """Largest difference of any feature; features are of order 1."""
+    """Return the largest difference of any feature. Features are of order 1."""
     ours = our_network_numbers()
     assert theirs.keys() == ours.keys()
     return max(float(np.abs(ours[name] - value).max()) for name, value in theirs.items())
@@ -239,8 +242,8 @@ def reference_steps() -> Numbers:
             h = F.layer_norm(target(frames), (NETWORK.encoder.width,))
         loss = torch.zeros(())
         for kind, (visible, hidden) in enumerate(masks):
-            guess = predictor(encoder(frames, masks=[visible]), [visible], [hidden], mask_index=kind)
-            loss = loss + (guess - h.take_along_dim(hidden[..., None], 1)).abs().mean() / len(masks)
+            prediction = predictor(encoder(frames, masks=[visible]), [visible], [hidden], mask_index=kind)
+            loss = loss + (prediction - h.take_along_dim(hidden[..., None], 1)).abs().mean() / len(masks)
         loss.backward()
         gradients = {name: p.grad for name, p in _named(encoder, predictor)}
         numbers[f"{step}-rates"] = np.array([lr, weight_decay, ema])
@@ -257,7 +260,7 @@ def reference_steps() -> Numbers:
 
 
 def our_steps(rates: list[Rates]) -> Numbers:
-    """The same three steps with our objective, optimizer and average, sharded as in a run, on one process."""
+    """The same three steps with our objective, optimizer and average, sharded as in a run, in a single process."""
     run = Run.model_validate(
         {
             "name": "parity",
@@ -302,7 +305,7 @@ def _named(encoder: nn.Module, predictor: nn.Module) -> Iterator[tuple[str, nn.P
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, in one piece."""
+    """Return a tensor that may be sharded as a whole."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -325,7 +328,7 @@ def project(tensors: Mapping[str, Tensor | None]) -> np.ndarray:
 
 
 def compare_steps(theirs: Numbers) -> float:
-    """Largest difference: of a loss; of any projection, relative to the norm of its tensor."""
+    """Return the largest difference of a loss, and of any projection relative to the norm of its tensor."""
     ours = our_steps([Rates(*map(float, theirs[f"{step}-rates"])) for step in range(STEPS)])
     worst = 0.0
     for name, value in ours.items():
@@ -393,7 +396,7 @@ def reference_settings(folder: Path) -> Numbers:
 
 
 def our_settings() -> Numbers:
-    """The same from ours, where masks are the published ones that the file names at its end."""
+    """Return the same from our recipe, with the published masks that the file names at its end."""
     numbers: Numbers = {}
     for name in RUN_FILES:
         run = load(name).settings
@@ -437,7 +440,7 @@ def _commented_masks(name: str) -> str:
 
 
 def compare_settings(theirs: Numbers) -> float:
-    """How many settings differ."""
+    """Return the number of settings that differ."""
     ours = our_settings()
     assert theirs.keys() == ours.keys()
     wrong = [name for name, value in theirs.items() if not np.array_equal(ours[name], value)]

@@ -34,7 +34,7 @@ UNUSED = {
 
 
 def folder() -> Path | None:
-    """Where the clone is; None when the variable is not set."""
+    """Return the folder of the clone, or None when the variable is not set."""
     named = os.environ.get("VJEPA2_REFERENCE")
     if named is None:
         return None
@@ -45,7 +45,7 @@ def folder() -> Path | None:
 
 @contextmanager
 def reference() -> Iterator[Path]:
-    """Its modules can be imported from now on, and its warnings are not shown in the block; its folder."""
+    """Make its modules importable and hide its warnings in the block. Yields its folder."""
     clone = folder()
     if clone is None:
         sys.exit("VJEPA2_REFERENCE is not set; clone facebookresearch/vjepa2 and set it to the folder")
@@ -59,7 +59,7 @@ def reference() -> Iterator[Path]:
 
 
 def networks(model: Model, *, px: int, frames: int) -> tuple[nn.Module, nn.Module]:
-    """Its encoder and its predictor with two mask tokens, in the size of one of our models."""
+    """Build its encoder and its predictor with two mask tokens, in the size of a model of ours."""
     size, narrow = model.encoder, model.predictor
     common: dict[str, Any] = {
         "img_size": (px, px),
@@ -88,7 +88,7 @@ def networks(model: Model, *, px: int, frames: int) -> tuple[nn.Module, nn.Modul
 
 
 def sampler(kind: ReferenceMask, grid: Grid) -> Callable[[int], Any]:
-    """What draws its masks of one kind: from a number of clips to [visible, hidden], from torch's global generator."""
+    """Return its mask sampler: a number of clips to [visible, hidden], by torch's global generator."""
     return importlib.import_module("src.masks.multiseq_multiblock3d")._MaskGenerator(
         crop_size=(16 * grid.h, 16 * grid.w),
         num_frames=2 * grid.t,
@@ -102,7 +102,7 @@ def sampler(kind: ReferenceMask, grid: Grid) -> Callable[[int], Any]:
 
 
 def _stand_in(package: str, modules: tuple[str, ...]) -> None:
-    """Put an empty package in the place of one that is missing or cannot be loaded."""
+    """Put an empty package in the place of a package that is missing or cannot be loaded."""
     try:
         for name in (package, *(f"{package}.{module}" for module in modules)):
             importlib.import_module(name)
@@ -118,7 +118,7 @@ def _stand_in(package: str, modules: tuple[str, ...]) -> None:
 
 
 class _Absent(types.ModuleType):
-    """A package that is not here; whatever is called in it does nothing."""
+    """A package that is not here. All its functions do nothing."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -1,4 +1,4 @@
-"""How fast is one training step: ours, beside V-JEPA 2's own, on the same clips, masks and sizes.
+"""Measure a training step beside V-JEPA 2's own, on the same clips, masks and sizes.
 
     python benchmarks/step.py                                                ours alone
     VJEPA2_REFERENCE=/somewhere python benchmarks/step.py                    both, a step of each in turn
@@ -97,7 +97,7 @@ def draw_masks(run: Run, grid: Grid, device: torch.device) -> list[tuple[Tensor,
 def ours(
     run: Run, world: World, frames: Tensor, grid: Grid, masks: list[tuple[Tensor, ...]]
 ) -> Iterator[tuple[Step, StepTimer, dict[str, Tensor]]]:
-    """Our step, as in `vjepa.engine.loop.train_steps`; where its time goes; and what a checkpoint of it would hold."""
+    """Time our step, as in `vjepa.engine.loop.train_steps`, by part, and yield it with its tensors."""
     method, networks = build_networks(run, world)
     optimizer = build_optimizer(networks.trained, run.optim)
     timer = StepTimer(world.device)
@@ -143,10 +143,10 @@ def their_step(run: Run, device: torch.device, frames: Tensor, masks: list[tuple
         with half:
             with torch.no_grad():
                 h = [F.layer_norm(each, (each.size(-1),)) for each in target(clips)]
-            guesses = predictor(encoder(clips, visible), visible, hidden)
+            predictions = predictor(encoder(clips, visible), visible, hidden)
             loss, terms = torch.zeros((), device=device), 0
-            for guess, wanted, ids in zip(guesses, h, hidden, strict=True):
-                for one, where in zip(guess, ids, strict=True):
+            for prediction, wanted, ids in zip(predictions, h, hidden, strict=True):
+                for one, where in zip(prediction, ids, strict=True):
                     gathered = wanted.gather(1, where[..., None].expand(-1, -1, wanted.size(-1)))
                     loss, terms = loss + (one - gathered).abs().mean(), terms + 1
             loss = loss / terms

@@ -1,4 +1,4 @@
-"""The loader at length and at size: what a test has no time for.
+"""Run the loader for long and on large corpora, for which tests have no time.
 
     python benchmarks/stream.py soak --work DIR [--clips 20000]        # 1 % poison: memory, threads, lost clips
     python benchmarks/stream.py first --work DIR [--samples 1000000]  # the first batch, at steps 0 and 100,000
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def soak(args: argparse.Namespace) -> None:
-    """Draw many clips from a corpus of which a hundredth is poison, and say what became of memory and of good clips."""
+    """Draw many clips from a corpus of which a hundredth cannot be decoded, and report memory and lost clips."""
     poison = write_poisoned(args.work / "soak", samples=2_000)
     data = settings(args.work / "soak", rejects=Rejects(max_share=0.05))
     loader = Loader(workers=2, decode_timeout_s=2)
@@ -77,7 +77,7 @@ def soak(args: argparse.Namespace) -> None:
         f"memory of all processes: {early:.0f} MB in the second quarter, {late:.0f} MB in the last "
         f"({late / early - 1:+.1%})"
     )
-    print(f"at most {threads} threads in a worker or servant; {zombies} zombies seen")
+    print(f"at most {threads} threads in a worker or decode worker, {zombies} zombies seen")
     if lost or zombies or threads > 3 or named - poison or abs(late / early - 1) > 0.05:
         raise SystemExit("the soak failed")
 
@@ -88,7 +88,7 @@ def quarters(samples: list) -> tuple[list, list]:
 
 
 def pss_mb(pid: int) -> float:
-    """Memory of a process; what it shares counts in parts."""
+    """Return the memory of a process. Shared pages count in parts."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -104,12 +104,12 @@ def state(pid: int) -> str:
 
 
 def is_ours(pid: int) -> bool:
-    """Say whether a process is a worker or a servant that lives: not Python's own helper, nor one that ended."""
+    """Return whether a process is a living worker or decode worker, rather than a helper of Python or a zombie."""
     return state(pid) not in "ZX" and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def write_poisoned(folder: Path, *, samples: int) -> set[str]:
-    """Write a corpus of which every hundredth sample cannot be decoded; give the keys of those."""
+    """Write a corpus of which every hundredth sample cannot be decoded, and return the keys of these samples."""
     videos = [encode(look) for look in range(8)]
     bad = {
         "half": videos[0][: len(videos[0]) // 2],
@@ -148,7 +148,7 @@ def hang() -> bytes:
 
 
 def write_shards(folder: Path, samples: list[tuple[str, bytes, dict]], *, per_shard: int) -> list[dict]:
-    """Write samples (key, video, what differs of it) as the builder would; give the commit records of the shards."""
+    """Write samples (key, video, changed facts) as the builder would, and return the commit records of the shards."""
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     usual = {"frames": FRAMES, "fps": float(FPS), "width": WIDTH, "height": HEIGHT, "duration_s": FRAMES / FPS}
     records = []

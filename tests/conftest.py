@@ -104,12 +104,12 @@ def tiny_run(tiny_corpus: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def tiny_av1_run(tmp_path: Path) -> Callable[..., Run]:
-    """The same, of videos that decord does not decode."""
+    """Make the same run on AV1 videos, which decord does not decode."""
     return maker_of_runs(write_tiny_corpus(tmp_path / "av1", codec="libsvtav1"))
 
 
 def maker_of_runs(corpus: Path) -> Callable[..., Run]:
-    """What the fixture `tiny_run` gives, for a corpus."""
+    """Return the function of the fixture `tiny_run` for a corpus."""
 
     def make(**changes: Any) -> Run:
         settings: dict[str, Any] = {
@@ -157,7 +157,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def s3(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """The same store, which `s3://` means; what this process remembers of another one is forgotten."""
+    """Make `s3://` mean this store. Clients that this process has cached for another store are dropped."""
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

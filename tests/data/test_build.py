@@ -284,7 +284,7 @@ def test_tables_give_labels_time_ranges_and_splits(kind: str, tmp_path: Path) ->
     assert (found["c.mp4"]["frames"], found["c.mp4"]["split"]) == (20, "train")
 
 
-def test_a_missing_column_is_an_error_that_lists_the_others(tmp_path: Path) -> None:
+def test_a_missing_column_is_an_error_that_lists_all_columns(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("file,label\na.mp4,1\n")
     with pytest.raises(BadInput, match=r"no column 'path' among file, label; set columns.path=NAME"):
         build(tmp_path / "t.csv", tmp_path / "o")

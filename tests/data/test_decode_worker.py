@@ -175,7 +175,9 @@ def test_decoder_output_is_bounded(bad_worker: DecodeWorker):
     assert os.fstat(bad_worker._child._output).st_size <= 1 << 20
 
 
-def test_the_fallback_decodes_what_the_first_decoder_cannot(bad_worker: DecodeWorker, videos: list[bytes], read_number):
+def test_the_fallback_decodes_files_that_defeat_the_first_decoder(
+    bad_worker: DecodeWorker, videos: list[bytes], read_number
+):
     assert read_number(bad_worker.decode(videos[0], [9], EXPECT)[0]) == 9
     assert bad_worker.counts["fallback"] == 1
     assert bad_worker.fell_back == "error"

@@ -318,7 +318,7 @@ def test_flips_are_refused_unless_the_signal_declares_them(films: Path, tmp_path
     open_plan(data.model_copy(update={"crop": Crop(flip=0)}), seed=0, batch_size=4)
 
 
-def test_missing_signals_and_texts_are_refused_with_what_is_there(robots: Path, corpus: Path):
+def test_missing_signals_are_refused_with_a_list_of_existing_names(robots: Path, corpus: Path):
     with pytest.raises(BadInput, match=r"has no signal 'pose', only move, number; remove it from data.signals"):
         open_plan(settings(robots, signals=("pose",)), seed=0, batch_size=4)
     with pytest.raises(BadInput, match=r"has no text 'caption', only none; remove it from data.texts"):

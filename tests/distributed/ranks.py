@@ -134,7 +134,7 @@ def sleeps_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 
 def counted(function: Any, kind: str, counts: Counter[str]) -> Any:
-    """The same function, with its calls counted."""
+    """Return a function whose calls are counted."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         counts[kind] += 1
@@ -144,7 +144,7 @@ def counted(function: Any, kind: str, counts: Counter[str]) -> Any:
 
 
 def count_messages() -> Counter[str]:
-    """Count from now on what ranks send each other."""
+    """Count messages between ranks from now on."""
     counts: Counter[str] = Counter()
     kinds = {
         "gather": ("all_gather_single", "all_gather_into_tensor"),  # torch 2.13, and before
@@ -193,12 +193,12 @@ def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 
 def sums(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of this rank's part of each."""
+    """Return the sum of this rank's part of each tensor."""
     return {name: float((t.to_local() if isinstance(t, DTensor) else t).sum()) for name, t in tensors.items()}
 
 
 def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
-    """Save in the background and change every weight at once: what was saved is what was there."""
+    """Save in the background and change every weight at once, which must not change the saved tensors."""
     with join(run.parallel) as world:
         _, networks = training.build_networks(run, world)
         optimizer = build_optimizer(networks.trained, run.optim)
@@ -220,7 +220,7 @@ def background_save(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 
 def full_disk_on_the_first(run: Run, out: Path, job: dict[str, Any]) -> Any:
-    """What rank 0 does for all fails."""
+    """Let rank 0 fail in a function that it calls for all ranks."""
 
     def write() -> None:
         raise OSError(28, "No space left on device")

@@ -125,20 +125,20 @@ def test_any_world_trains_the_same_run(runs: Path, name: str) -> None:
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-4
 
 
-def test_micro_batches_of_sharded_models_add_up_before_they_are_sent(runs: Path) -> None:
+def test_gradients_of_micro_batches_add_up_before_reduction(runs: Path) -> None:
     assert results(runs, "two in halves") == [0, 0]
     for field in ("loss/prediction", "optim/grad_norm"):
         halves, whole = ([one[field] for one in records(runs / name / "run")] for name in ("two in halves", "two"))
         assert halves == pytest.approx(whole[:6], abs=2e-6), field
 
 
-def test_the_same_world_trains_the_same_bits_also_when_it_saves_in_the_background(runs: Path) -> None:
+def test_background_saves_do_not_change_a_bit(runs: Path) -> None:
     assert losses(runs / "two" / "run") == losses(runs / "two again" / "run")
     ours, theirs = weights(runs / "two again" / "run", STEPS), weights(runs / "two" / "run", STEPS)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_ranks_with_different_clips_and_masks_get_the_gradients_of_one_process(runs: Path) -> None:
+def test_mixed_clips_on_ranks_give_the_gradients_of_one_process(runs: Path) -> None:
     one = records(runs / "mixed one" / "run")
     for name in ("mixed two", "mixed in halves"):
         assert set(results(runs, name)) == {0}
@@ -163,7 +163,7 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(runs: Path) -> None:
     assert not all(torch.equal(third[key], fourth[key]) for key in second)
 
 
-def test_the_average_follows_and_is_what_the_next_forward_uses(runs: Path) -> None:
+def test_the_next_forward_pass_uses_the_updated_average(runs: Path) -> None:
     for result in results(runs, "inspected"):
         assert result["average"] < 1e-6
         assert result["forward"] < 1e-6
@@ -178,7 +178,7 @@ def test_messages_per_step_stay_as_few_as_they_are(runs: Path) -> None:
         assert result["messages"][-1] == {"gather": 11, "scatter": 5, "sum": 1}
 
 
-def test_a_background_save_keeps_what_was_there_when_it_began(runs: Path) -> None:
+def test_a_background_save_keeps_the_weights_of_its_start(runs: Path) -> None:
     assert results(runs, "background") == [True, True]
     assert results(runs, "background alone") == [True]
 
@@ -197,7 +197,7 @@ def test_a_rank_that_differs_is_named_before_the_first_step(runs: Path, name: st
         assert f"rank 1 differs from the other ranks in {what} (" in answer["error"]
 
 
-def test_a_rank_that_sleeps_is_named_with_what_others_wait_in_and_all_end(runs: Path) -> None:
+def test_a_sleeping_rank_is_named_with_its_collective_and_all_end(runs: Path) -> None:
     # Ended by their watchdogs, so that a launcher may start them again; whoever is slower to it sees the other go.
     assert all("Connection closed" in answer["error"] for answer in answers(runs, "asleep"))
     log = (runs / "asleep" / "run" / "log.txt").read_text()
@@ -207,7 +207,7 @@ def test_a_rank_that_sleeps_is_named_with_what_others_wait_in_and_all_end(runs: 
     assert "doze" in (runs / "asleep" / "run" / "stacks" / "rank_00001.txt").read_text()
 
 
-def test_what_fails_on_the_rank_that_acts_for_all_fails_alike_on_all(runs: Path) -> None:
+def test_an_error_of_rank_0_is_raised_on_all_ranks(runs: Path) -> None:
     found = answers(runs, "full disk")
     assert [answer["error"] for answer in found] == ["[Errno 28] No space left on device"] * 2
 
@@ -240,7 +240,7 @@ def test_worlds_that_do_not_fit_are_refused_on_every_rank(runs: Path, name: str,
         assert text in answer["error"]
 
 
-def test_ranks_that_wait_in_vain_for_another_all_fail_and_never_train_without_it(runs: Path) -> None:
+def test_ranks_without_a_missing_rank_all_fail_and_never_train(runs: Path) -> None:
     found = answers(runs, "two of three")
     assert len(found) == 2
     for answer in found:

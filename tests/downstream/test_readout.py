@@ -1,4 +1,4 @@
-"""Ridge readouts against closed forms and by what they must not find."""
+"""Ridge readouts equal closed forms and find nothing in noise."""
 
 import numpy as np
 import pytest

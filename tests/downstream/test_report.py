@@ -1,4 +1,4 @@
-"""The page of a run shows its record in one file and says what it cannot show."""
+"""The page of a run shows its record in a single file and names missing parts."""
 
 import json
 import re
@@ -90,7 +90,7 @@ def test_the_same_run_gives_the_same_page(story: Path) -> None:
     assert report(story).read_text() == first
 
 
-def test_the_page_says_what_it_cannot_show(story: Path) -> None:
+def test_the_page_names_missing_parts(story: Path) -> None:
     settings = yaml.safe_load((story / "config.yaml").read_text())
     settings["data"]["sources"][0]["shards"] = str(story / "gone")
     (story / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -183,7 +183,7 @@ def test_training_clips_are_those_of_the_stream(story: Path) -> None:
     assert run.frames == shown[0].frames.shape[1]
 
 
-def test_masks_cover_what_they_hide() -> None:
+def test_masks_cover_hidden_tokens() -> None:
     frames = np.full((4, 16, 16, 3), 200, np.uint8)
     visible = np.zeros((2, 2, 2), bool)
     visible[:, 0, 0] = True

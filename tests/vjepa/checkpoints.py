@@ -16,7 +16,7 @@ from vjepa.distributed.world import World
 
 
 def facts(step: int) -> CheckpointMetadata:
-    """What a checkpoint of a step says of itself."""
+    """Return the metadata of a checkpoint of a step."""
     return CheckpointMetadata(step, 1, {"name": "x"}, "hash", ["corpus"], "id", {"vjepa": "0"})
 
 

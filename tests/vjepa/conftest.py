@@ -1,4 +1,4 @@
-"""What tests of the trunk share."""
+"""Fixtures of the trunk's tests."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""How calls are held to their signatures in tests, shapes included (jaxtyping, beartype).
+"""Check calls against their signatures in tests, shapes included (jaxtyping, beartype).
 
 An int is a float. A `Path` may be a path into an object store, which has its methods and is none: see
 `vjepa.checkpoints.storage.path_of`.

@@ -1,4 +1,4 @@
-"""What ranks compare before their first step, on one rank; ranks that differ are in tests/distributed."""
+"""Ranks compare settings, code and data before the first step. tests/distributed has ranks that differ."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What is a checkpoint and what is torn, without models: found, checked and read."""
+"""Complete and torn checkpoints are told apart, checked and read, without models."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ from vjepa_data.settings import BadInput
 MakeRun = Callable[..., Run]
 
 
-def test_what_is_saved_is_what_is_loaded_with_or_without_ranks(world: World, tmp_path: Path) -> None:
+def test_loaded_tensors_equal_saved_tensors_with_and_without_ranks(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 4))
     newest = find_newest(tmp_path / "checkpoints", world)
     assert newest is not None
@@ -77,7 +77,7 @@ def cut_short(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_quietly_start_anew(world: World, tmp_path: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(world: World, tmp_path: Path) -> None:
     saved(tmp_path, world, range(1, 3))
     for path in list_checkpoints(tmp_path / "checkpoints"):
         flip_a_bit(path)
@@ -98,7 +98,7 @@ def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None
 
 
 class Trap:
-    """What a stranger could put into a checkpoint: a folder is made when it is unpickled."""
+    """A harmful pickle in a checkpoint: unpickling it makes a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

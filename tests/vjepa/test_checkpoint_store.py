@@ -55,7 +55,7 @@ def names(store: ObjectStore) -> set[str]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_saved_is_what_is_loaded_and_old_ones_go(
+def test_loaded_tensors_equal_saved_tensors_and_old_checkpoints_go(
     store: ObjectStore, world: World, tmp_path: Path, background: bool
 ) -> None:
     settings = Checkpoint(folder=HOME, background=background, milestones=(2,))
@@ -84,7 +84,7 @@ def test_files_larger_than_one_request_arrive_whole(store: ObjectStore, tmp_path
     assert store.count(method="POST") == 2  # its parts were announced, and put together
 
 
-def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
+def test_a_checkpoint_without_its_last_object_is_removed(
     store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Checkpoint(folder=HOME)
@@ -103,7 +103,7 @@ def test_without_its_last_object_it_is_no_checkpoint_and_is_swept_away(
     assert names(store) == {"step_00000001", "latest"}
 
 
-def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
+def test_a_busy_store_is_retried_and_a_refusal_is_an_error(
     store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = CheckpointManager(tmp_path, Checkpoint(folder=HOME), world)
@@ -125,7 +125,7 @@ def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_said_so(
         checkpoint.list_checkpoints(saver.home)
 
 
-def test_a_damaged_one_is_set_aside_but_an_outage_is_no_damage(
+def test_a_damaged_checkpoint_is_set_aside_but_not_in_an_outage(
     store: ObjectStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = CheckpointManager(tmp_path, Checkpoint(folder=HOME), world)
@@ -166,7 +166,7 @@ def test_a_run_goes_on_from_a_store_and_is_verified_there(
     assert "has changed since it was written" in capsys.readouterr().out
 
 
-def test_going_back_sets_checkpoints_in_a_store_aside_and_takes_the_same_steps_as_on_a_disk(
+def test_a_roll_back_in_a_store_equals_a_roll_back_on_a_disk(
     store: ObjectStore, tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss_of = VJEPA2.loss

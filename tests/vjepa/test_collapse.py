@@ -1,4 +1,4 @@
-"""Without what prevents it every objective collapses, and the monitors see it; with it they have nothing to say."""
+"""Every method collapses without its safeguard, and the monitors detect it. With the safeguard they stay silent."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ EVERY_STEPS = 10
 
 
 def is_collapse_seen(losses: list[Loss]) -> bool:
-    """Whether the spread of features, looked at as a run does, falls below a quarter of what it was."""
+    """Return whether the spread of features, as a run monitors it, falls below a quarter of its first value."""
     health = HealthMonitor(Health(on_collapse="stop"), alert=lambda title, text: None)
     for step in range(EVERY_STEPS, len(losses) + 1, EVERY_STEPS):
         std = monitor(losses[step - 1].features, lambda x: x)["std"].item()
@@ -32,7 +32,7 @@ def changed(name: str, *, steps: int, **objective: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["vjepa2", "vjepa2_1", "stills"])
-def test_with_gradients_through_the_target_guesses_come_true_by_saying_nothing(name: str) -> None:
+def test_features_collapse_with_gradients_through_the_target(name: str) -> None:
     run = toy_run(**changed(name, steps=60))
     safe, collapsed = learn(run), learn(run, stop_gradient=False)
     assert not is_collapse_seen(safe)
@@ -49,7 +49,7 @@ def test_a_target_that_does_not_lag_behind_collapses() -> None:
 
 
 @pytest.mark.parametrize(("regularizer", "weight"), [("sigreg", 0.2), ("vicreg", 1.0), ("barlow", 0.05)])
-def test_views_agree_by_saying_nothing_unless_something_wants_variety(regularizer: str, weight: float) -> None:
+def test_features_of_views_collapse_without_a_regularizer(regularizer: str, weight: float) -> None:
     safe, collapsed = (
         learn(toy_run(**changed("levjepa", steps=60, regularizer=regularizer, weight=weight)))
         for weight in (weight, 0.0)

@@ -165,7 +165,7 @@ def test_recomputed_activations_are_those_of_a_real_step(tiny_run: MakeRun, tmp_
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
+def test_lasting_memory_is_that_of_a_real_step(tiny_run: MakeRun, tmp_path: Path, name: str) -> None:
     encoder = {"name": "custom", "width": 24, "depth": 3, "heads": 2}
     run = tiny_run(**{**OBJECTIVES[name], "model": {"encoder": encoder, **OBJECTIVES[name].get("model", {})}})
     with alone(run) as world, open_clips(run, plan_of(run), tmp_path, world, 0) as clips:
@@ -184,7 +184,7 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves_there(tiny_run: MakeRun
     assert {part: memory[part] for part in held} == held
 
 
-def test_slices_and_messages_are_those_of_a_thousand_ranks(tiny_run: MakeRun) -> None:
+def test_shards_are_as_large_as_on_a_thousand_ranks(tiny_run: MakeRun) -> None:
     size = 1024
     run = tiny_run(
         batch_size=3072,
@@ -233,7 +233,7 @@ def test_messages_are_as_large_as_counted(tiny_run: MakeRun, tmp_path: Path, mon
 
 
 def measured(function: Any, kind: str, received: Counter[str], size: int) -> Any:
-    """The same function, with the bytes counted that come from other ranks."""
+    """Return a function that also counts the bytes that come from other ranks."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         whole = max(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
@@ -256,7 +256,7 @@ def test_a_published_recipe_comes_out_as_published(tiny_run: MakeRun) -> None:
     assert estimate(run, gpus=1).counts.flops["target"] == pytest.approx(1.66e12, rel=0.01)
 
 
-def test_what_does_not_fit_is_said_with_a_setting_that_helps(tiny_run: MakeRun) -> None:
+def test_a_run_that_does_not_fit_is_told_a_setting_that_helps(tiny_run: MakeRun) -> None:
     run = tiny_run(
         batch_size=1024,
         precision="bf16",

@@ -1,4 +1,4 @@
-"""Steps that do not come: what is written down, and who is named."""
+"""A stall leaves stacks and collectives of all ranks, and the late rank is named."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from vjepa.monitoring.stall_watchdog import StallWatchdog, name_the_late
 MakeRun = Callable[..., Run]
 
 
-def test_a_stall_leaves_the_stacks_of_all_threads_and_the_last_collectives_once(world: World, tmp_path: Path) -> None:
+def test_a_stall_is_dumped_once_with_stacks_and_collectives(world: World, tmp_path: Path) -> None:
     waiting = threading.Event()
 
     def hangs_here() -> None:
@@ -63,7 +63,7 @@ def test_a_job_that_was_suspended_for_an_hour_is_not_ended_for_it(
     assert not (tmp_path / "stacks").exists()
 
 
-def test_a_folder_that_cannot_be_written_keeps_no_run_alive_that_hangs(
+def test_a_hanging_run_ends_even_if_its_folder_is_not_writable(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stacks").write_text("in the way of a folder")
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_keeps_no_run_alive_that_hangs(
         assert ended.wait(10)
 
 
-def test_what_nccl_joined_is_kept_beside_what_gloo_joined_and_counted_by_itself(
+def test_collectives_of_nccl_and_gloo_are_counted_separately(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def entry(number: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def recorder(folder: Path, rank: int, *numbers: int, at: float = 0.0) -> None:
     (folder / f"rank_{rank:05d}.json").write_text(text)
 
 
-def test_who_has_joined_fewer_collectives_than_others_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_joined_fewer_collectives_is_named(tmp_path: Path) -> None:
     for rank, joined in enumerate([(5, 9), (5, 8), (5, 9)]):
         recorder(tmp_path, rank, *joined)
     found = name_the_late(tmp_path, 3)

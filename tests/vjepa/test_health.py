@@ -18,7 +18,7 @@ def a_nurse(**settings: Any) -> tuple[HealthMonitor, list[str]]:
     return HealthMonitor(Health(**settings), lambda title, text: alerts.append(f"{title}: {text}")), alerts
 
 
-def test_one_skipped_step_is_an_alert_and_three_in_a_row_are_an_end() -> None:
+def test_a_skipped_step_is_an_alert_and_three_in_a_row_end_the_run() -> None:
     nurse, alerts = a_nurse(max_skipped_in_a_row=3)
     nurse.check([record(1), record(2, applied=0.0), record(3), record(4, applied=0.0), record(5, applied=0.0)])
     assert [alert.split(":")[1] for alert in alerts] == [" step 2", " step 4"]
@@ -26,7 +26,7 @@ def test_one_skipped_step_is_an_alert_and_three_in_a_row_are_an_end() -> None:
         nurse.check([record(6, applied=0.0)])
 
 
-def test_a_spike_counts_only_when_asked_for_and_against_the_usual_loss() -> None:
+def test_a_spike_is_measured_against_the_median_if_enabled() -> None:
     steady = [record(step) for step in range(1, 60)]
     spike = [record(step, loss=2.0) for step in range(60, 63)]
     a_nurse()[0].check([*steady, *spike])
@@ -48,13 +48,13 @@ def test_a_collapse_is_told_once_and_stops_by_setting() -> None:
         strict.check(falling)
 
 
-def test_a_monitor_that_is_not_finite_is_no_collapse() -> None:
+def test_a_non_finite_monitor_is_not_a_collapse() -> None:
     nurse, alerts = a_nurse(on_collapse="stop")
     nurse.check([record(step, **{"monitor/std": value}) for step, value in ((100, 1.0), (200, math.nan), (300, 0.9))])
     assert not alerts
 
 
-def test_a_collapse_is_seen_across_a_restart_and_leads_back_to_before_it(tmp_path: Path) -> None:
+def test_a_collapse_across_a_restart_rolls_back_to_before_it(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     healthy = [record(step, **({"monitor/rankme": 20.0} if step == 1 else {})) for step in range(1, 401)]
     file.write_text("".join(json.dumps(one) + "\n" for one in healthy))

@@ -60,7 +60,7 @@ def test_visible_and_hidden_share_out_the_clip_exactly(kind: Kind, grid: Grid, s
     kind=KINDS | st.sampled_from(RELEASED),
     slots=st.lists(st.integers(0, 60), min_size=1, max_size=6, unique=True).map(sorted),
 )
-def test_a_slot_is_masked_alike_whichever_others_are_asked_for(kind: Kind, slots: list[int]) -> None:
+def test_the_mask_of_a_slot_does_not_depend_on_other_slots(kind: Kind, slots: list[int]) -> None:
     grid = Grid(4, 8, 8)
     for mask in sample_masks([kind, kind], grid, seed=1, step=2, slots=slots):
         for row, visible, hidden in zip(mask.rows, mask.visible, mask.hidden, strict=True):
@@ -86,7 +86,7 @@ def test_tubes_run_through_all_of_time(kind: Kind, grid: Grid) -> None:
 
 
 @pytest.mark.parametrize(("grid"), [PLAIN, Grid(32, 16, 16), Grid(32, 24, 24), Grid(8, 14, 14)])
-def test_counts_are_multiples_of_64_near_what_rectangles_leave_free(grid: Grid) -> None:
+def test_counts_are_multiples_of_64_near_the_area_left_free(grid: Grid) -> None:
     """In V-JEPA 2's sampler, before truncation, 38 % and 19 % stay visible; ours draws an aspect for each rectangle."""
     for mask, share in zip(sample_masks(BLOCKS, grid, seed=0, step=0, slots=range(4)), (0.38, 0.18), strict=True):
         assert mask.visible.shape[1] % 64 == 0
@@ -155,7 +155,7 @@ def test_one_place_cannot_be_both_seen_and_hidden() -> None:
 # --- reference ----------------------------------------------------------------------------------------------------
 
 
-def test_reference_truncates_whole_groups_so_that_a_rank_may_hold_part_of_one() -> None:
+def test_reference_truncates_whole_groups_across_ranks() -> None:
     kinds = [RELEASED[0].model_copy(update={"batch": 4})]
     everything = sample_masks(kinds, PLAIN, seed=0, step=0, slots=range(12))
     assert [mask.rows for mask in everything] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
@@ -166,7 +166,7 @@ def test_reference_truncates_whole_groups_so_that_a_rank_may_hold_part_of_one() 
     assert torch.equal(part[2].hidden, everything[2].hidden[1:2])
 
 
-def test_reference_has_the_shares_and_the_bias_that_were_measured_in_v_jepa_2() -> None:
+def test_reference_has_the_shares_and_bias_of_v_jepa_2() -> None:
     """At 24 clips of 16 frames and 256 px: 24.5 and 6.3 % visible, 28 and 23 % used by neither, late frames starved."""
     shares, seen = [], []
     for step in range(40):
@@ -186,7 +186,7 @@ def test_reference_that_hides_everything_is_refused() -> None:
         )
 
 
-def test_select_takes_the_clips_of_a_mask_and_copies_none_if_it_is_for_all() -> None:
+def test_select_copies_no_clip_if_a_mask_covers_all() -> None:
     clips = torch.arange(4)
     ids = torch.zeros(2, 1, dtype=torch.int64)
     assert Mask(0, (1, 3), ids, ids).select(clips).tolist() == [1, 3]

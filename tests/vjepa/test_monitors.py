@@ -63,8 +63,8 @@ def test_features_that_are_not_finite_are_no_error() -> None:
     assert all(torch.isnan(value) for value in monitor(x, alone).values())
 
 
-def test_over_ranks_they_are_those_of_all_features_together() -> None:
-    """Two uneven ranks: what the first sends is added to what the second sends."""
+def test_monitors_over_ranks_equal_monitors_of_all_features() -> None:
+    """Two uneven ranks whose sums are added."""
     x = features()
     sent: list[Tensor] = []
 

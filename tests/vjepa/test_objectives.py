@@ -1,4 +1,4 @@
-"""Every objective is its formulas: what is asked, of what, and which settings do not go together."""
+"""Every method equals its formulas, and settings that exclude each other are refused."""
 
 import dataclasses
 
@@ -101,7 +101,7 @@ def test_names_are_those_of_v_jepa_2_1() -> None:
     assert predictor["predictor_proj.weight"] == predictor["predictor_proj_context.weight"] == (4 * 48, 24)
 
 
-def test_stretched_positions_keep_their_meaning_at_another_resolution() -> None:
+def test_stretched_positions_agree_across_resolutions() -> None:
     """The corners of a 4 x 4 grid and of an 8 x 8 grid are at the same places."""
     corners = [torch.tensor([[0, n - 1, n * (n - 1), n * n - 1]]) for n in (4, 8)]
     small, large = (
@@ -162,7 +162,7 @@ def test_a_still_picture_may_have_a_tokenizer_of_its_own() -> None:
         assert parameter.grad.any()
 
 
-def test_a_batch_without_pictures_gives_their_tokenizer_a_gradient_of_zero() -> None:
+def test_the_tokenizer_of_absent_pictures_has_a_zero_gradient() -> None:
     """None would let FSDP2 mix up the gradients of ranks with pictures and ranks without."""
     run = toy_run(model={"still_tokens": True})
     method = create_method(run)
@@ -242,7 +242,7 @@ def test_small_crops_are_a_function_of_step_and_slot() -> None:
     assert not torch.equal(crops[0], later[0])
 
 
-def test_small_crops_cover_the_share_of_the_picture_that_was_asked_for() -> None:
+def test_small_crops_cover_the_requested_share_of_the_picture() -> None:
     """On a ramp of brightness the spread of a crop tells its width."""
     objective = {**OBJECTIVES["levjepa"]["objective"], "local_scale": [0.25, 0.25], "jitter": 0, "gray": 0}
     run = toy_run(**{**OBJECTIVES["levjepa"], "objective": objective, "batch_size": 64})
@@ -271,7 +271,7 @@ def test_a_class_token_is_the_summary_of_a_view_where_there_is_one() -> None:
     assert whole.shape[1] == clips.masks[0].visible.shape[1] + 1
 
 
-def test_what_would_change_the_result_is_refused() -> None:
+def test_settings_that_would_change_the_result_are_refused() -> None:
     with pytest.raises(ValueError, match="does not train a class token"):
         toy_run(model={"class_token": True})
     with pytest.raises(ValueError, match="compares all clips of a step"):

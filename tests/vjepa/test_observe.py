@@ -1,4 +1,4 @@
-"""What is looked at in the course of a run: a trace, pictures, a probe; and none of it moves the run."""
+"""Traces, pictures and probes in the course of a run do not change it."""
 
 import gzip
 import json
@@ -27,9 +27,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_looking_leaves_a_trace_pictures_and_scores_and_changes_no_step(
-    tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path
-) -> None:
+def test_trace_pictures_and_probe_change_no_step(tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path) -> None:
     probe = {"shards": str(tiny_corpus), "label": "look", "split": "train", "videos": 16, "every_steps": 2}
     looks = {"profile": {"at": 3, "steps": 2}, "pictures_every_steps": 4, "probe": probe}
     assert train(tiny_run(), tmp_path / "plain") == 0
@@ -93,7 +91,7 @@ def test_a_run_that_stops_between_two_records_lacks_no_line(
     assert [one["step"] for one in records(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_probe_of_what_is_not_there_says_so(tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_a_probe_of_a_missing_label_is_an_error(tiny_run: MakeRun, tiny_corpus: Path, tmp_path: Path) -> None:
     probe = {"shards": str(tiny_corpus), "label": "smell", "split": "train"}
     with pytest.raises(BadInput, match=r"track\.probe: 0 of the videos .* have the label 'smell'"):
         train(tiny_run(track={"probe": probe}), tmp_path)

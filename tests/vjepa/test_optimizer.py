@@ -44,7 +44,7 @@ def test_an_update_is_torchs_own() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_the_norm_is_reported_before_clipping_and_the_gradient_is_clipped() -> None:
+def test_the_reported_norm_is_that_before_clipping() -> None:
     model = a_model()
     optimizer = build_optimizer({"encoder": model}, Optim(lr=1.0))
     with_gradients(model, 3.0)
@@ -62,7 +62,7 @@ def test_the_norm_is_reported_before_clipping_and_the_gradient_is_clipped() -> N
 
 
 @pytest.mark.parametrize(("gradient", "loss"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
-def test_what_is_not_finite_moves_neither_weights_nor_moments_nor_the_count(gradient: float, loss: float) -> None:
+def test_a_non_finite_step_changes_no_weight_moment_or_count(gradient: float, loss: float) -> None:
     model = a_model()
     optimizer = build_optimizer({"encoder": model}, Optim(lr=1.0))
     with_gradients(model, 1.0)

@@ -1,4 +1,4 @@
-"""How models are spread, as far as one process and no GPU can tell; several ranks are in tests/distributed."""
+"""Models are sharded, recomputed and offloaded, in a single process. tests/distributed has several ranks."""
 
 import operator
 from collections import Counter
@@ -39,7 +39,7 @@ class Counting(TorchDispatchMode):
 
 
 def attentions(run: Run) -> int:
-    """How often attention is computed in a forward and a backward pass."""
+    """Count computations of attention in a forward and a backward pass."""
     with join(run.parallel) as world:
         method = create_method(run)
         networks = method.build()
@@ -52,7 +52,7 @@ def attentions(run: Run) -> int:
     return counting.counts[ATTENTION]
 
 
-def test_selective_recomputation_keeps_what_attention_gave_and_full_computes_it_again(tiny_run: MakeRun) -> None:
+def test_only_full_recomputation_repeats_attention(tiny_run: MakeRun) -> None:
     off, selective, full = (attentions(tiny_run(parallel={"recompute": how})) for how in ("off", "selective", "full"))
     assert off == selective
     assert off < full < 2 * off  # the target has no backward pass

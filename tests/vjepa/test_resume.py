@@ -17,7 +17,7 @@ def changes(then: Run, now: Run, *, step: int = 10, manifests: tuple[str, str] =
     )
 
 
-def test_changes_that_leave_the_past_alone_are_told_and_others_refused(tiny_run: MakeRun) -> None:
+def test_only_changes_that_keep_past_steps_valid_are_accepted(tiny_run: MakeRun) -> None:
     old = tiny_run(steps=100)
     assert changes(old, old) == {}
     assert changes(old, tiny_run(steps=100, loader={"workers": 4}, parallel={"accumulate": 2})) == {

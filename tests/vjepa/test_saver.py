@@ -1,4 +1,4 @@
-"""How checkpoints are written and pruned, without models: whole or not at all, and what is asked for stays."""
+"""Checkpoints are written whole or not at all, and pruned, without models."""
 
 import errno
 import shutil
@@ -35,9 +35,7 @@ def test_the_last_few_and_every_nth_are_kept(world: World, tmp_path: Path) -> No
         Checkpoint(keep_last=1)
 
 
-def test_milestones_are_saved_and_kept_and_nothing_goes_while_fewer_than_two_are_intact(
-    world: World, tmp_path: Path
-) -> None:
+def test_milestones_and_the_last_two_intact_checkpoints_stay(world: World, tmp_path: Path) -> None:
     home = tmp_path / "checkpoints"
     saver = CheckpointManager(tmp_path, Checkpoint(every_steps=2, milestones=(1, 5)), world)
     assert [step for step in range(1, 8) if saver.is_due(step)] == [1, 2, 4, 5, 6]
@@ -51,7 +49,7 @@ def test_milestones_are_saved_and_kept_and_nothing_goes_while_fewer_than_two_are
     assert [step_of(path) for path in list_checkpoints(home)] == [1, 4, 5]
 
 
-def test_the_checkpoint_that_an_attempt_goes_on_from_is_not_read_again_to_be_kept(
+def test_the_resumed_checkpoint_is_not_read_again(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, world, range(1, 3))
@@ -61,7 +59,7 @@ def test_the_checkpoint_that_an_attempt_goes_on_from_is_not_read_again_to_be_kep
     assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
 
 
-def test_a_disk_that_cannot_be_written_to_is_an_error_and_the_old_checkpoint_stays(
+def test_the_old_checkpoint_survives_a_failed_save(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = saved(tmp_path, world, range(1, 2))

@@ -38,7 +38,7 @@ def test_a_constant_rate_stays_at_its_peak_after_the_warm_up() -> None:
     assert [rates_at(step, run).lr for step in (0, 5, 49)] == [0.0, 1.0, 1.0]
 
 
-def test_weight_decay_and_average_are_constant_unless_told_where_to_go() -> None:
+def test_weight_decay_and_ema_are_constant_by_default() -> None:
     still = run_of(11, weight_decay=0.04, ema=0.99925)
     assert {(rates_at(s, still).weight_decay, rates_at(s, still).ema) for s in range(11)} == {(0.04, 0.99925)}
     moving = run_of(11, weight_decay=0.04, final_weight_decay=0.4, ema=0.998, final_ema=1.0)

@@ -33,7 +33,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def offline_records(folder: Path) -> Iterator[Any]:
-    """Read back what W&B would send: LevelDB's log format, blocks of 32 KiB, records of (crc, length, kind)."""
+    """Read back the records that W&B would send: LevelDB's log, blocks of 32 KiB, records of (crc, length, kind)."""
     from wandb.proto import wandb_internal_pb2
 
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
@@ -59,9 +59,7 @@ def offline_history(folder: Path) -> list[dict[str, Any]]:
     return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in items} for items in rows]
 
 
-def test_every_step_has_a_line_and_a_resumed_run_drops_those_it_will_make_again(
-    tiny_run: MakeRun, world: World, tmp_path: Path
-) -> None:
+def test_a_resumed_run_has_a_single_line_for_each_step(tiny_run: MakeRun, world: World, tmp_path: Path) -> None:
     run = tiny_run(steps=10, track={"every_steps": 2})
     track = RunLogger(run, tmp_path, world, step=0, wandb_id=None)
     for step in range(1, 6):
@@ -104,7 +102,7 @@ def test_numbers_of_two_devices_are_one_record(tiny_run: MakeRun, world: World, 
     assert (line["loss/prediction"], line["optim/grad_norm"]) == (0.5, 2.0)
 
 
-def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_network(
+def test_wandb_keeps_a_single_run_over_offline_attempts(
     tiny_run: MakeRun, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -127,9 +125,7 @@ def test_wandb_keeps_one_run_with_its_own_axis_over_attempts_without_key_or_netw
     assert [row["trainer/step"] for row in offline_history(tmp_path)] == [1, 2, 3, 3, 4, 5]
 
 
-def test_wandb_gets_pictures_the_commit_of_the_code_and_where_checkpoints_are(
-    tiny_run: MakeRun, world: World, tmp_path: Path
-) -> None:
+def test_wandb_gets_pictures_commit_and_checkpoint_paths(tiny_run: MakeRun, world: World, tmp_path: Path) -> None:
     run = tiny_run(steps=10, track={"wandb": "offline", "every_steps": 1})
     track = RunLogger(run, tmp_path, world, step=0, wandb_id=None)
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg")

@@ -1,4 +1,4 @@
-"""One process, real shards, the real model: what a run leaves behind, and how it goes on."""
+"""A run of a single process on real shards leaves a complete record and resumes exactly."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_a_run_leaves_its_settings_its_record_and_its_checkpoints(straight: Path
     assert 0 < last["monitor/drift"] < 1
 
 
-def test_a_signal_stops_after_the_step_and_the_next_attempt_ends_with_the_same_bits(
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
     straight: Path, tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -107,7 +107,7 @@ def test_a_signal_stops_after_the_step_and_the_next_attempt_ends_with_the_same_b
     assert [attempt["step"] for attempt in attempts] == [0, 4]
 
 
-def test_steps_after_a_checkpoint_are_made_again_bit_for_bit_and_a_damaged_one_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped_and_its_steps_repeat_exactly(
     straight: Path, tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train(tiny_run(), tmp_path) == 0
@@ -173,15 +173,13 @@ def test_workers_do_not_move_the_numbers(straight: Path, tiny_run: MakeRun, tmp_
     assert not (tmp_path / "stalls.txt").exists()  # nothing stalled
 
 
-def test_half_precision_learns_nearly_the_same_and_keeps_its_weights_in_fp32(
-    straight: Path, tiny_run: MakeRun, tmp_path: Path
-) -> None:
+def test_half_precision_is_close_and_keeps_weights_in_fp32(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
     assert train(tiny_run(precision="bf16"), tmp_path) == 0
     assert losses(tmp_path) == pytest.approx(losses(straight), abs=2e-2)
     assert {tensor.dtype for tensor in tensors(tmp_path, 6).values()} == {torch.float32}
 
 
-def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_end_the_run(
+def test_non_finite_steps_are_skipped_and_three_end_the_run(
     tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss_of, bad_calls, calls = VJEPA2.loss, {4}, 0
@@ -240,7 +238,9 @@ def test_bad_batches_are_passed_over_alike_by_every_later_attempt(
     assert same(tensors(tmp_path / "again", 7), tensors(tmp_path / "straight", 7))
 
 
-def test_a_full_device_says_what_to_change(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_names_settings_to_change(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -258,9 +258,7 @@ def test_offloading_and_determinism_change_nothing_on_a_cpu(straight: Path, tiny
     torch.use_deterministic_algorithms(False)
 
 
-def test_missing_shards_a_changed_setting_and_a_folder_in_use_are_one_clear_line(
-    straight: Path, tiny_run: MakeRun, tmp_path: Path
-) -> None:
+def test_bad_input_to_training_is_a_clear_single_line(straight: Path, tiny_run: MakeRun, tmp_path: Path) -> None:
     missing = tiny_run(data={"sources": [{"shards": str(tmp_path / "nowhere")}]})
     with pytest.raises(BadInput, match="nowhere"):
         train(missing, tmp_path / "a")
@@ -277,7 +275,7 @@ def test_missing_shards_a_changed_setting_and_a_folder_in_use_are_one_clear_line
     assert train(tiny_run(steps=1), folder) == 0
 
 
-def test_more_steps_of_the_same_schedule_are_recorded_and_other_rates_are_refused(
+def test_a_resumed_run_may_be_longer_but_not_change_its_rates(
     straight: Path, tiny_run: MakeRun, tmp_path: Path
 ) -> None:
     assert train(tiny_run(steps=3), tmp_path) == 0
