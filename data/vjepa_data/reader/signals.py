@@ -202,8 +202,8 @@ def interval_statistics(data: Data, name: str) -> SignalStatistics:
             raise BadInput(f"{index.place} has no signal {name!r}; set data.signals to its signals")
         if name not in index.statistics:
             raise BadInput(
-                f"{index.place} has no statistics of signal {name!r}: it has no train split, or an earlier version built "
-                "it; build it again, or set objective.normalise=none"
+                f"{index.place} has no statistics of signal {name!r}: it has no train split, or an earlier version "
+                "built it; build it again, or set objective.normalise=none"
             )
         fps = source.fps or data.clip.fps
         rows = float(np.median(index.signal_rates[name])) / fps
