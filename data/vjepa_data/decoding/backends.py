@@ -61,20 +61,23 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         # fault_tol=1 raises at the first frame that cannot be decoded; 0 and -1 would repeat another frame.
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
         _check_length("decord", len(reader), expect)
-        return unpadded(np.from_dlpack(_Frames(reader.get_batch(frames))))  # pyright: ignore[reportArgumentType]
+        if expect.width in PADDED_WIDTHS:
+            return np.stack([unpadded(reader[number].asnumpy()) for number in frames.tolist()])
+        return np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
     except (decord.DECORDError, RuntimeError, IndexError) as e:
         raise Unreadable("error", f"decord: {e}") from e
 
 
-def unpadded(pictures: np.ndarray) -> np.ndarray:
-    """Remove the padding of rows from pictures, uint8 [... H W C], of which decord 0.6 makes additional channels.
+PADDED_WIDTHS = (16, 24, 48, 72)
+"""Widths at which decord 0.6 takes the padding of rows, to a multiple of 32 pixels, for additional channels."""
 
-    It pads rows to a multiple of 32 pixels. For widths of 16, 24, 48 and 72 a whole number of padded rows results.
-    """
-    *others, width, channels = pictures.shape
+
+def unpadded(picture: np.ndarray) -> np.ndarray:
+    """Remove the padding of rows from a picture of decord, uint8 [H W C], if it was taken for channels."""
+    height, width, channels = picture.shape
     if channels <= 3:
-        return pictures
-    return pictures.reshape(*others, width * channels)[..., : 3 * width].reshape(*others, width, 3)
+        return picture
+    return picture.reshape(height, width * channels)[:, : 3 * width].reshape(height, width, 3)
 
 
 class _Frames:

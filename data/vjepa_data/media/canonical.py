@@ -90,7 +90,7 @@ def compare(data: bytes, *, gop: int) -> tuple[ClipFormat | None, list[str]]:
 
 def _compare_stream(data: bytes, gop: int) -> tuple[ClipFormat | None, list[str], list[str]]:
     """Return the properties of the video stream, its weighty differences, and those of its key frames."""
-    with av.open(io.BytesIO(data), "r", format="mp4") as container:
+    with av.open(io.BytesIO(data), "r", format="mp4", metadata_errors="replace") as container:
         stream = container.streams.video[0] if container.streams.video else None
         if stream is None or stream.codec_context is None or stream.codec_context.name != "h264":
             return None, ["not H.264"], []

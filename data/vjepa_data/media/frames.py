@@ -111,10 +111,13 @@ class Pass:
         self._origin = round(Fraction(info.start_s) / self._base)
         point = self._start if isinstance(self._start, SeekPoint) else None
         self._clock = PacketClock(info.container, self._base, Fraction(*info.rate), point)
-        if point is not None:
-            container.seek(point.position, stream=self._stream, unsupported_byte_offset=True)
-        elif self._start is not None:
-            container.seek(int((self._start + info.start_s) / self._base), stream=self._stream)
+        if self._start is None:
+            return
+        target = point.position if point else int((self._start + info.start_s) / self._base)
+        try:
+            container.seek(target, stream=self._stream, unsupported_byte_offset=point is not None)
+        except FFmpegError as error:
+            raise Refused(Reason.DAMAGED, f"cannot be searched: {error.strerror}") from None
 
     def _all(self, container: av.container.InputContainer) -> Iterator[Timed]:
         held: av.Packet | None = None  # one behind, to know the last packet before a jump or the end

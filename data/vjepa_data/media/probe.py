@@ -80,7 +80,7 @@ def _duration(
     rate: Fraction,
 ) -> float:
     """Return the length in seconds: that of the packets, unless the file ends before the length that it declares."""
-    found = float((max(track.ends, default=origin) - origin) * track.time_base)
+    found = float((track.end - origin) * track.time_base)
     declared = _declared(container, stream, rate)
     if abs(declared - found) <= max(0.1, 2 / rate):
         return declared

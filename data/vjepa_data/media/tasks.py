@@ -280,7 +280,7 @@ def _compare_decoders(data: bytes, info: VideoInfo, flaws: list[str]) -> Examine
 
 def _count(data: bytes) -> int:
     """Return the number of frames of a video, by its packets."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         return sum(p.pts is not None and not p.is_discard for p in container.demux(stream)) if stream else 0
 
@@ -309,7 +309,7 @@ def read_with_decord(data: bytes, info: VideoInfo) -> ClipFormat:
     reader, decord = open_decord(data)
     try:
         height, width = unpadded(reader.next().asnumpy()).shape[:2]
-    except decord.DECORDError as error:
+    except (decord.DECORDError, RuntimeError) as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     return ClipFormat(len(reader), info.rate, width, height)
 

@@ -99,7 +99,10 @@ class Track:
     is_default: bool
     times: list[int] = field(default_factory=list)
     """Display times in ticks. For slotted formats those of decoding, which are the same times in another order."""
-    ends: list[int] = field(default_factory=list)
+    latest: int = 0
+    """Largest display time."""
+    last_ticks: int = 0
+    """Duration of the packet that is displayed last. Only there, orders of decoding and display agree."""
     points: list[SeekPoint] = field(default_factory=list)
     is_cut: bool = False
     """The last packet is incomplete, or could not be read."""
@@ -107,8 +110,13 @@ class Track:
     """Number of jumps of the clock."""
 
     @property
+    def end(self) -> int:
+        """Display time at which the last frame ends."""
+        return self.latest + self.last_ticks
+
+    @property
     def length_s(self) -> float:
-        return float((max(self.ends) - min(self.times)) * self.time_base) if self.times else 0.0
+        return float((self.end - min(self.times, default=0)) * self.time_base)
 
     def after(self, origin: int) -> list[int]:
         """Return the display times from `origin` on, in order."""
@@ -155,8 +163,9 @@ def _add(track: Track, packet: av.Packet, clock: PacketClock, container: str) ->
     time = packet.dts if packet.pts is None or container in SLOTTED else packet.pts
     if time is None or packet.is_discard or not (track.times or packet.is_keyframe):
         return
+    if not track.times or time >= track.latest:
+        track.latest, track.last_ticks = time, packet.duration or clock.period
     track.times.append(time)
-    track.ends.append(time + (packet.duration or clock.period))
     is_far = not track.points or (time - track.points[-1].ticks) * track.time_base >= SEEK_POINT_S
     if container not in BROADCAST | RAW or not packet.is_keyframe or packet.pos is None or not is_far:
         return

@@ -6,14 +6,13 @@ differs between CPU generations. This costs about 8 % more bytes at equal PSNR.
 """
 
 import dataclasses
-import functools
 import io
 import itertools
 import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -172,7 +171,14 @@ def transcode(
     frames = resample_frames(
         watch.pass_on(read_frames(path, info, start_s=begin)), start_s=begin or None, seconds=seconds, rate=rate
     )
-    clip = _encode(frames, info, rate=rate, encode=encode, accept=accept, box=box)
+    first = next(frames, None)
+    if first is None:
+        raise Refused(Reason.DAMAGED, "no frame in the requested time range")
+    width, height = stored_size(*((box.width, box.height) if box else (info.width, info.height)), encode=encode)
+    form = {"info": info, "width": width, "height": height, "box": box}
+    graph = _graph(first, **form, deinterlaces=True)
+    pictures = _filtered(graph, itertools.chain([first], frames), delays=first.interlaced_frame)
+    clip = _encode(pictures, width, height, rate=rate, encode=encode, accept=accept)
     actual = clip.stored.frames / float(rate)
     if expected - actual > max(0.5, 0.02 * expected, 2 / info.fps):
         ends = f"the video ends after {begin + actual:.2f} s, but {begin + expected:.2f} s are declared or requested"
@@ -180,9 +186,12 @@ def transcode(
     seen = watch.sources(clip.stored.frames)
     if begin and not set(info.container.split(",")) & INDEXED:
         _check_start(path, info, begin, seen[0])
-    graph = functools.partial(_graph, info=info, width=clip.stored.width, height=clip.stored.height, box=box)
-    samples = tuple(SourceSample(number, _filtered_thumbnail(graph, frame)) for number, frame in sorted(seen.items()))
-    return dataclasses.replace(clip, samples=samples)
+    if first.interlaced_frame:
+        graph = _graph(first, **form, deinterlaces=False)
+    numbers = sorted(seen)
+    pictures = _filtered(graph, (seen[number] for number in numbers), delays=False)
+    thumbnails = [thumbnail(picture.to_ndarray(format="rgb24")) for picture in pictures]
+    return dataclasses.replace(clip, samples=tuple(map(SourceSample, numbers, thumbnails)))
 
 
 class _Watch:
@@ -236,26 +245,10 @@ def thumbnail(rgb: np.ndarray) -> np.ndarray:
     return np.array([[block.mean() for block in np.array_split(row, 8, axis=1)] for row in rows], np.float32)
 
 
-def _filtered_thumbnail(make_graph: Callable[..., av.filter.Graph], frame: av.VideoFrame) -> np.ndarray:
-    graph = make_graph(frame, deinterlaces=False)
-    graph.vpush(frame)
-    return thumbnail(graph.vpull().to_ndarray(format="rgb24"))
-
-
 def _encode(
-    frames: Iterator[av.VideoFrame],
-    info: VideoInfo,
-    *,
-    rate: Fraction,
-    encode: Encode,
-    accept: Filter,
-    box: PictureBox | None,
+    pictures: Iterator[av.VideoFrame], width: int, height: int, *, rate: Fraction, encode: Encode, accept: Filter
 ) -> StoredClip:
-    first = next(frames, None)
-    if first is None:
-        raise Refused(Reason.DAMAGED, "no frame in the requested time range")
-    width, height = stored_size(*((box.width, box.height) if box else (info.width, info.height)), encode=encode)
-    graph = _graph(first, info=info, width=width, height=height, box=box)
+    """Encode pictures that have their final size and format."""
     # A file in memory, so that a killed process leaves nothing behind. FFmpeg needs its name, because a second pass
     # moves the index to the front.
     with os.fdopen(os.memfd_create("clip"), "w+b") as file:
@@ -281,7 +274,7 @@ def _encode(
         }
         stats = ContentStats(rate)
         count = 0
-        for count, frame in enumerate(_filtered(graph, itertools.chain([first], frames)), start=1):
+        for count, frame in enumerate(pictures, start=1):
             stats.add(frame)
             frame.pts, frame.time_base, frame.pict_type = count - 1, 1 / rate, PictureType.NONE
             target.mux(output.encode(frame))
@@ -293,15 +286,21 @@ def _encode(
     return StoredClip(data, ClipFormat(count, (rate.numerator, rate.denominator), width, height))
 
 
-def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Yield the output of the filters. A filter may delay frames, so output is not aligned with input."""
-    for frame in itertools.chain(frames, [None]):
+def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame], *, delays: bool) -> Iterator[av.VideoFrame]:
+    """Yield the output of filters. If they delay frames, output is not aligned with input, and they are used up.
+
+    Raises:
+        Refused: the library cannot convert these pixels.
+    """
+    for frame in itertools.chain(frames, [None] if delays else []):
         graph.vpush(frame)
         while True:
             try:
                 filtered = graph.vpull()
             except (BlockingIOError, EOFError):
                 break
+            except FFmpegError as error:
+                raise Refused(Reason.NO_DECODER, f"its pixels cannot be converted: {error.strerror}") from None
             yield filtered
 
 
@@ -323,7 +322,7 @@ def _graph(
     width: int,
     height: int,
     box: PictureBox | None,
-    deinterlaces: bool = True,
+    deinterlaces: bool,
 ) -> av.filter.Graph:
     """Build the filters that deinterlace, turn, crop, scale and tone-map a frame to the stored form."""
     graph = av.filter.Graph()
@@ -413,7 +412,7 @@ def decode_all(data: bytes, *, frames: int, width: int, height: int, samples: Se
             shapes.add(picture.shape)
             if number in wanted and np.abs(thumbnail(picture) - wanted[number]).mean() > MAX_DIFFERENCE:
                 raise Refused(Reason.CHECK_FAILED, f"frame {number} of {frames} differs from its source")
-    except decord.DECORDError as error:
+    except (decord.DECORDError, RuntimeError) as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     if len(reader) != frames or shapes != {(height, width, 3)}:
         raise Refused(
@@ -431,7 +430,7 @@ def open_decord(data: bytes) -> tuple[Any, Any]:
 
     try:
         return decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1), decord
-    except decord.DECORDError as error:
+    except (decord.DECORDError, RuntimeError) as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
 
 

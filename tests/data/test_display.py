@@ -1,0 +1,181 @@
+"""Frames are stored as ffmpeg displays them: orientation, mirroring and dynamic range; and all decoders agree."""
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from vjepa_data.decoding.backends import Expect, decode
+from vjepa_data.decoding.orientation import OddRotation, orientation
+from vjepa_data.errors import Unreadable
+from vjepa_data.media.canonical import compare
+from vjepa_data.media.fetch import FileRef
+from vjepa_data.media.probe import probe
+from vjepa_data.media.tasks import ExamineTask, work
+from vjepa_data.media.transcode import check, transcode
+from vjepa_data.media.video import Reason, Refused
+from vjepa_data.spec import Encode, Filter
+
+ONE = 1 << 16
+
+MATRICES: dict[str, tuple[tuple[int, int, int, int], str]] = {
+    "upright": ((ONE, 0, 0, ONE), ""),
+    "quarter": ((0, ONE, -ONE, 0), "transpose=clock"),
+    "half": ((-ONE, 0, 0, -ONE), "hflip,vflip"),
+    "three_quarters": ((0, -ONE, ONE, 0), "transpose=cclock"),
+    "left_right": ((-ONE, 0, 0, ONE), "hflip"),
+    "upside": ((ONE, 0, 0, -ONE), "vflip"),
+    "mirrored_quarter": ((0, ONE, ONE, 0), "transpose=cclock_flip"),
+    "mirrored_three_quarters": ((0, -ONE, -ONE, 0), "transpose=clock_flip"),
+}
+"""a, b, c, d of the display matrix (ISO/IEC 14496-12, section 8.3.2), and the filters of ffmpeg's autorotation."""
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An MP4 of six frames, 96x64, without a symmetry."""
+    return encode(tmp_path_factory.mktemp("flat") / "x.mp4")
+
+
+def encode(path: Path, *, codec: str = "libx264", times: list[int] | None = None, **options: str) -> bytes:
+    y, x = np.mgrid[:64, :96]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"preset": "ultrafast", "threads": "1", **options})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number, time in enumerate(times or range(6)):
+            picture = np.stack([x * 2, y * 3, np.full_like(x, number * 40)], axis=-1).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = time
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def with_matrix(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """Return an MP4 with another display matrix in its track header."""
+    old, new = (
+        b"".join(n.to_bytes(4, signed=True) for n in (*m[:2], 0, *m[2:], 0, 0, 0, 1 << 30))
+        for m in ((ONE, 0, 0, ONE), (a, b, c, d))
+    )
+    at = data.index(old, data.index(b"tkhd"))
+    return data[:at] + new + data[at + 36 :]
+
+
+def filtered(frame: av.VideoFrame, filters: str) -> np.ndarray:
+    graph = av.filter.Graph()
+    chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)]
+    for step in filter(None, filters.split(",")):
+        name, _, options = step.partition("=")
+        chain.append(graph.add(name, options or None))
+    graph.link_nodes(*chain, graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull().to_ndarray(format="rgb24")
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_display_matrix_is_applied_as_ffmpeg_does(flat: bytes, name: str, tmp_path: Path) -> None:
+    matrix, filters = MATRICES[name]
+    path = tmp_path / "x.mp4"
+    path.write_bytes(with_matrix(flat, *matrix))
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+    expected = filtered(frame, filters)
+    assert (orientation(frame).apply(frame.to_ndarray(format="rgb24")) == expected).all()
+    info = probe(path)
+    assert (info.height, info.width) == expected.shape[:2]
+    clip = transcode(path, start_s=None, end_s=None, encode=Encode(short_side_px=64), accept=Filter(), info=info)
+    check(clip, gop=12)
+    form = Expect(6, clip.stored.width, clip.stored.height)
+    assert np.abs(decode(clip.data, [0], backend="decord", expect=form)[0].astype(int) - expected).mean() < 5
+
+
+@pytest.mark.parametrize("degrees", [2, 45, 100])
+def test_odd_angles_are_refused_by_name(flat: bytes, degrees: int, tmp_path: Path) -> None:
+    cos, sin = (round(ONE * f(np.radians(degrees))) for f in (np.cos, np.sin))
+    (tmp_path / "x.mp4").write_bytes(with_matrix(flat, cos, sin, -sin, cos))
+    with pytest.raises(Refused, match=f"an angle of {degrees} degrees") as caught:
+        probe(tmp_path / "x.mp4")
+    assert caught.value.reason is Reason.ODD_ROTATION
+    with av.open(str(tmp_path / "x.mp4")) as container, pytest.raises(OddRotation):
+        orientation(next(container.decode(video=0)))
+
+
+def test_hdr_is_tone_mapped_and_named(tmp_path: Path) -> None:
+    """White of an SDR screen, 203 cd/m2, is 0.58 of the PQ signal (ITU-R BT.2408) and must become white."""
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        options = {"x265-params": "log-level=none:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"}
+        stream = container.add_stream("libx265", rate=10, options={"preset": "ultrafast", **options})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+        for _ in range(10):
+            frame = av.VideoFrame(64, 64, "yuv420p10le")
+            for plane, level in zip(frame.planes, (round(64 + 0.58 * 876), 512, 512), strict=True):
+                plane.update(np.full(plane.buffer_size // 2, level, np.uint16).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    info = probe(tmp_path / "x.mp4")
+    assert info.transfer == "smpte2084"
+    clip = transcode(tmp_path / "x.mp4", start_s=None, end_s=None, encode=Encode(short_side_px=64), accept=Filter())
+    check(clip, gop=12)
+    with av.open(io.BytesIO(clip.data)) as container:
+        frame = next(container.decode(video=0))
+    assert frame.to_ndarray(format="rgb24").mean() > 235
+
+
+@pytest.mark.parametrize("width", [16, 24, 48, 72, 96])
+def test_decord_returns_three_channels_at_any_width(width: int, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = width, 32, "yuv420p"
+        picture = np.random.default_rng(0).integers(0, 256, (4, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture)), *stream.encode()])
+    data = (tmp_path / "x.mp4").read_bytes()
+    frames = [decode(data, [0], backend=name, expect=Expect(1, width, 32)) for name in ("decord", "pyav")]
+    assert (frames[0] == frames[1]).all()
+
+
+def examine(path: Path, *, deep: bool = True):
+    return work(ExamineTask(0, FileRef(str(path)), "mp4", 12, deep))
+
+
+def test_decoders_agree_on_a_turned_clip(flat: bytes, tmp_path: Path) -> None:
+    data = with_matrix(flat, *MATRICES["quarter"][0])
+    (tmp_path / "x.mp4").write_bytes(data)
+    found = examine(tmp_path / "x.mp4")
+    assert (found.stored.width, found.stored.height) == (64, 96)
+    assert "it is rotated" in found.flaws
+    expect = Expect(6, 64, 96)
+    frames = [decode(data, [0, 3, 5], backend=name, expect=expect) for name in ("decord", "pyav")]
+    assert np.abs(frames[0].astype(int) - frames[1]).max() < 8
+
+
+def test_a_clip_on_which_decoders_differ_is_refused(flat: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(with_matrix(flat, *MATRICES["upside"][0]))
+    with pytest.raises(Refused, match="different pictures") as caught:
+        examine(tmp_path / "x.mp4")
+    assert caught.value.reason is Reason.DECODERS_DIFFER
+
+
+def test_decoders_agree_on_a_varying_rate(tmp_path: Path) -> None:
+    data = encode(tmp_path / "x.mp4", times=[0, 10, 11, 12, 40, 41], bf="0")
+    frames = [decode(data, [1, 3, 4], backend=name, expect=Expect(6, 96, 64)) for name in ("decord", "pyav")]
+    assert (frames[0] == frames[1]).all()
+    flaws = examine(tmp_path / "x.mp4").flaws
+    assert flaws[0].startswith("the rate is not constant")
+    assert "the index is not at the front" in flaws
+
+
+def test_all_differences_from_the_canonical_form_are_named(flat: bytes) -> None:
+    _, flaws = compare(with_matrix(flat, *MATRICES["half"][0]), gop=2)
+    assert [flaw.partition(":")[0].partition(" (")[0] for flaw in flaws][:1] == ["it is rotated"]
+    assert len(flaws) >= 3
+
+
+def test_av1_is_admitted_for_pyav(tmp_path: Path) -> None:
+    data = encode(tmp_path / "x.mp4", codec="libsvtav1", preset="12")
+    found = examine(tmp_path / "x.mp4")
+    assert (found.stored.frames, found.stored.width) == (6, 96)
+    assert "PyAV does" in found.flaws[0]
+    with pytest.raises(Unreadable):
+        decode(data, [0], backend="decord", expect=Expect(6, 96, 64))
