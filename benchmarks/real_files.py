@@ -12,7 +12,7 @@ import argparse
 import io
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -46,16 +46,15 @@ class Fate:
     detail: str
 
 
-def compare_folder(folder: Path, *, workers: int) -> list[Fate]:
+def compare_folder(folder: Path, *, workers: int) -> Iterator[Fate]:
     """Store every video of a folder, and compare it with ffmpeg's output."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    fates = []
     with WorkerPool("vjepa_data.media.tasks", workers=workers, timeout_s=60.0) as pool:
         tasks = [AnalyzeTask(n, FileRef(str(path)), "videos", None, False, False) for n, path in enumerate(files)]
         for path, (_, seen) in zip(files, pool.map(tasks), strict=True):
             name = str(path.relative_to(folder))
             if isinstance(seen, Refused):
-                fates.append(_judge_refusal(name, path, seen))
+                yield _judge_refusal(name, path, seen)
                 continue
             info = seen.probe
             third = (round(0.4 * info.duration_s, 2), round(0.6 * info.duration_s, 2))
@@ -66,15 +65,14 @@ def compare_folder(folder: Path, *, workers: int) -> list[Fate]:
             ]
             for task, answer in pool.map(stores):
                 if isinstance(answer, Refused):
-                    fates.append(_judge_refusal(name, path, answer))
+                    yield _judge_refusal(name, path, answer)
                     break
                 wrong = _compare(path, info, answer.clip.data, task.start_s or 0.0)
                 if wrong:
-                    fates.append(Fate(name, "wrong", f"{f'part {task.start_s}: ' if task.start_s else ''}{wrong}"))
+                    yield Fate(name, "wrong", f"{f'part {task.start_s}: ' if task.start_s else ''}{wrong}")
                     break
             else:
-                fates.append(Fate(name, "stored", ""))
-    return fates
+                yield Fate(name, "stored", "")
 
 
 def _judge_refusal(name: str, path: Path, refusal: Refused) -> Fate:
@@ -130,27 +128,24 @@ def _with_ffmpeg(path: Path, info: VideoInfo, rate: Fraction, size: tuple[int, i
     return np.stack([thumbnail(frame) for frame in frames]) if count else np.zeros((0, 8, 8))
 
 
-def print_table(folders: Sequence[Path], fates: dict[Path, list[Fate]], *, lists: bool) -> None:
-    print("| source | files | stored, as ffmpeg shows them | refused rightly | wrong |")
-    print("|---|---|---|---|---|")
-    for folder in folders:
-        counts = Counter(fate.kind for fate in fates[folder])
-        row = [folder.name, str(len(fates[folder])), *(str(counts[kind]) for kind in ("stored", "refused", "wrong"))]
-        print(f"| {' | '.join(row)} |")
-    for folder in folders:
-        for fate in fates[folder]:
-            if fate.kind == "wrong" or lists:
-                print(f"{fate.kind}: {folder.name}/{fate.name}: {fate.detail}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="name every file, not only those that came out wrong")
     words = parser.parse_args()
-    fates = {folder: compare_folder(folder, workers=words.workers) for folder in words.folders}
-    print_table(words.folders, fates, lists=words.list)
+    rows = []
+    for folder in words.folders:
+        counts: Counter[str] = Counter()
+        for fate in compare_folder(folder, workers=words.workers):
+            counts[fate.kind] += 1
+            if fate.kind == "wrong" or words.list:
+                print(f"{fate.kind}: {folder.name}/{fate.name}: {fate.detail}", flush=True)
+        rows.append([folder.name, counts.total(), *(counts[kind] for kind in ("stored", "refused", "wrong"))])
+    print("| source | files | stored, as ffmpeg shows them | refused rightly | wrong |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def _all_rejected(sources: int, rejects: Sequence[RejectRecord]) -> str:
     first = rejects[0]
     return (
         f"none of the {sources} sources can be used ({_by_reason(rejects)}), for example {first.source}: "
-        f"{first.reason}, {first.detail}; give videos that ffprobe can read, or relax `filter`"
+        f"{first.reason}, {first.detail}; repair the sources or relax `filter` (docs/datasets.md lists the reasons)"
     )
 
 
