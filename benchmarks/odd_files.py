@@ -27,7 +27,7 @@ def make_odd_files(folder: Path, work: Path) -> dict[str, str]:
         "edit_list.mp4": ("142 frames", ["-ss", "6.3", "-i", long, "-c", "copy"]),
         "stream.ts": ("100 frames", ["-i", good, "-c", "copy"]),
         "audio_only.mp4": ("no_video_stream", ["-f", "lavfi", "-i", "sine=duration=4", "-c:a", "aac"]),
-        "vfr.mp4": ("52 frames", [*base, "-vf", "select='not(mod(n,5))+gt(n,60)'", "-fps_mode", "vfr", *X264]),
+        "vfr.mp4": ("100 frames", [*base, "-vf", "select='not(mod(n,5))+gt(n,60)'", "-fps_mode", "vfr", *X264]),
         "interlaced.mp4": ("50 frames", [*base, "-vf", "interlace", "-flags", "+ildct+ilme", *X264]),
         "one_frame.mp4": ("too_short", [*base, "-frames:v", "1", *X264]),
         "fps1.mp4": ("6 frames", ["-f", "lavfi", "-i", "testsrc2=size=320x180:rate=1:duration=6", *X264]),

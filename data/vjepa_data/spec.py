@@ -40,8 +40,10 @@ class Encode(Settings):
     """Crop black bars above and below, or left and right, if they are symmetric and constant in time."""
 
     max_fps: float = Field(default=30.0, gt=0)
-    """Higher rates are divided by an integer (60 becomes 30, 50 becomes 25), so that motion stays even. A rate up to 10 %
-    higher is kept, since telephones record 30.5 frames per second where they mean 30."""
+    """Higher rates are divided by an integer (60 becomes 30, 50 becomes 25), so that motion stays even.
+
+    A rate up to 10 % higher is kept, since telephones record 30.5 frames per second where they mean 30.
+    """
 
     fps: float | None = Field(default=None, gt=0)
     """A single rate for all clips, if training never samples faster. 8 saves a third of the bytes."""

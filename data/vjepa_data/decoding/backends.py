@@ -111,7 +111,7 @@ def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
     from vjepa_data.decoding.orientation import orientation
 
     try:
-        with av.open(io.BytesIO(video)) as container:
+        with av.open(io.BytesIO(video), metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise Unreadable("error", "pyav: no video stream")

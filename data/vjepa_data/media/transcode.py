@@ -22,7 +22,7 @@ import av
 import av.container
 import av.filter
 import numpy as np
-from av.error import BlockingIOError, EOFError
+from av.error import BlockingIOError, EOFError, FFmpegError
 from av.video.frame import PictureType
 
 from vjepa_data.child_process import heartbeat
