@@ -164,6 +164,6 @@ def s3(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of botocore, whose pauses are long; s3fs and we try again as well
-    remote._store.cache_clear()
+    remote.object_store.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     return store

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media import tasks
+from vjepa_data.corpus.remote import object_store
 from vjepa_data.media.fetch import FileRef, open_local
 from vjepa_data.media.image import probe_image, store_image
 from vjepa_data.media.video import Reason, Refused, VideoInfo
@@ -92,10 +93,11 @@ def test_an_invalid_url_is_rejected(url: str, why: str) -> None:
 
 
 def test_a_url_that_needs_a_missing_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object) -> None:
+    def missing(*_: object, **__: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr("fsspec.open", missing)
+    object_store.cache_clear()
+    monkeypatch.setattr("fsspec.filesystem", missing)
     with pytest.raises(Refused) as caught, open_local(FileRef("s3://bucket/x.mp4")):
         pass
     assert "Install s3fs" in caught.value.detail

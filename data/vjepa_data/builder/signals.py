@@ -148,7 +148,7 @@ def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...]) -> Path:
     Raises:
         Refused: it is missing, or two files claim to be it, or the video is not a local file.
     """
-    if place.is_remote or place.size is not None:
+    if place.is_remote or not place.is_whole:
         raise Refused(Reason.BAD_SIGNAL, f"{name} is read from a file beside a local video, not from a tar or URL")
     stem = Path(place.path).with_suffix("")
     found = [path for kind in kinds if (path := stem.with_name(f"{stem.name}.{name}.{kind}")).is_file()]

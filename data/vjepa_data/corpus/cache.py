@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vjepa_data.atomic import atomic_file
-from vjepa_data.corpus.remote import Gone, StoreUnreachable, read_range
+from vjepa_data.corpus.http_client import Gone, public_url
+from vjepa_data.corpus.remote import StoreUnreachable, read_blocks
 
 log = logging.getLogger(__name__)
-
-BLOCK_BYTES = 16 << 20
 
 
 class Cache:
@@ -93,12 +92,14 @@ class Cache:
             try:
                 return self._download(url, size, sha256)
             except Gone as e:
-                log.warning("%s: %s", url, e)
+                log.warning("%s: %s", public_url(url), e)
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 log.warning(
-                    "%s is full, so %s is read sample by sample; free space or lower loader.cache_gib", self.folder, url
+                    "%s is full, so %s is read sample by sample; free space or lower loader.cache_gib",
+                    self.folder,
+                    public_url(url),
                 )
             return False
 
@@ -126,7 +127,7 @@ class Cache:
                 return True
             except _Mismatch as error:
                 mismatch = str(error)
-        log.warning("%s does not match its manifest (%s)", url, mismatch)
+        log.warning("%s does not match its manifest (%s)", public_url(url), mismatch)
         return False
 
     def _make_room(self, size: int) -> None:
@@ -156,7 +157,7 @@ def _fetch_wanted(cache: Cache, wanted: "queue.Queue[tuple[str, int, str] | None
         except StoreUnreachable as e:  # reading a sample of this shard fails likewise and stops the run
             log.warning("%s", e)
         except OSError as e:  # a disk error; this thread has other shards to download
-            log.warning("%s: no copy in %s: %s", url, cache.folder, e)
+            log.warning("%s: no copy in %s: %s", public_url(url), cache.folder, e)
         asked.discard(sha256)
 
 
@@ -166,10 +167,12 @@ class _Mismatch(Exception):
 
 def _copy(url: str, size: int, sha256: str, copy: BinaryIO) -> None:
     digest, at = hashlib.sha256(), 0
-    while at < size and (block := read_range(url, at, min(BLOCK_BYTES, size - at))):
+    for block in read_blocks(url):
         copy.write(block)
         digest.update(block)
         at += len(block)
+        if at > size:
+            break
     if at != size or digest.hexdigest() != sha256:
         raise _Mismatch(f"{at} of {size} bytes, sha256 {digest.hexdigest()[:16]} instead of {sha256[:16]}")
 

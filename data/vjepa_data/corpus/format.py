@@ -149,6 +149,12 @@ def is_ours(facts: Mapping[str, Any]) -> bool:
     return isinstance(facts.get("labels"), dict) and isinstance(facts.get("group"), str)
 
 
+def is_plain_path(file: str) -> bool:
+    """Return whether the path of a shard is relative and stays below its folder. Every index has only such paths."""
+    is_text = "\0" not in file and not any(0xD800 <= ord(letter) < 0xE000 for letter in file)
+    return is_text and not {"", ".", ".."} & set(file.split("/"))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json` of a corpus.
 

@@ -11,8 +11,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
-import re
+import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,14 @@ import xxhash
 
 from vjepa_data.atomic import atomic_write, remove_leftovers, temporary_name
 from vjepa_data.corpus.cache import Cache
-from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, member_columns, read_manifest
-from vjepa_data.corpus.remote import Gone, is_remote, read_range
+from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, is_plain_path, member_columns, read_manifest
+from vjepa_data.corpus.http_client import Gone, public_url
+from vjepa_data.corpus.remote import is_remote, read_blocks, read_range
 from vjepa_data.corpus.signal_statistics import SignalStatistics, read_statistics
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
+
+log = logging.getLogger(__name__)
 
 MAPPED_FROM = 200_000  # samples; reading the parquet of fewer takes less than 0.1 s and 40 MB (measured once)
 OPEN_SHARDS = 128  # file descriptors that one process keeps
@@ -115,6 +119,7 @@ class Index:
             BadInput: the corpus or split is missing, the hash differs, or the manifest points outside its folder.
         """
         self.place, self.split = str(place), split
+        shown = public_url(self.place)
         self.cache = None
         folder = Path(place)
         if is_remote(self.place):
@@ -124,21 +129,21 @@ class Index:
         self.name, self.hash = manifest.name, manifest.hash
         if corpus not in (None, self.hash):
             raise BadInput(
-                f"{place} holds the corpus {self.hash}, not {corpus}; restore that corpus, or set data.sources[].corpus"
+                f"{shown} holds the corpus {self.hash}, not {corpus}; restore that corpus, or set data.sources[].corpus"
             )
         self.root = manifest.root(self.place)
         if self.root != self.place:
             if not is_remote(self.root):
-                raise BadInput(f"{place}/manifest.json: root {self.root} is not a URL; index the corpus again")
+                raise BadInput(f"{shown}/manifest.json: root {self.root} is not a URL; index the corpus again")
             self.cache = self.cache or cache or Cache(user_cache() / "shards", 100)
         if split not in manifest.splits:
             has = ", ".join(sorted(manifest.splits))
-            raise BadInput(f"{place} has no split {split!r}, only {has}; set data.sources[].split, or --split")
+            raise BadInput(f"{shown} has no split {split!r}, only {has}; set data.sources[].split, or --split")
         self.shards = manifest.shards
         for s in self.shards:
-            if not re.fullmatch(r"[\w.,=+@ -]+(/[\w.,=+@ -]+)*", s.file) or ".." in s.file.split("/"):
+            if not is_plain_path(s.file):
                 raise BadInput(
-                    f"{place}/manifest.json: shard {s.file!r} is not a plain relative path; build the corpus again"
+                    f"{shown}/manifest.json: shard {s.file!r} is not a plain relative path; build the corpus again"
                 )
         self.signals, self.texts = signals_of(manifest.spec), texts_of(manifest.spec)
         self.statistics = read_statistics(manifest.signals)
@@ -156,7 +161,7 @@ class Index:
         said = manifest.splits[split]["samples"]
         if len(self) != said:
             raise BadInput(
-                f"{place}: samples.parquet has {len(self)} samples of {split}, manifest.json {said}; "
+                f"{shown}: samples.parquet has {len(self)} samples of {split}, manifest.json {said}; "
                 "build the corpus again"
             )
         self.first = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
@@ -307,6 +312,11 @@ def mirror(url: str, cache: Path) -> Path:
     Raises:
         BadInput: a file is missing.
     """
+    if url.startswith("http") and "?" in url:
+        raise BadInput(
+            f"{public_url(url)}?...: a query cannot follow the address of a corpus, which has many files; "
+            "give the address without it, and a password in ~/.netrc"
+        )
     folder = cache / "corpora" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("manifest.json", "samples.parquet"):
@@ -316,28 +326,13 @@ def mirror(url: str, cache: Path) -> Path:
             if hashlib.sha256(file.read_bytes()).hexdigest() == said:
                 continue
         try:
-            data = b"".join(iter(_Blocks(f"{url}/{name}")))
+            data = b"".join(read_blocks(f"{url}/{name}"))
         except Gone as e:
             raise BadInput(
-                f"{url}/{name}: {e}; give the URL of a folder that `vjepa shard` or `vjepa index` wrote"
+                f"{public_url(url)}/{name}: {e}; give the URL of a folder that `vjepa shard` or `vjepa index` wrote"
             ) from e
         atomic_write(file, data)
     return folder
-
-
-class _Blocks:
-    """Iterates over the blocks of a remote file of unknown length."""
-
-    def __init__(self, url: str, size: int = 64 << 20) -> None:
-        self.url, self.size = url, size
-
-    def __iter__(self) -> Iterator[bytes]:
-        at = 0
-        while block := read_range(self.url, at, self.size):
-            yield block
-            at += len(block)
-            if len(block) < self.size:
-                return
 
 
 def prepare(folder: Path, manifest: Manifest) -> None:
@@ -414,5 +409,26 @@ def _store(table: pa.Table, file: Path) -> bool:
 
 
 def user_cache() -> Path:
-    """Return the folder of this user's caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vjepa_data"
+    """Return the folder of this user's caches, or one for temporary files if the home folder cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # unlike Path, never raises
+    return _writable_cache(home, tempfile.gettempdir())
+
+
+@functools.cache
+def _writable_cache(home: str, temporary: str) -> Path:
+    folder = Path(home) / "vjepa_data"
+    if not home.startswith("~") and _can_write(folder):
+        return folder
+    spare = Path(temporary) / f"vjepa_data-{os.getuid()}"
+    if not _can_write(spare) or spare.stat().st_uid != os.getuid():
+        spare = Path(tempfile.mkdtemp(prefix="vjepa_data-"))
+    log.warning("%s cannot be written, so remote files are cached in %s; set XDG_CACHE_HOME", folder, spare)
+    return spare
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)

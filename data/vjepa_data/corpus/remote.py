@@ -1,4 +1,4 @@
-"""Read byte ranges of remote files: http(s) through the standard library, object stores through fsspec.
+"""Read remote files, whole or by range: http(s) through the standard library, object stores through fsspec.
 
 Temporary failures (a busy, slow or absent server) are retried for minutes, since substituting samples during an outage
 would make the data order depend on the network. Permanent failures (no such file, no permission) raise `Gone` at once.
@@ -6,18 +6,16 @@ would make the data order depend on the network. Permanent failures (no such fil
 
 import contextlib
 import functools
-import http.client
 import logging
 import socket
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
 from vjepa_data.compat import read_store_range
+from vjepa_data.corpus.http_client import TRANSIENT, Busy, Gone, HttpAnswer, open_http, public_url
 from vjepa_data.errors import BadInput
 
 T = TypeVar("T")
@@ -29,10 +27,7 @@ LONGEST_ATTEMPT_S = 60.0  # a longer attempt counts as this much: the job was pr
 SILENCE_S = 30.0  # time without a byte after which a connection is closed
 SLOWEST_BYTES_S = 100_000  # slower answers are aborted
 PIECE_BYTES = 1 << 20
-
-
-class Gone(Exception):
-    """The file does not exist or may not be read. Retrying would not help."""
+BLOCK_BYTES = 16 << 20  # size of the blocks in which whole files are read
 
 
 class StoreUnreachable(BadInput):
@@ -61,8 +56,25 @@ def read_range(url: str, start: int, size: int) -> bytes:
         StoreUnreachable: all attempts failed for `OUTAGE_LIMIT_S` seconds.
     """
     read = _http_range if url.startswith("http") else _store_range
-    transient = (OSError, http.client.HTTPException, _Busy)
-    return with_retries(lambda: read(url, start, size), url, transient=transient)
+    return with_retries(lambda: read(url, start, size), public_url(url), transient=TRANSIENT)
+
+
+def read_blocks(url: str) -> Iterator[bytes]:
+    """Yield a remote file from start to end, over one connection unless it breaks.
+
+    Raises:
+        Gone, StoreUnreachable: as for `read_range`.
+    """
+    if not url.startswith("http"):
+        at = 0
+        while block := read_range(url, at, BLOCK_BYTES):
+            yield block
+            at += len(block)
+        return
+    stream = _HttpStream(url)
+    with contextlib.closing(stream):
+        while block := with_retries(stream.next_block, public_url(url), transient=TRANSIENT):
+            yield block
 
 
 def with_retries(
@@ -117,48 +129,96 @@ def with_retries(
         ) from last
 
 
-class _Busy(Exception):
-    """A temporary failure."""
+class _HttpStream:
+    """A file that is read from its start. After a failure, `next_block` connects again where it stopped."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._at, self._is_done = url, 0, False
+        self._connection = contextlib.ExitStack()
+        self._answer: HttpAnswer | None = None
+
+    def close(self) -> None:
+        self._connection.close()
+        self._answer = None
+
+    def next_block(self) -> bytes:
+        """Return the next bytes, which are empty at the end.
+
+        Raises:
+            Gone: the file does not exist or may not be read.
+            OSError, http.client.HTTPException, Busy: a failure that may pass.
+        """
+        if self._is_done:
+            return b""
+        deadline = time.monotonic() + SILENCE_S + (self._at + BLOCK_BYTES) / SLOWEST_BYTES_S
+        try:
+            answer = self._answer or self._connect(deadline)
+            data = _take(answer.read, BLOCK_BYTES, deadline)
+            end = self._at + len(data)
+            if len(data) < BLOCK_BYTES and end < (answer.end or 0):
+                raise Busy(f"received {end} of {answer.end} bytes")
+        except BaseException:
+            self.close()
+            raise
+        if end == answer.end:  # a server may give less than it was asked for
+            self.close()
+        self._is_done = not data or end == answer.total
+        self._at = end
+        return data
+
+    def _connect(self, deadline: float) -> HttpAnswer:
+        answer = self._connection.enter_context(open_http(self._url, timeout_s=SILENCE_S, start=self._at))
+        _skip_to(self._at, answer, deadline)
+        self._answer = answer
+        return answer
 
 
 def _http_range(url: str, start: int, size: int) -> bytes:
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{start + size - 1}", "User-Agent": "vjepa"})
     deadline = time.monotonic() + SILENCE_S + size / SLOWEST_BYTES_S
-    try:
-        with urllib.request.urlopen(request, timeout=SILENCE_S) as answer:
-            skip = start if answer.status == 200 else 0  # the server ignores ranges and sends the whole file
-            data = _take(answer, skip + size, deadline)[skip:]
-            total = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length")
-    except urllib.error.HTTPError as e:
-        with contextlib.closing(e):
-            if e.code == 416:  # the file ends before `start`
-                return b""
-            if e.code in (400, 401, 403, 404, 405, 410):
-                raise Gone(f"HTTP {e.code} {e.reason}") from None
-            raise _Busy(f"HTTP {e.code} {e.reason}") from None
-    expected = size if not (total or "").isdigit() else max(0, min(size, int(total or 0) - start))
-    if len(data) != expected:
-        raise _Busy(f"received {len(data)} of {expected} bytes")
-    return data
+    parts: list[bytes] = []
+    at, end = start, start + size
+    while at < end:
+        with open_http(url, timeout_s=SILENCE_S, start=at, size=end - at) as answer:
+            _skip_to(at, answer, deadline)
+            data = _take(answer.read, end - at, deadline)
+        given = end if answer.end is None else min(end, answer.end)
+        if answer.end is not None and at + len(data) < given:
+            raise Busy(f"received {len(data)} of {given - at} bytes")
+        parts.append(data)
+        at += len(data)
+        if not data or answer.total is None or at >= answer.total:
+            break
+    return b"".join(parts)
 
 
-def _take(answer: Any, size: int, deadline: float) -> bytes:
+def _skip_to(at: int, answer: HttpAnswer, deadline: float) -> None:
+    """Read and drop what a server sends before the position that was asked for."""
+    if answer.start > at:
+        raise Busy(f"received bytes from {answer.start} on instead of {at}")
+    left = at - answer.start
+    while left and (part := _take(answer.read, min(left, BLOCK_BYTES), deadline)):
+        left -= len(part)
+
+
+def _take(read: Callable[[int], bytes], size: int, deadline: float) -> bytes:
     parts, left = [], size
-    while left and (part := answer.read1(min(left, PIECE_BYTES))):
+    while left and (part := read(min(left, PIECE_BYTES))):
         parts.append(part)
         left -= len(part)
         if time.monotonic() > deadline:
-            raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes per second")
+            raise Busy(f"slower than {SLOWEST_BYTES_S} bytes per second")
     return b"".join(parts)
 
 
 @functools.cache
-def _store(scheme: str) -> Any:
+def object_store(scheme: str) -> Any:
+    """Return the fsspec file system of a scheme. Keys may hold `::`, which `fsspec.open` takes for a chain."""
     import fsspec
 
     settings = {}
     if scheme == "s3":
         settings["config_kwargs"] = {"connect_timeout": 10, "read_timeout": SILENCE_S, "retries": {"max_attempts": 1}}
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it logs where it found the credentials
     try:
         return fsspec.filesystem(scheme, **settings)
     except ImportError as e:
@@ -168,16 +228,16 @@ def _store(scheme: str) -> Any:
 def _store_range(url: str, start: int, size: int) -> bytes:
     from fsspec.exceptions import FSTimeoutError
 
-    store = _store(url.partition(":")[0])
+    store = object_store(url.partition(":")[0])
     limit_s = SILENCE_S + size / SLOWEST_BYTES_S
     try:
         return read_store_range(store, url, start, start + size, timeout_s=limit_s)
     except (FileNotFoundError, PermissionError) as e:
         raise Gone(str(e) or type(e).__name__) from e
     except FSTimeoutError as e:
-        raise _Busy(f"slower than {SLOWEST_BYTES_S} bytes per second") from e
+        raise Busy(f"slower than {SLOWEST_BYTES_S} bytes per second") from e
     except store_errors() as e:
-        raise _Busy(f"{type(e).__name__}: {e}") from e
+        raise Busy(f"{type(e).__name__}: {e}") from e
     except OSError as e:
         if _is_past_the_end(e):
             return b""

@@ -1,24 +1,24 @@
-"""Provide a file by a local path, whether it lies on this machine, inside a tar, or behind a URL.
+"""Provide a file by a local path, whether it lies on this machine, inside a tar or parquet, or behind a URL.
 
 Anything but a plain local file is copied to memory while it is read, so that a killed process leaves nothing behind.
 """
 
 import contextlib
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote
+from urllib.parse import urlsplit
 
-import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from vjepa_data.child_process import heartbeat
-from vjepa_data.corpus.remote import store_errors
+from vjepa_data.corpus.http_client import Busy, Gone, open_http, public_url
+from vjepa_data.corpus.remote import object_store, store_errors
 from vjepa_data.media.video import Reason, Refused
 
 SCHEMES = frozenset({"http", "https", "s3", "gs"})
@@ -38,16 +38,26 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class FileRef:
-    """A file, given by a path or URL, or a range of bytes in it (a member of a tar)."""
+    """A file, given by a path or URL, or a part of it: a range of bytes (a member of a tar) or a cell of a parquet."""
 
     path: str
     offset: int = 0
+    """First byte, or the row of a cell, counted from 0."""
     size: int | None = None
     """Bytes, or None for the entire file."""
+    column: str | None = None
+    """Column of a cell of a parquet file: binary, or a struct with a field `bytes`."""
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.path
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size is None and self.column is None
+
+    def __repr__(self) -> str:  # without passwords and signatures, since tracebacks show it
+        return f"FileRef({public_url(self.path)!r}, {self.offset}, {self.size}, {self.column!r})"
 
 
 @contextlib.contextmanager
@@ -57,12 +67,14 @@ def open_local(file: FileRef) -> Iterator[Path]:
     Raises:
         Refused: the file is missing, too large to copy, or could not be downloaded in several attempts.
     """
-    if not file.is_remote and file.size is None:
+    if not file.is_remote and file.is_whole:
         yield Path(file.path)
         return
     with os.fdopen(os.memfd_create("source"), "w+b") as copy:
         if file.is_remote:
             _download(file.path, copy)
+        elif file.column is not None:
+            _extract_cell(file, file.column, copy)
         else:
             _extract(file, copy)
         copy.flush()
@@ -85,6 +97,26 @@ def _extract(member: FileRef, copy: BinaryIO) -> None:
         raise Refused(Reason.TRUNCATED, f"the tar ends {size} bytes early")
 
 
+def _extract_cell(cell: FileRef, column: str, copy: BinaryIO) -> None:
+    """Copy the bytes in a cell of a parquet file. Only the row group of that row is read, a row at a time."""
+    try:
+        with pq.ParquetFile(cell.path) as table:
+            row, group = cell.offset, 0
+            while row >= (rows := table.metadata.row_group(group).num_rows):
+                row, group = row - rows, group + 1
+            for batch in table.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
+                if row == 0:
+                    value = batch.column(0)[0].as_py()
+                    break
+                row -= 1
+    except (OSError, pa.ArrowException) as error:
+        raise Refused(Reason.MISSING, f"column {column!r}: {str(error).splitlines()[0]}") from None
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not data:
+        raise Refused(Reason.EMPTY, f"column {column!r} holds no bytes in this row")
+    copy.write(data)
+
+
 def _download(url: str, copy: BinaryIO) -> None:
     """Download a URL, and repeat after transient errors with growing, random pauses."""
     scheme = url.partition(":")[0].lower()
@@ -98,42 +130,46 @@ def _download(url: str, copy: BinaryIO) -> None:
     )
     try:
         retrying(_download_http if scheme in ("http", "https") else _download_object, url, copy)
+    except Gone as error:
+        raise Refused(Reason.UNREACHABLE, str(error)) from None
     except FileNotFoundError:
         raise Refused(Reason.UNREACHABLE, "no such object") from None
     except PermissionError:
         raise Refused(Reason.UNREACHABLE, "access denied") from None
     except (ValueError, ImportError) as error:  # an invalid URL, or a missing package
-        raise Refused(Reason.UNREACHABLE, str(error)) from None
-    except (OSError, HTTPException, *store_errors()) as error:
-        cause = str(getattr(error, "reason", None) or error) or type(error).__name__
+        raise Refused(Reason.UNREACHABLE, _without_secrets(error, url)) from None
+    except (OSError, HTTPException, Busy, *store_errors()) as error:
+        cause = _without_secrets(getattr(error, "reason", None) or error, url)
         raise Refused(Reason.UNREACHABLE, f"{cause} ({ATTEMPTS} attempts)") from None
+
+
+def _without_secrets(error: object, url: str) -> str:
+    """Return the text of an error without the user, password and query of a URL."""
+    text = str(error) or type(error).__name__
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query, parts.fragment):
+            text = text.replace(secret, "...") if secret else text
+    return text
 
 
 def _is_transient(error: BaseException) -> bool:
     is_final = isinstance(error, (FileNotFoundError, PermissionError, ValueError))
-    return isinstance(error, (OSError, HTTPException, *store_errors())) and not is_final
+    return isinstance(error, (OSError, HTTPException, Busy, *store_errors())) and not is_final
 
 
 def _download_object(url: str, copy: BinaryIO) -> None:
-    with fsspec.open(url, "rb") as file:
-        _copy_stream(file.read, copy)  # pyright: ignore[reportAttributeAccessIssue]
+    with object_store(url.partition(":")[0].lower()).open(url, "rb") as file:
+        _copy_stream(file.read, copy)
 
 
 def _download_http(url: str, copy: BinaryIO) -> None:
-    request = urllib.request.Request(quote(url, safe=":/?&=%#+,;@!$'()*~[]"), headers={"User-Agent": "vjepa-data"})
-    try:
-        with urllib.request.urlopen(request, timeout=STALL_S) as answer:
-            length = answer.length  # None if it is missing or not a number
-            if length is not None and length > MAX_BYTES:
-                raise Refused(Reason.TOO_LARGE, f"{length} bytes declared; maximum: {MAX_BYTES}")
-            received = _copy_stream(answer.read, copy)
-            if length is not None and received != length:
-                raise OSError(f"received {received} of {length} bytes")
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in (408, 425, 429) or error.code >= 500:
-            raise OSError(f"HTTP {error.code}") from None
-        raise Refused(Reason.UNREACHABLE, f"HTTP {error.code}") from None
+    with open_http(url, timeout_s=STALL_S) as answer:
+        if answer.total is not None and answer.total > MAX_BYTES:
+            raise Refused(Reason.TOO_LARGE, f"{answer.total} bytes declared; maximum: {MAX_BYTES}")
+        received = _copy_stream(answer.read, copy)
+    if answer.total is not None and received != answer.total:
+        raise OSError(f"received {received} of {answer.total} bytes")
 
 
 def _copy_stream(read: Callable[[int], bytes], copy: BinaryIO) -> int:
