@@ -1,8 +1,9 @@
 """Spec of a corpus of shards: every setting of `vjepa shard` that changes the stored bytes."""
 
+import codecs
 from typing import Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from vjepa_data.settings import Settings, Share
 from vjepa_data.signal_spec import Name, SignalSpec
@@ -12,13 +13,14 @@ class Columns(Settings):
     """Names of the columns of a table of videos (CSV, TSV, JSONL, parquet)."""
 
     path: str = "path"
-    """Path of the video, relative to the folder of the table, or a URL."""
+    """Path of the video, relative to the folder of the table, or a URL. A text with braces is made from columns, such
+    as `{youtube_id}_{time_start:06d}_{time_end:06d}.mp4` for Kinetics. In a parquet the column may hold the videos."""
 
     start: str = "start_s"
-    """Start of the part to use, in seconds (default: the start of the video)."""
+    """Start of the part to use, in seconds or as `h:m:s` (default: the start of the video)."""
 
     end: str = "end_s"
-    """End of the part to use, in seconds (default: the end of the video)."""
+    """End of the part to use, in seconds or as `h:m:s` (default: the end of the video)."""
 
     group: str = "group"
     """Group of videos that must stay in one split (same film, same person). Default: the video."""
@@ -28,6 +30,26 @@ class Columns(Settings):
 
     labels: tuple[str, ...] | None = None
     """Columns to keep as labels (default: all other columns)."""
+
+    types: dict[str, Literal["text", "int", "float", "bool", "json"]] = Field(default_factory=dict)
+    """Types of label columns. Without one, values of CSV and TSV stay text, and others keep their type."""
+
+    encoding: str | None = None
+    """Encoding of tables, lists and captions, such as `cp1252` (default: UTF-8, or as the byte order mark says)."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, encoding: str | None) -> str | None:
+        if encoding is not None:
+            try:
+                codecs.lookup(encoding)
+            except LookupError:
+                raise ValueError("unknown encoding; use for example utf-8, utf-16, cp1252 or latin-1") from None
+        return encoding
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: Any) -> dict[str, Any]:
+        return without_unused(serialize(self), "types", "encoding")
 
 
 class Encode(Settings):
@@ -147,6 +169,10 @@ class Spec(Settings):
     """`copy` keeps canonical files unchanged, byte for byte, and encodes all other files."""
 
     columns: Columns = Columns()
+
+    folder_label: str | None = None
+    """Label that takes the name of the folder of each video, such as `class` for the folders of UCF-101."""
+
     filter: Filter = Filter()
     cut: Cut = Cut()
     dedupe: Dedupe = Dedupe()
@@ -181,6 +207,10 @@ class Spec(Settings):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
-        """Leave out signals and texts that are not used, so that such corpora keep their bytes and hashes."""
-        values = serialize(self)
-        return {name: value for name, value in values.items() if value or name not in ("signals", "texts")}
+        """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
+        return without_unused(serialize(self), "signals", "texts", "folder_label")
+
+
+def without_unused(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return settings without those of some names that are empty."""
+    return {name: value for name, value in values.items() if value or name not in names}

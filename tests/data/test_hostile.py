@@ -100,15 +100,14 @@ def test_invalid_labels_reject_only_their_video(tmp_path: Path) -> None:
     labels = {
         "deep": "[" * 100_000,
         "half": r'{"caption": "\ud800"}',
-        "nan": '{"speed": NaN}',
         "list": "[1]",
-        "huge": json.dumps({"caption": "x" * (1 << 20)}),
+        "huge": json.dumps({"caption": "x" * (16 << 20)}),
         "torn": '{"a": ',
     }
     for number, (name, text) in enumerate(labels.items()):
         write_video(tmp_path / "in" / f"{name}.mp4", look=number)
         (tmp_path / "in" / f"{name}.json").write_text(text)
-        with pytest.raises(ValueError, match=r"deep|surrogates|NaN|Out of range|object|bytes|Expecting"):
+        with pytest.raises(ValueError, match=r"deep|UTF-8|object|bytes|Expecting"):
             read_labels(text.encode())
     write_video(tmp_path / "in" / "fine.mp4", look=9)
     build(tmp_path / "in", tmp_path / "o")
@@ -151,7 +150,7 @@ def test_declared_sizes_are_not_allocated(tmp_path: Path) -> None:
         "in/box.mp4": "no_index",
         "in/sample.mp4": "damaged",
     }
-    with pytest.raises(BadInput, match=r"none of the 1 sources can be used|not a complete tar"):
+    with pytest.raises(BadInput, match=r"none of the 1 sources can be used"):
         build(tmp_path / "x.tar", tmp_path / "p")
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vjepa_data.corpus.remote import object_store
 from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.media import tasks
-from vjepa_data.corpus.remote import object_store
 from vjepa_data.media.fetch import FileRef, open_local
 from vjepa_data.media.image import probe_image, store_image
 from vjepa_data.media.video import Reason, Refused, VideoInfo

@@ -7,7 +7,8 @@ reliably. The result counts them.
 
 import fnmatch
 import hashlib
-import tarfile
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,19 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from vjepa_data.builder.labels import MAX_BYTES, read_labels
+from vjepa_data.builder.labels import MAX_FILE_BYTES, read_labels
+from vjepa_data.builder.source import readable
+from vjepa_data.builder.tar_members import Span, read_tar, video_suffixes
 from vjepa_data.builder.tars import find_tars, local_tar
-from vjepa_data.corpus.format import Manifest, RejectRecord, canonical_json, is_ours, write_manifest
+from vjepa_data.corpus.format import (
+    Manifest,
+    RejectRecord,
+    canonical_json,
+    is_ours,
+    is_plain_path,
+    write_manifest,
+)
+from vjepa_data.corpus.http_client import public_url
 from vjepa_data.corpus.index import prepare
 from vjepa_data.corpus.remote import is_remote
 from vjepa_data.media.fetch import FileRef
@@ -94,11 +105,11 @@ def index_shards(
         advance: called with the number of finished tars and the number of all tars.
 
     Raises:
-        BadInput: there are no tars, they are damaged or unreachable, or a manifest exists already.
+        BadInput: there are no tars, none can be used, or a manifest exists already.
     """
     place, splits = str(place), dict(splits or {})
     if is_remote(place) and out is None:
-        raise BadInput(f"{place}: an index cannot be written to a URL; give a local folder with --out")
+        raise BadInput(f"{public_url(place)}: an index cannot be written to a URL; give a local folder with --out")
     target = out or Path(place)
     if (target / "manifest.json").exists():
         raise BadInput(f"{target} already has a manifest; remove it or give another --out")
@@ -109,15 +120,17 @@ def index_shards(
     with WorkerPool[ExamineTask, Examined]("vjepa_data.media.tasks", workers=workers, timeout_s=timeout_s) as pool:
         for file in found.files:
             with local_tar(found.root, file, scratch=target) as path:
-                if path is None:
-                    raise BadInput(f"{found.root}/{file}: cannot be read; check the URL and the credentials")
-                tars.append(_examine_tar(path, file, pool, labels, deep=deep))
+                tars.append(_refused_tar(path, file) or _examine_tar(path or Path(file), file, pool, labels, deep=deep))
             advance(len(tars), len(found.files))
+    if found.rejects:
+        omitted = [_reject(readable(name), Reason.SKIPPED, detail) for name, detail in found.rejects]
+        tars.append(_Tar("", 0, "", rejects=omitted))
     rejects = Counter(str(reject.reason) for tar in tars for reject in tar.rejects)
     if not any(tar.samples for tar in tars):
         raise BadInput(
-            f"{place}: none of the samples in {len(tars)} tars can be used ({_format_counts(rejects)}); expected "
-            "KEY.mp4 or KEY.jpg, and `vjepa shard` converts other videos"
+            f"{public_url(place)}: none of the samples in {len(found.files)} tars can be used "
+            f"({_format_counts(rejects)}){_example(tars)}; expected KEY.mp4 or KEY.jpg, and `vjepa shard` converts "
+            "other videos"
         )
     _complete_rows(tars)
     for tar in tars:
@@ -129,6 +142,22 @@ def index_shards(
     manifest = write_manifest(target, records, [], name=title, spec=spec, tools={})
     prepare(target, manifest)
     return IndexResult(manifest, dict(sum((tar.flaws for tar in tars), Counter())), dict(rejects))
+
+
+def _example(tars: Sequence[_Tar]) -> str:
+    first = next((reject for tar in tars for reject in tar.rejects), None)
+    return f", for example {first.source}: {first.reason}, {first.detail}" if first else ""
+
+
+def _refused_tar(path: Path | None, file: str) -> _Tar | None:
+    """Return a tar without samples if the tar is missing, or the loader could not name it."""
+    if path is None:
+        refusal = Reason.MISSING, "no such file, or no permission; check the address and the credentials"
+    elif not is_plain_path(file):
+        refusal = Reason.SKIPPED, "its name is not text in UTF-8; rename it"
+    else:
+        return None
+    return _Tar(readable(file), 0, "", rejects=[_reject(readable(file), *refusal)])
 
 
 def _complete_rows(tars: Sequence[_Tar]) -> None:
@@ -160,12 +189,17 @@ def _link_names(files: Sequence[str]) -> dict[str, str]:
     Raises:
         BadInput: two links would have the same name.
     """
-    links = {file: f"shards/{file.replace('/', '-')}" for file in files}
+    links = {file: f"shards/{_safe_name(file)}" for file in files}
     first: dict[str, str] = {}
     for file, link in links.items():
         if first.setdefault(link, file) != file:
             raise BadInput(f"{first[link]} and {file} would both be linked as {link}; rename one of them")
     return links
+
+
+def _safe_name(file: str) -> str:
+    """Return a name that means the same in a shell, in a URL and in a brace pattern."""
+    return re.sub(r"[^\w.,=+@ ()-]", "-", os.fsencode(file).decode(errors="replace"))
 
 
 def _link(link: Path, path: Path) -> None:
@@ -178,37 +212,22 @@ def _link(link: Path, path: Path) -> None:
 def list_members(path: Path, file: str) -> Iterator[Member | RejectRecord]:
     """Yield the samples of a tar, called `file` in messages, and the omitted files.
 
-    All files with the same key form a sample, wherever they lie. WebDataset groups only adjacent files, and so splits a
-    sample whose files are apart.
-
-    Raises:
-        BadInput: the tar is damaged or truncated.
+    All files with the same key form a sample, wherever they lie (`read_tar`). WebDataset groups only adjacent files,
+    and so splits a sample whose files are apart.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    raise BadInput(f"{file}: {member.name} extends past the end of the tar; copy it again")
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not member.isreg() or not dot:
-                    continue
-                found = samples.setdefault(f"{folder}{slash}{stem}", {})
-                if suffix.lower() in found:
-                    yield _reject(f"{file}/{member.name}", Reason.DUPLICATE, "an earlier file has the same name")
-                found.setdefault(suffix.lower(), (member.offset_data, member.size))
-    except tarfile.TarError as error:
-        raise BadInput(f"{file}: not a complete tar ({error}); copy it again") from None
-    for key, found in samples.items():
+    contents = read_tar(path)
+    for skipped in contents.skipped:
+        yield _reject(readable(f"{file}/{skipped.name}".rstrip("/")), skipped.reason, skipped.detail)
+    for sample in contents.samples:
+        key, found = readable(sample.key), sample.members
         suffix = next((suffix for suffix in SUFFIXES if suffix in found), None)
         if suffix is not None:
-            yield Member(key, suffix, found[suffix], found.get("json", (found[suffix][0], 0)))
-            continue
-        for other in found:
-            if f".{other.rpartition('.')[2]}" in VIDEOS:
-                detail = "the suffix after the first dot is not mp4; use `vjepa shard` for such files"
+            json = found.get("json", Span(found[suffix].offset, 0))
+            video = found[suffix]
+            yield Member(key, suffix, (video.offset, video.size), (json.offset, json.size))
+        for other in video_suffixes(found, VIDEOS):
+            if other != suffix:
+                detail = "not KEY.mp4, the only video of a sample that is read; use `vjepa shard` for such files"
                 yield _reject(f"{file}/{key}.{other}", Reason.NOT_CANONICAL, detail)
 
 
@@ -241,7 +260,7 @@ def _read_facts(tar: BinaryIO, member: Member) -> dict[str, Any]:
     """Read a sample's json. Return an empty dictionary if it is missing or invalid."""
     tar.seek(member.json[0])
     try:
-        return read_labels(tar.read(min(member.json[1], MAX_BYTES + 1))) if member.json[1] else {}
+        return read_labels(tar.read(min(member.json[1], MAX_FILE_BYTES + 1))) if member.json[1] else {}
     except ValueError:
         return {}
 

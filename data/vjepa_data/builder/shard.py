@@ -31,6 +31,7 @@ from vjepa_data.builder.write import write_shards
 from vjepa_data.corpus.format import Manifest, RejectRecord, read_manifest, read_record, write_manifest
 from vjepa_data.corpus.index import prepare
 from vjepa_data.media.pool import WorkerPool
+from vjepa_data.media.video import Reason
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Spec
 
@@ -174,11 +175,27 @@ def _limit_rejects(found: Sequence[InputFile], rejects: Sequence[RejectRecord], 
         )
 
 
+ADVICE = {
+    Reason.MISSING: "check the paths, which count from the folder of their table or list",
+    Reason.UNREACHABLE: "check the addresses and the connection",
+    Reason.BAD_LABELS: "correct the labels",
+    Reason.BAD_RANGE: "correct the times",
+    Reason.SKIPPED: "give sources that are read directly",
+    Reason.DUPLICATE: "give other sources, or set dedupe.exact=false",
+    Reason.CRASHED: "report it as a bug",
+    Reason.CHECK_FAILED: "report it as a bug",
+    Reason.TIMED_OUT: "raise timeout_s",
+}
+"""Next step for reasons other than the file itself and the filter."""
+
+
 def _all_rejected(sources: int, rejects: Sequence[RejectRecord]) -> str:
     first = rejects[0]
+    common = Reason(Counter(reject.reason for reject in rejects).most_common(1)[0][0])
+    default = "relax `filter`" if first.stage == "filter" else "repair the sources (docs/datasets.md lists the reasons)"
     return (
         f"none of the {sources} sources can be used ({_by_reason(rejects)}), for example {first.source}: "
-        f"{first.reason}, {first.detail}; repair the sources or relax `filter` (docs/datasets.md lists the reasons)"
+        f"{first.reason}, {first.detail}; {ADVICE.get(common, default)}"
     )
 
 

@@ -1,20 +1,23 @@
 """Find foreign tars below a folder or at a URL, and provide each as a local file."""
 
 import contextlib
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
-import fsspec
 from braceexpand import braceexpand
 
-from vjepa_data.corpus.remote import Gone, is_remote, read_range, store_errors
+from vjepa_data.corpus.http_client import Gone, public_url
+from vjepa_data.corpus.remote import is_remote, object_store, read_blocks, store_errors
 from vjepa_data.settings import BadInput
 
-BLOCK = 16 << 20
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Tars:
     """Folder or URL that all paths are relative to."""
     files: tuple[str, ...]
     """Paths below `root`, in order of name."""
+    rejects: tuple[tuple[str, str], ...] = ()
+    """Paths that are not read, each with a detail: compressed tars, folders without permission, links to folders."""
 
 
 def find_tars(place: str) -> Tars:
@@ -36,13 +41,16 @@ def find_tars(place: str) -> Tars:
         BadInput: there are no tars, or the place cannot be listed.
     """
     if not is_remote(place):
-        folder = Path(place)
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar") if path.is_file())
-        if not files:
-            packed = sum(1 for path in folder.rglob("*") if path.name.endswith((".tar.gz", ".tgz")))
-            hint = f" ({packed} are compressed, unpack them with gunzip)" if packed else ""
-            raise BadInput(f"{folder}: no tars found{hint}; give a folder of WebDataset shards")
-        return Tars(place, tuple(files))
+        return _find_local_tars(Path(place))
+    parts = urlsplit(place)
+    if parts.username:
+        raise BadInput(
+            f"{public_url(place)}: an index is read by later runs, and would keep the password of this address; "
+            "put it into ~/.netrc and give the address without it"
+        )
+    if parts.query and place.startswith("http"):
+        log.warning("%s: the query is left out, since an index keeps addresses for later runs", public_url(place))
+        place = public_url(place)
     if place.endswith(".tar"):
         urls = _expand_braces(place)
     else:
@@ -52,6 +60,31 @@ def find_tars(place: str) -> Tars:
         raise BadInput(f"{place}: no tars found; give a prefix of WebDataset shards")
     root = os.path.commonpath([url.rpartition("/")[0] for url in urls]).replace(":/", "://", 1)
     return Tars(root, tuple(sorted(url.removeprefix(f"{root}/") for url in urls)))
+
+
+def _find_local_tars(folder: Path) -> Tars:
+    files: list[str] = []
+    rejects: list[tuple[str, str]] = []
+
+    def on_error(error: OSError) -> None:
+        place = Path(os.fsdecode(error.filename)).relative_to(folder).as_posix()
+        rejects.append((place, f"a folder that cannot be read: {error.strerror}"))
+
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file; give the folder of the tars")
+    for root, folders, names in os.walk(folder, onerror=on_error):
+        here = Path(root).relative_to(folder)
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        rejects += [((here / name).as_posix(), "a link to a folder; index the folder itself") for name in links]
+        for name in names:
+            if name.endswith(".tar") and os.path.isfile(os.path.join(root, name)):
+                files.append((here / name).as_posix())
+            elif re.fullmatch(r".*\.(tar\.\w+|tgz|tbz2?|txz|tzst)", name):
+                rejects.append(((here / name).as_posix(), "a compressed tar, of which no range can be read; unpack it"))
+    if not files:
+        found = f" ({len(rejects)} not read: {rejects[0][0]} is {rejects[0][1]})" if rejects else ""
+        raise BadInput(f"{folder}: no tars found{found}; give a folder of WebDataset shards")
+    return Tars(str(folder), tuple(sorted(files)), tuple(sorted(rejects)))
 
 
 def _expand_braces(url: str) -> list[str]:
@@ -69,10 +102,10 @@ def list_prefix(url: str, *, hint: str) -> list[str]:
     """
     scheme = url.partition("://")[0]
     if scheme in ("http", "https"):
-        raise BadInput(f"{url}: web servers cannot be listed; {hint}")
+        raise BadInput(f"{public_url(url)}: web servers cannot be listed; {hint}")
+    system = object_store(scheme)
     try:
-        system, root = fsspec.url_to_fs(url)
-        return [f"{scheme}://{path}" for path in sorted(system.find(root))]
+        return [f"{scheme}://{path}" for path in sorted(system.find(url))]
     except (OSError, ImportError, ValueError, *store_errors()) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{url}: cannot be listed ({reason}); check the URL and the credentials") from None
@@ -99,11 +132,9 @@ def local_tar(root: str, file: str, *, scratch: Path) -> Iterator[Path | None]:
 
 
 def _download(url: str, copy: BinaryIO) -> bool:
-    at = 0
     try:
-        while block := read_range(url, at, BLOCK):
+        for block in read_blocks(url):
             copy.write(block)
-            at += len(block)
     except Gone:
         return False
     copy.flush()

@@ -146,9 +146,7 @@ def _describe(answer: http.client.HTTPResponse) -> HttpAnswer:
     given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", (answer.headers.get("Content-Range") or "").strip())
     if given is None:
         raise Busy("HTTP 206 without the range that it holds")
-    return HttpAnswer(
-        int(given[1]), int(given[2]) + 1, None if given[3] == "*" else int(given[3]), answer.read1
-    )
+    return HttpAnswer(int(given[1]), int(given[2]) + 1, None if given[3] == "*" else int(given[3]), answer.read1)
 
 
 def _gunzip(answer: http.client.HTTPResponse) -> Callable[[int], bytes]:

@@ -77,6 +77,8 @@ class Reason(StrEnum):
     CODEC = "codec"
     STILL = "still"
     DARK = "dark"
+    SKIPPED = "skipped"
+    """A file or folder that is not read: a link to a folder, a compressed tar, a member of a tar with holes."""
     CHANGED = "changed"
     """The size of the file has changed since the analysis."""
     BAD_RANGE = "bad_range"
