@@ -262,6 +262,10 @@ class Run(Settings):
     }
     """Settings by the names that they had in version 0.1, which files and checkpoints may still use."""
 
+    file_paths: ClassVar[tuple[str, ...]] = ("data.sources.*.shards", "data.sources.*.without")
+    """Settings that hold paths. A relative path counts from the folder of the file that names it, if it exists there,
+    else from the working directory."""
+
     @model_validator(mode="before")
     @classmethod
     def _accept_renamed(cls, given: Any) -> Any:

@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -66,7 +67,8 @@ def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = (
 
     Args:
         kind: class of the settings, a frozen pydantic model that forbids extra keys.
-        path: a YAML file, or None to use only defaults and overrides.
+        path: a YAML file, or None to use only defaults and overrides. Paths in it, which the class names in
+            `file_paths`, count from its folder if they exist there.
         overrides: `dotted.name=value` with a YAML value. A number selects a list entry (`masks.0.blocks=4`).
 
     Raises:
@@ -74,7 +76,8 @@ def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = (
             message has a line per setting, with its file and the nearest known name.
     """
     renamed: Mapping[str, str] = getattr(kind, "renamed", {})
-    values, origins = _read(path, (), renamed) if path else ({}, {})
+    places: Sequence[str] = getattr(kind, "file_paths", ())
+    values, origins = _read(path, (), renamed, places) if path else ({}, {})
     for override in overrides:
         _override(values, origins, override, renamed)
     try:
@@ -168,7 +171,9 @@ def _parse(text: str, where: str) -> Any:
         raise BadInput(f"{where}: invalid YAML: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path, seen: tuple[Path, ...], renamed: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(
+    path: Path, seen: tuple[Path, ...], renamed: Mapping[str, str], places: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the merged values of a file and its bases, and the file of each value."""
     if path.resolve() in seen:
         raise BadInput(f"{path}: the file is its own base; remove a `base:` line")
@@ -183,9 +188,30 @@ def _read(path: Path, seen: tuple[Path, ...], renamed: Mapping[str, str]) -> tup
     base = values.pop("base", None)
     if not isinstance(base, str | None):
         raise BadInput(f"{path}: base: expected the path of a YAML file, got {base!r}")
-    merged, origins = _read(path.parent / base, (*seen, path.resolve()), renamed) if base else ({}, {})
-    _merge(merged, move_renamed(values, renamed), origins, str(path), "")
+    merged, origins = _read(path.parent / base, (*seen, path.resolve()), renamed, places) if base else ({}, {})
+    values = move_renamed(values, renamed)
+    for place in places:
+        _find_beside(values, place.split("."), path.parent)
+    _merge(merged, values, origins, str(path), "")
     return merged, origins
+
+
+def _find_beside(values: Any, names: Sequence[str], folder: Path) -> None:
+    """Make a relative path absolute if it exists below the folder of the file that names it.
+
+    Other relative paths keep counting from the working directory, as all did before.
+    """
+    name, *rest = names
+    if name == "*":
+        for item in values if isinstance(values, list) else ():
+            _find_beside(item, rest, folder)
+        return
+    value = values.get(name) if isinstance(values, dict) else None
+    if rest:
+        _find_beside(value, rest, folder)
+    elif isinstance(value, str) and "://" not in value and os.path.exists(beside := folder / value):
+        is_same = os.path.exists(value) and os.path.samefile(value, beside)
+        values[name] = value if is_same else os.path.abspath(beside)
 
 
 def move_renamed(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

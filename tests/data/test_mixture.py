@@ -1,5 +1,6 @@
 """`vjepa merge` writes the sources of a run, which then accepts only these corpora."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,3 +76,34 @@ def test_invalid_mixtures_are_rejected(corpora: list[str]) -> None:
     ]:
         with pytest.raises(BadInput, match=message):
             merge(places, **words)
+
+
+def test_paths_of_a_mixture_count_from_its_folder(
+    corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mixture may be read from any folder, and moved together with its corpora."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    shutil.copytree(corpora[1], home / "sets" / "b")
+    monkeypatch.chdir(home / "sets")
+    write_mixture(merge(["b"]), home / "mixture.yaml")
+    (home / "run.yaml").write_text(f"base: mixture.yaml\n{SETTINGS}")
+    home.rename(moved)
+    monkeypatch.chdir("/")
+    settings = load(moved / "run.yaml").settings.data
+    assert settings.sources[0].shards == str(moved / "sets" / "b")
+    assert open_plan(settings, seed=0, batch_size=2)
+
+
+def test_a_path_that_is_missing_beside_its_file_counts_from_the_working_directory(
+    corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "run.yaml").write_text(f"{SETTINGS}data: {{sources: [{{shards: b}}]}}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load("configs/run.yaml").settings.data.sources[0].shards == "b"
+
+
+def test_weights_that_draw_nothing_are_named(corpora: list[str]) -> None:
+    assert "b has a share of 1e-18" in merge(corpora, weights=[1e9, 1e-9]).warnings[-1]
+    with pytest.raises(BadInput, match=r"2 weights \[nan, 1.0\] .*; give each a weight above 0"):
+        merge(corpora, weights=[float("nan"), 1.0])

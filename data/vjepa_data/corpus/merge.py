@@ -4,6 +4,7 @@ The corpora themselves stay separate. Each keeps its licence and origin, and can
 """
 
 import itertools
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -19,9 +20,13 @@ import yaml
 
 from vjepa_data.atomic import atomic_write
 from vjepa_data.corpus.format import read_manifest
+from vjepa_data.corpus.http_client import public_url
 from vjepa_data.corpus.index import mirror, user_cache
 from vjepa_data.corpus.remote import is_remote
 from vjepa_data.settings import BadInput, Source
+
+RARE = 1e-7
+"""Share of a corpus below which most runs draw none of its clips."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def merge(
     Raises:
         BadInput: a place is not a corpus, lacks the split or is given twice, or the weights are invalid.
     """
-    if weights is not None and (len(weights) != len(places) or min(weights, default=0) <= 0):
+    if weights is not None and (len(weights) != len(places) or not all(0 < w < math.inf for w in weights)):
         raise BadInput(f"{len(weights)} weights {list(weights)} for {len(places)} corpora; give each a weight above 0")
     parts = [_read(place, split) for place in places]
     names = {part.source.corpus: part.source.shards for part in parts}
@@ -91,10 +96,17 @@ def merge(
         replace(part, source=part.source.model_copy(update={"weight": float(f"{share / total:.6g}")}))
         for part, share in zip(parts, shares, strict=True)
     ]
-    return MergedCorpora(tuple(weighed), tuple(_shared(weighed)))
+    rare = [
+        f"{part.name} has a share of {part.source.weight:g}, less than one clip in {1 / RARE:,.0f}; check --weights"
+        for part in weighed
+        if part.source.weight < RARE
+    ]
+    return MergedCorpora(tuple(weighed), (*_shared(weighed), *rare))
 
 
 def _read(place: str, split: str) -> Part:
+    if is_remote(place) and "@" in place.split("/")[2]:
+        raise BadInput(f"{public_url(place)}: a mixture would keep the password; put it into ~/.netrc")
     folder = mirror(place, user_cache()) if is_remote(place) else Path(place)
     manifest = read_manifest(folder)
     if split not in manifest.splits:
@@ -125,6 +137,14 @@ def _shared(parts: Sequence[Part]) -> list[str]:
     return lines
 
 
+def _beside(part: Part, folder: Path) -> Part:
+    """Let a relative path of a corpus count from the folder of the mixture, which may be read from anywhere."""
+    place = part.source.shards
+    if is_remote(place) or os.path.isabs(place):
+        return part
+    return replace(part, source=part.source.model_copy(update={"shards": os.path.relpath(place, folder)}))
+
+
 def write_mixture(mixture: MergedCorpora, out: Path, *, base: Path | None = None) -> None:
     """Write the YAML file of a run, or of the base of a run.
 
@@ -133,6 +153,7 @@ def write_mixture(mixture: MergedCorpora, out: Path, *, base: Path | None = None
     """
     if out.exists():
         raise BadInput(f"{out} exists already; remove it or give another --out")
+    mixture = replace(mixture, parts=tuple(_beside(part, out.parent) for part in mixture.parts))
     try:
         atomic_write(out, mixture.text(os.path.relpath(base, out.parent) if base else None).encode())
     except OSError as error:
