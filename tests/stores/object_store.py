@@ -4,6 +4,7 @@ store.objects["bucket/a.mp4"] = data         http://127.0.0.1:PORT/bucket/a.mp4 
 store.trouble = lambda asked: Trouble(status=503) if asked.time % 2 else None
 """
 
+import gzip
 import http.server
 import threading
 import time
@@ -46,6 +47,12 @@ class Trouble:
     """Bytes after which the connection is closed, after `stall_s` seconds."""
     stall_s: float = 0.0
     bytes_per_s: float | None = None
+    form: str = "plain"
+    """Form of complete files, sent with status 200: "chunked", "chunked and cut", "gzip" or "without length"."""
+    largest_range: int | None = None
+    """Bytes that a range may have; longer ones are shortened."""
+    login: str | None = None
+    """`Authorization` that a request must have."""
 
 
 class Answer(NamedTuple):
@@ -114,6 +121,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             trouble = self.server.trouble(asked) or Trouble()
             if trouble.status is not None:
                 answer = failure(trouble.status, trouble.location)
+            elif trouble.login not in (None, self.headers.get("Authorization")):
+                answer = failure(401)
             else:
                 act = {"PUT": self._put, "POST": self._post, "DELETE": self._delete}.get(self.command, self._get)
                 answer = act(key, options, body, trouble)
@@ -141,10 +150,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return failure(404)
         data = self.server.objects[key]
         span = self.headers.get("Range")
-        if span is None or not trouble.knows_ranges:
+        if span is None or not trouble.knows_ranges or trouble.form != "plain":
             return Answer(200, data)
         first, last = span.removeprefix("bytes=").split("-")
         start, end = int(first), min(int(last or len(data)), len(data) - 1)
+        end = end if trouble.largest_range is None else min(end, start + trouble.largest_range - 1)
         if start >= len(data):
             return failure(416)
         return Answer(206, data[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
@@ -208,7 +218,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.objects.pop(key, None)
         return Answer(204)
 
+    def _send_whole(self, data: bytes, form: str) -> None:
+        """Send a complete file without its length, in chunks, or compressed."""
+        data = gzip.compress(data) if form == "gzip" else data
+        self.send_response(200)
+        if form == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(data)))
+        elif form == "without length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if form.startswith("chunked"):
+            pieces = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
+            data = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        self.close_connection = form != "chunked"
+        self.wfile.write(data[: len(data) // 2] if form == "chunked and cut" else data)
+
     def _send(self, answer: Answer, trouble: Trouble) -> None:
+        if trouble.form != "plain" and answer.status == 200:
+            self._send_whole(answer.data, trouble.form)
+            return
         data = answer.data
         if trouble.flipped_byte is not None and len(data) > trouble.flipped_byte:
             data = bytearray(data)

@@ -97,6 +97,7 @@ def index(
         deep: Decode every clip from the first to the last frame.
     """
     from vjepa_data.builder.index_foreign import index_shards
+    from vjepa_data.corpus.http_client import public_url
     from vjepa_data.errors import BadInput
 
     splits = {}
@@ -109,7 +110,7 @@ def index(
     with progress("reading tars") as advance:
         found = index_shards(place, out=out, name=name, splits=splits, deep=deep, workers=workers, advance=advance)
     samples = sum(split["samples"] for split in found.manifest.splits.values())
-    print(f"{out or place}: {samples} samples admitted; corpus {found.manifest.hash[:12]}")
+    print(f"{out or public_url(place)}: {samples} samples admitted; corpus {found.manifest.hash[:12]}")
     for text, counts in (("not of the canonical form", found.flaws), ("left out", found.rejects)):
         for reason, times in counts.items():
             print(f"  {times} {text}: {reason}")
@@ -123,6 +124,8 @@ def verify(place: str, /, *, deep: bool = False, workers: Workers = None) -> int
         place: Folder or address of a corpus, or folder of a run.
         deep: Decode every clip of a corpus as well.
     """
+    from vjepa_data.corpus.http_client import public_url
+
     folder = Path(place)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         from vjepa.checkpoints.checkpoint import checkpoint_dir, find_corruption, list_checkpoints
@@ -144,7 +147,7 @@ def verify(place: str, /, *, deep: bool = False, workers: Workers = None) -> int
         checked = f"{verdict.samples} samples" + (f", {verdict.decoded} of them decoded" if deep else "")
     for problem in problems:
         print(problem)
-    print(f"{place}: {checked}: {len(problems)} problems")
+    print(f"{public_url(place)}: {checked}: {len(problems)} problems")
     return 1 if problems else 0
 
 

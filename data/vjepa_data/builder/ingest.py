@@ -336,7 +336,7 @@ def _list(path: Path, spec: Spec, below: str, depth: int) -> Iterator[InputFile]
     with open_text(path, spec.columns.encoding) as file:
         for number, line in enumerate(file, start=1):
             line = line.strip().lstrip("\ufeff")
-            if line and not (line.startswith("#") and not os.path.lexists(path.with_name(line))):
+            if line and not (line.startswith("#") and not os.path.lexists(os.path.join(path.parent, line))):
                 yield from _list_line(path, number, line, spec, below, depth)
 
 

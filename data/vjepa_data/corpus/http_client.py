@@ -99,7 +99,10 @@ def open_http(url: str, *, timeout_s: float, start: int = 0, size: int | None = 
 
 
 def _request(url: str) -> tuple[urllib.request.Request, urllib.request.OpenerDirector]:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise Gone(str(error)) from None
     if not parts.hostname:
         raise Gone("the URL names no host")
     netloc = parts.netloc.rpartition("@")[2]
