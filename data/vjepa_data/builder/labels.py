@@ -12,6 +12,9 @@ MAX_BYTES = 16 << 20
 MAX_FILE_BYTES = 4 * MAX_BYTES
 """Largest JSON file that is read for the labels of one sample. It may hold more than labels, and spaces."""
 
+NOT_UTF8 = "is not text in UTF-8"
+"""What is wrong with text that has bytes of another encoding, which are read as lone surrogates."""
+
 YT_DLP_FIELDS = frozenset(
     """id title fulltitle description uploader uploader_id channel channel_id upload_date timestamp duration view_count
     like_count comment_count age_limit categories tags language license location extractor webpage_url chapters series
@@ -50,7 +53,9 @@ def check_labels(labels: dict[str, Any]) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"{error.object[max(0, error.start - 20) : error.end]!a} is not text in UTF-8") from None
+        letter = error.object[error.start]
+        cause = NOT_UTF8 if "\udc80" <= letter <= "\udcff" else "holds half a surrogate pair"
+        raise ValueError(f"{error.object[max(0, error.start - 20) : error.end]!a} {cause}") from None
     if size > MAX_BYTES:
         raise ValueError(f"labels of {size} bytes; maximum: {MAX_BYTES}")
     return labels

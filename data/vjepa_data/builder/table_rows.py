@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vjepa_data.builder.labels import check_labels, plain
+from vjepa_data.builder.labels import NOT_UTF8, check_labels, plain
 from vjepa_data.builder.source import InputFile, locate, readable
 from vjepa_data.builder.tables import Row, Table, open_table
+from vjepa_data.corpus.format import canonical_json
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.video import Reason, Refused
 from vjepa_data.settings import BadInput
@@ -55,10 +56,10 @@ def table_sources(path: Path, columns: Columns, *, name: str = "", below: str = 
     for row in table.rows:
         seen |= row.values.keys()
         source = reader.source(row)
-        if source.refused and "not text in UTF-8" in source.refused[1]:
+        if source.refused and NOT_UTF8 in source.refused[1]:
             refused_text = refused_text or f"row {row.number}: {source.refused[1]}"
         elif not has_text:
-            has_text = any(isinstance(v, str) and not v.isascii() for v in source.labels.values())
+            has_text = not canonical_json(source.labels).isascii()
         yield source
     if refused_text and not has_text:  # not a single odd row: all the text that is not ASCII is in another encoding
         raise BadInput(f"{path}: {refused_text}; set columns.encoding, for example columns.encoding=cp1252")

@@ -135,8 +135,11 @@ def _headers(file: BinaryIO, size: int, skipped: list[Skipped]) -> Iterator[tupl
     """Yield every header, with the number of its tar in a file of joined tars."""
     if size == 0:
         skipped.append(Skipped("", Reason.EMPTY, "0 bytes"))
-    part = at = 0
-    while (at := _next_nonzero(file, at)) < size:
+    part = end = 0
+    while (at := _next_nonzero(file, end)) < size:
+        if 0 < end == at > size - tarfile.BLOCKSIZE:  # the last header is cut
+            skipped.append(Skipped("", *NO_END_MARK))
+            return
         file.seek(at)
         end = at
         try:
@@ -156,7 +159,7 @@ def _headers(file: BinaryIO, size: int, skipped: list[Skipped]) -> Iterator[tupl
             return
         if end >= size:
             skipped.append(Skipped("", *NO_END_MARK))
-        part, at = part + 1, end
+        part += 1
 
 
 def _next_nonzero(file: BinaryIO, at: int) -> int:
