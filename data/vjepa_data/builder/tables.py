@@ -111,7 +111,8 @@ def open_text(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
     try:
         encoding = encoding or text_encoding(path)
         errors = "surrogateescape" if encoding in ("utf-8", "utf-8-sig") else "strict"
-        with _open(path) as file, io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="") as text:
+        buffer: Any = _open(path)
+        with io.TextIOWrapper(buffer, encoding=encoding, errors=errors, newline="") as text:
             yield text
     except UnicodeError as error:
         raise BadInput(f"{path}: not text in {encoding} ({error}); set columns.encoding or convert it") from None

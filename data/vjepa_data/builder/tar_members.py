@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vjepa_data.media.video import Reason
 
@@ -117,7 +117,8 @@ def _spans(path: Path, skipped: list[Skipped]) -> Iterator[tuple[int, str, Span]
 
 def _span(member: tarfile.TarInfo, size: int, skipped: list[Skipped]) -> Span | None:
     """Return the bytes of a regular file that is stored as a whole; name other files with contents."""
-    pieces = [piece for piece in member.sparse or () if piece[1]] if member.issparse() else [(0, member.size)]
+    stored: Any = member.sparse  # offset and size of each piece that is not a hole
+    pieces = [piece for piece in stored if piece[1]] if member.issparse() else [(0, member.size)]
     if member.isreg() and pieces != [(0, member.size)]:
         detail = "stored with holes (tar --sparse); extract it, and pack it without --sparse"
         skipped.append(Skipped(member.name, Reason.SKIPPED, detail))

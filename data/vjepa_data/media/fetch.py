@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -99,6 +99,7 @@ def _extract(member: FileRef, copy: BinaryIO) -> None:
 
 def _extract_cell(cell: FileRef, column: str, copy: BinaryIO) -> None:
     """Copy the bytes in a cell of a parquet file. Only the row group of that row is read, a row at a time."""
+    value: Any = None
     try:
         with pq.ParquetFile(cell.path) as table:
             row, group = cell.offset, 0
