@@ -189,6 +189,13 @@ def test_types_of_a_parquet_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "binary columns are not labels and not read: thumbnail" in caplog.text
 
 
+def test_a_row_of_a_parquet_that_is_not_utf8_costs_itself(tmp_path: Path) -> None:
+    texts = pa.array([b"1.mp4", b"caf\xe9", b"3.mp4"]).view(pa.string())
+    pq.write_table(pa.table({"path": texts}), tmp_path / "t.parquet")
+    assert labels(tmp_path / "t.parquet") == {"1.mp4": {}, "3.mp4": {}}
+    assert reasons(tmp_path / "t.parquet") == {"t.parquet row 2": "bad_labels"}
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
 def test_packed_tables_are_read(suffix: str, pack, tmp_path: Path) -> None:
     packed = pack(table("csv", ROWS))

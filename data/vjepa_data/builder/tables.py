@@ -246,18 +246,31 @@ def _parquet_rows(path: Path, columns: list[str], embedded: str | None) -> Itera
             for group in range(file.num_row_groups):
                 is_embedded = embedded is not None and not _is_null(file.metadata.row_group(group), f"{embedded}.bytes")
                 if not columns:  # videos without any labels
-                    rows: Iterator[dict[str, Any]] = iter([{}] * file.metadata.row_group(group).num_rows)
+                    rows: Iterator[dict[str, Any] | None] = iter([{}] * file.metadata.row_group(group).num_rows)
                 else:
                     batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
-                    rows = (row for batch in batches for row in batch.to_pylist())
+                    rows = itertools.chain.from_iterable(map(_decode_batch, batches))
                 for row in rows:
                     number += 1
+                    if row is None:
+                        yield Row(number, {}, "a text in it is not UTF-8")
+                        continue
                     if embedded is not None:
                         row = {**row, embedded: (row.get(embedded) or {}).get("path")}
                     yield Row(number, row, is_embedded=is_embedded)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{path}: damaged after row {number} ({reason}); copy it again") from None
+
+
+def _decode_batch(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """Return the rows of a batch, and None for each row whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for number in range(batch.num_rows) for row in _decode_batch(batch.slice(number, 1))]
 
 
 def _is_null(group: Any, column: str) -> bool:
