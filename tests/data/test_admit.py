@@ -79,6 +79,13 @@ def test_members_of_a_sample_may_be_apart_in_a_tar(videos: list[bytes], tmp_path
     assert names == ["x.tar/a.mp4", "x.tar/c.webm", "x.tar/take 2.0.mp4"]
 
 
+def test_labels_that_an_index_cannot_read_are_counted(videos: list[bytes], tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"a.mp4": videos[0], "a.json": b"[1]", "b.mp4": videos[1], "b.json": b'{"n": NaN}'})
+    flaws = index_shards(tmp_path).flaws
+    assert flaws["its json is not a JSON object, so it has no labels"] == 1
+    assert pq.read_table(tmp_path / "samples.parquet")["labels"].to_pylist() == ["{}", "{}"]
+
+
 def test_tars_with_the_same_name_do_not_share_keys(videos: list[bytes], tmp_path: Path) -> None:
     for folder, video in zip(("train", "val"), videos, strict=False):
         write_tar(tmp_path / folder / "00000.tar", {"0.mp4": video})

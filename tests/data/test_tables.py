@@ -114,10 +114,18 @@ def test_an_odd_json_line_costs_itself(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("header", "end"),
-    [("path, v", "\n"), ("path;v", "\n"), ("path\tv", "\n"), ("path|v", "\n"), ("path,v", "\r\n"), ("path,v", "\r")],
+    [
+        ("path, v", "\n"),
+        ("path,v,,", "\n"),
+        ("path;v", "\n"),
+        ("path\tv", "\n"),
+        ("path|v", "\n"),
+        ("path,v", "\r\n"),
+        ("path,v", "\r"),
+    ],
 )
 def test_delimiters_and_line_ends_are_recognized(header: str, end: str, tmp_path: Path) -> None:
-    mark = header.removeprefix("path").removesuffix("v")
+    mark = header.removeprefix("path").partition("v")[0]
     path = write(tmp_path / "t.csv", f"{header}{end}1.mp4{mark}a{end}{end}2.mp4{mark}b{end}")
     assert labels(path) == {"1.mp4": {"v": "a"}, "2.mp4": {"v": "b"}}
 
@@ -251,6 +259,13 @@ def test_the_metadata_of_a_video_folder_gives_labels(kind: str, tmp_path: Path) 
         "in/sub/b.mp4": {"caption": "B"},
         "in/c.mp4": {},
     }
+
+
+def test_other_metadata_does_not_stop_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.mp4", b"x")
+    write(tmp_path / "in" / "metadata.csv", "x,x\n1,2\n")
+    write(tmp_path / "in" / "sub" / "metadata.jsonl", "no json")
+    assert labels(tmp_path / "in") == {"in/a.mp4": {}}
 
 
 def test_folders_may_give_the_class(tmp_path: Path) -> None:

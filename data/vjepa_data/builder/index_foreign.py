@@ -252,22 +252,26 @@ def _examine_tar(
                 tar.rejects.append(_reject(f"{file}/{member.key}", answer.reason, answer.detail))
                 continue
             tar.flaws.update(flaw.partition(" (")[0].partition(":")[0] for flaw in answer.flaws)
-            tar.samples.append(_row(data, member, answer, labels))
+            facts = _read_facts(data, member)
+            if facts is None:
+                tar.flaws["its json is not a JSON object, so it has no labels"] += 1
+            tar.samples.append(_row(data, member, facts or {}, answer, labels))
     return tar
 
 
-def _read_facts(tar: BinaryIO, member: Member) -> dict[str, Any]:
-    """Read a sample's json. Return an empty dictionary if it is missing or invalid."""
+def _read_facts(tar: BinaryIO, member: Member) -> dict[str, Any] | None:
+    """Read a sample's json. Return an empty dictionary if it is missing, and None if it is invalid."""
     tar.seek(member.json[0])
     try:
         return read_labels(tar.read(min(member.json[1], MAX_FILE_BYTES + 1))) if member.json[1] else {}
     except ValueError:
-        return {}
+        return None
 
 
-def _row(tar: BinaryIO, member: Member, examined: Examined, labels: Sequence[str] | None) -> dict[str, Any]:
+def _row(
+    tar: BinaryIO, member: Member, facts: dict[str, Any], examined: Examined, labels: Sequence[str] | None
+) -> dict[str, Any]:
     """Return a sample's row of the table."""
-    facts = _read_facts(tar, member)
     known = facts["labels"] if is_ours(facts) else facts
     if labels is None:
         kept = {name: value for name, value in known.items() if isinstance(value, (str, int, float, bool))}

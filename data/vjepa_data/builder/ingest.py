@@ -204,8 +204,7 @@ def _folder(folder: Path, spec: Spec, out: Path | None) -> list[InputFile]:
     listed: set[str] = set()
     for path in tables:
         columns = spec.columns
-        is_metadata = path.name.lower() in TABLE_NAMES
-        if is_metadata and "file_name" in (open_table(path, path_column="file_name").names or _names(path)):
+        if _lists_videos(path):
             columns = columns.model_copy(update={"path": "file_name"})
             rows = list(table_sources(path, columns, name=name_of(path), below=name_of(path.parent)))
             listed |= {source.file.path for source in rows}
@@ -219,10 +218,17 @@ def _folder(folder: Path, spec: Spec, out: Path | None) -> list[InputFile]:
     return found
 
 
-def _names(path: Path) -> set[str]:
-    """Return the names in the first rows of a table of JSON objects."""
-    rows = itertools.islice(open_table(path, path_column="file_name").rows, 100)
-    return {name for row in rows for name in row.values}
+def _lists_videos(path: Path) -> bool:
+    """Tell whether a table beside videos is one of Hugging Face, with their names in the column `file_name`."""
+    if path.name.lower() not in TABLE_NAMES:
+        return False
+    try:
+        table = open_table(path, path_column="file_name")
+        first = itertools.islice(table.rows, 100) if table.names is None else ()
+        return "file_name" in (table.names or {name for row in first for name in row.values})
+    except BadInput as error:
+        log.warning("%s, so it gives no labels", error)
+        return False
 
 
 def _walk(folder: Path, out: Path | None, skipped: list[InputFile]) -> Iterator[Path]:

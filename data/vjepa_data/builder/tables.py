@@ -132,6 +132,8 @@ def _csv(path: Path, path_column: str, delimiter: str | None, encoding: str | No
     is_spaced = f"{delimiter} " in header
     names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=is_spaced), [])
     names = [name.strip() for name in names]
+    while names and not names[-1]:  # spreadsheets write empty columns to the right
+        names.pop()
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise BadInput(f"{path}: two columns are called {twice!r}; rename one")
@@ -176,7 +178,7 @@ def _csv_records(lines: Iterator[str], count: int, form: dict[str, Any]) -> Iter
             return
         if not problem and len(cells) != count and any(cells):
             problem = f"{len(cells)} values for {count} columns; quote values that hold the delimiter"
-            if not any(cells[count:]) and len(cells) > count:  # spreadsheets write empty columns to the right
+            if not any(cells[count:]) and len(cells) > count:
                 problem = ""
         if problem and len(taken) > 1:
             lines = itertools.chain(taken[1:], lines)
