@@ -16,7 +16,8 @@ OTHER_FORMS = """
 import sys, torch, vjepa
 encoder = vjepa.load_encoder(sys.argv[1])
 clip = torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)
-for frames in (clip.movedim(-1, 2), clip.float(), clip[0]):
+others = (clip.movedim(-1, 2), clip.movedim(-1, 1), clip.float(), clip[0], clip[0].movedim(-1, 0), clip[0, 0])
+for frames in (*others, clip.numpy(), clip.float().numpy(), clip[..., :1], list(clip)):
     try:
         encoder(frames)
     except ValueError as error:
@@ -112,8 +113,18 @@ def test_the_package_loads_the_encoder_of_a_run(trained: Path) -> None:
 
 def test_frames_of_another_form_are_rejected(trained: Path) -> None:
     done = subprocess.run([sys.executable, "-c", OTHER_FORMS, str(trained)], check=True, capture_output=True, text=True)
-    assert [line.partition(";")[0] for line in done.stdout.splitlines()] == [
-        "frames are uint8 [B T H W 3], got uint8 [1, 4, 3, 32, 32]",
-        "frames are uint8 [B T H W 3], got float32 [1, 4, 32, 32, 3]",
-        "frames are uint8 [B T H W 3], got uint8 [4, 32, 32, 3]",
-    ]
+    lines = [line.removeprefix("frames are a uint8 tensor [B T H W 3], got ") for line in done.stdout.splitlines()]
+    zero_to_one = "(frames * 255).round().to(torch.uint8) for values from 0 to 1"
+    for line, (got, advice) in zip(lines, [
+        ("a uint8 tensor [1, 4, 3, 32, 32]", "frames.movedim(2, -1)"),
+        ("a uint8 tensor [1, 3, 4, 32, 32]", "frames.movedim(1, -1)"),
+        ("a float32 tensor [1, 4, 32, 32, 3]", zero_to_one),
+        ("a uint8 tensor [4, 32, 32, 3]", "frames[None] (one clip)"),
+        ("a uint8 tensor [3, 4, 32, 32]", "frames.movedim(0, -1)[None] (one clip)"),
+        ("a uint8 tensor [32, 32, 3]", "frames[None, None] (one picture)"),
+        ("a uint8 numpy array [1, 4, 32, 32, 3]", "torch.from_numpy(frames)"),
+        ("a float32 numpy array [1, 4, 32, 32, 3]", f"torch.from_numpy(frames), then {zero_to_one}"),
+        ("a uint8 tensor [1, 4, 32, 32, 1]", "frames.expand(-1, -1, -1, -1, 3) (grey)"),
+        ("a list", "of a list of clips make one with torch.stack"),
+    ], strict=True):  # fmt: skip
+        assert line.startswith((f"{got}; use {advice}", f"{got}; {advice}")), line

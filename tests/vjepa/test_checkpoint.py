@@ -5,13 +5,14 @@ import logging
 import os
 import pickle
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import facts, flip_a_bit, load_weights, saved
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from vjepa.checkpoints.checkpoint import (
     digest,
@@ -107,16 +108,51 @@ class Trap:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("trap", [Trap, lambda _: BytesStorageMetadata()])
+class ByName:
+    """A value that is pickled as `getattr(owner, name)`, as Python 3.11.0 to 3.11.3 pickle the member of an enum."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def rewrite_metadata(path: Path, change: Callable[[Any], None]) -> None:
+    """Change the metadata of a checkpoint and its digest, as anyone could: digests are no signature."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    state = json.loads((path / "state.json").read_text())
+    state["files"][".metadata"] = {"bytes": (path / ".metadata").stat().st_size, "xxh3": digest(path / ".metadata")}
+    (path / "state.json").write_text(json.dumps(state))
+
+
+def test_a_checkpoint_of_python_3_11_2_is_read(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as python_3_11_2:
+        python_3_11_2.setattr(Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+        saved(tmp_path, world, range(1, 2))
+    path = step_dir(tmp_path / "checkpoints", 1)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    found = {"target.weight": torch.zeros(300)}
+    load_into(found, path, world)
+    assert torch.equal(found["target.weight"], Sharded(path)["target.weight"])
+    assert found["target.weight"].any()
+
+
+TRAPS = [
+    Trap,
+    lambda _: BytesStorageMetadata(),
+    lambda _: ByName(torch.Size, "mro"),
+    lambda _: ByName(_MEM_FORMAT_ENCODING, "__class__"),
+]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
 def test_a_checkpoint_of_strangers_runs_nothing(world: World, tmp_path: Path, trap: Callable[[Path], Any]) -> None:
     saved(tmp_path, world, range(1, 2))
     path = step_dir(tmp_path / "checkpoints", 1)
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    metadata.planner_data = trap(tmp_path / "fallen into")
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    state = json.loads((path / "state.json").read_text())  # digests are no signature: a stranger writes them too
-    state["files"][".metadata"] = {"bytes": (path / ".metadata").stat().st_size, "xxh3": digest(path / ".metadata")}
-    (path / "state.json").write_text(json.dumps(state))
+    rewrite_metadata(path, lambda metadata: setattr(metadata, "planner_data", trap(tmp_path / "fallen into")))
     for read in (
         lambda: load_into({"target.weight": torch.zeros(300)}, path, world),
         lambda: Sharded(path),

@@ -55,6 +55,8 @@ def import_model(
     frames: Count | None = None,
     fps: Amount = 4.0,
     mask_tokens: Annotated[tuple[int, ...] | None, Several, whole_number(0)] = None,
+    positions: Literal["rope", "sincos"] | None = None,
+    objective: Literal["vjepa2", "vjepa2_1", "levjepa"] | None = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Import a published model as a checkpoint that training can start from.
@@ -68,11 +70,17 @@ def import_model(
         frames: Frames of its clips. By default 16.
         fps: Frames per second of its clips.
         mask_tokens: For each kind of mask, the number of the file's mask token.
+        positions: Rotary (V-JEPA 2, 2.1) or added sines and cosines (V-JEPA). By default several marks of a .pt file
+            tell, and the log says what it was taken for.
+        objective: Method whose untrained predictor an encoder without one gets. By default the encoder tells.
     """
     from vjepa.weights.fair_checkpoints import Sizes
     from vjepa.weights.import_checkpoint import import_checkpoint
 
-    sizes = Sizes(heads=heads, predictor_heads=predictor_heads, px=px, frames=frames, fps=fps, mask_tokens=mask_tokens)
+    sizes = Sizes(
+        heads=heads, predictor_heads=predictor_heads, px=px, frames=frames, fps=fps, mask_tokens=mask_tokens,
+        positions=positions, objective=objective,
+    )  # fmt: skip
     with progress("importing"):
         text = import_checkpoint(source, out, sizes, overwrite=overwrite)
     print(text)

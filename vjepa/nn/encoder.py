@@ -4,7 +4,6 @@ Letters: B clips, C channels, T frames, Y X height and width in pixels, V visibl
 packed sequences, D width, LD width times levels. In a list each view has its own: _B and _V.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +29,26 @@ def normalise(frames: UInt8[Tensor, "B T Y X C"]) -> Float[Tensor, "B C T Y X"]:
     return (frames.movedim(-1, 1).float() / 255 - mean) / std
 
 
-@functools.cache
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation on a device. Cached, since each copy to a device makes the host wait."""
+    """Return mean and standard deviation on a device. Cached, since each copy to a device makes the host wait.
+
+    A tracer (torch.export, ONNX, torch.compile) gets new tensors, since its fake tensors must not outlive the trace.
+    """
+    if torch.compiler.is_compiling():
+        return _pixel_statistics(device)
+    if device not in _statistics:
+        with torch.inference_mode(False):
+            made = _pixel_statistics(device)
+        if type(made[0]) is not Tensor:
+            return made
+        _statistics[device] = made
+    return _statistics[device]
+
+
+_statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(x, device=device)[:, None, None, None] for x in (MEAN, STD))
     return mean, std
 

@@ -3,6 +3,7 @@
 `VJEPA2Model` uses a single mask token, at index 1 modulo their number.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ HF_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("predictor.predictor_norm", ("predictor.layernorm",)),
     ("predictor.predictor_proj", ("predictor.proj",)),
 )
+
+
+# Fields of `config.json` that tell V-JEPA 2.1 from V-JEPA 2 under the same model_type, by any of the names that they
+# have had (huggingface/transformers#45497), and values that mean V-JEPA 2.
+VJEPA21 = re.compile(r"rope|modality|distill|hierarchical|interpolate|img_temporal|teacher_embed|register")
+UNSET = ("None", "False", "0", "1", "[]")
 
 
 def hf_names(model: config.Model) -> dict[str, tuple[str, ...]]:
@@ -108,13 +115,25 @@ def read_huggingface(path: Path) -> Weights:
     content = read_json(path / "config.json")
     if content.get("model_type") != "vjepa2":
         raise BadInput(f"{path}: config.json has model_type {content.get('model_type')!r}; only vjepa2 can be read")
+    if of_21 := sorted(key for key in content if VJEPA21.search(key) and repr(content[key]) not in UNSET):
+        raise BadInput(
+            f"{path}: config.json has {some(of_21)}, as folders of V-JEPA 2.1 have, which are not supported; import "
+            "the file that its authors released: vjepa import FILE.pt"
+        )
     model = _model_of_hf(path, content)
     provenance = read_provenance(path)
     index = path / "model.safetensors.index.json"
+    if not index.is_file() and not (path / "model.safetensors").is_file() and list(path.glob("pytorch_model*.bin")):
+        raise BadInput(
+            f"{path}: its tensors are in pytorch_model.bin, which could run code; load it with transformers where you "
+            "trust it, and save_pretrained to another folder"
+        )
     theirs = InFiles(index) if index.is_file() else SafeTensors(path / "model.safetensors")
     tensors = FromHF(theirs, model, provenance.get("mask_token_order"))
     if missing := tensors.missing():
         raise BadInput(f"{path}: model.safetensors lacks {some(missing)}; is it a VJEPA2Model with its predictor?")
+    if extra := tensors.extra():
+        raise BadInput(f"{path}: model.safetensors has {some(extra)}, which VJEPA2Model does not have; not supported")
     masks = TypeAdapter(tuple[config.Mask, ...]).validate_python(provenance.get("masks", []))
     fps = float(provenance.get("fps", 4.0))  # by default V-JEPA 2's; config.json has no such field
     return Weights(
@@ -171,7 +190,13 @@ class FromHF(Tensors):
         self.names = self.theirs_of.keys()
 
     def missing(self) -> list[str]:
+        """Return names of `VJEPA2Model` that the file lacks."""
         return [name for names in self.theirs_of.values() for name in names if name not in self.theirs]
+
+    def extra(self) -> list[str]:
+        """Return names of the file that neither `VJEPA2Model` nor its classifier has."""
+        known = {name for names in self.theirs_of.values() for name in names}
+        return [name for name in self.theirs if name not in known and not name.startswith(("pooler.", "classifier."))]
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = torch.cat([self.theirs[part] for part in self.theirs_of[name]])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from vjepa import config
@@ -21,8 +22,10 @@ from vjepa.checkpoints.checkpoint import CheckpointMetadata
 from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.checkpoints.run_folder import settings_hash, versions
 from vjepa.distributed.world import join
+from vjepa.methods.levjepa.method import Projector
+from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.nn.predictor import Predictor
-from vjepa.weights.fair_checkpoints import Sizes, read_fair_checkpoint
+from vjepa.weights.fair_checkpoints import Objective, Sizes, read_fair_checkpoint
 from vjepa.weights.load import read_weights
 from vjepa.weights.tensors import some
 from vjepa.weights.weights import expected_shapes
@@ -59,22 +62,17 @@ def import_checkpoint(source: Path, out: Path, sizes: Sizes = DEFAULT_SIZES, *, 
         weights = read_weights(source)
         model, px, frames, fps = weights.model, weights.px, weights.frames, weights.fps
         parts = {part: weights.tensors.part(name) for part, name in _PARTS.items()}
+    model, objective = _choose_objective(source, model, sizes.objective, has_predictor=bool(parts["predictor"]))
     if not parts["predictor"]:
-        parts["predictor"] = _new_predictor(source, model)
-    if "mask_tokens" not in parts["predictor"]:
-        raise BadInput(f"{source}: its predictor has no mask_tokens; only masked predictors are supported")
-    tokens = parts["predictor"]["mask_tokens"]
-    if sizes.mask_tokens is not None:
-        if unknown := [number for number in sizes.mask_tokens if not 0 <= number < len(tokens)]:
-            raise BadInput(f"mask_tokens has {unknown[0]}, and the file has tokens 0 to {len(tokens) - 1}")
-        parts["predictor"]["mask_tokens"] = tokens[list(sizes.mask_tokens)]
-    run = run_for_weights(model, px=px, frames=frames, fps=fps, kinds=len(parts["predictor"]["mask_tokens"]))
+        parts["predictor"] = _new_predictor(source, model, objective)
+    kinds = 0 if objective == "levjepa" else _select_mask_tokens(source, parts["predictor"], sizes)
+    run = run_for_weights(model, px=px, frames=frames, fps=fps, kinds=kinds, objective=objective)
     _check(source, model, parts)
     with new_folder(out, overwrite=overwrite, ours="imported") as folder:
         (folder / "imported").write_text(f"{source}\n")
         _save(run, parts, folder, source)
     path = out / "checkpoints" / "step_00000000"
-    log.info("%s: %s from %s", path, model.encoder.name, source)
+    log.info("%s: %s from %s, to be trained further by %s", path, model.encoder.name, source, objective)
     return path
 
 
@@ -82,26 +80,62 @@ _PARTS = {"encoder": "encoder", "target": "encoder", "predictor": "predictor"}
 Parts = dict[str, dict[str, Tensor]]
 
 
-def run_for_weights(model: config.Model, *, px: int, frames: int, fps: float, kinds: int) -> config.Run:
-    """Return the settings of a run with this model and form of clips; all other settings are placeholders."""
+def run_for_weights(
+    model: config.Model, *, px: int, frames: int, fps: float, kinds: int, objective: Objective | None = None
+) -> config.Run:
+    """Return the settings of a run with this model and form of clips; all other settings are placeholders.
+
+    Args:
+        model: the networks.
+        px, frames, fps: form of the clips.
+        kinds: kinds of mask.
+        objective: method of the run; by default the one whose output layers the predictor has.
+
+    Raises:
+        BadInput: no method trains such a model.
+    """
     data: dict[str, Any] = {
         "sources": [{"shards": "unknown"}],
         "clip": {"frames": frames, "fps": fps},
         "crop": {"px": px},
     }
     masks = tuple(config.BLOCKS[kind % len(config.BLOCKS)] for kind in range(kinds))
-    return config.Run.model_validate(
-        {
-            "name": "imported",
-            "steps": 1,
-            "batch_size": 1,
-            "data": data,
-            "model": model,
-            # The names of the output layers tell which method can train this predictor.
-            "objective": {"name": "vjepa2_1" if model.predict_context else "vjepa2", "masks": masks},
-            "optim": {"lr": 1e-4},
-        }
-    )
+    name = objective or ("levjepa" if model.class_token else "vjepa2_1" if model.predict_context else "vjepa2")
+    method = {"name": name, "local_px": model.patch_px} if name == "levjepa" else {"name": name, "masks": masks}
+    settings = {"name": "imported", "steps": 1, "batch_size": 1, "optim": {"lr": 1e-4}}
+    try:
+        return config.Run.model_validate({**settings, "data": data, "model": model, "objective": method})
+    except ValidationError as error:
+        raise BadInput(f"a model of this kind cannot be imported: {error.errors()[0]['msg']}") from None
+
+
+def _choose_objective(
+    source: Path, model: config.Model, wanted: Objective | None, *, has_predictor: bool
+) -> tuple[config.Model, Objective]:
+    """Return the method that can train a model further, and the model with the output layers that it trains.
+
+    Raises:
+        BadInput: the wanted method does not fit.
+    """
+    found: Objective = "levjepa" if model.class_token else "vjepa2_1" if model.predict_context else "vjepa2"
+    if wanted in (None, found):
+        return model, found
+    if has_predictor or model.class_token or (wanted == "levjepa" and model.levels):
+        mark = "class token" if model.class_token else "predictor" if has_predictor else "levels"
+        raise BadInput(f"{source}: its {mark} is of {found}, and --objective is {wanted}; leave it out")
+    return model.model_copy(update={"predict_context": wanted == "vjepa2_1"}), wanted
+
+
+def _select_mask_tokens(source: Path, predictor: dict[str, Tensor], sizes: Sizes) -> int:
+    """Keep the wanted mask tokens and return their number."""
+    if "mask_tokens" not in predictor:
+        raise BadInput(f"{source}: its predictor has no mask_tokens; only masked predictors are supported")
+    tokens = predictor["mask_tokens"]
+    if sizes.mask_tokens is not None:
+        if unknown := [number for number in sizes.mask_tokens if not 0 <= number < len(tokens)]:
+            raise BadInput(f"mask_tokens has {unknown[0]}, and the file has tokens 0 to {len(tokens) - 1}")
+        predictor["mask_tokens"] = tokens[list(sizes.mask_tokens)]
+    return len(predictor["mask_tokens"])
 
 
 def initial_metadata(run: config.Run, source: str) -> CheckpointMetadata:
@@ -128,16 +162,22 @@ def _save(run: config.Run, parts: Parts, folder: Path, source: Path) -> None:
         CheckpointManager(folder, config.Checkpoint(), world).save(tensors, initial_metadata(run, source.name))
 
 
-def _new_predictor(source: Path, model: config.Model) -> dict[str, Tensor]:
-    log.warning("%s has no predictor; an untrained one is added, so use the checkpoint for features only", source)
+def _new_predictor(source: Path, model: config.Model, objective: Objective) -> dict[str, Tensor]:
+    name = "projector" if objective == "levjepa" else "predictor"
+    log.warning("%s has no %s; an untrained one is added, so use the checkpoint for features only", source, name)
+    if objective == "levjepa":
+        return dict(Projector(model.encoder.width, *LeVJEPASettings().projector).state_dict())
     return dict(Predictor(model, len(config.BLOCKS)).state_dict())
 
 
 def _check(source: Path, model: config.Model, parts: Parts) -> None:
     """Raise for the first tensors that are missing, unknown, or of another shape."""
-    shapes = expected_shapes(model, len(parts["predictor"]["mask_tokens"]))
+    tokens = parts["predictor"].get("mask_tokens")
+    shapes = expected_shapes(model, 0 if tokens is None else len(tokens))
     for part, named in parts.items():
         name = _PARTS[part]
+        if part == "predictor" and tokens is None:
+            continue  # a new projector
         expected = {key.removeprefix(f"{name}."): shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
         differences: Sequence[tuple[str, list[str]]] = (
             ("lacks", sorted(expected.keys() - named.keys())),

@@ -75,9 +75,10 @@ class Renamed(Tensors):
 
 
 class SafeTensors(Tensors):
-    """Tensors of a safetensors file, each read when it is used."""
+    """Tensors of a safetensors file in fp32, whatever type they are stored in, each read when it is used."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self.file = safe_open(path, framework="pt")
         except FileNotFoundError:
@@ -89,7 +90,11 @@ class SafeTensors(Tensors):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        return aligned(self.file.get_tensor(name))
+        tensor = self.file.get_tensor(name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise BadInput(f"{self.path}: {name} is {kind}, as in quantized models; give one of float tensors")
+        return aligned(tensor.float())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.file.get_slice(name).get_shape())

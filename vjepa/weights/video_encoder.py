@@ -52,11 +52,7 @@ class VideoEncoder(nn.Module):
         Raises:
             BadInput: the frames are not uint8 [B T H W 3], or not a whole number of tokens.
         """
-        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-            raise BadInput(
-                f"frames are uint8 [B T H W 3], got {str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}; "
-                "move channels to the end with frames.movedim(-3, -1)"
-            )
+        check_frames(frames)
         _, steps, height, width, _ = self._filled(frames).shape
         return Grid.of(steps, height, width, self.model)
 
@@ -92,3 +88,49 @@ class VideoEncoder(nn.Module):
     def _filled(self, frames: Tensor) -> Tensor:
         is_repeated = frames.shape[1] == 1 and not self.model.still_tokens
         return frames.expand(-1, self.model.tubelet_frames, -1, -1, -1) if is_repeated else frames
+
+
+def check_frames(frames: Any) -> None:
+    """Check that frames are a uint8 tensor [B T H W 3]; the error says which call makes them one.
+
+    Raises:
+        BadInput: they are not.
+    """
+    is_tensor = isinstance(frames, Tensor)
+    is_array = not is_tensor and hasattr(frames, "__array_interface__")
+    if not is_tensor and not is_array:
+        raise BadInput(
+            f"frames are a uint8 tensor [B T H W 3], got a {type(frames).__name__}; of a list of clips make one with "
+            "torch.stack, of a list of pictures with torch.from_numpy(numpy.stack(pictures))[None]"
+        )
+    shape, kind = tuple(frames.shape), str(frames.dtype).removeprefix("torch.")
+    advice = ["torch.from_numpy(frames)"] if is_array else []
+    if shape[-1:] != (3,) or len(shape) != 5:
+        advice += _layout_advice(shape)
+    if kind != "uint8":
+        advice.append(
+            "(frames * 255).round().to(torch.uint8) for values from 0 to 1, frames.to(torch.uint8) for values from 0 "
+            "to 255; normalised frames must first be multiplied by the standard deviation and added to the mean"
+        )
+    if advice:
+        library = "numpy array" if is_array else "tensor"
+        raise BadInput(
+            f"frames are a uint8 tensor [B T H W 3], got a {kind} {library} {list(shape)}; use {', then '.join(advice)}"
+        )
+
+
+def _layout_advice(shape: tuple[int, ...]) -> list[str]:
+    """Return the calls that bring frames of this shape to [B T H W 3], as far as the shape tells."""
+    # Of several axes of 3, the likelier layout counts: [B T C H W], [B C T H W], [C B T H W]; [T C H W], [C T H W].
+    order, lead, name = {
+        5: ((4, 2, 1, 0), "", ""),
+        4: ((3, 1, 0), "[None]", " (one clip)"),
+        3: ((2, 0), "[None, None]", " (one picture)"),
+    }.get(len(shape), ((), "", ""))
+    for axis in order:
+        if shape[axis] == 3:
+            move = "" if axis == len(shape) - 1 else f".movedim({axis}, -1)"
+            return [f"frames{move}{lead}{name}"]
+    if len(shape) == 5 and shape[-1] in (1, 4):
+        return ["frames.expand(-1, -1, -1, -1, 3) (grey)" if shape[-1] == 1 else "frames[..., :3] (RGBA)"]
+    return ["RGB clips of five axes: batch, time, height, width, channels"]

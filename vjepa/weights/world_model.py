@@ -26,7 +26,7 @@ from vjepa.nn.grid import Grid, clip_grid
 from vjepa.nn.predictor import Predictor, PredictorInput
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
-from vjepa.weights.video_encoder import VideoEncoder
+from vjepa.weights.video_encoder import VideoEncoder, check_frames
 from vjepa_data.errors import BadInput
 
 Capability = Literal["encode", "predict", "rollout"]
@@ -200,6 +200,8 @@ class WorldModel(nn.Module):
             >>> surprise = (predicted - actual).abs().mean()
         """
         predictor = self._require("predict")
+        if not isinstance(context, Tensor):
+            check_frames(context)
         if context.dtype == torch.uint8:
             grid, still = self.encoder.grid(context), context.shape[1] == 1
         elif grid is None:
