@@ -172,10 +172,15 @@ class Track(Settings):
     """A trace by torch's profiler, in `profile/` of the run folder. By default none."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """`auto` is online with a key and a network, else offline. W&B is never the reason that training stops."""
+    """`auto` follows WANDB_MODE and the settings of `wandb`; by default it is online where `wandb login` or a key and a
+    network allow, else offline. WANDB_MODE=offline or disabled also overrules `online`, so that nothing is sent against
+    it. W&B is never the reason that training stops."""
 
-    project: str = "vjepa"
+    project: str | None = None
+    """W&B project; by default that of WANDB_PROJECT or of the settings of `wandb`, or vjepa."""
+
     entity: str | None = None
+    """W&B user or team; by default that of WANDB_ENTITY, of the settings of `wandb`, or of the account."""
 
     wandb_timeout_s: float = Field(default=30.0, gt=0)
     """Seconds to wait for W&B's server at the start, before the record goes on offline."""

@@ -1,12 +1,14 @@
 """The record: a file that is the truth, W&B when it can be had, never an obstacle."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import struct
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import pytest
 import torch
 import wandb
 from PIL import Image
+from wandb.sdk.lib.module import unset_globals
 
 from vjepa.checkpoints.storage import to_path
 from vjepa.config import Run
 from vjepa.distributed.world import World
 from vjepa.monitoring.logger import RunLogger
+from vjepa.wandb_client import _choose_mode
 
 MakeRun = Callable[..., Run]
 
@@ -105,7 +109,8 @@ def test_numbers_of_two_devices_are_one_record(tiny_run: MakeRun, world: World, 
 def test_wandb_keeps_a_single_run_over_offline_attempts(
     tiny_run: MakeRun, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))
     run = tiny_run(steps=10, track={"wandb": "auto", "every_steps": 1})
     ids = []
@@ -173,6 +178,126 @@ def test_a_dead_server_and_a_killed_service_do_not_stop_a_run(
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     with contextlib.suppress(ConnectionError):
         wandb.teardown()  # what is left of it, so that it does not complain at exit
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home of its own, without any setting of W&B's in the environment."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    forget_wandb()
+    yield tmp_path
+    forget_wandb()
+
+
+def forget_wandb() -> None:
+    """Let W&B read its settings anew. Its service ends a little later than it says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        wandb.teardown()
+        unset_globals()  # a run whose service was killed
+        gc.collect()
+
+
+HOST, KEY = "https://wandb.example.org", "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("environment", "files", "mode", "reason"),
+    [
+        ({}, {}, "offline", "no credentials for https://"),
+        ({"WANDB_API_KEY": KEY}, {}, "online", ""),
+        ({"WANDB_API_KEY": "short"}, {}, "offline", "no credentials for https://"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, "offline", "WANDB_MODE is offline"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "dryrun"}, {}, "offline", "WANDB_MODE is"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, {}, "disabled", "WANDB_MODE is disabled"),
+        ({"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true"}, {}, "disabled", "WANDB_DISABLED is set"),
+        ({"WANDB_BASE_URL": HOST}, {".netrc": f"machine wandb.example.org login user password {KEY}"}, "online", ""),
+        ({}, {".netrc": f"machine wandb.example.org login user password {KEY}"}, "offline", "no credentials"),
+        (
+            {},
+            {
+                ".config/wandb/settings": f"[default]\nbase_url = {HOST}\n",
+                ".netrc": f"machine wandb.example.org\n  login user\n  password {KEY}\n",
+            },
+            "online",
+            "",
+        ),
+        ({"WANDB_API_KEY": KEY}, {"wandb/settings": "[default]\nmode = offline\n"}, "offline", "settings of wandb are"),
+        ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, {"token": "a.b.c"}, "online", ""),
+    ],
+)
+def test_wandb_itself_is_asked_whether_to_go_online(
+    alone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    files: dict[str, str],
+    mode: str,
+    reason: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, text in files.items():
+        (alone / name).parent.mkdir(parents=True, exist_ok=True)
+        (alone / name).write_text(text)
+        (alone / name).chmod(0o600)
+    found, why = _choose_mode("auto")
+    assert found == mode, why
+    assert reason in why
+    assert _choose_mode("online") == (found, why)
+    assert _choose_mode("offline") == ("offline", "track.wandb is offline")
+
+
+def test_a_disabled_record_leaves_no_files(
+    tiny_run: MakeRun, world: World, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    track = RunLogger(tiny_run(steps=10, track={"wandb": "auto"}), alone, world, step=0, wandb_id=None)
+    track.add(1, measures(1))
+    track.write({})
+    track.refer_to(alone / "step_00000001")
+    track.close(0)
+    assert [path.name for path in (alone / "wandb").iterdir()] == ["id"]
+
+
+def test_a_place_that_cannot_be_staged_costs_no_metrics(
+    tiny_run: MakeRun, world: World, alone: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", "/proc/nowhere")
+    track = RunLogger(
+        tiny_run(steps=10, track={"wandb": "offline", "every_steps": 1}), alone, world, step=0, wandb_id=None
+    )
+    for step in (1, 2):
+        track.refer_to(alone / f"step_0000000{step}")
+        track.add(step, measures(step))
+        track.write({})
+    track.close(0)
+    assert caplog.text.count("W&B loses the places of checkpoints for the rest of this attempt") == 1
+    deadline = time.monotonic() + 20
+    while len(offline_history(alone)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [row["trainer/step"] for row in offline_history(alone)] == [1, 2]
+
+
+def test_nothing_is_written_at_home(
+    tiny_run: MakeRun, world: World, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    (alone / "run").mkdir()
+    track = RunLogger(tiny_run(steps=10, track={"wandb": "offline"}), alone / "run", world, step=0, wandb_id=None)
+    track.refer_to(alone / "step_00000001")
+    track.close(0)
+    assert list((alone / "run" / "wandb" / "data" / "artifacts" / "staging").iterdir())
+    assert "WANDB_DATA_DIR" not in os.environ
+    found: set[str] = set()
+    deadline = time.monotonic() + 20
+    while not found and time.monotonic() < deadline:
+        records = list(offline_records(alone / "run"))
+        found = {record.run.project for record in records if record.WhichOneof("record_type") == "run"}
+    assert found == {"mine"}
 
 
 def kill_services() -> None:

@@ -104,7 +104,9 @@ def evaluate(
         if out is None or "label" in options:
             raise BadInput("--query needs --out page.html, and excludes --label")
         split = options.get("split", "val")
-        for clip in nearest_page(model, data, query, out, split=split, part=part, overwrite=overwrite):
+        for clip in nearest_page(
+            model, data, query, out, split=split, short=options.get("short"), part=part, overwrite=overwrite
+        ):
             print(f"{clip.cosine:.3f}  {clip.key}")
         return
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None and value is not False]

@@ -97,6 +97,8 @@ def embed(
     split: str = "train",
     clips_per_video: Count = 1,
     views: Count = 1,
+    short: Literal["leave_out", "hold"] | None = None,
+    clip_s: Amount | None = None,
     part: Part = "target",
     device: str | None = None,
     batch: Count = 8,
@@ -114,6 +116,8 @@ def embed(
         split: Split of a corpus.
         clips_per_video: Clips of each video, evenly spaced.
         views: Square crops of each clip. 1 takes the whole frame.
+        short: Leave out videos shorter than a clip, or hold their last frame. By default as the model was trained.
+        clip_s: Seconds of video that a clip spans. By default as the model was trained.
         device: Device to compute on. By default a GPU, if any.
         batch: Clips that are encoded together.
         workers: Processes that decode files.
@@ -122,8 +126,8 @@ def embed(
     from vjepa.evals.embed import embed
 
     embed(
-        model, videos, out, what=what, split=split, clips_per_video=clips_per_video, views=views, part=part,
-        device=usable_device(device), batch=batch, workers=workers, timeout_s=timeout_s, overwrite=overwrite,
+        model, videos, out, what=what, split=split, clips_per_video=clips_per_video, views=views, short=short,
+        clip_s=clip_s, part=part, device=usable_device(device), batch=batch, workers=workers, timeout_s=timeout_s, overwrite=overwrite,
     )  # fmt: skip
 
 

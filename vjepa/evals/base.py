@@ -28,6 +28,7 @@ from vjepa.evals.ridge import wilson
 from vjepa.progress import track
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.world_model import WorldModel
+from vjepa_data.evaluation.clips import Short
 from vjepa_data.settings import BadInput, Settings
 
 FORMAT = 1
@@ -63,6 +64,10 @@ class EvaluationSettings(Settings):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the evaluation."""
+
+    short: Short | None = None
+    """Treatment of videos shorter than a clip: `leave_out`, or `hold` to repeat their last frame. The default is that of
+    the model's training."""
 
     def wanted_baselines(self) -> Baselines:
         """Return the baselines that the shell makes before `evaluate` is called."""

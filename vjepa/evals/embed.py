@@ -31,15 +31,15 @@ from torch import Tensor
 from vjepa.atomic import check_free, new_file
 from vjepa.distributed.world import World, join
 from vjepa.evals.base import PATIENT
-from vjepa.evals.features import CorpusVideos, Pooling, fingerprint, reduce_tokens
+from vjepa.evals.features import CorpusVideos, Pooling, fingerprint, reduce_tokens, trained_short
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.weights.load import load_encoder
 from vjepa.weights.tensors import read_json
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import Part
 from vjepa_data.errors import Unreadable
-from vjepa_data.evaluation.clips import EvalClip, EvalClips
-from vjepa_data.evaluation.video_files import TIMEOUT_S, FileClip, FileVideos, find_videos
+from vjepa_data.evaluation.clips import EvalClip, EvalClips, Short
+from vjepa_data.evaluation.video_files import TIMEOUT_S, FileClip, FileVideos, find_videos, printable
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
 
@@ -93,6 +93,8 @@ def embed(
     split: str = "train",
     clips_per_video: int = 1,
     views: int = 1,
+    short: Short | None = None,
+    clip_s: float | None = None,
     part: Part = "target",
     device: str | None = None,
     batch: int = 8,
@@ -110,6 +112,8 @@ def embed(
         split: split of a corpus.
         clips_per_video: clips of each video, evenly spaced.
         views: views of each clip. 1 is the whole frame, more are squares of it.
+        short: treatment of videos shorter than a clip; by default as in the model's training.
+        clip_s: seconds of video that a clip spans. The default is that of the model's training.
         part: which encoder of a run or checkpoint.
         device: torch device. The default is a GPU if there is one.
         batch: clips that are encoded together.
@@ -124,8 +128,10 @@ def embed(
     if out.suffix not in WRITERS:
         raise BadInput(f"unsupported feature format {out.suffix!r} of {out}; use {', '.join(WRITERS)}")
     encoder = load_encoder(model, part)
+    if clip_s is not None:
+        encoder.fps = encoder.frames / clip_s
     form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
-    form |= {"per_video": clips_per_video, "views": views}
+    form |= {"per_video": clips_per_video, "views": views, "short": short or trained_short(encoder)}
     corpora = [path for path in videos if (path / "manifest.json").is_file()]
     if corpora and len(videos) > 1:
         raise BadInput(f"{corpora[0]} is a corpus and cannot be mixed with other paths; embed it alone")
@@ -136,7 +142,7 @@ def embed(
             files = FileVideos(find_videos(videos), workers=workers, timeout_s=timeout_s, **form)
             found = stack.enter_context(files)
         encoder.to(device or world.device)
-        request = EmbedRequest(found, what, str(model), clips_per_video, views, batch)
+        request = EmbedRequest(found, what, printable(model), clips_per_video, views, form["short"], batch)
         parts = embed_parts(world, encoder, request, out, overwrite=overwrite)
         return world.first(lambda: parts.write(out, overwrite=overwrite))
 
@@ -151,6 +157,7 @@ class EmbedRequest:
     """Name of the model, for the record."""
     clips_per_video: int
     views: int
+    short: Short = "leave_out"
     batch: int = 8
 
 
@@ -192,6 +199,7 @@ def embed_parts(
         "px": encoder.px,
         "clips_per_video": request.clips_per_video,
         "views": request.views,
+        "short": request.short,
         "videos": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
     }
 

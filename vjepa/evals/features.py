@@ -29,7 +29,7 @@ from vjepa.weights.world_model import WorldModel
 from vjepa_data.corpus.format import read_manifest
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import Unreadable
-from vjepa_data.evaluation.clips import EvalClip, EvalClips
+from vjepa_data.evaluation.clips import EvalClip, EvalClips, Short
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
@@ -119,18 +119,29 @@ def clips_for(
     per_video: int = 1,
     views: int = 1,
     max_videos: int | None = None,
+    short: Short | None = None,
 ) -> EvalClips:
     """Open the clips of a corpus in the size, length and frame rate that a model was trained on.
 
     Args:
         model: the model, for size, length and frame rate.
         shards, split, per_video, views, max_videos: as in `EvalClips`.
+        short: treatment of videos shorter than a clip; by default as in the model's training.
 
     Raises:
         BadInput: see `EvalClips`.
     """
     form: dict[str, Any] = {"px": model.px, "frames": model.frames, "fps": model.fps}
+    form["short"] = short or trained_short(model)
     return EvalClips(shards, split=split, per_video=per_video, views=views, max_videos=max_videos, **form)
+
+
+def trained_short(model: VideoEncoder | WorldModel) -> Short:
+    """Return how a model's training treated videos shorter than a clip; `leave_out` if it is not recorded."""
+    try:
+        return "hold" if model.provenance["settings"]["data"]["clip"]["short"] == "hold" else "leave_out"
+    except (KeyError, TypeError):
+        return "leave_out"
 
 
 class CorpusVideos:
@@ -301,6 +312,7 @@ def read_features(
 
     split = clips.index.split
     form = [pooling, tokens, clips.px, clips.frames, clips.rate, clips.per_video, clips.views, list(videos.videos)]
+    form += ["hold"] if clips.short == "hold" else []
     folder = context.cache / _cache_name(encoders, shards, split, form)
     text = f"encode {len(videos.keys)} videos of split {split}"
     found = LabelledClips.join([LabelledClips.load(file) for file in write_parts(

@@ -5,6 +5,7 @@ vjepa eval knn MODEL SHARDS --query video.mp4 --out nearest.html
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from vjepa.atomic import check_free, new_file
 from vjepa.evals.base import open_context
-from vjepa.evals.features import clips_for, encode, read_features
+from vjepa.evals.features import clips_for, encode, read_features, trained_short
 from vjepa.evals.knn import UnitFeatures
 from vjepa.viz import plots
 from vjepa.weights.load import load_encoder
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.weights import Part
 from vjepa_data import html
+from vjepa_data.evaluation.clips import Short
 from vjepa_data.evaluation.video_files import FileClip, FileVideos
 from vjepa_data.media.video import Refused
 from vjepa_data.settings import BadInput
@@ -41,6 +43,7 @@ def nearest_page(
     split: str = "val",
     count: int = 12,
     max_videos: int | None = None,
+    short: Short | None = None,
     part: Part = "target",
     overwrite: bool = False,
 ) -> list[SimilarClip]:
@@ -54,6 +57,7 @@ def nearest_page(
         split: split of the corpus.
         count: clips to show, at most one of each video.
         max_videos: videos to compare with. The default is all.
+        short: treatment of videos shorter than a clip; by default as in the model's training.
         part: which encoder of a run or checkpoint.
         overwrite: replace an earlier page.
 
@@ -65,10 +69,10 @@ def nearest_page(
     """
     check_free(out, overwrite=overwrite)
     encoder = load_encoder(model, part)
-    asked = _read_query(query, encoder)
+    asked = _read_query(query, encoder, short or trained_short(encoder))
     with open_context(out) as context:
         encoder.to(context.world.device)
-        clips = clips_for(encoder, shards, split=split, max_videos=max_videos)
+        clips = clips_for(encoder, shards, split=split, max_videos=max_videos, short=short)
         read = read_features({"pretrained": encoder}, shards, clips, context, pooling="clip", tokens=False)
         corpus = UnitFeatures.of(read.features["pretrained"].pooled)
         feature = encode(encoder, asked.frames[None], "clip").pooled[0].double().numpy() - corpus.mean
@@ -90,8 +94,9 @@ def nearest_page(
     return [SimilarClip(read.keys[row], float(cosines[row])) for row in order]
 
 
-def _read_query(query: Path, encoder: VideoEncoder) -> FileClip:
-    with FileVideos([query], px=encoder.px, frames=encoder.frames, fps=encoder.fps, workers=1) as videos:
+def _read_query(query: Path, encoder: VideoEncoder, short: Short) -> FileClip:
+    form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps, "short": short}
+    with FileVideos([query], workers=1, **form) as videos:
         (answer,) = videos.read([0])
     if isinstance(answer, Refused):
         raise BadInput(f"{query}: {answer.reason} ({answer.detail}); give a video that can be decoded")

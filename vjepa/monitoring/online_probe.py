@@ -38,7 +38,7 @@ class ProbeRunner:
         clip = run.data.clip
         clips = EvalClips(
             Path(settings.shards), split=settings.split, px=run.data.crop.px, frames=clip.frames, fps=clip.fps,
-            max_videos=settings.videos,
+            max_videos=settings.videos, short=clip.short,
         )  # fmt: skip
         clips.chosen = clips.chosen[world.rank :: world.size]
         labelled = [one for one in clips if one.labels.get(settings.label) is not None]

@@ -69,13 +69,18 @@ class Sample:
     @property
     def labels(self) -> dict[str, Any]:
         """The labels in its JSON; empty if a foreign sample has no JSON object."""
-        try:
-            facts = json.loads(self.json or b"{}")
-        except (ValueError, RecursionError):
-            return {}
-        if not isinstance(facts, dict):
-            return {}
-        return facts["labels"] if is_ours(facts) else facts
+        return parse_labels(self.json)
+
+
+def parse_labels(text: bytes) -> dict[str, Any]:
+    """Return the labels in the JSON of a sample; empty if it is not a JSON object."""
+    try:
+        facts = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(facts, dict):
+        return {}
+    return facts["labels"] if is_ours(facts) else facts
 
 
 class Index:
@@ -214,6 +219,16 @@ class Index:
                 raise Unreadable("hash", f"{shard.file} holds other bytes than were stored")
         found = dict(zip(members, others, strict=True))
         return Sample(self.key(sample), shard.file, self.suffix(sample), text, video, found)
+
+    def read_labels(self, sample: int) -> dict[str, Any]:
+        """Read the labels of a sample without its video.
+
+        Raises:
+            Unreadable: the shard is missing or truncated.
+        """
+        span = (int(self.json_offset[sample]), int(self.json_size[sample]))
+        number = int(self.shard[sample])
+        return parse_labels(_read_members(self._files(number), self.shards[number].file, [span])[0])
 
     def want(self, sample: int) -> None:
         """Announce that a sample will be read soon, so that a copy of its remote shard is fetched meanwhile."""

@@ -1,7 +1,8 @@
 """Deterministic clips for evaluation.
 
-In time, the starts of `per_video` clips are evenly spaced from the first frame to the last start that fits. A picture
-is a single clip of equal frames. In space, a single view is the whole frame scaled to a square, so that nothing is cut
+In time, the starts of `per_video` clips are evenly spaced from the first frame to the last start that fits. Videos that
+are shorter than a clip are left out, or their last frame is held, as in training. A picture is a single clip of equal
+frames. In space, a single view is the whole frame scaled to a square, so that nothing is cut
 off and positions in the token grid are positions in the picture. Several views are squares of the short side's length,
 evenly spaced along the long side, as V-JEPA 2 evaluates.
 
@@ -14,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
+
+Short = Literal["leave_out", "hold"]
+"""Treatment of videos shorter than a clip, as in `data.clip.short`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class EvalClips:
         per_video: int = 1,
         views: int = 1,
         max_videos: int | None = None,
+        short: Short = "leave_out",
     ) -> None:
         """Args:
         shards: folder of the corpus.
@@ -77,21 +82,30 @@ class EvalClips:
         per_video: clips per video. Short videos have fewer different clips.
         views: views per clip. 1 is the whole frame, more are squares.
         max_videos: largest number of videos, taken from a shuffle that never changes.
+        short: whether a video shorter than a clip is left out or its last frame held, see `data.clip.short`.
 
         Raises:
             BadInput: the corpus or split does not exist, or none of its videos is long enough.
         """
         self.index, self.px, self.frames, self.rate = Index(shards, split), px, frames, fps
-        self.per_video, self.views = per_video, views
+        self.per_video, self.views, self.short = per_video, views, short
         self._decode_worker: DecodeWorker | None = None
         fit = np.flatnonzero(self._is_long_enough(slice(None)))
         if not len(fit):
             raise BadInput(
                 f"{shards}: none of the {len(self.index)} videos of split {split!r} has {frames} frames at {fps:g} "
-                "per second; give another split or a model with shorter clips"
+                "per second; give another split, a model with shorter clips, or --short hold"
             )
-        if len(fit) < len(self.index):
-            log.info("%s: skipping %d videos that are too short or too slow", shards, len(self.index) - len(fit))
+        self.left_out = len(self.index) - len(fit)
+        """Number of videos that are too short or too slow for a clip."""
+        if self.left_out:
+            keys = [self.index.key(int(video)) for video in np.flatnonzero(~self._is_long_enough(slice(None)))[:3]]
+            log.warning(
+                "%s: %d of %d videos are left out, since they are too short or too slow for %d frames at %g per second "
+                "(%s%s); --short hold repeats the last frame of short ones",
+                *(shards, self.left_out, len(self.index), frames, fps, ", ".join(keys)),
+                ", ..." if self.left_out > len(keys) else "",
+            )
         if max_videos is not None and len(fit) > max_videos:
             fit = np.sort(generator(0, "evaluation videos").permutation(fit)[:max_videos])
         self.chosen = [(int(video), start) for video in fit for start in self.starts(int(video))]
@@ -133,7 +147,8 @@ class EvalClips:
     def _is_long_enough(self, videos: slice) -> np.ndarray:
         """Say of each video whether it has enough frames and rate for a clip. A picture always has."""
         frames, fps = self.index.frames[videos], self.index.fps[videos]
-        return can_serve(frames, fps, frames=self.frames, fps=self.rate) | (frames == 1)
+        held = self.short == "hold"
+        return can_serve(frames, fps, frames=self.frames, fps=self.rate, hold=held) | (frames == 1)
 
     def _frame_offsets(self, video: int) -> Int[np.ndarray, " T"]:
         return offsets(frames=self.frames, fps=self.rate, file_fps=float(self.index.fps[video]))

@@ -8,6 +8,8 @@ its decoder gives a `Refused` and affects no other file.
 """
 
 import itertools
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +23,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vjepa_data.decoding.orientation import orientation
-from vjepa_data.evaluation.clips import square_views
+from vjepa_data.evaluation.clips import Short, square_views
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.probe import probe
@@ -75,6 +77,7 @@ class FileClipRequest:
     fps: float
     per_video: int
     views: int
+    short: Short
 
 
 def work(request: FileClipRequest) -> list[tuple[UInt8[np.ndarray, "T px px C"], float, int]]:
@@ -94,17 +97,18 @@ class FileVideos:
         fps: float,
         per_video: int = 1,
         views: int = 1,
+        short: Short = "leave_out",
         workers: int = 2,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """Args:
         paths: paths of the files.
-        px, frames, fps, per_video, views: as in `file_clips`.
+        px, frames, fps, per_video, views, short: as in `file_clips`.
         workers: number of child processes.
         timeout_s: time budget for opening and decoding a file, in seconds of work or sleep.
         """
-        self.keys: Sequence[str] = [str(path) for path in paths]
-        self._requests = [FileClipRequest(path, px, frames, fps, per_video, views) for path in paths]
+        self.keys: Sequence[str] = [printable(path) for path in paths]
+        self._requests = [FileClipRequest(path, px, frames, fps, per_video, views, short) for path in paths]
         self._pool: WorkerPool[FileClipRequest, list[tuple[np.ndarray, float, int]]] = WorkerPool(
             __name__, workers=workers, timeout_s=timeout_s
         )
@@ -124,7 +128,21 @@ class FileVideos:
                 yield [FileClip(torch.from_numpy(frames), start_s, view) for frames, start_s, view in answer]
 
 
-def file_clips(path: Path, *, px: int, frames: int, fps: float, per_video: int = 1, views: int = 1) -> list[FileClip]:
+def printable(path: Path) -> str:
+    """Return a path as text that can be written as UTF-8: other bytes of a name are escaped (`caf\\xe9.mp4`)."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def file_clips(
+    path: Path,
+    *,
+    px: int,
+    frames: int,
+    fps: float,
+    per_video: int = 1,
+    views: int = 1,
+    short: Short = "leave_out",
+) -> list[FileClip]:
     """Decode the evaluation clips of a file in this process.
 
     Args:
@@ -133,6 +151,7 @@ def file_clips(path: Path, *, px: int, frames: int, fps: float, per_video: int =
         frames, fps: length and frame rate of the clips, in video time.
         per_video: number of clips, evenly spaced from the first frame to the last start that fits.
         views: views per clip. 1 is the whole frame, more are squares.
+        short: whether a file that is shorter than a clip is refused, or its last frame held.
 
     Raises:
         Refused: the file is not a video, is damaged, or is shorter than a clip.
@@ -140,17 +159,35 @@ def file_clips(path: Path, *, px: int, frames: int, fps: float, per_video: int =
     info = probe(path)
     last = max(0.0, info.duration_s - (frames - 1) / fps - 1 / info.fps)
     clips = []
-    for start_s in [last / 2] if per_video == 1 else np.linspace(0, last, per_video).tolist():
-        pictures = _pictures(path, info, start_s=start_s, frames=frames, fps=fps)
+    # A short file has one clip, from its start.
+    starts_s = [last / 2] if per_video == 1 else sorted(set(np.linspace(0, last, per_video).tolist()))
+    for start_s in starts_s:
+        pictures = _pictures(path, info, start_s=start_s, frames=frames, fps=fps, short=short)
         clips += [FileClip(view, start_s, number) for number, view in enumerate(square_views(pictures, px, views))]
     return clips
 
 
-def _pictures(path: Path, info: VideoInfo, *, start_s: float, frames: int, fps: float) -> UInt8[np.ndarray, "T H W 3"]:
+def _pictures(
+    path: Path, info: VideoInfo, *, start_s: float, frames: int, fps: float, short: Short
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Decode the frames of a clip. The last frame serves times up to half a frame after it, as in a corpus."""
     rate = Fraction(fps).limit_denominator(1001)
-    timed = read_frames(path, info, start_s=start_s)
+    last_s = 0.0
+
+    def noted(timed: Iterator[tuple[Fraction, av.VideoFrame]]) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+        nonlocal last_s
+        for time, frame in timed:
+            last_s = float(time)
+            yield time, frame
+
+    timed = noted(read_frames(path, info, start_s=start_s))
     resampled = resample_frames(timed, start_s=start_s, seconds=frames / fps, rate=rate)
     pictures = [_upright(frame) for frame in itertools.islice(resampled, frames)]
+    end_s = last_s + 0.5 / info.fps
+    if start_s + (frames - 1) / fps + 1e-6 >= end_s:
+        pictures = pictures[: max(1, math.ceil((end_s - start_s) * fps - 1e-6))]
+    if pictures and short == "hold":
+        pictures += [pictures[-1]] * (frames - len(pictures))
     if len(pictures) < frames:
         raise Refused(Reason.TOO_SHORT, f"{len(pictures)} frames at {fps:g} per second, a clip has {frames}")
     return np.stack(pictures)
