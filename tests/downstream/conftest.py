@@ -150,6 +150,29 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def write_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a corpus of one scene under given labels: `write_corpus(folder, train=[{"word": "a"}], val=[...])`."""
+    scene = draw_scene(0)[0]
+    place = tmp_path_factory.mktemp("one") / "one.mp4"
+
+    def write(folder: Path, *, frames: int = 12, **splits: list[dict]) -> Path:
+        (folder / "shards").mkdir(parents=True)
+        video = encode_mp4(place, scene[:frames])
+        stored = {"frames": frames, "fps": 8.0, "width": 64, "height": 64, "duration_s": frames / 8}
+        for shard, (split, labels) in enumerate(splits.items()):
+            writer = ShardWriter(folder, number=shard, file=f"shards/odd-{split}-{shard:06d}.tar", split=split)
+            for number, one in enumerate(labels):
+                facts = {"stored": stored, "group": f"{split}{number}", "labels": one}
+                writer.write(SampleRecord(f"{split}-{number:04d}", video, "mp4", facts))
+            writer.commit(plan="test")
+        records = [record for number in range(len(splits)) if (record := read_record(folder, number, plan="test"))]
+        write_manifest(folder, records, (), name="odd", spec={}, tools={})
+        return folder
+
+    return write
+
+
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[EvaluationContext]:
     """The context of an evaluation in one process, with its cache in the test's folder."""

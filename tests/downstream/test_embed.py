@@ -19,7 +19,7 @@ from safetensors import safe_open
 from vjepa.evals import embed as embed_module
 from vjepa.evals import parts as parts_module
 from vjepa.evals.embed import embed
-from vjepa.evals.features import read_class_labels
+from vjepa.evals.labels import read_class_labels
 from vjepa.weights.load import load_encoder
 from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.evaluation import video_files as files_module

@@ -127,7 +127,8 @@ def embed(
 
     embed(
         model, videos, out, what=what, split=split, clips_per_video=clips_per_video, views=views, short=short,
-        clip_s=clip_s, part=part, device=usable_device(device), batch=batch, workers=workers, timeout_s=timeout_s, overwrite=overwrite,
+        clip_s=clip_s, part=part, device=usable_device(device), batch=batch, workers=workers, timeout_s=timeout_s,
+        overwrite=overwrite,
     )  # fmt: skip
 
 

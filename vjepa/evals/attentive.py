@@ -34,7 +34,8 @@ from torch import Tensor
 from vjepa.atomic import check_free, new_file
 from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.embed import EmbedRequest, embed_parts
-from vjepa.evals.features import CorpusVideos, clips_for, fingerprint, read_class_labels
+from vjepa.evals.features import CorpusVideos, clips_for, fingerprint
+from vjepa.evals.labels import check_classes, read_class_labels
 from vjepa.evals.ridge import wilson
 from vjepa.nn.attentive_probe import AttentiveProbe, save_classifier
 from vjepa.weights.tensors import read_json
@@ -291,6 +292,7 @@ def cut_videos(shards: Path, settings: AttentiveSettings) -> VideoCut:
         train_keys = _shuffled(train_labels, settings)
         fifth = max(1, len(train_keys) // 5)
         fit, choose, report = train_keys[fifth:], train_keys[:fifth], keys
+        check_classes(f"{shards}, split {train_split!r}", label, [train_labels[key] for key in train_keys])
         labels = {**train_labels, **labels}
     else:
         if len(keys) < MIN_VIDEOS:
@@ -298,6 +300,7 @@ def cut_videos(shards: Path, settings: AttentiveSettings) -> VideoCut:
                 f"split {split!r} has {len(keys)} labelled videos; the probe needs at least {MIN_VIDEOS}, give another "
                 "--split or a --train-split"
             )
+        check_classes(f"{shards}, split {split!r}", label, [labels[key] for key in keys])
         half, two_thirds = len(keys) // 2, len(keys) * 2 // 3
         fit, choose, report = keys[:half], keys[half:two_thirds], keys[two_thirds:]
     classes = sorted({labels[key] for key in fit})
@@ -340,11 +343,11 @@ def _encode_split(
     context: EvaluationContext,
 ) -> Path:
     """Return the file with the tokens of some videos of a split, or all, named by everything that decides them."""
-    form = {"per_video": settings.clips_per_video, "views": settings.views}
-    clips = clips_for(encoder, shards, split=split, **form)
+    form: dict[str, Any] = {"per_video": settings.clips_per_video, "views": settings.views}
+    clips = clips_for(encoder, shards, split=split, short=settings.short, **form)
     index = clips.index
     videos = CorpusVideos(clips, [n for n in range(len(index)) if keys is None or index.key(n) in keys])
-    sizes = [clips.px, clips.frames, clips.rate, *form.values()]
+    sizes = [clips.px, clips.frames, clips.rate, *form.values(), *(["hold"] if clips.short == "hold" else [])]
     facts = json.dumps([fingerprint(encoder), read_manifest(shards).hash, split, sizes, videos.keys])
     out = context.cache / f"{split}-tokens-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.npy"
     world = context.world

@@ -66,8 +66,8 @@ class EvaluationSettings(Settings):
     """Seed of the evaluation."""
 
     short: Short | None = None
-    """Treatment of videos shorter than a clip: `leave_out`, or `hold` to repeat their last frame. The default is that of
-    the model's training."""
+    """Treatment of videos shorter than a clip: `leave_out`, or `hold` to repeat their last frame. The default is that
+    of the model's training."""
 
     def wanted_baselines(self) -> Baselines:
         """Return the baselines that the shell makes before `evaluate` is called."""

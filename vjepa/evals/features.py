@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vjepa.evals.base import EvaluationContext
+from vjepa.evals.labels import scalars
 from vjepa.evals.object_labels import TokenLabels, mean_velocity, token_labels
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.nn.grid import Grid
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.corpus.format import read_manifest
-from vjepa_data.corpus.index import Index
 from vjepa_data.errors import Unreadable
 from vjepa_data.evaluation.clips import EvalClip, EvalClips, Short
 from vjepa_data.settings import BadInput
@@ -180,26 +180,6 @@ class CorpusVideos:
             return error
         index = self.clips.index
         return found or Unreadable("short", f"{index.frames[video]} frames at {index.fps[video]:g} per second")
-
-
-def read_class_labels(shards: Path, split: str, label: str) -> dict[str, str]:
-    """Return the class of each sample that has a label, by key.
-
-    Raises:
-        BadInput: the split is missing, or no sample has the label as a word, a whole number or a boolean.
-    """
-    index = Index(shards, split)
-    found: dict[str, str] = {}
-    names: set[str] = set()
-    for number in range(len(index)):
-        sample = index.read(number)
-        names |= sample.labels.keys()
-        if isinstance(sample.labels.get(label), str | bool | int):
-            found[sample.key] = str(sample.labels[label])
-    if not found:
-        known = ", ".join(sorted(names)) or "no labels"
-        raise BadInput(f"{shards}: no class label {label!r} in split {split!r}, which has {known}; give another label")
-    return found
 
 
 # ---- features of a corpus
@@ -359,7 +339,7 @@ def _encode_batch(
     return LabelledClips(
         tuple(clip.key for clip in batch),
         np.array([clip.video for clip in batch]),
-        tuple(_scalars(clip.labels) for clip in batch),
+        tuple(scalars(clip.labels) for clip in batch),
         np.stack([mean_velocity(clip) if tokens else np.full(2, np.nan) for clip in batch]),
         TokenLabels.join(labels),
         features,
@@ -376,7 +356,3 @@ def _batches(clips: Iterable[EvalClip], size: int) -> Iterator[Sequence[EvalClip
             group = []
     if group:
         yield group
-
-
-def _scalars(labels: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in labels.items() if isinstance(value, str | bool | int | float)}

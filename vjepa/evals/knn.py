@@ -9,6 +9,7 @@ Source: 20 neighbours, votes weighted by exp(cosine / 0.07): DINO (arXiv:2104.14
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -17,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
-from vjepa.evals.features import clips_for, read_class_labels, read_features
+from vjepa.evals.features import clips_for, read_features
+from vjepa.evals.labels import check_classes, read_class_labels
 from vjepa.evals.ridge import wilson
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.settings import BadInput
@@ -70,7 +72,9 @@ def evaluate(model: WorldModel, data: Path, settings: KnnSettings, context: Eval
     """
     split, label = settings.split, settings.label
     classes = read_class_labels(data, split, label)
-    form = {"per_video": settings.clips_per_video, "max_videos": settings.max_videos}
+    check_classes(f"{data}, split {split!r}", label, list(classes.values()))
+    form: dict[str, Any] = {"per_video": settings.clips_per_video, "max_videos": settings.max_videos}
+    form["short"] = settings.short
     clips = clips_for(model, data, split=split, **form)
     read = read_features(context.encoders(model), data, clips, context, pooling="clip", tokens=False)
     keep = np.array([row for row, key in enumerate(read.keys) if key in classes], int)
@@ -90,6 +94,7 @@ def evaluate(model: WorldModel, data: Path, settings: KnnSettings, context: Eval
         "neighbours": settings.neighbours,
         "clips_per_video": settings.clips_per_video,
         "clips": len(keep),
+        "short_videos": clips.short_videos,
         "interval": "Wilson's 95 % over the videos",
         "seed": settings.seed,
     }

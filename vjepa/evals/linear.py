@@ -17,6 +17,7 @@ from pydantic import Field
 
 from vjepa.evals.base import Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.features import LabelledClips, clips_for, read_features
+from vjepa.evals.labels import LabelValues, Value, read_labels, scalars
 from vjepa.evals.ridge import Kind, Score, Table, prior_score, ridge_score
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.rng import generator
@@ -35,7 +36,7 @@ TOKEN_TASKS: tuple[tuple[str, Kind, str], ...] = (
 # The task of a clip's features, which are pooled over space but not over time.
 CLIP_VELOCITY = "clip velocity"
 
-MAX_CLASSES = 1000
+BUILT_IN = (CLIP_VELOCITY, *(task for task, _, _ in TOKEN_TASKS))
 
 
 class ProbeSettings(EvaluationSettings):
@@ -45,7 +46,7 @@ class ProbeSettings(EvaluationSettings):
     """Split to fit on. The default is two thirds of the videos of `split`, and one third to report on."""
 
     labels: tuple[str, ...] | None = None
-    """Labels to predict. The default is all."""
+    """Labels to predict. The default is all that can be predicted; the result says which are left out and why."""
 
     clips_per_video: int = Field(default=3, ge=1)
     """Clips of each video, evenly spaced."""
@@ -91,22 +92,26 @@ def evaluate(model: WorldModel, data: Path, settings: ProbeSettings, context: Ev
     """Fit and score a linear probe for each label of a corpus.
 
     Raises:
-        BadInput: a split or label is unknown, a split has too few videos, or a class is missing in the fitted videos.
+        BadInput: a split or label is unknown, a split has too few videos, or a label asked for cannot be predicted.
     """
     split = settings.split
     train_split = None if settings.train_split == split else settings.train_split
+    _check_labels(data, train_split or split, split, settings.labels)
     encoders = context.encoders(model)
-    read = {}
+    read, short_videos = {}, {}
     for name in dict.fromkeys((train_split or split, split)):
         form = {"per_video": settings.clips_per_video, "max_videos": settings.max_videos}
-        clips = clips_for(model, data, split=name, **form)
+        clips = clips_for(model, data, split=name, short=settings.short, **form)
+        short_videos[name] = clips.short_videos
         log.info("%d clips of %d videos of split %s", len(clips), clips.videos, name)
         read[name] = read_features(encoders, data, clips, context)
     if train_split:
         fit, report = (ClipSubset(read[name], np.arange(len(read[name].keys))) for name in (train_split, split))
     else:
         fit, report = _cut(read[split], split, settings.seed)
-    tasks = _tasks(fit, report, settings.labels, str(data))
+    tasks, left_out = _tasks(fit, report, settings.labels, str(data))
+    for name, reason in left_out.items():
+        log.warning("label %r is left out: %s", name, reason)
     rows = context.share(lambda task: _score(task, settings.seed), tasks, f"fit {len(tasks)} linear probes")
     protocol = {
         "shards": str(data),
@@ -114,12 +119,36 @@ def evaluate(model: WorldModel, data: Path, settings: ProbeSettings, context: Ev
         "report": split if train_split else f"one third of the videos of {split}",
         "clips_per_video": settings.clips_per_video,
         "clips": {"fit": len(fit.rows), "report": len(report.rows)},
+        "short_videos": short_videos,
         "readout": "ridge, penalty cross-validated by video",
         "interval": "2.5 % and 97.5 % over 1,000 resamplings of the videos",
         "random_seeds": settings.random_seeds,
         "seed": settings.seed,
     }
-    return Result(protocol, [row for scores in rows for row in scores])
+    return Result(protocol, [row for scores in rows for row in scores], {"left_out": left_out})
+
+
+def _check_labels(data: Path, train_split: str, split: str, wanted: Sequence[str] | None) -> None:
+    """Reject labels that no choice of videos makes predictable, before features are computed.
+
+    Raises:
+        BadInput: a split is missing, or a wanted label is missing or cannot be predicted.
+    """
+    if not wanted:
+        return
+    found = {name: list(map(scalars, read_labels(data, name).values())) for name in {train_split, split}}
+    fit, report = found[train_split], found[split]
+    for name in wanted:
+        if name in BUILT_IN:
+            continue
+        known = {key for labels in (*fit, *report) for key in labels}
+        if name not in known:
+            raise BadInput(
+                f"{data}: no label {name!r} with words or numbers; use {', '.join(sorted(known)) or 'others'}"
+            )
+        values = LabelValues(*([labels[name] for labels in part if name in labels] for part in (fit, report)))
+        if (kind := values.kind()) not in ("class", "number"):
+            raise BadInput(f"{data}: label {name!r} cannot be predicted: {kind}; give other --labels, or more videos")
 
 
 def _cut(clips: LabelledClips, split: str, seed: int) -> tuple[ClipSubset, ClipSubset]:
@@ -131,8 +160,15 @@ def _cut(clips: LabelledClips, split: str, seed: int) -> tuple[ClipSubset, ClipS
     return ClipSubset(clips, np.flatnonzero(is_fit)), ClipSubset(clips, np.flatnonzero(~is_fit))
 
 
-def _tasks(fit: ClipSubset, report: ClipSubset, wanted: Sequence[str] | None, where: str) -> list[ProbeTask]:
-    names = list(dict.fromkeys(name for labels in fit.clips.scalars for name in labels))
+def _tasks(
+    fit: ClipSubset, report: ClipSubset, wanted: Sequence[str] | None, where: str
+) -> tuple[list[ProbeTask], dict[str, str]]:
+    """Return the tasks, and the reason of each label that is left out.
+
+    Raises:
+        BadInput: a wanted label cannot be predicted, or none can.
+    """
+    names = list(dict.fromkeys(name for part in (fit, report) for labels in part.clips.scalars for name in labels))
     has_tracks = len(fit.clips.labels.clip) > 0
     has_motion = all(np.isfinite(part.clips.velocity[part.rows]).any() for part in (fit, report))
     known = names + [CLIP_VELOCITY] * has_motion + [task for task, _, _ in TOKEN_TASKS if has_tracks]
@@ -140,48 +176,54 @@ def _tasks(fit: ClipSubset, report: ClipSubset, wanted: Sequence[str] | None, wh
         raise BadInput(f"{where}: its samples have no labels to predict; give a corpus with labels")
     if unknown := [name for name in wanted or () if name not in known]:
         raise BadInput(f"{where}: no label {unknown[0]!r}; use {', '.join(known)}")
-    tasks = []
+    tasks: list[ProbeTask] = []
+    left_out: dict[str, str] = {}
     for name in names:
-        if (not wanted or name in wanted) and (kind := _kind(fit, name)):
-            tasks.append(ProbeTask(name, kind, _clip_tables(fit, report, name, where)))
+        if not wanted or name in wanted:
+            kind = _kind(fit, report, name)
+            if kind in ("class", "number"):
+                tasks.append(ProbeTask(name, kind, _clip_tables(fit, report, name)))
+            elif wanted:
+                raise BadInput(f"{where}: label {name!r} {kind}; give other --labels, or more videos")
+            else:
+                left_out[name] = kind
     if has_motion and (not wanted or CLIP_VELOCITY in wanted):
         tasks.append(ProbeTask(CLIP_VELOCITY, "number", _velocity_tables(fit, report)))
     for name, kind, field in TOKEN_TASKS:
         if has_tracks and (not wanted or name in wanted):
             tasks.append(ProbeTask(name, kind, _token_tables(fit, report, field)))
     if not tasks:
-        raise BadInput(f"{where}: none of its labels ({', '.join(known)}) has two or more values; give another corpus")
-    if fit.clips is not report.clips:
-        for task in tasks:
-            _check_classes(task)
-    return tasks
+        reasons = "; ".join(f"{name!r} {reason}" for name, reason in list(left_out.items())[:3])
+        raise BadInput(f"{where}: none of its labels ({', '.join(known)}) can be predicted: {reasons}; give others")
+    return tasks, left_out
 
 
-def _check_classes(task: ProbeTask) -> None:
-    tables = next(iter(task.tables.values()))
-    if task.kind == "class" and (
-        unseen := sorted(set(tables.report.target.tolist()) - set(tables.fit.target.tolist()))
-    ):
-        raise BadInput(f"label {task.name!r} has class {unseen[0]!r} only in the videos to report on; give more videos")
+def _kind(fit: ClipSubset, report: ClipSubset, name: str) -> Kind | str:
+    """Return the kind of a label, or the reason why it cannot be predicted."""
+    found = LabelValues(*(list(_values_by_video(part, name).values()) for part in (fit, report)))
+    kind = found.kind()
+    if kind == "class" and (unseen := found.unseen()):
+        if fit.clips is not report.clips:
+            return f"has class {min(unseen)!r} only in the videos to report on"
+        log.info("label %r: %d videos to report on have a class that was not fitted", name, unseen.total())
+    return kind if kind in ("class", "number") else f"cannot be predicted: {kind}"
 
 
-def _kind(part: ClipSubset, name: str) -> Kind | None:
-    """Return the kind of a label, or None if it cannot be predicted because it has one value or too many classes.
-
-    Words, booleans and whole numbers are classes.
-    """
+def _values_by_video(part: ClipSubset, name: str) -> dict[int, Value]:
     scalars = part.clips.scalars
-    values = {scalars[row][name] for row in part.rows if name in scalars[row]}
-    if any(isinstance(value, float) for value in values):
-        return "number" if len(values) > 1 else None
-    return "class" if 1 < len(values) <= min(MAX_CLASSES, len(part.rows) // 2) else None
+    return {int(part.clips.videos[row]): scalars[row][name] for row in part.rows if name in scalars[row]}
 
 
-def _clip_tables(fit: ClipSubset, report: ClipSubset, name: str, where: str) -> dict[str, FitAndReport]:
+def _clip_tables(fit: ClipSubset, report: ClipSubset, name: str) -> dict[str, FitAndReport]:
     fit, report = (part.keep(np.array([name in labels for labels in part.clips.scalars])) for part in (fit, report))
-    if not len(fit.rows) or not len(report.rows):
-        raise BadInput(f"{where}: no clip to report on has label {name!r}; give other --labels")
-    return _pooled_tables(fit, report, lambda part: np.array([part.clips.scalars[row][name] for row in part.rows]))
+    kinds = {type(part.clips.scalars[row][name]) for part in (fit, report) for row in part.rows}
+    are_words = str in kinds or (bool in kinds and len(kinds) > 1)
+
+    def target(part: ClipSubset) -> np.ndarray:
+        values = [part.clips.scalars[row][name] for row in part.rows]
+        return np.array(list(map(str, values)) if are_words else values)
+
+    return _pooled_tables(fit, report, target)
 
 
 def _velocity_tables(fit: ClipSubset, report: ClipSubset) -> dict[str, FitAndReport]:

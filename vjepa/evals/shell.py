@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from vjepa.atomic import check_free, new_file
 from vjepa.distributed.world import World
 from vjepa.evals.base import EvaluationSettings, Result, open_context
-from vjepa.evals.features import PixelEncoder
+from vjepa.evals.features import PixelEncoder, trained_short
 from vjepa.evals.publish import find_record, publish
 from vjepa.evals.registry import find_evaluation
 from vjepa.weights.load import load
@@ -74,6 +74,7 @@ def run_evaluation(
     evaluate = importlib.import_module(entry.module).evaluate
     model = load(model_path, part)
     with open_context(out, overwrite=overwrite) as context:
+        settings = settings.model_copy(update={"short": settings.short or trained_short(model)})
         context = replace(context, **_baselines(model.encoder, settings, context.world))
         result = evaluate(model.to(context.world.device), data, settings, context)
         result = replace(result, kind=name, model=describe_model(model_path, model.encoder))

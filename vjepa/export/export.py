@@ -8,10 +8,12 @@ Every export is loaded again by the program that it is meant for. It must give t
 for bit, in fp32 on the CPU; otherwise the export fails. Tensors are read, written and freed one at a time.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import platform
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +135,18 @@ def _require_transformers() -> None:
             "an hf export is verified with transformers, which is not installed; "
             "run pip install 'vjepa-pretrain[hf]', or use --format native"
         )
+    try:
+        from transformers import VJEPA2Model  # noqa: F401  transformers imports its own dependencies late
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        remedy = "mend or remove the package at fault"
+        if "torchvision" in f"{reason}{''.join(traceback.format_tb(cause.__traceback__))}":
+            found = importlib.metadata.version("torchvision")
+            remedy = f"torchvision {found} does not fit torch {torch.__version__}: install one that fits, or remove it"
+        raise BadInput(f"transformers cannot be loaded ({reason}); {remedy}, or use --format native") from None
 
 
 # Settings of a model that `config.json` can express. The others must have their default, which is V-JEPA 2's value.

@@ -113,6 +113,11 @@ class EvalClips:
         self.skipped = 0
         """Number of clips so far that could not be read or decoded."""
 
+    @property
+    def short_videos(self) -> str:
+        """How many videos shorter than a clip there are and what became of them, for the record."""
+        return "held" if self.short == "hold" else f"{self.left_out} left out"
+
     def __len__(self) -> int:
         return len(self.chosen) * self.views
 

@@ -1,0 +1,1 @@
+"""The old place of `vjepa.nn`, for scripts of version 0.1."""

@@ -1,0 +1,3 @@
+"""The old place of `vjepa.nn.grid`."""
+
+from vjepa.nn.grid import Grid as Grid
