@@ -33,6 +33,7 @@ def load(path: Path | str, part: Literal["target", "encoder"] = "target") -> "Wo
         ['encode', 'predict']
         >>> features = model.encode(torch.zeros(1, 16, 256, 256, 3, dtype=torch.uint8))  # [B t h w D]
     """
+    path = _expand(path)
     return _reader(path).load(path, part)
 
 
@@ -44,7 +45,13 @@ def load_encoder(path: Path | str, part: Literal["target", "encoder"] = "target"
     Raises:
         ValueError: as for `load`.
     """
+    path = _expand(path)
     return _reader(path).load_encoder(path, part)
+
+
+def _expand(path: Path | str) -> Path | str:
+    """Replace a leading `~`, which a shell would have replaced."""
+    return path if "://" in str(path) else Path(path).expanduser()
 
 
 def _reader(path: Path | str) -> ModuleType:

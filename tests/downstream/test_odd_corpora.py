@@ -40,7 +40,7 @@ def test_missing_values_are_no_labels() -> None:
         (["a"], ["a"], "1 of the videos to fit on have it"),
         (["a", "b", "b"], [], "0 of the videos to report on have it"),
         (["a", "a"], ["a"], "all videos to fit on have the same value ('a')"),
-        (list("abcd"), ["a"], "it has 4 values in 4 videos to fit on, too many to learn from"),
+        (list("abcd"), ["a"], "only 0 of 4 videos to fit on share their value with another"),
         ([f"{n % 1500}" for n in range(4000)], ["1"], "it has 1500 values in 4000 videos to fit on, more than 1000"),
     ],
 )
@@ -64,7 +64,7 @@ def test_labels_that_cannot_be_predicted_are_left_out(trained: Path, odd: Path, 
     result = run_evaluation("probe", trained, odd, QUICK, out=tmp_path / "p.json")
     assert {row.task for row in result.rows} == {"word", "size", "mixed", "hole", "late"}
     assert set(result.details["left_out"]) == {"caption", "site"}
-    assert "8 values in 8 videos to fit on" in result.details["left_out"]["caption"]
+    assert "only 0 of 8 videos to fit on" in result.details["left_out"]["caption"]
     assert json.loads((tmp_path / "p.json").read_text())["left_out"] == result.details["left_out"]
 
 
@@ -79,7 +79,7 @@ def test_a_train_split_leaves_out_unseen_classes(trained: Path, odd: Path) -> No
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("caption", "label 'caption' cannot be predicted: it has 12 values in 12 videos to fit on, too many"),
+        ("caption", "label 'caption' cannot be predicted: only 0 of 12 videos to fit on share"),
         ("site", "label 'site' cannot be predicted: all videos to fit on have the same value"),
         ("rare", "no label 'rare' with words or numbers; use caption"),
         ("list", "no label 'list' with words or numbers"),
@@ -97,8 +97,8 @@ def test_a_wanted_label_is_refused_before_any_video_is_read(
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("caption", "label 'caption' has 12 values in 12 videos; a class needs at least two"),
-        ("site", r"label 'site' has one value \('x'\) in 12 videos"),
+        ("caption", "only 0 of 12 videos share their value of 'caption'"),
+        ("site", r"all 12 videos have the same 'site' \('x'\)"),
         ("size", "label 'size' in split 'val' is not a class but float"),
         ("shape", "no class label 'shape' in split 'val', which has caption"),
     ],

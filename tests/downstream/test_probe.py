@@ -171,7 +171,10 @@ def test_the_table_has_a_line_for_each_task(written: tuple[Result, Path]) -> Non
 def test_bad_input_is_named_in_one_line(trained: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "probe.json").write_text("{}")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"labels": ["colour"]}, "no label 'colour'; use shape, speed, clip velocity, token shape"),
+        (
+            {"labels": ["colour"]},
+            "no label 'colour' with words or numbers; use shape, speed, clip velocity, token shape",
+        ),
         ({"split": "test"}, "no split 'test'"),
         ({"max_videos": 5}, "has 5 videos; a probe needs at least 6"),
         ({"out": tmp_path / "probe.json"}, "exists already"),
@@ -208,5 +211,6 @@ def test_labels_are_told_apart_by_their_values() -> None:
     rows = np.arange(len(scalars))
     clips = LabelledClips(tuple(map(str, rows)), rows, scalars, np.zeros((len(rows), 2)), TokenLabels.none(), {})
     subset = linear.ClipSubset(clips, rows)
-    kinds = {name: linear._kind(subset, name) for name in ("word", "count", "speed", "same")}
-    assert kinds == {"word": "class", "count": "class", "speed": "number", "same": None}
+    kinds = {name: linear._kind(subset, subset, name) for name in ("word", "count", "speed", "same")}
+    assert kinds == {"word": "class", "count": "class", "speed": "number", "same": kinds["same"]}
+    assert "all videos to fit on have the same value" in kinds["same"]

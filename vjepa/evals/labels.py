@@ -7,7 +7,7 @@ are numbers too. Null, NaN and infinite values count as missing.
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,26 @@ class LabelValues:
         has_words = any(isinstance(value, str) for value in values)
         has_fractions = any(isinstance(value, float) for value in values)
         are_numbers = not has_words and not any(isinstance(value, bool) for value in values)
-        classes = set(map(str, self.fit))
+        classes, shared = set(map(str, self.fit)), _shared(map(str, self.fit))
+        is_class = len(classes) <= MAX_CLASSES and 2 * shared >= len(self.fit)
         if len(classes) < 2:
             return f"all videos to fit on have the same value ({next(iter(classes))!r:.40})"
-        if are_numbers and (has_fractions or not self._is_class(classes)):
+        if are_numbers and (has_fractions or not is_class):
             return "number" if len(set(self.report)) > 1 else "all videos to report on have the same number"
         if len(classes) > MAX_CLASSES:
             return f"it has {len(classes)} values in {len(self.fit)} videos to fit on, more than {MAX_CLASSES}"
-        if not self._is_class(classes):
-            return f"it has {len(classes)} values in {len(self.fit)} videos to fit on, too many to learn from"
+        if not is_class:
+            return f"only {shared} of {len(self.fit)} videos to fit on share their value with another"
         return "class"
-
-    def _is_class(self, classes: set[str]) -> bool:
-        return len(classes) <= min(MAX_CLASSES, len(self.fit) // 2)
 
     def unseen(self) -> Counter[str]:
         """Return the classes that only videos to report on have, and in how many."""
         return Counter(map(str, self.report)) - Counter({name: len(self.report) for name in map(str, self.fit)})
+
+
+def _shared(values: Iterable[str]) -> int:
+    """Return how many values are equal to another one."""
+    return sum(count for count in Counter(values).values() if count > 1)
 
 
 def read_labels(shards: Path, split: str) -> dict[str, dict[str, Any]]:
@@ -117,15 +120,17 @@ def _is_class_value(value: object) -> bool:
 
 
 def check_classes(where: str, label: str, values: Sequence[str]) -> None:
-    """Reject a label that is different for nearly every video, before features are computed.
+    """Reject a label that is different for most videos, before features are computed.
 
     Raises:
-        BadInput: it has one value, or fewer than two videos for each.
+        BadInput: it has one value, or most videos share theirs with no other.
     """
-    classes = set(values)
-    if len(classes) < 2 or len(classes) > len(values) // 2:
-        reason = f"{len(classes)} values" if len(classes) != 1 else f"one value ({values[0]!r:.40})"
+    if len(set(values)) < 2:
         raise BadInput(
-            f"{where}: label {label!r} has {reason} in {len(values)} videos; a class needs at least two videos, and a "
-            "label two classes; give another --label, or more videos"
+            f"{where}: all {len(values)} videos have the same {label!r} ({values[0]!r:.40}); give another --label"
+        )
+    if 2 * (shared := _shared(values)) < len(values):
+        raise BadInput(
+            f"{where}: only {shared} of {len(values)} videos share their value of {label!r} with another; give another "
+            "--label, or more videos"
         )

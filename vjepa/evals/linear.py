@@ -143,9 +143,8 @@ def _check_labels(data: Path, train_split: str, split: str, wanted: Sequence[str
             continue
         known = {key for labels in (*fit, *report) for key in labels}
         if name not in known:
-            raise BadInput(
-                f"{data}: no label {name!r} with words or numbers; use {', '.join(sorted(known)) or 'others'}"
-            )
+            others = ", ".join([*sorted(known), *BUILT_IN])
+            raise BadInput(f"{data}: no label {name!r} with words or numbers; use {others}")
         values = LabelValues(*([labels[name] for labels in part if name in labels] for part in (fit, report)))
         if (kind := values.kind()) not in ("class", "number"):
             raise BadInput(f"{data}: label {name!r} cannot be predicted: {kind}; give other --labels, or more videos")

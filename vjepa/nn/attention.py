@@ -15,10 +15,11 @@ A token attends to all tokens of its own sequence or, with `times`, to tokens of
 Letters: S tokens of all sequences, H heads, d channels of a head.
 """
 
+import functools
 import importlib
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal
@@ -151,6 +152,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    return _untraced_xformers()(q, k, v, segments)
+
+
+@functools.cache
+def _untraced_xformers() -> Callable[[Tensor, Tensor, Tensor, Segments], Tensor]:
+    """Keep torch.compile out. Made on first use, since it imports the compiler, which takes as long as torch itself."""
+    return torch.compiler.disable(_memory_efficient, reason="xformers picks its kernel in Python")
+
+
+def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return _load_xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=segments.blocks)[0]
 
 

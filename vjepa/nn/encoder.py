@@ -25,7 +25,8 @@ STD = (0.229, 0.224, 0.225)
 
 def normalise(frames: UInt8[Tensor, "B T Y X C"]) -> Float[Tensor, "B C T Y X"]:
     """Convert uint8 frames to the encoder's input: channels first, ImageNet's mean and standard deviation, fp32."""
-    mean, std = pixel_statistics(frames.device)
+    # A fake tensor, as tracers and memory estimates use them, needs statistics of its own.
+    mean, std = (pixel_statistics if type(frames) is Tensor else _pixel_statistics)(frames.device)
     return (frames.movedim(-1, 1).float() / 255 - mean) / std
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from vjepa import config
 from vjepa.nn.grid import Grid
 from vjepa.nn.positions import sine_cosine
-from vjepa.weights.tensors import some
+from vjepa.weights.tensors import check_download, some
 from vjepa.weights.weights import sized_encoder
 from vjepa_data.errors import BadInput
 
@@ -185,6 +185,7 @@ def _release(
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
+    check_download(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             try:
@@ -201,7 +202,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             "code. Where you trust it, save the parts encoder, target_encoder and predictor alone with torch.save"
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({str(error).splitlines()[0]}); is it a complete torch file?") from None
+        reason = next(iter(str(error).splitlines()), "it ends early")
+        raise BadInput(f"{path} cannot be read ({reason}); is it a complete torch file?") from None
     if not isinstance(content, Mapping):
         raise BadInput(
             f"{path} holds a {type(content).__name__}; expected the parts encoder, target_encoder, predictor"
@@ -250,6 +252,11 @@ def _infer(
         depth = _depth(encoder, "blocks")
         ratio = _ratio(encoder["blocks.0.mlp.fc1.weight"].shape[0], width)
     except (KeyError, ValueError):
+        shape = list(encoder["patch_embed.proj.weight"].shape) if "patch_embed.proj.weight" in encoder else []
+        if len(shape) == 4:
+            raise BadInput(
+                f"{path} is an image model: its patch_embed.proj.weight {shape} has no axis of time; give a video model"
+            ) from None
         raise BadInput(
             f"{path}: its encoder has {some(sorted(encoder))}; expected patch_embed.proj.weight and blocks.0.*"
         ) from None
@@ -261,7 +268,7 @@ def _infer(
                 f"{path}: an encoder of width {width} and depth {depth} is not in the table of sizes; give its --heads"
             )
         heads = known[0]
-    settings: dict[str, Any] = {"encoder": sized_encoder(width, depth, heads, ratio)}
+    settings: dict[str, Any] = {}
     predictor_heads = sizes.predictor_heads or 12
     if release == "V-JEPA":
         settings["rope"] = "sincos"
@@ -282,6 +289,7 @@ def _infer(
             "mlp_ratio": _ratio(fc1.shape[0], narrow) if fc1 is not None else 4.0,
         }
     try:
+        settings["encoder"] = sized_encoder(width, depth, heads, ratio)
         return config.Model.model_validate({**settings, "patch_px": patch, "tubelet_frames": tubelet})
     except ValidationError as error:
         raise BadInput(f"{path}: its sizes are not a valid model: {error.errors()[0]['msg']}") from None

@@ -52,6 +52,10 @@ def check_there(path: Path) -> None:
     Raises:
         BadInput: it does not.
     """
+    if path.is_file():
+        raise BadInput(
+            f"{path}: a model is a folder; give {path.parent}, or make a checkpoint of a released file: vjepa import"
+        )
     if not path.exists():
         raise BadInput(
             f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export` (download a model of "

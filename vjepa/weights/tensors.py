@@ -84,6 +84,7 @@ class SafeTensors(Tensors):
         except FileNotFoundError:
             raise BadInput(f"{path} is missing; the folder is incomplete, copy or export it again") from None
         except SafetensorError as error:
+            check_download(path)
             raise BadInput(f"{path}: truncated or not a safetensors file ({error}); copy or export it again") from None
         self.names = dict.fromkeys(self.file.keys())
 
@@ -152,6 +153,24 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None
         while chunk := data.read(1 << 24):
             file.write(chunk)
     body.unlink()
+
+
+def check_download(path: Path) -> None:
+    """Check that a file is not the remnant of a failed download.
+
+    Raises:
+        BadInput: it is empty, a Git LFS pointer, or a web page.
+    """
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if not start:
+        raise BadInput(f"{path} is empty; download or copy it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise BadInput(
+            f"{path} is a Git LFS pointer instead of the file; fetch it with `git lfs pull`, or `hf download`"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise BadInput(f"{path} is a web page instead of the file, as failed downloads leave it; download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
