@@ -119,7 +119,7 @@ class ByName:
 
 
 def rewrite_metadata(path: Path, change: Callable[[Any], None]) -> None:
-    """Change the metadata of a checkpoint and its digest, as anyone could: digests are no signature."""
+    """Change the metadata of a checkpoint and its digest, as anyone could, since digests are not signatures."""
     metadata = pickle.loads((path / ".metadata").read_bytes())
     change(metadata)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))

@@ -193,7 +193,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget_wandb() -> None:
-    """Let W&B read its settings anew. Its service ends a little later than it says."""
+    """Let W&B read its settings again. Its service ends a little later than it says."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         wandb.teardown()
