@@ -38,6 +38,9 @@ from vjepa_data.spec import Encode, Filter
 MAX_GAP_S = 4 * 3600
 """Longest display of one frame, in seconds. A longer gap means damaged time stamps."""
 
+MAX_FRAMES = 5_000_000
+"""Most frames of a stored clip: two days at 30 per second. A few altered bytes can make a video of any length."""
+
 SLOWEST_FPS = Fraction(1, 60)
 """Slowest rate that is stored as it is. Slower videos are stored at 1 frame per second."""
 
@@ -167,6 +170,9 @@ def transcode(
     begin = start_s or 0.0
     seconds = None if end_s is None else end_s - begin
     expected = info.duration_s - begin if seconds is None else seconds
+    if expected * rate > MAX_FRAMES:
+        size = f"{expected * float(rate):.0f} frames at {float(rate):g} per second"
+        raise Refused(Reason.TOO_LONG, f"{size}, maximum: {MAX_FRAMES}; cut it (cut.kind=fixed) or lower encode.fps")
     watch = _Watch(begin, rate, round(expected * rate) // 2)
     frames = resample_frames(
         watch.pass_on(read_frames(path, info, start_s=begin)), start_s=begin or None, seconds=seconds, rate=rate
