@@ -163,15 +163,15 @@ def test_one_bad_tar_does_not_stop_an_index(videos: list[bytes], tmp_path: Path)
     folder.mkdir()
     (folder / "empty.tar").write_bytes(b"")
     (folder / "packed.tar.gz").write_bytes(b"\x1f\x8b")
+    (folder / "pipe:x.tar").write_bytes(pack(("5.mp4", videos[5])))
     (folder / "part (1), [a] #2 é.tar").write_bytes(pack(("0.mp4", videos[0])) + pack(("1.mp4", videos[1])))
     (folder / "cut.tar").write_bytes(pack(("2.mp4", videos[2]), ("3.mp4", videos[3]))[: len(videos[2]) + 3000])
     (folder / os.fsdecode(b"caf\xe9.tar")).write_bytes(pack(("4.mp4", videos[4])))
     os.symlink("/tmp", folder / "linked")
     found = index_shards(folder, out=out)
     assert found.rejects == {"truncated": 1, "empty": 1, "skipped": 3}
-    for place in (out, folder):
-        if place == folder:
-            index_shards(folder)
+    assert index_shards(folder).rejects == {"truncated": 1, "empty": 1, "skipped": 4}
+    for place, kept in ((out, [*videos[:3], videos[5]]), (folder, videos[:3])):
         assert verify(place, deep=True).problems == ()
         index = Index(place)
-        assert sorted(index.read(n).video for n in range(len(index))) == sorted(videos[:3])
+        assert sorted(index.read(n).video for n in range(len(index))) == sorted(kept)

@@ -120,7 +120,10 @@ def index_shards(
     with WorkerPool[ExamineTask, Examined]("vjepa_data.media.tasks", workers=workers, timeout_s=timeout_s) as pool:
         for file in found.files:
             with local_tar(found.root, file, scratch=target) as path:
-                tars.append(_refused_tar(path, file) or _examine_tar(path or Path(file), file, pool, labels, deep=deep))
+                tars.append(
+                    _refused_tar(path, file, links.get(file, file))
+                    or _examine_tar(path or Path(file), file, pool, labels, deep=deep)
+                )
             advance(len(tars), len(found.files))
     if found.rejects:
         omitted = [_reject(readable(name), Reason.SKIPPED, detail) for name, detail in found.rejects]
@@ -149,12 +152,12 @@ def _example(tars: Sequence[_Tar]) -> str:
     return f", for example {first.source}: {first.reason}, {first.detail}" if first else ""
 
 
-def _refused_tar(path: Path | None, file: str) -> _Tar | None:
-    """Return a tar without samples if the tar is missing, or the loader could not name it."""
+def _refused_tar(path: Path | None, file: str, name: str) -> _Tar | None:
+    """Return a tar without samples if the tar is missing, or if the loader would refuse its name in the index."""
     if path is None:
         refusal = Reason.MISSING, "no such file, or no permission; check the address and the credentials"
-    elif not is_plain_path(file):
-        refusal = Reason.SKIPPED, "its name is not text in UTF-8; rename it"
+    elif not is_plain_path(name) or readable(file) != file:
+        refusal = Reason.SKIPPED, "its name is not text in UTF-8, or reads like a command or URL; rename it"
     else:
         return None
     return _Tar(readable(file), 0, "", rejects=[_reject(readable(file), *refusal)])

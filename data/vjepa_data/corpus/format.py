@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -150,7 +151,12 @@ def is_ours(facts: Mapping[str, Any]) -> bool:
 
 
 def is_plain_path(file: str) -> bool:
-    """Return whether the path of a shard is relative and stays below its folder. Every index has only such paths."""
+    """Return whether the path of a shard is relative, stays below its folder, and cannot be taken for a command or URL.
+
+    Every index has only such paths. WebDataset would run `pipe:COMMAND`.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:", file):
+        return False
     is_text = "\0" not in file and not any(0xD800 <= ord(letter) < 0xE000 for letter in file)
     return is_text and not {"", ".", ".."} & set(file.split("/"))
 
