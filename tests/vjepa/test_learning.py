@@ -77,9 +77,7 @@ def test_in_seconds_it_learns_more_than_an_untrained_encoder_tells(
     run = load("demo", objectives.recipe(name, small_shards, SHORT_SEED, cost, [*SHORT, *settings])).settings
     assert train(run, tmp_path / "run") == 0
     settings = {"train_split": "train", "labels": ["objects"], "clips_per_video": 2}
-    out = small_shards.with_name("results") / f"{name}.json"  # in one folder, whose cache has the untrained encoders
-    result = run_evaluation("probe", tmp_path / "run", small_shards, settings, out=out)
-    rows = {row.features: row for row in result.rows}
+    rows = {row.features: row for row in run_evaluation("probe", tmp_path / "run", small_shards, settings).rows}
     assert rows["pretrained"].value > max(rows["random init"].extra["seeds"]) + 0.03
 
 
