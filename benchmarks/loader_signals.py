@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +37,9 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=256)
     args = parser.parse_args()
     prepare(args.work, args.px)
-    wanted = {"without": {}, "with": {"signals": ("state", "action"), "texts": ("caption",)}}
+    wanted: dict[str, dict[str, Any]] = {"without": {}, "with": {"signals": ("state", "action"), "texts": ("caption",)}}
     spent: dict[str, list[float]] = {name: [] for name in wanted}
-    loaders = {}
+    loaders: dict[str, ClipLoader] = {}
     for name, more in wanted.items():
         source = Source(shards=str(args.work / name))
         data = Data(sources=(source,), clip=Clip(frames=16, fps=4), crop=Crop(px=args.px), **more)
