@@ -11,6 +11,7 @@ from pathlib import Path
 from vjepa_launch import history, job_control, submit
 from vjepa_launch.request import Request
 from vjepa_launch.settings import BadLaunch, Cluster
+from vjepa_launch.snapshot import CodeSnapshot
 
 MAX_ELEMENTS = 1000
 """SLURM's MaxArraySize is 1001 by default."""
@@ -67,7 +68,7 @@ def launch(array: Array) -> list[submit.Launched]:
         BadLaunch: all elements are done or alive, or for the same reasons as for a single run.
     """
     folder = array.folder
-    with submit.locked(folder):
+    with submit.locked(folder) as is_new:
         requests = _unfinished([array.request(element) for element in array.elements])
         if not requests:
             raise BadLaunch(f"nothing to launch: all {len(array.elements)} elements of {folder} are done or alive")
@@ -76,18 +77,25 @@ def launch(array: Array) -> list[submit.Launched]:
                 f"on this machine all {len(requests)} elements would start at once, but at_once is {array.at_once}; "
                 "use a SLURM profile or a smaller array"
             )
-        code, note = submit.freeze_once(folder, array.refreeze)
-        for request in requests:
-            history.launch_folder(request.run).mkdir(parents=True, exist_ok=True)
-            submit.write_config(request)
-            if not (request.run / "code").exists():
-                (request.run / "code").symlink_to("../code")
-            submit.record_launch(request, code)
-        ids = submit.submit(folder, requests, at_once=array.at_once)
+        new = [folder] if is_new else [request.run for request in requests if not request.run.exists()]
+        with submit.removed_on_rejection(new):
+            code, note = submit.freeze_once(folder, array.refreeze)
+            for request in requests:
+                _prepare(request, code)
+            ids = submit.submit(folder, requests, at_once=array.at_once)
         return [
             submit.record_owner(request, job, code, note, logs=folder)
             for request, job in zip(requests, ids, strict=True)
         ]
+
+
+def _prepare(request: Request, code: CodeSnapshot) -> None:
+    """Write the run folder of an element."""
+    history.launch_folder(request.run).mkdir(parents=True, exist_ok=True)
+    submit.write_config(request)
+    if not (request.run / "code").exists():
+        (request.run / "code").symlink_to("../code")
+    submit.record_launch(request, code)
 
 
 def describe(array: Array) -> str:
@@ -107,7 +115,10 @@ def _unfinished(requests: Sequence[Request]) -> list[Request]:
     jobs: dict[str, set[str]] = {}
     for owner in filter(None, owners.values()):
         jobs.setdefault(owner["executor"], set()).add(owner["job"])
-    alive = {(executor, job) for executor, ids in jobs.items() for job in job_control.alive_jobs(executor, ids)}
+    users = {owner["uid"] for owner in owners.values() if owner and "uid" in owner}
+    alive = {
+        (executor, job) for executor, ids in jobs.items() for job in job_control.alive_jobs(executor, ids, users=users)
+    }
 
     def is_unfinished(run: Path) -> bool:
         owner = owners[run]

@@ -18,10 +18,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vjepa_launch import policy
 from vjepa_launch.atomic import read_json, write_json
 from vjepa_launch.policy import Decision, Outcome, RankExit, RankRecord
-from vjepa_launch.settings import Restart
+from vjepa_launch.settings import BadLaunch, Restart
+
+SAVED = re.compile(r": step (\d+): saved ")
+"""The trainer's log line about a complete checkpoint."""
 
 
 def launch_folder(run: Path) -> Path:
@@ -51,9 +56,91 @@ def newest_checkpoint(run: Path) -> int | None:
     return max((int(step[1]) for step in steps if step), default=None)
 
 
+def steps_in(config: str) -> int | None:
+    """Return the steps of the whole run. A pattern finds them, because parsing a hundred YAML files takes a second."""
+    found = re.search(r"^steps: (\d+)\s*$", config, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def saves_elsewhere(config: str) -> bool:
+    """Return whether a run keeps its checkpoints outside of its folder (`checkpoint.folder`)."""
+    settings = yaml.safe_load(config) or {}
+    return bool((settings.get("checkpoint") or {}).get("folder"))
+
+
+def check_checkpoints_exist(run: Path, home: Path | None = None) -> None:
+    """Check that a run that has saved still has a checkpoint. Starting at step 0 would overwrite its record.
+
+    A run that was killed before its first checkpoint starts at step 0, and so does one that went back to step 0.
+
+    Args:
+        run: the run folder.
+        home: folder of the checkpoints, if it is not in the run folder.
+
+    Raises:
+        BadLaunch: the record tells of a checkpoint, and there is none.
+    """
+    if newest_checkpoint(run) is not None:
+        return
+    home = home or run / "checkpoints"
+    step, source = _newest_saved(run, home)
+    if step and not (home / f"unhealthy_step_{step:08d}").exists():
+        raise BadLaunch(
+            f"{run} has no checkpoint, but {source} tells of one of step {step}; bring it back to {home}, start over "
+            f"in another folder (--out), or remove {run} to start over here"
+        )
+
+
+def _newest_saved(run: Path, home: Path) -> tuple[int, Path]:
+    """Return the newest checkpoint that the records of a run tell of, and the record; step 0 if they tell of none."""
+    latest, environment, log = home / "latest", run / "environment.json", run / "log.txt"
+    found = [(0, run)]
+    if latest.is_file():
+        found += [(int(step), latest) for step in re.findall(r"step_(\d+)", latest.read_text())]
+    events = [event for event in read_events(run) if event["event"] != "launch"]
+    found += [(event.get("checkpoint") or 0, launch_folder(run) / "attempts.jsonl") for event in events]
+    attempts = (read_json(environment) or {}).get("attempts", [])
+    found += [(attempt.get("step") or 0, environment) for attempt in attempts]
+    if log.is_file():
+        found += [(int(step), log) for step in SAVED.findall(log.read_text(errors="replace"))]
+    return max(found, key=lambda record: record[0])
+
+
 def read_owner(run: Path) -> dict[str, Any] | None:
-    """Return job.json: the job that owns a run folder, with its command and profile. None if it was never launched."""
-    return read_json(launch_folder(run) / "job.json")
+    """Return job.json: the job that owns a run folder, with its command and profile. None if it was never launched.
+
+    Paths below the run folder are those of today, also if the folder was moved or renamed since the launch. In a copy
+    of a run folder, `is_copy` is true: the job belongs to the original.
+    """
+    owner = read_json(launch_folder(run) / "job.json")
+    if owner is None or "command" not in owner:
+        return owner
+    before, now = _recorded_folder(owner), run.absolute()
+    if before is None or before.resolve() == now.resolve():
+        return owner
+    owner["is_copy"] = (read_json(launch_folder(before) / "job.json") or {}).get("job") == owner["job"]
+    logs = Path(owner["logs"])
+    if logs == launch_folder(before):
+        owner["logs"] = str(launch_folder(now))
+    elif logs == launch_folder(before.parent):  # of a sweep
+        owner["logs"] = str(launch_folder(now.parent))
+    owner["command"] = [_relocated(word, before, now) for word in owner["command"]]
+    return owner
+
+
+def _recorded_folder(owner: Mapping[str, Any]) -> Path | None:
+    """Return the run folder at the time of the launch. Version 0.1 recorded it only as `--out` of a training run."""
+    words = list(owner["command"])
+    if "run" in owner:
+        return Path(owner["run"])
+    if words[:4] == ["python", "-m", "vjepa", "train"] and "--out" in words:
+        return Path(words[words.index("--out") + 1])
+    return None
+
+
+def _relocated(word: str, before: Path, now: Path) -> str:
+    path = Path(word)
+    return str(now / path.relative_to(before)) if path.is_relative_to(before) else word
 
 
 def write_owner(run: Path, owner: Mapping[str, Any]) -> None:
@@ -132,3 +219,10 @@ def record_end(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unex
         decision = dataclasses.replace(decision, exclude=policy.nodes_to_exclude([*events, event], rule))
     append_event(run, {**event, "requeue": decision.requeue, "why": decision.why})
     return decision
+
+
+def record_cancelled_in_queue(run: Path, job: str) -> None:
+    """Record that a job was cancelled before it started, so that no attempt of it will record its end."""
+    event = {"event": "end", "attempt": f"{job} in the queue", "outcome": "cancelled", "requeue": False}
+    nothing_made = {"checkpoint": newest_checkpoint(run), "progress": False, "reason": "", "node": None}
+    append_event(run, {**event, **nothing_made, "why": "cancelled while it waited in the queue"})

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ from vjepa_launch.settings import BadLaunch, Restart
 
 log = logging.getLogger(__name__)
 
+TORCHRUN = ("TORCHELASTIC_",)
+"""Variables of an enclosing torchrun, whose store the ranks would join."""
+
 OWNER_TRIES = 30
 """Seconds to wait for job.json, which is written after the submission. A job may start before."""
 
@@ -55,6 +59,8 @@ class Job:
     restart: Restart = field(default_factory=Restart)
     makes_steps: bool = True
     """True if the command records steps, so that a long time without a step is a stall."""
+    cores: int | None = None
+    """CPU cores that each rank asks for."""
 
     def checkpoint(self) -> DelayedSubmission:
         """Return the job that submitit runs after a requeue: the same job."""
@@ -75,6 +81,8 @@ class Job:
         if info.rank == 0:
             history.record_start(run, info.attempt, nodes=info.nodes, world=info.world)
         (rank_exit,) = self._run_attempt(info, [info.rank], received)
+        # Nothing is left to save. When Python exits, it restores the default action, by which USR2 would kill it.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         outcome = policy.rank_outcome([rank_exit], received)
         failed = outcome in ("failed", "bad_input")
         if info.rank == 0 or failed:
@@ -106,6 +114,7 @@ class Job:
         run = Path(self.run)
         try:
             snapshot.verify(Path(self.code).parent)
+            snapshot.check_running(Path(self.code))
             if 0 in ranks:
                 _check_ownership(run, info.job)
         except BadLaunch as error:
@@ -113,12 +122,16 @@ class Job:
             return [RankExit(rank, BAD_INPUT, str(error)) for rank in ranks]
         port = int(os.environ["MASTER_PORT"]) if info.slurm else free_port()
         address = reachable_address(info.nodes[0]) if info.slurm else "127.0.0.1"
-        inherited = {**os.environ, **common_environment(run), **code_environment(Path(self.code), os.environ)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
         if not info.slurm:
             inherited.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides all GPUs if the profile requests none
-        environments = {
-            rank: {**inherited, **self.environment, **rank_environment(info, rank, address, port)} for rank in ranks
-        }
+        common = {**inherited, **common_environment(run), **self.environment}
+        common |= code_environment(Path(self.code), common)
+        environments = {rank: {**common, **rank_environment(info, rank, address, port)} for rank in ranks}
+        cores = len(os.sched_getaffinity(0))
+        if info.slurm and self.cores and cores < self.cores:
+            log.warning("rank %d may use %d of the %d cores that cpus_per_task asks for; see TaskPlugin and --cpu-bind",
+                        info.rank, cores, self.cores)  # fmt: skip
         python, *rest = self.command
         command = [sys.executable if python == "python" else python, *rest]
         launch = history.launch_folder(run)
@@ -127,7 +140,9 @@ class Job:
                  info.attempt, list(ranks), info.world, info.node, address, port, " ".join(command))  # fmt: skip
         started = supervisor.start(command, environments, logs)
         stall_s = self.restart.stall_min * 60 if self.makes_steps else math.inf
-        exits = supervisor.supervise(started, received, heartbeat=run / "metrics.jsonl", stall_s=stall_s)
+        exits = supervisor.supervise(
+            started, received, heartbeat=run / "metrics.jsonl", stall_s=stall_s, handles_usr2=self.makes_steps
+        )
         if info.restart == 0:
             return exits
         # The first start accepted this input. If a restart rejects it, the cause is temporary (a lock that has not been

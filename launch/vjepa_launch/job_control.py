@@ -1,26 +1,60 @@
 """Find out whether jobs are alive, and signal or cancel them, on SLURM or on this machine."""
 
+import fcntl
 import os
+import pwd
 import signal
-from collections.abc import Iterable
+import struct
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vjepa_launch import compat, slurm
 from vjepa_launch.process_info import process_state
 from vjepa_launch.settings import BadLaunch
 
 
-def is_alive(executor: str, job: str) -> bool:
+def is_alive(executor: str, job: str, *, uid: int | None = None) -> bool:
     """Return whether a job is pending or running.
 
+    Args:
+        executor: `slurm` or `local`.
+        job: its id.
+        uid: id of the user who launched it; by default this user.
+
     Raises:
-        BadLaunch: the scheduler does not answer.
+        BadLaunch: the scheduler does not answer, or does not show this user's jobs.
     """
-    return job in alive_jobs(executor, [job])
+    if job in alive_jobs(executor, [job], users=() if uid is None else (uid,)):
+        return True
+    if executor == "slurm" and uid not in (None, os.getuid()) and slurm.hides_jobs_of_others():
+        raise BadLaunch(
+            f"job {job} belongs to {user_name(uid)}, and this cluster hides the jobs of other users (PrivateData); ask "
+            f"{user_name(uid)} whether it has ended, then remove launch/job.json in the run folder"
+        )
+    return False
 
 
-def alive_jobs(executor: str, jobs: Iterable[str]) -> set[str]:
+def is_owner_alive(owner: Mapping[str, Any]) -> bool:
+    """Return whether the job that owns a run folder (job.json) is pending or running. See `is_alive`."""
+    return not owner.get("is_copy") and is_alive(owner["executor"], owner["job"], uid=owner.get("uid"))
+
+
+def user_name(uid: int | None) -> str:
+    """Return the login name of a user, or the id if it has no name here."""
+    try:
+        return pwd.getpwuid(os.getuid() if uid is None else uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def alive_jobs(executor: str, jobs: Iterable[str], *, users: Collection[int] = ()) -> set[str]:
     """Return the jobs in `jobs` that are pending or running, with a single query to the scheduler.
+
+    Args:
+        executor: `slurm` or `local`.
+        jobs: ids.
+        users: ids of the users who launched them, besides this user.
 
     Raises:
         BadLaunch: the scheduler does not answer.
@@ -28,9 +62,26 @@ def alive_jobs(executor: str, jobs: Iterable[str]) -> set[str]:
     if executor == "local":
         return {job for job in jobs if _controller_is_alive(int(job))}
     try:
-        return set(jobs) & set(slurm.queued_jobs())
+        known = slurm.queued_jobs(users)
     except slurm.SchedulerUnreachable as error:
         raise BadLaunch(f"cannot tell which jobs have ended: {error}") from None
+    return {job for job in jobs if job in known and known[job].is_alive}
+
+
+def trainer_holds(run: Path) -> str:
+    """Return who trains in a run folder ("pid 12 on n1 since ..."), on any machine, or "" if nobody does.
+
+    The lock of the trainer is queried without taking it.
+    """
+    path = run / ".lock"
+    try:
+        with path.open() as file:
+            query = struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+            owner = file.read(200).strip()
+    except OSError:
+        return ""
+    return "" if struct.unpack("hhqqi", answer)[0] == fcntl.F_UNLCK else owner or "another process"
 
 
 def _controller_is_alive(pid: int) -> bool:

@@ -174,25 +174,31 @@ def decide(
         return Decision(False, _FINAL[outcome])
     if stop_asked:
         return Decision(False, "stopped after a checkpoint, as requested")
-    if outcome == "stopped":
-        return Decision(True, "saved and stopped")
     if progress:
-        return Decision(True, "failed after a new checkpoint")
-    failures = 1 + _failures_in_a_row(events)
-    if failures >= rule.attempts:
+        return Decision(True, "saved and stopped" if outcome == "stopped" else "failed after a new checkpoint")
+    failures, idle = 1 + _count_in_a_row(events, ("failed",)), 1 + _count_in_a_row(events, ("failed", "stopped"))
+    if outcome == "failed" and failures >= rule.attempts:
         return Decision(
             False, f"failed {failures} times in a row without a new checkpoint; see the log, fix it and launch again"
         )
-    return Decision(True, f"failed; attempt {failures} of {rule.attempts} without a new checkpoint")
+    if idle >= rule.idle_attempts:
+        return Decision(
+            False,
+            f"{idle} attempts in a row left no new checkpoint: the run takes longer to start or to save than the time "
+            "it gets; raise hours or change notice_s in the profile and launch again",
+        )
+    if outcome == "failed":
+        return Decision(True, f"failed; attempt {failures} of {rule.attempts} without a new checkpoint")
+    return Decision(True, f"stopped; attempt {idle} of {rule.idle_attempts} without a new checkpoint")
 
 
-def _failures_in_a_row(events: Sequence[Mapping[str, Any]]) -> int:
-    """Count the latest attempts that failed without a new checkpoint. A launch by hand resets the count."""
+def _count_in_a_row(events: Sequence[Mapping[str, Any]], outcomes: Collection[Outcome]) -> int:
+    """Count the latest attempts with these outcomes that left no new checkpoint. A launch by hand resets the count."""
     count = 0
     for event in reversed(events):
         if event["event"] == "launch" or (event["event"] == "end" and event["progress"]):
             break
-        count += event["event"] == "end" and event["outcome"] == "failed"
+        count += event["event"] == "end" and event["outcome"] in outcomes
     return count
 
 

@@ -1,6 +1,7 @@
 """The rank, node, environment variables and state of a process of a job."""
 
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ def process_state(pid: int) -> str:
         return ""
 
 
+def ignores_usr2(pid: int) -> bool:
+    """Return whether a process ignores SIGUSR2, as ranks do until they have a handler."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    mask = next((int(line.split()[1], 16) for line in lines if line.startswith("SigIgn:")), 0)
+    return bool(mask >> (signal.SIGUSR2 - 1) & 1)
+
+
 def reachable_address(first_node: str) -> str:
     """Return an address of the job's first node that other nodes can connect to.
 
@@ -92,10 +103,15 @@ def common_environment(run: Path) -> dict[str, str]:
 
 
 def code_environment(code: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that put the frozen code first on the path, before the working folder."""
+    """Return the variables that put the frozen code first on the path, before the working folder.
+
+    The trainer compares `VJEPA_CODE` with the code that it runs.
+    """
+    rest = [entry for entry in inherited.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(code))]
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), inherited.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join([str(code), *rest]),
         "PYTHONSAFEPATH": "1",
+        "VJEPA_CODE": str(code),
     }
 
 

@@ -12,6 +12,8 @@ from vjepa_launch import compat, history
 from vjepa_launch.job import Job
 from vjepa_launch.settings import BadLaunch, Cluster
 
+UNLIMITED = 10**9
+
 
 @dataclass(frozen=True)
 class Request:
@@ -70,8 +72,10 @@ def make_job(request: Request, *, code: Path) -> Job:
         code=str(code),
         ranks=cluster.ranks_per_node,
         environment=environment,
-        restart=cluster.restart,
+        # A command without checkpoints shows no progress by which to judge an attempt that was stopped.
+        restart=cluster.restart.model_copy(update={} if request.makes_steps else {"idle_attempts": UNLIMITED}),
         makes_steps=request.makes_steps,
+        cores=cluster.cpus_per_task,
     )
 
 
@@ -83,7 +87,8 @@ def slurm_parameters(folder: Path, request: Request) -> dict[str, Any]:
         request: the job, or the first element of the array.
     """
     cluster = request.cluster
-    srun = ["--kill-on-bad-exit=1", *cluster.srun]
+    # Without --export=ALL, `sbatch: {export: NONE}` would also keep MASTER_PORT and PYTHONPATH from the ranks.
+    srun = ["--kill-on-bad-exit=1", "--export=ALL", *cluster.srun]
     if cluster.container_image:
         srun.append(f"--container-image={cluster.container_image}")
     if cluster.container_mounts:
@@ -91,12 +96,14 @@ def slurm_parameters(folder: Path, request: Request) -> dict[str, Any]:
     code = shlex.quote(str(folder / "code"))
     # The same as `code_environment`. An empty entry after a trailing colon would mean the working folder.
     paths = [f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"', "export PYTHONSAFEPATH=1"]
+    # From 22.05 on srun does not read SLURM_CPUS_PER_TASK, and would bind each rank and its workers to one core.
+    cores = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
     port = f"export MASTER_PORT=$({shlex.join([sys.executable, '-m', 'vjepa_launch.port'])})"
     shield = Path(__file__).with_name("srun_shield.sh").read_text().splitlines()
     finish = [sys.executable, "-m", "vjepa_launch.finish_attempt", str(history.launch_folder(folder))]
     parameters = {
         "job_name": request.name,
-        "time": max(1, round(cluster.hours * 60)),
+        "time": limit_min(cluster),
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
@@ -110,12 +117,18 @@ def slurm_parameters(folder: Path, request: Request) -> dict[str, Any]:
         "exclude": ",".join(cluster.exclude) or None,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [*cluster.setup, *paths, port, *shield],
+        "setup": [*cluster.setup, *paths, cores, port, *shield],
         # A requeue sends TERM, which must not interrupt `finish_attempt`.
         "teardown": ["code=$?", "trap '' TERM", f'{shlex.join(finish)} "$code"', "exit $?"],
         "additional_parameters": {"requeue": True, **cluster.sbatch},
     }
-    return {key: value for key, value in parameters.items() if value is not None}
+    # Clusters that check accounting keys would refuse submitit's own, "submitit".
+    return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
+
+
+def limit_min(cluster: Cluster) -> int:
+    """Return the time limit of a job in minutes, SLURM's unit."""
+    return max(1, round(cluster.hours * 60))
 
 
 def interpreter(cluster: Cluster) -> str:

@@ -1,8 +1,21 @@
 """Settings of a cluster profile: where a run is executed. They are not part of the run. Never imports torch."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OURS: Mapping[str, str] = {
+    "array": "a sweep file submits an array",
+    "clusters": "squeue would look for the job on this cluster; launch on a login node of the other cluster",
+    "error": "`vjepa runs logs` reads the output in the run folder",
+    "output": "`vjepa runs logs` reads the output in the run folder",
+    "parsable": "submitit reads the job id in sbatch's usual answer",
+    "quiet": "submitit reads the job id in sbatch's usual answer",
+    "test-only": "use `vjepa launch --dry-run`",
+    "wait": "`vjepa runs logs RUN -f` waits for the end",
+}
+"""Options of sbatch that a profile cannot set, and why."""
 
 
 class BadLaunch(ValueError):
@@ -16,10 +29,14 @@ class LaunchSettings(BaseModel):
 
 
 class Restart(LaunchSettings):
-    """When a failed run is restarted. A run that saved and stopped is always requeued."""
+    """When a run is restarted after an attempt that failed, or that saved and stopped."""
 
     attempts: int = Field(default=3, ge=1)
     """Consecutive failed attempts without a new checkpoint after which the run ends."""
+
+    idle_attempts: int = Field(default=5, ge=1)
+    """Consecutive attempts without a new checkpoint after which the run ends, also if the scheduler ended them. The run
+    then takes longer to start, or to save, than the time that it gets."""
 
     node_failures: int = Field(default=2, ge=1)
     """Failures that begin on a node before it is excluded, as long as enough other nodes remain."""
@@ -102,6 +119,9 @@ class Cluster(LaunchSettings):
             raise ValueError(f"nodes ({self.nodes}) must be 1 on this machine; use executor: slurm, or torchrun")
         if self.container_mounts and not self.container_image:
             raise ValueError("container_mounts requires container_image")
+        refused = [name for name in self.sbatch if name.replace("_", "-") in OURS]
+        if refused:
+            raise ValueError(f"sbatch cannot set {refused[0]}: {OURS[refused[0].replace('_', '-')]}")
         if self.notice_s >= self.hours * 3600:
             raise ValueError(f"notice_s ({self.notice_s}) must be shorter than hours ({self.hours})")
         return self

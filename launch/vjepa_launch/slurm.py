@@ -1,14 +1,18 @@
-"""Commands of SLURM, each with a time limit: a busy or absent slurmctld must not hang a run.
+"""Commands of SLURM, each with a time limit and in a clean environment.
+
+A busy or absent slurmctld must not hang a run. Preferences in the user's shell must not change an answer:
+`SQUEUE_STATES=RUNNING` hides pending jobs, so that a second job would be launched into their folders.
 
 Only squeue, scontrol, sinfo and scancel are used. sacct needs a database that many clusters do not keep. submitit asks
 only sacct, and reports UNKNOWN on such a cluster.
 """
 
 import logging
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from vjepa_launch.policy import JobFate
@@ -19,6 +23,15 @@ TIMEOUT_S = 30.0
 FATE_TIMEOUT_S = 10.0
 """A batch script that asks for the fate of its job may have only KillWait (30 s by default) left to act on it."""
 REQUEUE_TRIES = 5
+
+ADDRESS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""Variables that tell the commands where the cluster is and how to sign in. All others are preferences."""
+
+PREFERENCES = ("SLURM_", "SQUEUE_", "SCONTROL_", "SCANCEL_", "SINFO_", "SBATCH_", "SRUN_", "SALLOC_", "SACCT_")
+
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+         "REVOKED", "TIMEOUT")  # fmt: skip
+"""States of a job that has ended, which SLURM remembers for MinJobAge (300 s by default)."""
 
 
 class SchedulerUnreachable(RuntimeError):
@@ -34,6 +47,16 @@ class QueuedJob:
     reason: str
     """Why it is pending, or the nodes it runs on."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the job is pending or running."""
+        return self.state not in ENDED
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that change what commands of SLURM do or print."""
+    return {name: value for name, value in environment.items() if name in ADDRESS or not name.startswith(PREFERENCES)}
+
 
 def run_command(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """Run a command of SLURM and return its output.
@@ -44,7 +67,16 @@ def run_command(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     if shutil.which(command[0]) is None:
         raise SchedulerUnreachable(f"{command[0]} is not installed here; run this where jobs are submitted")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command,
+            env=clean_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise SchedulerUnreachable(f"{' '.join(command)} did not answer within {timeout_s:.0f} s") from None
     if done.returncode:
@@ -53,11 +85,26 @@ def run_command(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     return done.stdout
 
 
-def queued_jobs(*, timeout_s: float = TIMEOUT_S) -> dict[str, QueuedJob]:
-    """Return this user's pending and running jobs by id. An element of an array has an id like `22_0`."""
-    output = run_command("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R", timeout_s=timeout_s)
-    fields = (line.split("|") for line in output.splitlines())
+def queued_jobs(users: Collection[int] = (), *, timeout_s: float = TIMEOUT_S) -> dict[str, QueuedJob]:
+    """Return jobs that are pending or running, or have ended a moment ago, by id.
+
+    An element of an array has an id like `22_0`.
+
+    Args:
+        users: ids of the users whose jobs to return, besides this user's.
+        timeout_s: seconds to wait for the scheduler.
+    """
+    of = ",".join(map(str, sorted({os.getuid(), *users})))
+    command = ["squeue", "--noheader", "--array", "--all", "--states=all", f"--user={of}", "--format=%i|%T|%R"]
+    fields = (line.split("|", 2) for line in run_command(*command, timeout_s=timeout_s).splitlines())
     return {job.strip(): QueuedJob(state, reason) for job, state, reason in fields}
+
+
+def hides_jobs_of_others() -> bool:
+    """Return whether this cluster shows users their own jobs only (PrivateData)."""
+    lines = run_command("scontrol", "show", "config").splitlines()
+    private = next((line.partition("=")[2] for line in lines if line.startswith("PrivateData")), "")
+    return any(word.strip() in ("jobs", "all") for word in private.split(","))
 
 
 def show_job(job: str, *, timeout_s: float = TIMEOUT_S) -> dict[str, str]:

@@ -12,8 +12,8 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -113,12 +113,13 @@ def freeze(run: Path) -> CodeSnapshot:
     """
     code, files, diff = describe()
     run.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".code.", dir=run))
+    temporary = run / f".code.{socket.gethostname()}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     for name, path in files.items():
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    temporary.chmod(0o755)
     # Digest the copies, because the clone may have been edited in the meantime.
     code = replace(code, digest=digest_files(list_files({package: temporary / package for package in PACKAGES})))
     frozen = run / "code"
@@ -152,12 +153,33 @@ def verify(run: Path) -> CodeSnapshot:
     return code
 
 
+def check_running(code: Path) -> None:
+    """Check that this process imports our packages from the frozen code.
+
+    Raises:
+        BadLaunch: another copy comes first on the path.
+    """
+    for package, folder in find_packages().items():
+        if folder.resolve() != (code / package).resolve():
+            raise BadLaunch(
+                f"{package} is imported from {folder} and not from the frozen code in {code}; remove what puts it "
+                "first on the path (PYTHONPATH, a .pth file, the profile's setup or python)"
+            )
+
+
 def _git(folder: Path, *arguments: str) -> str:
     """Return the output of git for the clone that holds a folder, or "" outside a clone or without git."""
     if shutil.which("git") is None:
         return ""
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    # GIT_DIR and its kin, which git sets in hooks, would point to another clone.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {**inherited, "GIT_OPTIONAL_LOCKS": "0"}
     done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, env=environment, check=False
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        check=False,
     )
     return done.stdout if done.returncode == 0 else ""

@@ -1,9 +1,6 @@
 """Show, follow, cancel and requeue runs, from their folders and a single query to the scheduler. No torch, no sacct."""
 
-import fcntl
 import json
-import re
-import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +13,16 @@ from rich.text import Text
 from vjepa_launch import history, job_control, slurm, snapshot
 from vjepa_launch.atomic import read_json
 from vjepa_launch.history import log_path
+from vjepa_launch.plain_path import is_link_to_run
 from vjepa_launch.settings import BadLaunch
 
 TAIL_BYTES = 65536
 """Bytes to read from the end of metrics.jsonl, enough to measure the pace."""
 
 SCHEDULER_TIMEOUT_S = 10.0
+ENDED = ("done", "failed", "refused", "cancelled", "stopped", "lost", "idle")
+"""States after which nothing more is written, unless the run is launched again."""
+
 COLOURS = {"running": "green", "queued": "cyan", "done": "blue", "failed": "red", "refused": "red", "lost": "red"}
 
 
@@ -48,10 +49,14 @@ class RunStatus:
     """Seconds to the last step at the pace of this attempt."""
 
 
+RUN_FILES = ("config.yaml", ".lock")
+"""Files of which a run folder has at least one. A trainer writes its settings shortly before its first step."""
+
+
 def find_runs(root: Path) -> list[Path]:
     """Return the run folders in a folder and in the sweeps in it."""
-    found = {path.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for path in root.glob(pattern)}
-    return sorted(found)
+    found = {path.parent for depth in ("*", "*/*") for name in RUN_FILES for path in root.glob(f"{depth}/{name}")}
+    return sorted(run for run in found if not is_link_to_run(run))
 
 
 def read_all(runs: Sequence[Path]) -> tuple[list[RunStatus], str]:
@@ -59,9 +64,11 @@ def read_all(runs: Sequence[Path]) -> tuple[list[RunStatus], str]:
     owners = {run: history.read_owner(run) for run in runs}
     jobs: dict[str, slurm.QueuedJob] | None = {}
     warning = ""
-    if any(owner and owner["executor"] == "slurm" for owner in owners.values()):
+    on_slurm = [owner for owner in owners.values() if owner and owner["executor"] == "slurm"]
+    if on_slurm:
         try:
-            jobs = slurm.queued_jobs(timeout_s=SCHEDULER_TIMEOUT_S)
+            users = {owner["uid"] for owner in on_slurm if "uid" in owner}
+            jobs = slurm.queued_jobs(users, timeout_s=SCHEDULER_TIMEOUT_S)
         except slurm.SchedulerUnreachable as error:
             jobs, warning = None, f"the scheduler does not answer ({error}); states come from the run folders"
     return [_read(run, owner, jobs) for run, owner in owners.items()], warning
@@ -73,9 +80,11 @@ def _read(run: Path, owner: Mapping[str, Any] | None, jobs: Mapping[str, slurm.Q
     rows = _last_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
     state, detail = _state(run, owner, events, jobs)
-    steps, step, checkpoint = _steps(run), row.get("step"), history.newest_checkpoint(run)
-    if state == "idle" and steps and checkpoint == steps:
-        state = "done"
+    config = run / "config.yaml"
+    steps = history.steps_in(config.read_text()) if config.exists() else None
+    step, checkpoint = row.get("step"), history.newest_checkpoint(run)
+    if state in ("idle", "lost") and steps and checkpoint == steps:
+        state, detail = "done", "" if owner else detail
     eta_s = None
     recent = [row for row in rows if not starts or row["time"] >= starts[-1]["time"]]
     if state == "running" and steps and len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
@@ -104,15 +113,17 @@ def _state(
 ) -> tuple[str, str]:
     """Return the state of a run in a word, and a detail."""
     if owner is None:
-        return ("running", "not launched") if _is_locked(run / ".lock") else ("idle", "not launched")
+        if job_control.trainer_holds(run):
+            return "running", "not launched"
+        has_settings = (run / "config.yaml").exists()
+        return "idle", "not launched" if has_settings else "it ended before its first step; see its log"
     last = events[-1] if events else {}
-    if owner["executor"] == "slurm" and jobs is None:
-        return "unknown", str(last.get("why", ""))
-    if owner["executor"] == "slurm" and jobs and owner["job"] in jobs:
-        job = jobs[owner["job"]]
+    is_copy = owner.get("is_copy", False)
+    job = jobs.get(owner["job"]) if jobs and owner["executor"] == "slurm" and not is_copy else None
+    if job and job.is_alive:
         words = {"PENDING": "queued", "RUNNING": "running", "COMPLETING": "stopping"}
         return words.get(job.state, job.state.lower()), "" if job.state == "COMPLETING" else job.reason.strip("()")
-    if owner["executor"] == "local" and job_control.is_alive("local", owner["job"]):
+    if owner["executor"] == "local" and not is_copy and job_control.is_alive("local", owner["job"]):
         return "running", "this machine"
     if last.get("event") == "end" and not last["requeue"]:
         outcome = str(last["outcome"])
@@ -120,7 +131,29 @@ def _state(
             return outcome, ""
         detail = f"{last['reason']}; {last['why']}" if last["reason"] else str(last["why"])
         return {"bad_input": "refused"}.get(outcome, outcome), detail
-    return "lost", "the job ended without a record; `vjepa runs requeue` resumes from the checkpoint"
+    if owner["executor"] == "slurm" and jobs is None:
+        return "unknown", ""
+    holder = job_control.trainer_holds(run)
+    if holder:  # a job of another machine without a scheduler
+        return "running", holder
+    if is_copy:
+        return "idle", "a copy of another run folder; `vjepa runs requeue` resumes it here"
+    return _state_without_record(run, owner, last, job)
+
+
+def _state_without_record(
+    run: Path, owner: Mapping[str, Any], last: Mapping[str, Any], job: slurm.QueuedJob | None
+) -> tuple[str, str]:
+    """Return the state of a run whose job is over and left no record of its end."""
+    waited = last.get("event") != "start" and owner["executor"] == "slurm"
+    was_cancelled = job.state == "CANCELLED" if job else not log_path(run, 0).exists()
+    if waited and was_cancelled:
+        return "cancelled", "while it waited in the queue"
+    again = "`vjepa runs requeue` resumes from the checkpoint"
+    if history.newest_checkpoint(run) is None:
+        again = "it made no checkpoint; see the log, then `vjepa runs requeue` starts it again"
+    fate = f" ({job.state})" if job else ""
+    return "lost", f"the job ended without a record{fate}; {again}"
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
@@ -137,26 +170,6 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
         lines = lines[1:]
     rows = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}")]
     return [row for row in rows if "step" in row and "time" in row]
-
-
-def _steps(run: Path) -> int | None:
-    """Return the steps of the whole run. A pattern finds them, because parsing a hundred YAML files takes a second."""
-    try:
-        found = re.search(r"^steps: (\d+)\s*$", (run / "config.yaml").read_text(), re.MULTILINE)
-    except FileNotFoundError:
-        return None
-    return int(found[1]) if found else None
-
-
-def _is_locked(path: Path) -> bool:
-    """Return whether a trainer holds the lock of its run folder, without taking the lock."""
-    try:
-        with path.open("r+") as file:
-            query = struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
-    except OSError:
-        return False
-    return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
 
 
 def table(statuses: Sequence[RunStatus]) -> Table:
@@ -266,7 +279,7 @@ def cancel(run: Path, *, after_checkpoint: bool = False) -> str:
     Its ranks save within the grace period of the cluster, or with `after_checkpoint` for as long as it takes.
     """
     owner = _check_owner(run)
-    if not job_control.is_alive(owner["executor"], owner["job"]):
+    if not job_control.is_owner_alive(owner):
         raise BadLaunch(f"nothing to cancel: job {owner['job']} of {run} has ended")
     (status,), _ = read_all([run])
     try:
@@ -275,6 +288,8 @@ def cancel(run: Path, *, after_checkpoint: bool = False) -> str:
             job_control.send_signal(owner["executor"], owner["job"], "USR2")
             return f"job {owner['job']} will save and end"
         job_control.cancel(owner["executor"], owner["job"])
+        if status.state == "queued":
+            history.record_cancelled_in_queue(run, owner["job"])
     except slurm.SchedulerUnreachable as error:
         raise BadLaunch(f"job {owner['job']} could not be reached: {error}") from None
     return f"job {owner['job']} is cancelled"
@@ -287,11 +302,13 @@ def requeue(run: Path) -> str | None:
         A message for the user. None if the job has ended, so that the run must be launched again.
     """
     owner = _check_owner(run)
-    if not job_control.is_alive(owner["executor"], owner["job"]):
+    if not job_control.is_owner_alive(owner):
         return None
     (status,), _ = read_all([run])
     if status.state != "running":
-        raise BadLaunch(f"job {owner['job']} of {run} is {status.state}; it starts by itself")
+        raise BadLaunch(
+            f"job {owner['job']} of {run} is {status.state}, so there is nothing to save; wait until it runs"
+        )
     try:
         job_control.send_signal(owner["executor"], owner["job"], "USR2")
     except slurm.SchedulerUnreachable as error:
@@ -309,14 +326,14 @@ def _check_owner(run: Path) -> dict[str, Any]:
 
 def _check_run(run: Path) -> Path:
     """Return a run folder, or raise BadLaunch otherwise."""
-    if not (run / "config.yaml").exists():
+    if not any((run / name).exists() for name in RUN_FILES):
         raise BadLaunch(f"{run} is not a run folder: config.yaml is missing; `vjepa runs list` shows the runs in runs/")
     return run
 
 
 def _has_ended(run: Path) -> bool:
     (status,), _ = read_all([run])
-    return status.state not in ("queued", "running", "stopping", "unknown")
+    return status.state in ENDED
 
 
 def _duration(seconds: float | None) -> str:

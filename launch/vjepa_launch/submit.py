@@ -10,21 +10,25 @@ Launching into an existing run folder resumes the run with its own code and sett
 import contextlib
 import difflib
 import fcntl
+import io
 import os
 import shlex
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import submitit
 import yaml
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalJob
 
-from vjepa_launch import compat, history, job_control, snapshot
-from vjepa_launch.atomic import atomic_write
+from vjepa_launch import compat, history, job_control, notes, slurm, snapshot
+from vjepa_launch.atomic import atomic_write, read_json
 from vjepa_launch.job import Job
+from vjepa_launch.plain_path import plain_path
 from vjepa_launch.process_info import code_environment, common_environment
 from vjepa_launch.request import Request, batch_lines, interpreter, make_job, slurm_parameters
 from vjepa_launch.settings import BadLaunch, Cluster
@@ -48,21 +52,44 @@ class Launched:
 
 
 def launch(request: Request) -> Launched:
-    """Start or resume a run as a job.
+    """Start or resume a run as a job. A rejected submission leaves no new run folder.
 
     Raises:
-        BadLaunch: the run folder is in use by another job, or has different settings or changed code, or the scheduler
-            rejects the job.
+        BadLaunch: the run folder is in use by another job, has different settings, changed code or lost checkpoints, or
+            the scheduler rejects the job.
     """
     run = request.run
-    with locked(run):
+    with locked(run) as is_new, removed_on_rejection([run] if is_new else []):
         _check_not_in_use(run)
         write_config(request)
+        if request.makes_steps and not history.saves_elsewhere(request.config):
+            history.check_checkpoints_exist(run)
         code_folder = run if request.refreeze else snapshot.code_owner(run)
         code, note = freeze_once(code_folder, request.refreeze)
         record_launch(request, code)
         (job,) = submit(run, [request])
-        return record_owner(request, job, code, note, logs=run)
+        remarks = "\n  ".join(filter(None, [note, *notes.on_launch(request.cluster)]))
+        return record_owner(request, job, code, remarks, logs=run)
+
+
+def done_at(request: Request) -> int | None:
+    """Return the last step of a run that has a checkpoint of it, or None if steps are left."""
+    steps, newest = history.steps_in(request.config), history.newest_checkpoint(request.run)
+    return newest if request.makes_steps and steps and newest is not None and newest >= steps else None
+
+
+@contextlib.contextmanager
+def removed_on_rejection(new: Sequence[Path]) -> Iterator[None]:
+    """Remove new folders if the block raises BadLaunch."""
+    try:
+        yield
+    except BadLaunch:
+        for folder in new:
+            link = plain_path(folder, create=False)
+            if link != folder:
+                link.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def record_launch(request: Request, code: snapshot.CodeSnapshot) -> None:
@@ -77,6 +104,8 @@ def record_owner(request: Request, job: str, code: snapshot.CodeSnapshot, note: 
     folder = history.launch_folder(logs)
     owner = {
         "job": job,
+        "run": str(request.run),
+        "uid": os.getuid(),
         "executor": request.cluster.executor,
         "name": request.name,
         "command": list(request.command),
@@ -98,6 +127,10 @@ def launch_again(run: Path) -> Launched:
     owner = history.read_owner(run)
     if owner is None:
         raise BadLaunch(f"{run} was never launched; use `vjepa launch`")
+    if not (run / "config.yaml").exists():
+        raise BadLaunch(
+            f"{run / 'config.yaml'} is missing; `vjepa launch CONFIG --on PROFILE --out {run}` writes it again"
+        )
     return launch(
         Request(
             run.resolve(),
@@ -122,20 +155,22 @@ def describe(request: Request, *, folder: Path | None = None, array: tuple[int, 
     """
     run, cluster = request.run, request.cluster
     folder = folder or run
+    plain = plain_path(folder, create=False)
     if (folder / "code").exists() and not request.refreeze:
         code, source = snapshot.verify(snapshot.code_owner(folder)), "already frozen in the run folder"
         files = snapshot.list_files({package: folder / "code" / package for package in snapshot.PACKAGES})
     else:
         code, files, _ = snapshot.describe()
         source = ", ".join(sorted({str(Path(package).parent) for package in code.source.values()}))
-    job = make_job(request, code=folder / "code")
-    environment = {**common_environment(run), **code_environment(folder / "code", {}), **job.environment}
+    job = make_job(request, code=plain / "code")
+    environment = {**common_environment(run), **job.environment}
+    environment |= code_environment(plain / "code", environment)
     kib = sum(path.stat().st_size for path in files.values()) / 1024
     parts = [
         f"# Run folder: {run}" + ("" if run.exists() else " (would be created)"),
         f"# Command of each of {cluster.nodes * cluster.ranks_per_node} ranks: {shlex.join(request.command)}",
         "",
-        *batch_lines(folder, request, array),
+        *batch_lines(plain, request, array),
         "# ---- environment of every rank (besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)",
         *(f"{key}={value}" for key, value in sorted(environment.items())),
         "",
@@ -147,6 +182,7 @@ def describe(request: Request, *, folder: Path | None = None, array: tuple[int, 
         if code.commit
         else "# not from a git clone",
         *(f"{path.stat().st_size:>9,}  {name}" for name, path in files.items()),
+        *(f"# {note}" for note in notes.on_launch(cluster)),
     ]
     return "\n".join(parts) + "\n"
 
@@ -159,7 +195,9 @@ def submit(folder: Path, requests: Sequence[Request], *, at_once: int = 1) -> li
         requests: jobs with the same profile and name.
         at_once: jobs of an array that run at a time.
     """
-    jobs = [make_job(request, code=snapshot.code_owner(folder) / "code") for request in requests]
+    code = plain_path(snapshot.code_owner(folder), create=True) / "code"
+    folder = plain_path(folder, create=True)
+    jobs = [make_job(request, code=code) for request in requests]
     cluster = requests[0].cluster
     with _submission_lock:
         if cluster.executor == "slurm":
@@ -169,7 +207,7 @@ def submit(folder: Path, requests: Sequence[Request], *, at_once: int = 1) -> li
         )
         local.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=1, gpus_per_node=cluster.gpus_per_node)
         local.update_parameters(stderr_to_stdout=True)
-        with submitit.helpers.clean_env(), _environment(code_environment(folder / "code", os.environ)):
+        with submitit.helpers.clean_env(), _environment(code_environment(code, os.environ)):
             started = [local.submit(job) for job in jobs]
         for job in started:
             assert isinstance(job, LocalJob)
@@ -178,18 +216,25 @@ def submit(folder: Path, requests: Sequence[Request], *, at_once: int = 1) -> li
 
 
 def _submit_to_slurm(folder: Path, request: Request, jobs: Sequence[Job], at_once: int) -> list[str]:
-    # Variables of an enclosing job must not leak into the new one, except the location of SLURM's configuration.
-    kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    # Variables of an enclosing job must not leak into the new one.
+    kept = {key: os.environ[key] for key in slurm.ADDRESS if key in os.environ}
+    preferences = [key for key in os.environ if key.startswith(slurm.PREFERENCES)]
     try:
         # Disable submitit's limit on time-outs, since `policy.decide` also considers progress.
         executor = submitit.SlurmExecutor(
             folder=history.launch_folder(folder), max_num_timeout=10**6, python=interpreter(request.cluster)
         )
         executor.update_parameters(**slurm_parameters(folder, request), array_parallelism=at_once)
-        with submitit.helpers.clean_env(), _environment(kept):
+        # sbatch's errors are in the exception; submitit prints them as well.
+        with (
+            submitit.helpers.clean_env(preferences),
+            _environment(kept),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             return [job.job_id for job in executor.submit_array(jobs)]
     except (RuntimeError, FailedJobError, FileNotFoundError) as error:
-        raise BadLaunch(f"the job was not submitted: {' '.join(str(error).split())}") from None
+        reason = "; ".join([" ".join(str(error).split()), *notes.on_ignored_variables()])
+        raise BadLaunch(f"the job was not submitted: {reason}") from None
 
 
 _submission_lock = threading.Lock()
@@ -205,9 +250,8 @@ def write_config(request: Request) -> None:
     path = request.run / "config.yaml"
     if path.exists() and not request.replace_settings:
         # The trainer also writes this file, formatted differently, so compare values and not text.
-        before, after = (
-            yaml.safe_dump(yaml.safe_load(text)).splitlines() for text in (path.read_text(), request.config)
-        )
+        then, now = yaml.safe_load(path.read_text()), yaml.safe_load(request.config)
+        before, after = (yaml.safe_dump(values).splitlines() for values in (_with_paths_of(then, now), now))
         changed = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[0] in "+-"][2:]
         if changed:
             shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
@@ -219,6 +263,17 @@ def write_config(request: Request) -> None:
     atomic_write(path, request.config)
 
 
+def _with_paths_of(then: Any, now: Any) -> Any:
+    """Return earlier settings with relative paths, which version 0.1 wrote, as the absolute ones of the same files."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return {name: _with_paths_of(value, now.get(name)) for name, value in then.items()}
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return [_with_paths_of(*values) for values in zip(then, now, strict=True)]
+    if isinstance(then, str) and isinstance(now, str) and os.path.abspath(then) == now:
+        return now
+    return then
+
+
 def freeze_once(folder: Path, refreeze: bool) -> tuple[snapshot.CodeSnapshot, str]:
     """Freeze the code unless that was done before.
 
@@ -226,7 +281,11 @@ def freeze_once(folder: Path, refreeze: bool) -> tuple[snapshot.CodeSnapshot, st
         The snapshot, and a note for the user if it differs from the current code.
     """
     if refreeze or not (folder / "code").exists():
-        return snapshot.freeze(folder), ""
+        lost = read_json(history.launch_folder(folder) / "code.json") if not refreeze else None
+        code = snapshot.freeze(folder)
+        if lost and lost["digest"] != code.digest:
+            return code, "the frozen code was missing; the run continues with the current code"
+        return code, ""
     code = snapshot.verify(folder)
     current, _, _ = snapshot.describe()
     if current.digest == code.digest:
@@ -236,27 +295,37 @@ def freeze_once(folder: Path, refreeze: bool) -> tuple[snapshot.CodeSnapshot, st
 
 def _check_not_in_use(run: Path) -> None:
     owner = history.read_owner(run)
-    if owner and job_control.is_alive(owner["executor"], owner["job"]):
+    if owner and job_control.is_owner_alive(owner):
         raise BadLaunch(
             f"{run} is in use by job {owner['job']}; wait for it, or `vjepa runs cancel {shlex.quote(str(run))}`"
         )
+    holder = job_control.trainer_holds(run)
+    if holder:
+        raise BadLaunch(f"{run} is in use by a trainer ({holder}); wait for it, or stop it there")
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the launch lock of a run folder.
+def locked(run: Path) -> Iterator[bool]:
+    """Hold the launch lock of a run folder, which is created if it is missing, and yield whether it was.
 
     Raises:
-        BadLaunch: another process is launching into the folder.
+        BadLaunch: another process is launching into the folder, or it cannot be created.
     """
-    history.launch_folder(run).mkdir(parents=True, exist_ok=True)
+    is_new = True
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        is_new = False
+    except OSError as error:
+        raise BadLaunch(f"cannot create run folder {run} ({error.strerror}); give another with --out") from None
+    history.launch_folder(run).mkdir(exist_ok=True)
     with (history.launch_folder(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadLaunch(f"{run} is being launched by another process right now; try again") from None
         try:
-            yield
+            yield is_new
         finally:
             # Closing the file is not enough: a child that another thread is just starting still has a copy of it.
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from vjepa_launch.policy import RankExit, is_failure
-from vjepa_launch.process_info import process_state
+from vjepa_launch.policy import STOPPED, RankExit, is_failure
+from vjepa_launch.process_info import ignores_usr2, process_state
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class RankProcess:
     stall: str = ""
     """Description of the stall, once it is detected."""
     stalled_at: float = 0.0
+    stopped_early: bool = False
+    """A stop signal came while the rank was still importing, and it was killed."""
 
     def send(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
@@ -109,18 +111,25 @@ def _prepare_child() -> None:
 
 
 def supervise(
-    ranks: Sequence[RankProcess], received: Collection[int], *, heartbeat: Path, stall_s: float
+    ranks: Sequence[RankProcess],
+    received: Collection[int],
+    *,
+    heartbeat: Path,
+    stall_s: float,
+    handles_usr2: bool = True,
 ) -> list[RankExit]:
     """Wait until all ranks have ended. Pass stop signals on, and end ranks that stall or whose run has failed.
 
     A stop signal is always passed on as USR2. A rank can save undisturbed after a second USR2, but TERM would kill a
-    rank that has no handler yet, or that has saved and is shutting down.
+    rank that has no handler yet, or that has saved and is shutting down. A rank that still ignores USR2 at the second
+    one has made no step and is killed: its start may take longer than the job has left.
 
     Args:
         ranks: the ranks of this supervisor.
         received: stop signals that this process has received; signal handlers add to it.
         heartbeat: a file that changes while the run makes progress.
         stall_s: seconds without a change of `heartbeat` after which the run counts as stalled.
+        handles_usr2: the command handles USR2 once it has started.
     """
     exits: dict[int, RankExit] = {}
     signalled_at, failed_at = -math.inf, None
@@ -133,14 +142,20 @@ def supervise(
         for rank in running:
             code = rank.process.poll()
             if code is not None:
+                if rank.stopped_early and code == -signal.SIGKILL:
+                    exits[rank.rank] = RankExit(rank.rank, STOPPED, "stopped before its first step")
+                    continue
                 reason = rank.stall or describe_exit(code)
                 exits[rank.rank] = RankExit(rank.rank, code, reason, rank.killed_by_us)
                 if is_failure(code, received) and failed_at is None:
                     failed_at = now
         if received and now - signalled_at > REPEAT_S:
-            signalled_at = now
             for rank in running:
+                if handles_usr2 and signalled_at > -math.inf and ignores_usr2(rank.process.pid):
+                    rank.stopped_early = True
+                    rank.send(signal.SIGKILL)
                 rank.send(signal.SIGUSR2)
+            signalled_at = now
         if failed_at is not None and now - failed_at > GRACE_S:
             for rank in running:
                 rank.send(signal.SIGKILL if rank.killed_by_us else signal.SIGABRT)

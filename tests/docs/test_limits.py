@@ -17,10 +17,20 @@ PAGE = ROOT / "docs" / "limits.md"
 ROWS = dict(re.findall(r"^\| `([\w.]+)` \| ([\d.]+) \|", PAGE.read_text(), flags=re.MULTILINE))
 
 LIMIT = re.compile(r"(?!.*_PER_)([A-Z_]*_(S|MIN|TRIES)|ATTEMPTS|RESTARTS|PATIENCE)")
-SETTING = re.compile(r"(.*_)?(timeout|stall|hang|notice)_(s|min)|attempts|node_failures")
+SETTING = re.compile(r"(.*_)?(timeout|stall|hang|notice)_(s|min)|(idle_)?attempts|node_failures")
 
 # Durations that limit no waiting: sizes, speeds, and sleeps of rehearsed work. In `media` they are lengths of video.
-NO_LIMITS = {"SAME_LENGTH_S", "SLOWEST_BYTES_S", "FRAMES_PER_CORE_S", "CLOCK_S", "READ_S", "STEP_S", "NO_LIMIT_MIN"}
+NO_LIMITS = {
+    "SAME_LENGTH_S",
+    "SLOWEST_BYTES_S",
+    "FRAMES_PER_CORE_S",
+    "CLOCK_S",
+    "READ_S",
+    "STEP_S",
+    "NO_LIMIT_MIN",
+    "SLURM_CLOCK_S",
+    "SHORT_S",
+}
 OF_VIDEO = re.compile(r"vjepa_data\.media\.(?!fetch|pool)")
 
 

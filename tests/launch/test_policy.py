@@ -123,6 +123,20 @@ def test_a_stop_does_not_change_the_count_of_failures() -> None:
     assert not is_requeued([LAUNCH, failed, stopped, failed], "failed")
 
 
+@pytest.mark.parametrize("outcome", ["stopped", "failed"])
+def test_a_run_without_a_checkpoint_is_not_requeued_for_ever(outcome: Outcome) -> None:
+    """Also if the scheduler ends every attempt, because the time limit is shorter than the start."""
+    events, attempts = [LAUNCH], 0
+    while is_requeued(events, outcome):
+        events.append(end(outcome))
+        attempts += 1
+        assert attempts < 10
+    decision = policy.decide(events, RULE, outcome=outcome, progress=False)
+    assert "in a row" in decision.why
+    assert is_requeued([LAUNCH, *events], outcome, progress=True)
+    assert is_requeued([*events, LAUNCH], outcome)
+
+
 def test_a_launch_by_hand_resets_the_count_of_failures() -> None:
     failed = end("failed")
     assert is_requeued([LAUNCH, failed, failed, failed, LAUNCH, failed], "failed")

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vjepa_launch import history, status
+from vjepa_launch import history, slurm, status, submit
 from vjepa_launch.drill.drill_run import DrillRun
+from vjepa_launch.request import Request
 from vjepa_launch.settings import BadLaunch, Cluster
 
 MACHINE = Cluster(executor="local", tasks_per_node=2)
@@ -114,6 +115,8 @@ time.sleep(60)
         assert read(tmp_path).state == "running"
         with (tmp_path / ".lock").open("r+") as file, pytest.raises(BlockingIOError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the query did not take the lock
+        with pytest.raises(BadLaunch, match="is in use by a trainer"):
+            submit.launch(Request(tmp_path, MACHINE, ["python"], config=CONFIG, name="tiny"))
         holder.kill()
     assert read(tmp_path).state == "idle"
 
@@ -128,6 +131,37 @@ def test_a_run_by_hand_is_done_after_its_last_step(tmp_path: Path) -> None:
     assert list(status.read_log(tmp_path)) == ["step 20\n"]
     with pytest.raises(BadLaunch, match="a log of rank 0 only; leave out --rank 3"):
         list(status.read_log(tmp_path, rank=3))
+
+
+def test_a_run_that_ended_before_its_first_step_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("pid 1 on n1\n")
+    (tmp_path / "run" / "log.txt").write_text("starting\n")
+    assert "idle (it ended before its first step; see its log)" in status.describe(tmp_path / "run")
+    assert list(status.read_log(tmp_path / "run")) == ["starting\n"]
+    assert status.find_runs(tmp_path) == [tmp_path / "run"]
+
+
+@pytest.mark.parametrize(
+    ("events", "job", "state"),
+    [
+        (["launch"], None, "cancelled"),
+        (["launch"], "CANCELLED", "cancelled"),
+        (["launch"], "FAILED", "lost"),
+        (["launch", "start"], None, "lost"),
+        (["launch", "start"], "TIMEOUT", "lost"),
+        (["launch"], "PENDING", "queued"),
+        (["launch", "start"], "SUSPENDED", "suspended"),
+    ],
+)
+def test_a_job_without_a_record_of_its_end(tmp_path: Path, events: list[str], job: str | None, state: str) -> None:
+    make_run(tmp_path, steps=5)
+    owner = {"job": "7", "executor": "slurm", "logs": str(tmp_path / "launch")}
+    jobs = {"7": slurm.QueuedJob(job, "reason")} if job else {}
+    found, _ = status._state(tmp_path, owner, [{"event": event} for event in events], jobs)
+    assert found == state
+    done = [{"event": "end", "outcome": "done", "requeue": False}]
+    assert status._state(tmp_path, owner, done, None)[0] == "done"  # the scheduler does not answer
 
 
 def test_a_folder_that_is_not_a_run_is_rejected(tmp_path: Path) -> None:

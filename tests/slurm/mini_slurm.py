@@ -195,6 +195,9 @@ def down(folder: Path) -> None:
             if not done.stdout.strip():
                 break
             time.sleep(0.2)
+    for pid in _steps(folder):  # a step that the cancellation did not end would outlive its daemon
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     for pid_file in [*sorted((folder / "run").glob("slurmd.*.pid")), *sorted((folder / "run").glob("*.pid"))]:
         if not _alive(pid_file):
             continue
@@ -210,6 +213,19 @@ def down(folder: Path) -> None:
         for path in [*sorted(group.rglob("*/"), reverse=True), group]:
             with contextlib.suppress(OSError):  # a process is still in the group
                 path.rmdir()
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the process ids of the step daemons of this cluster, which inherit its configuration."""
+    ours, found = f"SLURM_CONF={folder / 'slurm.conf'}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            is_step = (process / "comm").read_text().startswith("slurmstepd")
+            if is_step and ours in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
 
 
 def _alive(pid_file: Path) -> bool:

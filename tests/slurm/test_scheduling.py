@@ -116,10 +116,36 @@ def test_the_dry_run_shows_the_submitted_batch_script(slurm: Any, make_drill_run
     assert status.cancel(run.folder) == f"job {run.job} is cancelled"
     run.wait()
     (now,), _ = status.read_all([run.folder])
-    assert now.state == "lost"
+    assert now.state == "cancelled"
+
+
+def test_preferences_of_the_shell_do_not_hide_a_waiting_job(
+    slurm: Any, make_drill_run: Callable[..., DrillRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second job would be launched onto its folder. `scancel` by hand leaves no record, and SLURM tells of it."""
+    for name, value in (("SQUEUE_STATES", "RUNNING"), ("SQUEUE_FORMAT", "%u"), ("SBATCH_PARTITION", "nope")):
+        monkeypatch.setenv(name, value)
+    run = make_drill_run("--steps", "20")
+    cluster = PROFILE.model_copy(update={"sbatch": {"begin": "now+1hour", "export": "NONE"}})
+    run.launch(cluster)
+    with pytest.raises(BadLaunch, match=f"in use by job {run.job}"):
+        run.launch(cluster)
+    run_command("scancel", run.job)
+    run.wait_for(lambda: not run.is_alive())
+    (now,), _ = status.read_all([run.folder])
+    assert (now.state, now.detail) == ("cancelled", "while it waited in the queue")
+
+
+def test_a_run_with_an_odd_name_and_no_inherited_environment_trains(slurm: Any, tmp_path: Path) -> None:
+    run = DrillRun(tmp_path / "12:30 50% %j \\ 'ü'", "--steps", "20")
+    run.launch(PROFILE.model_copy(update={"sbatch": {"export": "NONE"}}))
+    assert run.wait(120)["outcome"] == "done", run.log()
+    assert run.wrong_steps(20) == []
+    assert "rank 0 done" in "".join(status.read_log(run.folder))
 
 
 def test_a_rejected_submission_is_an_error_of_one_line(slurm: Any, make_drill_run: Callable[..., DrillRun]) -> None:
     run = make_drill_run("--steps", "20")
     with pytest.raises(BadLaunch, match=r"the job was not submitted: .*invalid partition specified: nope"):
         run.launch(PROFILE.model_copy(update={"partition": "nope"}))
+    assert not run.folder.exists()

@@ -84,6 +84,7 @@ def examine(folder: Path, more: Sequence[Check] = ()) -> list[Finding]:
         _check_versions,
         _check_torch,
         _check_shared_memory,
+        _check_cores,
         _check_open_files,
         lambda: _check_disk(folder),
         _check_scheduler,
@@ -156,6 +157,15 @@ def _check_shared_memory() -> list[Finding]:
     return [Finding("shared memory", "ok" if gib >= SHARED_MEMORY_GIB else "bad", text, Measure(gib, "GiB free"))]
 
 
+def _check_cores() -> list[Finding]:
+    """Compare the cores that this process may use with those that its job asked for (`cpus_per_task`)."""
+    cores, asked = len(os.sched_getaffinity(0)), int(os.environ.get("SRUN_CPUS_PER_TASK") or 0)
+    if cores < asked:
+        text = f"{cores} of the {asked} that cpus_per_task asks for; see TaskPlugin, and `srun: [--cpu-bind=none]`"
+        return [Finding("cores", "bad", text)]
+    return [Finding("cores", "ok", f"{cores} for this process" + (f", {asked} asked for" if asked else ""))]
+
+
 def _check_open_files() -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
@@ -198,7 +208,8 @@ def _check_scheduler() -> list[Finding]:
         jobs = slurm.queued_jobs()
     except slurm.SchedulerUnreachable as error:
         return [Finding("SLURM", "bad", str(error))]
-    return [Finding("SLURM", "ok", f"answers in {time.perf_counter() - start:.0f} s; you have {len(jobs)} jobs")]
+    alive = sum(job.is_alive for job in jobs.values())
+    return [Finding("SLURM", "ok", f"answers in {time.perf_counter() - start:.0f} s; you have {alive} jobs")]
 
 
 def _check_wandb() -> list[Finding]:
