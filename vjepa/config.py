@@ -7,6 +7,7 @@ Settings live beside the code that they configure: `vjepa_data.settings` (data, 
 `vjepa.methods.*.settings` (one file per method). This module adds the trainer's own and puts them together.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,7 +23,7 @@ from vjepa.nn.settings import EncoderSize as EncoderSize
 from vjepa.nn.settings import Model
 from vjepa.nn.settings import Transformer as Transformer
 from vjepa_data.config_files import Loaded, Variants, find_file, load_settings, move_renamed
-from vjepa_data.settings import Data, Loader, Settings, Share
+from vjepa_data.settings import BadInput, Data, Loader, Settings, Share
 
 Objective = Annotated[SerializeAsAny[MethodSettings], BeforeValidator(read_method_settings), Variants(settings_classes)]
 """Settings of any registered method (`vjepa.methods.settings.METHODS`)."""
@@ -293,6 +294,51 @@ class Run(Settings):
     def accumulate(self) -> int:
         """Micro-batches per step on each rank."""
         return self.parallel.accumulate
+
+    def check_ranks(self, ranks: int) -> None:
+        """Check that a number of ranks can share the work, which only a launcher or the process group knows.
+
+        Raises:
+            BadInput: the ranks, or the micro-batches of a rank, do not divide the batch.
+        """
+        size, parts, lanes = self.batch_size, self.parallel.accumulate, self.data.lanes
+        if size % ranks or (lanes or size) % ranks:
+            what = f"the {lanes} lanes of the data" if lanes and not size % ranks else f"batch_size ({size})"
+            raise BadInput(f"the number of ranks ({ranks}) must divide {what}; change either")
+        if (size // ranks) % parts:
+            raise BadInput(
+                f"parallel.accumulate ({parts}) must divide the {size // ranks} clips of each of {ranks} ranks; set it "
+                f"to a divisor, or change batch_size ({size})"
+            )
+        if ranks % self.parallel.replicate:
+            raise BadInput(
+                f"parallel.replicate ({self.parallel.replicate}) must divide the number of ranks ({ranks}); "
+                f"1 shards over all of them"
+            )
+
+    def with_absolute_paths(self) -> "Run":
+        """Return the same run with absolute paths, which mean the same in every working folder."""
+        sources = tuple(
+            source.model_copy(update={"shards": _absolute(source.shards), "without": _absolute(source.without)})
+            for source in self.data.sources
+        )
+        probe = self.track.probe
+        return self.model_copy(
+            update={
+                "start": _absolute(self.start),
+                "data": self.data.model_copy(update={"sources": sources}),
+                "loader": self.loader.model_copy(update={"cache": _absolute(self.loader.cache)}),
+                "checkpoint": self.checkpoint.model_copy(update={"folder": _absolute(self.checkpoint.folder)}),
+                "track": self.track.model_copy(
+                    update={"probe": probe and probe.model_copy(update={"shards": _absolute(probe.shards)})}
+                ),
+            }
+        )
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return a path that does not depend on the working folder. URLs stay as they are."""
+    return path if path is None or "://" in path else os.path.abspath(path)
 
 
 def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:

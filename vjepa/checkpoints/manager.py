@@ -175,6 +175,8 @@ class CheckpointManager:
             sync_folder(path.parent)
             _write_synced(path.parent / "latest.part", path.name + "\n")
             os.replace(path.parent / "latest.part", path.parent / "latest")
+            if path.parent.resolve() != self._notes.resolve():
+                self._note(path)
         self._intact.add(path)
         log.info("step %d: saved %s", step_of(path), path)
         self._prune()

@@ -54,9 +54,12 @@ def occupy(folder: Path, world: World) -> Iterator[None]:
 def _lock(folder: Path) -> int | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
     except OSError as error:
-        raise BadInput(f"cannot write to run folder {folder} ({error.strerror}); give another with --out") from None
+        where = error.filename or folder
+        raise BadInput(
+            f"cannot write to run folder {folder} ({where}: {error.strerror}); give another with --out"
+        ) from None
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -134,7 +137,15 @@ def code_version() -> dict[str, str]:
 
 def _git(root: Path, *words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["git", "-C", root, *words],
+            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=False,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()

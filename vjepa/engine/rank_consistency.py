@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,22 @@ def check_alike(world: World, facts: Mapping[str, str]) -> None:
             raise BadInput(
                 f"rank {', '.join(map(str, odd[:8]))} differs from the other ranks in {name} "
                 f"({values[odd[0]]}, the others {usual}); start all ranks with the same one"
+            )
+
+
+def check_frozen_code() -> None:
+    """Check that this process runs the code that was frozen for its run, if `vjepa launch` started it.
+
+    Raises:
+        BadInput: another copy of a package came first on the path.
+    """
+    frozen = os.environ.get("VJEPA_CODE")
+    for room in ROOMS if frozen else ():
+        place = Path(str(importlib.import_module(room).__file__)).resolve().parent
+        if place.parent != Path(str(frozen)).resolve():
+            raise BadInput(
+                f"this rank runs {room} from {place.parent} and not the frozen code in {frozen}; see to PYTHONPATH, "
+                f".pth files and the profile's `python` and `setup`"
             )
 
 

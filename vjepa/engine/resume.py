@@ -1,14 +1,20 @@
 """Settings that may change between two attempts of a run: those that leave the steps already made unchanged."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from vjepa.checkpoints import storage
+from vjepa.checkpoints.checkpoint import check_moved
 from vjepa.config import Run
 from vjepa.engine.schedule import rates_at
 from vjepa_data.config_files import move_renamed
 from vjepa_data.settings import BadInput
+from vjepa_launch.history import check_checkpoints_exist
+from vjepa_launch.settings import BadLaunch
 
 # Name, place, speed and logging. The folders of shards may change too: their hashes tell whether they are the same.
 HARMLESS = ("name", "parallel.", "loader.", "checkpoint.", "track.", "health.", "data.rejects.", "start")
@@ -57,6 +63,8 @@ def check_changes(
     for name, (old, new) in changes.items():
         if name.startswith(HARMLESS) or (name.startswith("data.sources.") and name.endswith(".shards")):
             continue
+        if name.endswith(".without") and old and new and os.path.abspath(old) == os.path.abspath(new):
+            continue
         if name in SCHEDULE and _same_past(then, run, step):
             continue
         why = "past steps would have used other rates" if name in SCHEDULE else "past steps would differ"
@@ -65,6 +73,25 @@ def check_changes(
             f"with --out (and start=CHECKPOINT to begin it from these weights)"
         )
     return changes
+
+
+def check_checkpoints(folder: Path, home: Path) -> None:
+    """Check that a run without checkpoints never had any. Starting at step 0 would lose them and its record silently.
+
+    Args:
+        folder: folder of the run.
+        home: folder of its checkpoints, which holds none.
+
+    Raises:
+        BadInput: there are some elsewhere, or the record of the run tells of some.
+    """
+    check_moved(folder, home)
+    if storage.is_remote(home) and storage.children(home):
+        return  # all of them were set aside
+    try:
+        check_checkpoints_exist(folder, home)
+    except BadLaunch as error:
+        raise BadInput(str(error)) from None
 
 
 def _same_past(then: Mapping[str, Any], run: Run, step: int) -> bool:

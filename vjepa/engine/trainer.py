@@ -19,10 +19,10 @@ from vjepa.engine import skipped_batches
 from vjepa.engine.attempt import Attempt
 from vjepa.engine.loop import train_steps
 from vjepa.engine.optimizer import build_optimizer
-from vjepa.engine.rank_consistency import check_data, check_program
-from vjepa.engine.resume import check_changes
+from vjepa.engine.rank_consistency import check_data, check_frozen_code, check_program
+from vjepa.engine.resume import check_changes, check_checkpoints
 from vjepa.engine.rollback import roll_back
-from vjepa.engine.signals import stop_signals
+from vjepa.engine.signals import Stop, stop_signals
 from vjepa.methods.base import Method, Networks, create_method
 from vjepa.monitoring.health import HealthMonitor, Unhealthy, read_history
 from vjepa.monitoring.logger import RunLogger, logging_to
@@ -59,35 +59,42 @@ def train(run: Run, folder: Path) -> int:
         BadInput: the folder is in use, the data is missing, or settings do not fit the checkpoint.
         Unhealthy: the run diverged or collapsed, also after going back to a checkpoint.
     """
-    with (
-        join(run.parallel) as world,
-        occupy(folder, world),
-        logging_to(folder / "log.txt", world),
-        stop_signals(world) as stop,
-    ):
-        for left in reversed(range(run.health.roll_backs + 1)):
-            try:
-                with start(run, folder, world) as attempt:
-                    return train_steps(run, attempt, stop)
-            except Unhealthy as error:
-                if not left:
-                    raise
-                log.warning("%s", error)
-                roll_back(run, folder, world, healthy=error.healthy, last=error.last)
-            except torch.OutOfMemoryError as error:
-                error.add_note(MEMORY_ADVICE)
+    check_frozen_code()
+    run = run.with_absolute_paths()
+    with join(run.parallel) as world:
+        run.check_ranks(world.size)
+        with occupy(folder, world), logging_to(folder / "log.txt", world), stop_signals(world) as stop:
+            return train_with_roll_backs(run, folder, world, stop)
+
+
+def train_with_roll_backs(run: Run, folder: Path, world: World, stop: Stop) -> int:
+    """Train, and go back to a healthy checkpoint as often as the settings allow. See `train`."""
+    for left in reversed(range(run.health.roll_backs + 1)):
+        try:
+            with start(run, folder, world) as attempt:
+                return train_steps(run, attempt, stop)
+        except Unhealthy as error:
+            if not left:
                 raise
+            log.warning("%s", error)
+            roll_back(run, folder, world, healthy=error.healthy, last=error.last)
+        except torch.OutOfMemoryError as error:
+            error.add_note(MEMORY_ADVICE)
+            raise
     raise AssertionError("not reached")
 
 
 @contextmanager
 def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
     """Build an attempt, restore the newest checkpoint, and close everything at the end."""
+    if world.is_first:
+        ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"
+        log.info("starting %s in %s: checking settings, code and data of %s", run.name, folder, ranks)
     check_program(run, world)
     directory = checkpoint.checkpoint_dir(folder, run.checkpoint)
     newest = checkpoint.find_newest(directory, world)
     if newest is None:
-        world.first(lambda: checkpoint.check_moved(folder, directory))
+        world.first(lambda: check_checkpoints(folder, directory))
     metadata = checkpoint.read_metadata(newest) if newest else None
     step = metadata.step if metadata else 0
     with ExitStack() as at_end:

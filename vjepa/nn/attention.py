@@ -197,6 +197,7 @@ def choose(
     """
     if backend == "sdpa":
         return "sdpa"
+    passed_over = []
     for name in ("varlen", "xformers") if backend == "auto" else (backend,):
         reason = refusal(name, device, dtype, head_widths=head_widths, compiled=compiled, causal=causal)
         if not reason:
@@ -204,8 +205,8 @@ def choose(
             return name
         if backend != "auto":
             raise BadInput(f"parallel.attention ({name}) does not work here: {reason}; try auto")
-        log.info("attention: %s does not work here: %s", name, reason)
-    log.info("attention: sdpa")
+        passed_over.append(f"{name}: {reason}")
+    log.info("attention: sdpa, on %s (for %s)", device.type, "; for ".join(passed_over))
     return "sdpa"
 
 
