@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vjepa.cli import APP, VERB_FILES, main
+from vjepa.cli import APP, VERB_FILES, full_disk, main
 from vjepa.evals import results, shell
 from vjepa.evals.base import EvaluationSettings
 from vjepa.evals.registry import EVALUATIONS, EvaluationEntry
@@ -78,6 +78,8 @@ def test_every_verb_explains_itself(words: str, capsys: pytest.CaptureFixture[st
         ("runs show EMPTY", "is not a run folder"),
         ("launch CONFIG --on h10", "h10 is neither a file nor one of the shipped h100, h200, local"),
         ("launch CONFIG --on ./h100", "h100: cannot be read"),
+        ("launch CONFIG --on local parallel.accumulate=3", "parallel.accumulate (3) must divide"),
+        ("verify RUN", "RUN is a run without a checkpoint"),
         ("demo --out NOTES", "is not empty and not from a demo"),
     ],
 )
@@ -86,6 +88,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "RUN" / "checkpoints").mkdir(parents=True)
     (tmp_path / "NOTES").mkdir()
     (tmp_path / "NOTES" / "notes.mp4").write_text("not a video")
     before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
@@ -183,8 +186,9 @@ def test_a_machine_without_any_network_interface_is_one_line(run_file: Path) -> 
     words = [*alone, sys.executable, "-m", "vjepa", "train", str(run_file), "--out", str(run_file.parent / "run")]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("vjepa train: this machine has no network interface")
-    assert done.stderr.count("\n") == 1
+    starting, refusal = done.stderr.splitlines()
+    assert "starting tiny" in starting
+    assert refusal.startswith("vjepa train: this machine has no network interface")
     assert not (run_file.parent / "run").exists()
 
 
@@ -207,6 +211,41 @@ def test_an_error_of_the_file_system_is_one_line(run_file: Path, capsys: pytest.
     long = "x" * 300
     assert main(["show", str(run_file), "--masks", f"{long}.png"]) == 2
     assert "File name too long; choose another path" in capsys.readouterr().err.strip()
+
+
+def test_launching_a_run_that_is_done_submits_nothing(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "done" / "checkpoints" / "step_00009999").mkdir(parents=True)
+    assert main(["launch", str(run_file), "--on", "local", "--out", str(tmp_path / "done"), "steps=9999"]) == 0
+    assert "done is done at step 9999" in capsys.readouterr().out
+    assert not (tmp_path / "done" / "launch").exists()
+
+
+def test_torchrun_hears_the_reason_of_a_refusal(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["show", str(run_file), "seed=-1"]) == 2
+    assert "vjepa show: command line: seed" in (tmp_path / "error.json").read_text()
+
+
+def test_a_working_folder_that_was_removed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["show", "demo"]) == 2
+    assert capsys.readouterr().err == "vjepa: the working folder does not exist any more; change to another folder\n"
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "demo", "--out", str(tmp_path), "steps=1"]
+    assert full_disk(words) == ""
+    full = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    assert Path(full_disk(words)).is_mount()
 
 
 def test_a_list_of_runs_in_a_file_is_not_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

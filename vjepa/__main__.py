@@ -16,12 +16,22 @@ def main() -> int:
                 stream.reconfigure(errors="surrogateescape")
         configure_threads()
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # spares a search of all installed packages
+        hide_leaks_of_killed_processes()
         from vjepa.cli import main
 
         return main()
     except KeyboardInterrupt:
         print("vjepa: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def hide_leaks_of_killed_processes() -> None:
+    """Keep Python's resource tracker, a child process, from reporting semaphores of loader workers after a kill -9.
+
+    It removes them, so that there is nothing for a user to do.
+    """
+    given = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [given, "ignore:resource_tracker:UserWarning"]))
 
 
 if __name__ == "__main__":

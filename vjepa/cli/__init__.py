@@ -8,12 +8,19 @@ Each verb imports heavy modules only when it is called, so `vjepa show` answers 
 login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 saved and stopped; requeue to resume.
 """
 
+import contextlib
 import errno
 import importlib
+import io
+import json
 import logging
 import os
+import pathlib
+import shutil
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 
 from vjepa.cli.app import APP, CommandLineError, read_command
@@ -21,18 +28,29 @@ from vjepa.cli.app import APP, CommandLineError, read_command
 VERB_FILES = ("runs", "datasets", "models", "evals")
 """Modules of this package that declare verbs, in the order of `vjepa --help`."""
 
+LITTLE_BYTES = 1 << 20
+"""A disk with less free space counts as full."""
+
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {
     **dict.fromkeys(DISK_IS_FULL, "make room, then run the command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another path, or ask for write permission"),
     **dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG), "choose another path"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit with `ulimit -n 4096`"),
 }
 """Errors of the file system that a user can fix, and how."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed as they are
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("vjepa: the working folder does not exist any more; change to another folder", file=sys.stderr)
+        return 2
     for name in VERB_FILES:
         importlib.import_module(f"vjepa.cli.{name}")
         if words and words[0] in APP and not words[0].startswith("-"):
@@ -59,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except user_errors() as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        tell_torchrun(f"{prog}: {error}")
         return 2
     except BrokenPipeError:  # the reader of our output is gone: `vjepa show demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,9 +85,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{prog}: {where}{error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
+        place = error.filename or (full_disk(words) if error.errno in DISK_IS_FULL else "")
+        where = f"{place}: " if place else ""
+        text = f"{prog}: {where}{error.strerror}; {REMEDIES[error.errno]}"
+        print(text, file=sys.stderr)
+        tell_torchrun(text)
         return 1 if error.errno in DISK_IS_FULL else 2
+
+
+def full_disk(words: Sequence[str]) -> str:
+    """Return the mount point of a full disk among those that a command line names, or an empty string.
+
+    A failed write does not tell which file it was meant for.
+    """
+    named = [word.partition("=")[2] or word for word in words if not word.startswith("-")]
+    for place in map(os.path.realpath, [*named, os.curdir, tempfile.gettempdir(), os.path.expanduser("~")]):
+        if os.path.exists(place) and shutil.disk_usage(place).free < LITTLE_BYTES:
+            while not os.path.ismount(place):
+                place = os.path.dirname(place)
+            return place
+    return ""
+
+
+def tell_torchrun(text: str) -> None:
+    """Give torchrun the reason of a failure, which it prints at the end of its own report on the ranks."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with contextlib.suppress(OSError):
+            shown = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+            pathlib.Path(file).write_text(json.dumps({"message": shown}))
 
 
 def user_errors() -> tuple[type[Exception], ...]:

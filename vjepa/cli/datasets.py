@@ -125,12 +125,19 @@ def verify(place: str, /, *, deep: bool = False, workers: Workers = None) -> int
         deep: Decode every clip of a corpus as well.
     """
     from vjepa_data.corpus.http_client import public_url
+    from vjepa_data.errors import BadInput
 
     folder = Path(place)
+    if folder.is_dir() and not any(
+        (folder / name).exists() for name in ("manifest.json", "config.yaml", "checkpoints")
+    ):
+        raise BadInput(f"{folder} is neither a corpus (manifest.json is missing) nor a run (config.yaml is missing)")
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         from vjepa.checkpoints.checkpoint import checkpoint_dir, find_corruption, list_checkpoints
 
         paths = list_checkpoints(checkpoint_dir(folder))
+        if not paths:
+            raise BadInput(f"{folder} is a run without a checkpoint, so there is nothing to verify; train it first")
         problems = []
         with progress("reading checkpoints") as advance:
             for done, path in enumerate(paths, 1):

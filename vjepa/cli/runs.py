@@ -1,16 +1,22 @@
 """Verbs for people who train: inspect settings, train here or on a cluster, follow runs."""
 
+import logging
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from vjepa.cli.app import Amount, Config, Count, Number, Settings, verb, verb_group
 from vjepa.cli.cluster import Nodes, On, launch_array, load_profile, print_launched
 from vjepa.progress import progress
+
+if TYPE_CHECKING:
+    from vjepa.config import Run
+
+log = logging.getLogger(__name__)
 
 RunFolder = Annotated[Path, Parameter(help="Run folder.")]
 
@@ -103,10 +109,15 @@ def train(config: Config, /, *, out: Path | None = None, settings: Settings) -> 
         out: Run folder. By default runs/NAME. A run that exists is continued.
     """
     from vjepa.config import load
+    from vjepa.engine.open_files import allow_open_files
+
+    run = load(config, settings).settings
+    allow_open_files(run.loader.workers)
+    if os.environ.get("RANK", "0") == "0":
+        log.info("starting %s; loading torch takes a while", run.name)
     from vjepa.engine.trainer import train
     from vjepa.monitoring.health import Collapsed, Unhealthy
 
-    run = load(config, settings).settings
     try:
         return train(run, out or Path("runs") / run.name)
     except (Unhealthy, Collapsed) as error:
@@ -142,6 +153,7 @@ def launch(
     from vjepa_launch.request import Request, train_command
 
     profile = load_profile(on, nodes)
+    ranks = profile.nodes * profile.ranks_per_node
     if is_sweep(Path(config)):
         plan = load_settings(sweep.Sweep, Path(config), settings).settings
         folder = (out or Path("runs") / plan.name).resolve()
@@ -149,7 +161,7 @@ def launch(
             array.Element(
                 variant.name,
                 tuple(train_command(folder / variant.name)),
-                dump_settings(load(plan.config, variant.overrides).settings),
+                dump_settings(_runnable(load(plan.config, variant.overrides).settings, ranks)),
             )
             for variant in sweep.expand(plan)
         ]
@@ -159,16 +171,25 @@ def launch(
         )  # fmt: skip
         launch_array(variants, dry_run=dry_run)
         return
-    run = load(config, settings).settings
+    run = _runnable(load(config, settings).settings, ranks)
     folder = (out or Path("runs") / run.name).resolve()
     request = Request(
         folder, profile, train_command(folder), config=dump_settings(run), name=run.name, refreeze=refreeze,
         replace_settings=replace_settings,
     )  # fmt: skip
+    done = submit.done_at(request)
     if dry_run:
         print(submit.describe(request), end="")
+    elif done:
+        print(f"nothing to launch: {folder} is done at step {done}; more steps=... and --replace-settings continue it")
     else:
         print_launched(submit.launch(request))
+
+
+def _runnable(run: "Run", ranks: int) -> "Run":
+    """Return a run as a job must see it, in any working folder, after checks that would else fail after the queue."""
+    run.check_ranks(ranks)
+    return run.with_absolute_paths()
 
 
 def is_sweep(path: Path) -> bool:
@@ -288,7 +309,7 @@ def doctor(
         folder = (folder / "doctor" / time.strftime("%Y%m%d-%H%M%S")).resolve()
         about = [str(folder / "config.yaml")] if run else []
         command = ["python", "-m", "vjepa", "doctor", *about, "--visit", str(folder)]
-        run_file = dump_settings(run) if run else "name: doctor\n"
+        run_file = dump_settings(run.with_absolute_paths()) if run else "name: doctor\n"
         with progress("checking nodes"):
             found = cluster.examine_cluster(folder, load_profile(on, nodes), command, config=run_file)
         findings = cluster.compare(found)
