@@ -18,6 +18,7 @@ from vjepa.config import Run
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import join
 from vjepa.methods.base import MaskedClips, create_method
+from vjepa.methods.lewm.method import ActedClips
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.grid import Grid
 from vjepa_data.rng import generator
@@ -48,6 +49,19 @@ CASES: dict[str, dict[str, Any]] = {
         for variety in ("sigreg", "vicreg", "barlow")
     },
     "levjepa class token": {**LEVJEPA, "model": {"class_token": True, "causal": True}},
+    "lewm": {
+        "data": {"signals": ["action"]},
+        "model": {"tubelet_frames": 1, "rope": "sincos"},
+        "objective": {
+            "name": "lewm",
+            "normalise": "none",
+            "latent": [16, 8],
+            "rollout_steps": 2,
+            "slices": 16,
+            "temporal_weight": 0.1,
+            "straight_weight": 0.1,
+        },
+    },
 }
 
 
@@ -69,7 +83,9 @@ def settings(case: str) -> Run:
         "optim": {"lr": 1e-3},
     }
     for name, change in CASES[case].items():
-        values[name] = {**values[name], **change} if name in ("model", "objective") else change
+        if "name" in change and change["name"] == "lewm":
+            values[name] = {}  # a method without masks
+        values[name] = {**values[name], **change}
     return Run.model_validate(values)
 
 
@@ -86,6 +102,15 @@ def masked_clips(run: Run, slots: range) -> list[MaskedClips]:
     return found
 
 
+def acted_clips(slots: range) -> ActedClips:
+    """Clips of some slots with actions, one of which is not valid."""
+    draws = [generator(0, "acted", slot) for slot in slots]
+    frames = np.stack([draw.standard_normal((4, 3, PX, PX), dtype="float32") for draw in draws])
+    actions = np.stack([draw.standard_normal((3, 2), dtype="float32") for draw in draws])
+    valid = torch.tensor([[True, True, slot != 1] for slot in slots])
+    return ActedClips(torch.from_numpy(frames), torch.from_numpy(actions), valid, 0, tuple(slots))
+
+
 def main(out: Path) -> None:
     """One rank: the loss and all gradients of every case."""
     torch.set_num_threads(1)
@@ -98,7 +123,8 @@ def main(out: Path) -> None:
             networks = method.build()
             shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
             mine = range(world.rank * share, (world.rank + 1) * share)
-            loss = method.loss(networks, masked_clips(run, mine), step=0)
+            inputs = acted_clips(mine) if run.objective.name == "lewm" else masked_clips(run, mine)
+            loss = method.loss(networks, inputs, step=0)
             (loss.value * world.size).backward()
             found[case] = {
                 "loss": world.sum(loss.value.detach()),

@@ -50,6 +50,8 @@ def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: to
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
     is_sharded = mesh.size() > 1 or half or settings.offload
     for name, network in networks.items():
+        if name in networks.constants:
+            continue
         is_trained = name in networks.trained
         for block in blocks_of(network):
             if is_trained:

@@ -50,12 +50,14 @@ def sum_metrics(losses: Sequence[Loss], world: World) -> dict[str, Tensor]:
     """Sum the loss and its named parts over micro-batches and ranks, in one message.
 
     Returns:
-        `total` and the names of `Loss.metrics`; with `baseline`, `explained` is the share that the model explains.
+        `total` and the names of `Loss.metrics` and `Loss.ratios`. With `baseline`, `explained` is the share that the
+        model explains.
     """
     names = ["total", *losses[0].metrics]
     assert all([*loss.metrics] == names[1:] for loss in losses), "micro-batches report different metrics"
     parts = torch.stack([torch.stack([loss.value.detach(), *loss.metrics.values()]) for loss in losses])
     metrics = dict(zip(names, world.sum(parts.sum(0)), strict=True))
+    metrics |= {name: metrics[over] / metrics[under] for name, (over, under) in losses[0].ratios.items()}
     if "baseline" in metrics:
         metrics["explained"] = 1 - metrics["total"] / metrics.pop("baseline")
     return metrics

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from vjepa.compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode, storage_key, tree_leaves
 from vjepa.config import Run
 from vjepa.distributed.sharding import PRODUCTS, blocks_of
-from vjepa.methods.base import Networks, create_method
+from vjepa.methods.base import Method, Networks, create_method
 from vjepa_data.reader.batch import Batch, Clips
 
 COUNTED_CLIPS = 64
@@ -113,7 +113,7 @@ def _count(run: Run, frames: int) -> StepCounts:
     live, flops = _LiveBytes(ignored, saved), FlopCounterMode(display=False, custom_mapping=ATTENTION)
     blocks = [block for network in networks.trained.values() for block in blocks_of(network)]
     with live, flops, _observed(networks, blocks, saved, flops) as forward:
-        inputs = method.prepare(_batch(run, frames), META)
+        inputs = method.prepare(_batch(run, method, frames), META)
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             loss = method.loss(networks, inputs, step=0)
         forward_flops, peak = flops.get_total_flops(), live.peak
@@ -136,10 +136,12 @@ def _count(run: Run, frames: int) -> StepCounts:
     )
 
 
-def _batch(run: Run, frames: int) -> Batch:
+def _batch(run: Run, method: Method, frames: int) -> Batch:
     px, slots = run.data.crop.px, tuple(range(COUNTED_CLIPS))
     pixels = torch.empty(COUNTED_CLIPS, frames, px, px, 3, dtype=torch.uint8, device=META)
-    clips = Clips(pixels, slots=slots, keys=("",) * len(slots), sources=(0,) * len(slots), start_s=(0.0,) * len(slots))
+    signals = method.example_signals(len(slots), frames, META)
+    names = {"keys": ("",) * len(slots), "sources": (0,) * len(slots), "start_s": (0.0,) * len(slots)}
+    clips = Clips(pixels, slots=slots, signals=signals, **names)
     return Batch(0, (clips,))
 
 

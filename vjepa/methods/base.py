@@ -25,7 +25,7 @@ from vjepa.methods.settings import METHODS, MethodSettings, RunSettings, import_
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import normalise
 from vjepa.nn.grid import Grid
-from vjepa_data.reader.batch import Batch
+from vjepa_data.reader.batch import Batch, Signal
 
 MONITORED_TOKENS = 4096
 """Tokens whose features the collapse monitors see, at most, for each micro-batch."""
@@ -57,6 +57,10 @@ class Networks:
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
     """Pretrained networks that stay as they are: sharded, neither optimized nor saved."""
 
+    constants: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Small networks of numbers that training does not change and a model needs, such as the scale of actions: whole on
+    each rank, fp32, saved. The name `dynamics.actions` makes the tensors a part of the network `dynamics`."""
+
     exported: str = "encoder"
     """Name of the encoder that evaluations and exports use."""
 
@@ -65,10 +69,11 @@ class Networks:
         return dict(self.items())[name]
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield all networks by name: trained, averages, frozen."""
+        """Yield all networks by name: trained, averages, frozen, constants."""
         yield from self.trained.items()
         yield from ((name, average.network) for name, average in self.averages.items())
         yield from self.frozen.items()
+        yield from self.constants.items()
 
     @property
     def saved(self) -> dict[str, nn.Module]:
@@ -128,6 +133,9 @@ class Loss:
 
     tokens: TokenCounts = TokenCounts()
 
+    ratios: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Ratios of two metrics to log, by name: numerator and denominator, each summed over micro-batches and ranks."""
+
 
 class Method(ABC):
     """A way to train networks on clips. Subclasses live in a folder each and are registered in `METHODS`."""
@@ -149,6 +157,17 @@ class Method(ABC):
         Args:
             attention: backend of attention over packed sequences, see `vjepa.nn.attention.choose`.
         """
+
+    def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
+        """Return signals of the shapes that `prepare` reads, with any values; by default none.
+
+        `vjepa estimate` counts a step without a corpus, and a corpus alone knows these shapes.
+
+        Args:
+            clips, frames: number of clips and of their frames.
+            device: where the signals lie.
+        """
+        return {}
 
     @abstractmethod
     def prepare(self, batch: Batch, device: torch.device) -> Any:

@@ -41,6 +41,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return result
 
 
+def world_size() -> int:
+    """Return the number of ranks. Each adds this share of a term that is the same number on all of them."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def directions(*, seed: int, step: int, width: int, slices: int, device: torch.device) -> Float[Tensor, "d s"]:
     """Return random unit vectors: a function of the seed and the step, the same on all ranks."""
     drawn = generator(seed, "slices", step).standard_normal((width, slices), dtype="float32")

@@ -40,7 +40,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(settings.width, hidden)
         self.fc2 = nn.Linear(hidden, settings.width)
 
-    def forward(self, x: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+    def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
         return self.fc2(F.gelu(self.fc1(x)))
 
 

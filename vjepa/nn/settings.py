@@ -72,7 +72,10 @@ class Model(Settings):
     """A registry name (`vit_large`), or `{name: custom, width: 96, depth: 4, heads: 3}`."""
 
     predictor: Transformer = Transformer(width=384, depth=12, heads=12)
-    """Narrow transformer that predicts the features of hidden tokens."""
+    """Narrow transformer that predicts the features of hidden tokens, or of the next frame."""
+
+    window: int | None = Field(default=None, ge=1)
+    """Frames that a dynamics predictor attends to, with the newest one. By default all earlier frames of the clip."""
 
     patch_px: int = Field(default=16, ge=1)
     """Height and width of a token, in pixels."""

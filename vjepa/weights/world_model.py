@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa.nn.grid import Grid, clip_grid
+from vjepa.nn.latent_dynamics import LatentDynamics
 from vjepa.nn.predictor import Predictor, PredictorInput
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
@@ -62,6 +63,13 @@ PARTS = (
         build=lambda model, shape: Predictor(model, shape("predictor.mask_tokens")[0]),
         capability="predict",
         methods=("vjepa2", "vjepa2_1"),
+    ),
+    PartKind(
+        name="dynamics",
+        marker="dynamics.projector.0.weight",
+        build=LatentDynamics.of_shapes,
+        capability="rollout",
+        methods=("lewm",),
     ),
 )
 
@@ -218,18 +226,36 @@ class WorldModel(nn.Module):
         return predictor([PredictorInput(context, visible, hidden, grid, mask_kind, still=still)])[0]
 
     def rollout(
-        self, frames: UInt8[Tensor, "B T H W C"], actions: Float[Tensor, "B S A"]
+        self, frames: UInt8[Tensor, "B T H W C"], actions: Float[Tensor, "B V A"]
     ) -> Float[Tensor, "B S h w D"]:
-        """Predict the features of the next S steps after the clips, under these actions.
+        """Predict the latents of the next S frames under actions.
 
         Args:
-            frames: the clips to start from.
-            actions: action of each step.
+            frames: the frames that are known, at the rate of the model's clips.
+            actions: actions in their own units: those between the known frames, then one for each step to predict,
+                V = T - 1 + S.
+
+        Returns:
+            Latents to compare with `latents`. A model whose latents are vectors has h = w = 1.
 
         Raises:
-            BadInput: the model has no dynamics predictor.
+            BadInput: the model has no dynamics predictor, or the actions do not fit.
+
+        Example:
+            >>> model = vjepa.load("runs/lewm_two_room")
+            >>> frames = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
+            >>> model.rollout(frames, torch.zeros(1, 16, 2)).shape
+            torch.Size([1, 16, 1, 1, 32])
         """
         return self._require("rollout").rollout(self.encoder, frames, actions)
+
+    def latents(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B T h w D"]:
+        """Encode each frame alone, to the latents that `rollout` predicts.
+
+        Raises:
+            BadInput: the model has no dynamics predictor, or the frames have another form.
+        """
+        return self._require("rollout").latents(self.encoder, frames)
 
     def _find(self, capability: Capability) -> nn.Module | None:
         return next((self.parts[kind.name] for kind in self._kinds if kind.capability == capability), None)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vjepa.methods.base import Average, Loss, MaskedClips, MaskingMethod, Networks, TokenCounts
 from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.methods.masking import Mask, sample_masks
-from vjepa.methods.regularizers import barlow, directions, sigreg, sum_over_ranks, vicreg
+from vjepa.methods.regularizers import barlow, directions, sigreg, sum_over_ranks, vicreg, world_size
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, pixel_statistics
 from vjepa.nn.grid import Grid
@@ -104,7 +104,7 @@ class LeVJEPA(MaskingMethod):
         first, rest = embeddings[0], embeddings[1:]
         error = (rest - first).square().mean(-1).mean(0).sum() / batch_size
         # Every rank adds its share of the same number.
-        spread = self.regularizer(embeddings, inputs[0].step) / _world_size()
+        spread = self.regularizer(embeddings, inputs[0].step) / world_size()
         value = error + settings.weight * spread
         with torch.no_grad():
             middle = sum_over_ranks(first.sum(0)) / batch_size
@@ -216,7 +216,3 @@ def _by_view(parts: Sequence[Tensor], groups: int) -> Float[Tensor, "views n E"]
     """Stack embeddings that are ordered by group of clips and, inside a group, by view."""
     views = len(parts) // groups
     return torch.stack([torch.cat([parts[group * views + view] for group in range(groups)]) for view in range(views)])
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

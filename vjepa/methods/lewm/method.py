@@ -1,0 +1,228 @@
+"""LeWM: an encoder of single frames and a predictor of the next frame's latent, trained together without a teacher.
+
+    frame t --encoder--> tokens --projector--> z_t         a_t: everything that acts between frames t and t + 1
+    loss = mean_t (p_{t+1} - z_{t+1})^2                    p_{t+1} predicted from z_{<=t} and a_{<=t}
+         + rollout  * the same, from z_0 and predictions alone
+         + SIGReg   of z at each time, over the batch
+         + inverse  * (a_t - recovered from z_t and z_{t+1})^2
+         + temporal * (z_{t+1} - z_t)^2  + straight * (1 - cos of neighbouring differences)
+
+The gradient goes through predictions and targets. SIGReg compares the global batch: its value and gradient are the same
+on one rank and on many. No network has batch statistics, so an export computes what was trained.
+
+LeWM: arXiv:2603.19312. The inverse model and the temporal term are those of PLDM (arXiv:2502.14819) and eb_jepa
+(arXiv:2602.03604). LeWM has no rollout loss, and reads the class token through an MLP with batch norm.
+
+Letters: B clips, T frames, U = T - 1 intervals, Y X pixels, N tokens of a frame, D width, E channels of a latent,
+A channels of an action, S steps of the rollout.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
+from vjepa.methods.lewm.settings import LeWMSettings
+from vjepa.methods.regularizers import directions, sigreg, sum_over_ranks, world_size
+from vjepa.nn.attention import Backend
+from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.grid import clip_grid
+from vjepa.nn.init import init_weights
+from vjepa.nn.latent_dynamics import ActionScale, LatentDynamics
+from vjepa_data.errors import BadInput
+from vjepa_data.reader.batch import Batch, Signal
+from vjepa_data.reader.signals import interval_statistics
+from vjepa_data.settings import Data
+
+
+@dataclass(frozen=True)
+class ActedClips:
+    """Clips on the device with the actions between their frames."""
+
+    frames: Float[Tensor, "B T C Y X"]
+    """Normalised pixels. The colours of a frame are neighbours in memory, since each frame is encoded alone."""
+
+    actions: Float[Tensor, "B U A"]
+    valid: Bool[Tensor, "B U"]
+    """False where a frame is held, or where the source has no action."""
+
+    step: int
+    slots: tuple[int, ...]
+
+
+class Inverse(nn.Module):
+    """Recovers an action from the latents before and after it. Not exported."""
+
+    def __init__(self, latent: int, hidden: int, actions: int, *, seed: int = 0):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 * latent, hidden), nn.GELU(), nn.Linear(hidden, actions))
+        if not self.layers[0].weight.is_meta:
+            self.init_weights(seed)
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialize the weights."""
+        init_weights(self, seed=seed, name="inverse")
+
+    def forward(self, latents: Float[Tensor, "B T E"]) -> Float[Tensor, "B U A"]:
+        pairs = torch.cat((latents[:, :-1], latents[:, 1:]), dim=-1)
+        return self.layers(pairs.to(self.layers[0].weight.dtype)).float()
+
+
+class CorpusActionScale(ActionScale):
+    """The scale of a signal in the corpora of a run, read when the weights are initialized."""
+
+    def __init__(self, channels: int, data: Data, signal: str | None):
+        super().__init__(channels)
+        self.data, self.signal = data, signal
+        if not self.mean.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Read the statistics of the corpora.
+
+        Raises:
+            BadInput: a corpus has none, or its actions have other channels.
+        """
+        mean, std = torch.zeros(len(self.mean)), torch.ones(len(self.mean))
+        if self.signal is not None:
+            found = interval_statistics(self.data, self.signal)
+            rows = len(self.mean) // len(found.mean)  # more than one for stacked rows
+            if len(found.mean) * rows != len(self.mean):
+                raise BadInput(
+                    f"signal {self.signal!r} has {len(found.mean)} columns, objective.action_channels is "
+                    f"{len(self.mean)}; set it to the number of columns"
+                )
+            mean, std = (torch.tensor(each).repeat(rows) for each in (found.mean, found.std))
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 0, std, 1.0))
+
+
+class LeWM(Method):
+    """Prediction of the next latent under actions, end to end."""
+
+    settings: LeWMSettings
+
+    def build(self, attention: Backend = "sdpa") -> Networks:
+        """Return the encoder, the projector with its predictor, the inverse model, and the scale of the actions."""
+        run, settings, model = self.run, self.settings, self.run.model
+        hidden, latent = settings.latent
+        encoder = Encoder(model, seed=run.seed, attention=attention)
+        grid = clip_grid(1, run.data.crop.px, model)
+        dynamics = LatentDynamics(
+            model,
+            tokens=1 if model.class_token else grid.tokens,
+            hidden=hidden,
+            latent=latent,
+            actions=settings.action_channels,
+            seed=run.seed,
+        )
+        inverse = Inverse(latent, hidden, settings.action_channels, seed=run.seed)
+        signal = settings.action if settings.normalise == "z" else None
+        scale = CorpusActionScale(settings.action_channels, run.data, signal)
+        trained = {"encoder": encoder, "dynamics": dynamics, "inverse": inverse}
+        return Networks(trained, constants={"dynamics.actions": scale})
+
+    def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
+        """Return actions between frames."""
+        channels = self.settings.action_channels
+        values = torch.zeros(clips, frames - 1, channels, device=device)
+        valid = torch.ones(clips, frames - 1, dtype=torch.bool, device=device)
+        return {self.settings.action: Signal(values, valid, ("",) * channels, ("",) * channels)}
+
+    def prepare(self, batch: Batch, device: torch.device) -> ActedClips:
+        """Bring clips and actions to the device.
+
+        Raises:
+            BadInput: the actions have another number of channels than the settings say.
+        """
+        (clips,) = batch.groups  # `check` makes sure that all clips have one length
+        signal = clips.signals[self.settings.action]
+        actions = signal.values.flatten(2)
+        if actions.shape[2] != self.settings.action_channels:
+            raise BadInput(
+                f"signal {self.settings.action!r} has {actions.shape[2]} numbers between two frames "
+                f"({', '.join(signal.columns)}), objective.action_channels is {self.settings.action_channels}; "
+                f"set it to {actions.shape[2]}"
+            )
+        pixels = send(clips.frames, device)
+        frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
+        return ActedClips(frames, send(actions, device), send(signal.valid, device), batch.step, clips.slots)
+
+    def loss(self, networks: Networks, inputs: ActedClips, *, step: int) -> Loss:
+        """Return the weighted sum of the terms."""
+        settings, run = self.settings, self.run
+        count = run.batch_size
+        actions = networks["dynamics.actions"](inputs.actions)
+        tokens = self._encode_frames(networks["encoder"], inputs.frames)
+        others = _actions_of_next_slot(actions, inputs.slots, count)
+        found = networks["dynamics"](tokens, actions, others, settings.rollout_steps)
+        z, valid = found.latents, inputs.valid.float()
+        intervals = count * valid.shape[1]
+
+        def error(predicted: Tensor, frames: Tensor, weight: Tensor, of: int) -> Float[Tensor, ""]:
+            return ((predicted - frames).square().mean(-1) * weight).sum() / of
+
+        steps = settings.rollout_steps
+        prediction = error(found.following, z[:, 1:], valid, intervals)
+        rolled = error(found.rollout, z[:, 1 : steps + 1], valid[:, :steps].cumprod(1), count * max(1, steps))
+        inverse = error(networks["inverse"](z), actions, valid, intervals)
+        temporal = error(z[:, :-1], z[:, 1:], valid, intervals)
+        change = z.diff(dim=1)
+        bends = (1 - F.cosine_similarity(change[:, 1:], change[:, :-1], dim=-1)) * valid[:, 1:] * valid[:, :-1]
+        straight = bends.sum() / (count * max(1, bends.shape[1]))
+        spread = self._regularizer(z, inputs.step) / world_size()  # every rank adds its share of the same number
+        value = prediction + settings.rollout_weight * rolled + settings.regularizer_weight * spread
+        value = value + settings.inverse_weight * inverse
+        if settings.temporal_weight:
+            value = value + settings.temporal_weight * temporal
+        if settings.straight_weight:
+            value = value + settings.straight_weight * straight
+        with torch.no_grad():
+            shuffled = error(found.shuffled, z[:, 1:], valid, intervals)
+        metrics = {
+            "prediction": prediction,
+            "rollout": rolled,
+            "regularizer": spread,
+            "inverse": inverse,
+            "copy_last": temporal,
+            "shuffled_actions": shuffled,
+            "straight": straight,
+        }
+        return Loss(
+            value=value,
+            metrics={name: metric.detach() for name, metric in metrics.items()},
+            features=sample_tokens([z.detach()]),
+            tokens=TokenCounts(total=tokens.shape[:3].numel(), visible=tokens.shape[:3].numel()),
+            ratios={"copy_ratio": ("prediction", "copy_last"), "action_gain": ("shuffled_actions", "prediction")},
+        )
+
+    def _encode_frames(self, encoder: nn.Module, frames: Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B T N D"]:
+        """Encode each frame alone, repeated to fill a tubelet; with a class token, return that token alone."""
+        model = self.run.model
+        alone = frames.flatten(0, 1)[:, :, None]
+        if not model.still_tokens:
+            alone = alone.expand(-1, -1, model.tubelet_frames, -1, -1)
+        (tokens,) = encoder([View(alone)], class_token=model.class_token)
+        return tokens[:, : 1 if model.class_token else None].unflatten(0, frames.shape[:2])
+
+    def _regularizer(self, z: Float[Tensor, "B T E"], step: int) -> Float[Tensor, ""]:
+        """Return SIGReg, averaged over the frames of a clip."""
+        settings, run = self.settings, self.run
+        slices = directions(seed=run.seed, step=step, width=z.shape[-1], slices=settings.slices, device=z.device)
+        terms = [sigreg(each, count=run.batch_size, slices=slices, knots=settings.knots) for each in z.unbind(1)]
+        return torch.stack(terms).mean()
+
+
+def _actions_of_next_slot(
+    actions: Float[Tensor, "B U A"], slots: tuple[int, ...], count: int
+) -> Float[Tensor, "B U A"]:
+    """Return for each clip the actions of the clip in the next slot of the global batch."""
+    own = torch.tensor(slots, device=actions.device)
+    everyone = actions.new_zeros(count, *actions.shape[1:])
+    everyone[own] = actions.detach()
+    return sum_over_ranks(everyone)[(own + 1) % count]

@@ -1,0 +1,223 @@
+"""The dynamics predictor: latents of frames and the actions between them, to the latent of the next frame.
+
+    latents   z0  z1  z2              frame t attends to frames t - window + 1 .. t, itself included
+    actions   a0  a1  a2              a_t acts between frame t and frame t + 1
+    output    p1  p2  p3              p_{t+1} approximates z_{t+1}
+
+Attention is causal over frames without a mask over tokens: the queries of a frame meet a slice of the keys. A cache of
+keys and values makes a step of a rollout cost one frame, with the same result as the full pass.
+
+The action of a frame modulates every block (adaptive layer norm, arXiv:2212.09748).
+
+Letters: B clips, T frames, N tokens of a frame, S = T N tokens, K keys, E channels of a latent, A channels of an
+action, D width, H heads, d channels of a head.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjepa.nn.blocks import MLP, NORM_EPS
+from vjepa.nn.grid import Grid
+from vjepa.nn.init import init_weights
+from vjepa.nn.positions import Rotation, rotate, rotations
+from vjepa.nn.shapes import Float, Model, Transformer
+
+
+class Past(NamedTuple):
+    """Keys and values of the earlier frames of a block."""
+
+    keys: Float[Tensor, "B S H d"]
+    values: Float[Tensor, "B S H d"]
+
+
+class Cache(NamedTuple):
+    """The past of every block, and the number of frames that have been seen."""
+
+    blocks: tuple[Past, ...]
+    frames: int
+
+
+class FrameAttention(nn.Module):
+    """Multi-head attention of each frame to a window of frames that ends with it."""
+
+    def __init__(self, settings: Transformer):
+        super().__init__()
+        self.heads = settings.heads
+        self.qkv = nn.Linear(settings.width, 3 * settings.width)
+        self.proj = nn.Linear(settings.width, settings.width)
+
+    def forward(
+        self, x: Float[Tensor, "B S D"], rotation: Rotation, *, tokens: int, window: int | None, past: Past | None
+    ) -> tuple[Float[Tensor, "B S D"], Past]:
+        """Args:
+        x: tokens of the new frames.
+        rotation: rotation of each new token.
+        tokens: tokens of a frame, N.
+        window: frames to attend to, with the frame itself; None for all.
+        past: keys and values of earlier frames.
+        """
+        count, length, _ = x.shape
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B S 3 H d]
+        turned = rotate(qkv[:, :, :2].flatten(0, 1), rotation).unflatten(0, (count, length))
+        queries, keys, values = turned[:, :, 0], turned[:, :, 1], qkv[:, :, 2]
+        if past is not None:
+            keys, values = torch.cat((past.keys, keys), dim=1), torch.cat((past.values, values), dim=1)
+        attended = _attend(queries, keys, values, tokens=tokens, window=window)
+        kept = 0 if window is None else max(0, keys.shape[1] - (window - 1) * tokens)
+        return self.proj(attended.flatten(2)), Past(keys[:, kept:], values[:, kept:])
+
+
+def _attend(
+    queries: Float[Tensor, "B S H d"],
+    keys: Float[Tensor, "B K H d"],
+    values: Float[Tensor, "B K H d"],
+    *,
+    tokens: int,
+    window: int | None,
+) -> Float[Tensor, "B S H d"]:
+    """Attend from the tokens of each of the last frames to its window, K >= S.
+
+    A frame of several tokens meets a slice of the keys. Frames of one token share a call, with a mask of frames by
+    frames.
+    """
+    length, total = queries.shape[1], keys.shape[1]
+    q, k, v = (each.transpose(1, 2) for each in (queries, keys, values))  # [B H .. d]
+    if tokens == 1:
+        own = torch.arange(total - length, total, device=q.device)[:, None]
+        age = own - torch.arange(total, device=q.device)
+        mask = (age >= 0) & (age < (window or total))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    frames = []
+    for start in range(0, length, tokens):
+        end = total - length + start + tokens
+        seen = slice(0 if window is None else max(0, end - window * tokens), end)
+        own = slice(start, start + tokens)
+        frames.append(F.scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen]))
+    return torch.cat(frames, dim=2).transpose(1, 2)
+
+
+class DynamicsBlock(nn.Module):
+    """A transformer layer that the actions scale, shift and gate."""
+
+    def __init__(self, settings: Transformer):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(settings.width, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = FrameAttention(settings)
+        self.norm2 = nn.LayerNorm(settings.width, eps=NORM_EPS, elementwise_affine=False)
+        self.mlp = MLP(settings)
+        self.modulation = nn.Linear(settings.width, 6 * settings.width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        condition: Float[Tensor, "B T D"],
+        rotation: Rotation,
+        tokens: int,
+        window: int | None,
+        past: Past | None,
+    ) -> tuple[Float[Tensor, "B S D"], Past]:
+        """Args are positional, as recomputation passes them on; they are those of `FrameAttention.forward`."""
+        changes = self.modulation(F.silu(condition)).repeat_interleave(tokens, dim=1).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = changes
+        attended, past = self.attn(
+            self.norm1(x) * (1 + scale1) + shift1, rotation, tokens=tokens, window=window, past=past
+        )
+        x = x + (1 + gate1) * attended
+        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2), past
+
+
+class DynamicsPredictor(nn.Module):
+    """Frame-causal transformer from latents and actions to the next latents."""
+
+    def __init__(self, settings: Model, *, latent: int, actions: int):
+        """Build the predictor without initializing it.
+
+        Args:
+            settings: `predictor` for the size, `window`, positions.
+            latent: channels of a token of a latent, E.
+            actions: channels of an action, A.
+        """
+        super().__init__()
+        self.settings, size = settings, settings.predictor
+        self.size, self.window = size, settings.window
+        self.form = "interleaved" if settings.rope == "sincos" else settings.rope
+        self.predictor_embed = nn.Linear(latent, size.width)
+        self.action_encoder = nn.Sequential(
+            nn.Linear(actions, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
+        )
+        self.predictor_blocks = nn.ModuleList(DynamicsBlock(size) for _ in range(size.depth))
+        self.predictor_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.predictor_proj = nn.Linear(size.width, latent)
+
+    def forward(
+        self, latents: Float[Tensor, "B T N E"], actions: Float[Tensor, "B T A"], grid: tuple[int, int] = (1, 1)
+    ) -> Float[Tensor, "B T N E"]:
+        """Predict the latents of the frame after each given frame, see `predict`."""
+        return self.predict(latents, actions, grid=grid)[0]
+
+    def predict(
+        self,
+        latents: Float[Tensor, "B T N E"],
+        actions: Float[Tensor, "B T A"],
+        cache: Cache | None = None,
+        *,
+        grid: tuple[int, int] = (1, 1),
+    ) -> tuple[Float[Tensor, "B T N E"], Cache]:
+        """Predict the latents of the frame after each given frame.
+
+        Args:
+            latents: the new frames.
+            actions: what acts after each of them.
+            cache: result of the call for the frames before. By default there are none.
+            grid: rows and columns of the tokens of a frame, N = rows * columns.
+
+        Returns:
+            Predictions, and the cache for the frames that follow.
+        """
+        count, frames, tokens, _ = latents.shape
+        seen = cache.frames if cache else 0
+        dtype = self.predictor_embed.weight.dtype
+        x = self.predictor_embed(latents.to(dtype)).flatten(1, 2)  # [B S D]
+        condition = self.action_encoder(actions.to(dtype))
+        ids = torch.arange(seen * tokens, (seen + frames) * tokens, device=x.device)
+        rotation = rotations(
+            [(Grid(seen + frames, *grid), ids.expand(count, -1))],
+            head_width=self.size.width // self.size.heads,
+            form=self.form,
+        )
+        pasts: Sequence[Past | None] = cache.blocks if cache else [None] * len(self.predictor_blocks)
+        after = []
+        for block, past in zip(self.predictor_blocks, pasts, strict=True):
+            x, past = block(x, condition, rotation, tokens, self.window, past)
+            after.append(past)
+        change = self.predictor_proj(self.predictor_norm(x)).unflatten(1, (frames, tokens))
+        return latents + change.to(latents.dtype), Cache(tuple(after), seen + frames)
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialize all parameters. Call it after `to_empty` if the predictor was built on the meta device."""
+        init_weights(self, seed=seed, name="dynamics", std=self.settings.init_std)
+
+    def predict_steps(
+        self, latents: Float[Tensor, "B T N E"], actions: Float[Tensor, "B U A"], grid: tuple[int, int] = (1, 1)
+    ) -> Float[Tensor, "B S N E"]:
+        """Predict from given latents, then from predictions alone.
+
+        Args:
+            latents: latents of the first T frames.
+            actions: what acts after each of the frames before the last prediction, U >= T.
+            grid: rows and columns of the tokens of a frame.
+
+        Returns:
+            Predictions of the frames T to U, counted from 0: S = U - T + 1.
+        """
+        given = latents.shape[1]
+        predicted, cache = self.predict(latents, actions[:, :given], grid=grid)
+        found = [predicted[:, -1:]]
+        for step in range(given, actions.shape[1]):
+            predicted, cache = self.predict(found[-1], actions[:, step : step + 1], cache, grid=grid)
+            found.append(predicted)
+        return torch.cat(found, dim=1)

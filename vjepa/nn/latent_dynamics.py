@@ -1,0 +1,152 @@
+"""A predictor in a small latent space: all tokens of a frame become a vector, and actions lead from vector to vector.
+
+    frame --encoder--> tokens [N D] --projector--> z [E]          (z_t, a_t, and those before) --> z_{t+1}
+
+This module imports torch and our networks alone, so that a native export loads without our other dependencies.
+
+Letters: B clips, T frames, Y X pixels, N tokens of a frame, D width of the encoder, E channels of a latent, A channels
+of an action, S steps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vjepa.nn.dynamics import DynamicsPredictor
+from vjepa.nn.shapes import Float, Model, UInt8
+from vjepa_data.errors import BadInput
+
+
+class ActionScale(nn.Module):
+    """Mean and standard deviation of each channel of an action. Training does not change them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.std = nn.Parameter(torch.ones(channels), requires_grad=False)
+
+    def forward(self, actions: Float[Tensor, "B U A"]) -> Float[Tensor, "B U A"]:
+        return (actions - self.mean) / self.std
+
+
+class Predictions(NamedTuple):
+    """The latents of a batch and what is predicted of them."""
+
+    latents: Float[Tensor, "B T E"]
+    """Latents of the frames, z."""
+
+    following: Float[Tensor, "B U E"]
+    """Predictions of frames 1 to T - 1, each from the true latents before it. U = T - 1."""
+
+    shuffled: Float[Tensor, "B U E"]
+    """The same under other actions, without gradient."""
+
+    rollout: Float[Tensor, "B S E"]
+    """Predictions of frames 1 to S from frame 0 alone."""
+
+
+@runtime_checkable
+class FrameEncoder(Protocol):
+    """The part of `vjepa.weights.VideoEncoder` that a rollout needs."""
+
+    def features(self, frames: Tensor) -> Tensor:
+        """Encode clips to tokens."""
+        ...
+
+
+class LatentDynamics(DynamicsPredictor):
+    """A projector of frames and a dynamics predictor of its latents, which are one token each."""
+
+    actions: ActionScale
+    """Scale of the actions. Only a loaded model has it; a method applies the scale itself."""
+
+    def __init__(self, settings: Model, *, tokens: int, hidden: int, latent: int, actions: int, seed: int = 0):
+        """Build the networks and initialize them, unless on the meta device.
+
+        Args:
+            settings: sizes of the encoder and the predictor.
+            tokens: tokens of a frame that the projector reads, N.
+            hidden, latent, actions: hidden channels of the projector, channels of a latent and of an action.
+            seed: determines the initial weights, independently of device and sharding.
+        """
+        super().__init__(settings, latent=latent, actions=actions)
+        self.tokens = tokens
+        self.projector = nn.Sequential(
+            nn.Linear(tokens * settings.encoder.width, hidden), nn.GELU(), nn.Linear(hidden, latent)
+        )
+        if not self.predictor_embed.weight.is_meta:
+            self.init_weights(seed)
+
+    @classmethod
+    def of_shapes(cls, settings: Model, shape: Callable[[str], tuple[int, ...]]) -> "LatentDynamics":
+        """Build the network with its action scale for tensors of these shapes."""
+        hidden, inputs = shape("dynamics.projector.0.weight")
+        latent, actions = shape("dynamics.projector.2.weight")[0], shape("dynamics.actions.mean")[0]
+        found = cls(settings, tokens=inputs // settings.encoder.width, hidden=hidden, latent=latent, actions=actions)
+        found.actions = ActionScale(actions)
+        return found
+
+    def project(self, tokens: Float[Tensor, "B T N D"]) -> Float[Tensor, "B T E"]:
+        """Return the latent of each frame, fp32.
+
+        Raises:
+            BadInput: the frames have another number of tokens than in training.
+        """
+        if tokens.shape[2] != self.tokens:
+            raise BadInput(
+                f"frames have {tokens.shape[2]} tokens, the projector reads {self.tokens}; give frames of the "
+                "size that the model was trained on"
+            )
+        return self.projector(tokens.flatten(2)).float()
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        tokens: Float[Tensor, "B T N D"],
+        actions: Float[Tensor, "B U A"],
+        shuffled: Float[Tensor, "B U A"],
+        steps: int,
+    ) -> Predictions:
+        """Return everything that a loss needs, in one call, since FSDP2 gathers parameters around `forward`.
+
+        Args:
+            tokens: features of the frames, each encoded alone.
+            actions: scaled actions between the frames, U = T - 1.
+            shuffled: actions of other clips.
+            steps: steps to predict from the first frame alone.
+        """
+        latents = self.project(tokens)
+        given = latents[:, :-1, None]
+        following = self.predict(given, actions)[0].squeeze(2)
+        with torch.no_grad():
+            other = self.predict(given, shuffled)[0].squeeze(2)
+        unrolled = self.predict_steps(given[:, :1], actions[:, :steps]).squeeze(2) if steps else following[:, :0]
+        return Predictions(latents, following, other, unrolled)
+
+    def latents(self, encoder: FrameEncoder, frames: UInt8[Tensor, "B T Y X C"]) -> Float[Tensor, "B T 1 1 E"]:
+        """Encode each frame alone."""
+        alone = encoder.features(frames.flatten(0, 1)[:, None]).unflatten(0, frames.shape[:2])
+        return self.project(alone)[:, :, None, None]
+
+    def rollout(
+        self, encoder: FrameEncoder, frames: UInt8[Tensor, "B T Y X C"], actions: Float[Tensor, "B V A"]
+    ) -> Float[Tensor, "B S 1 1 E"]:
+        """Predict the latents of the frames that follow.
+
+        Args:
+            encoder: the encoder of the model.
+            frames: the frames that are known.
+            actions: unscaled actions: those between the frames, then those of the S steps, V = T - 1 + S.
+
+        Raises:
+            BadInput: the actions have another number of channels, or there are too few.
+        """
+        channels, known = self.actions.mean.shape[0], frames.shape[1]
+        if actions.shape[-1] != channels or actions.shape[1] < known:
+            raise BadInput(
+                f"actions are {list(actions.shape)}; {known} frames need at least {known} actions of {channels} "
+                "channels: those between the frames, then those of the steps to predict"
+            )
+        latents = self.latents(encoder, frames).flatten(2, 3)
+        return self.predict_steps(latents, self.actions(actions))[:, :, None]
