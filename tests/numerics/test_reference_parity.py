@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import parity_ac
 import parity_live as parity
 import pytest
 import torch
@@ -27,6 +28,10 @@ def recorded(name: str) -> dict[str, np.ndarray]:
 def test_results_equal_the_recorded_reference(name: str) -> None:
     compare, tolerance = parity.COMPARISONS[name]
     assert compare(recorded(name)) <= tolerance
+
+
+def test_the_dynamics_predictor_equals_the_recorded_reference() -> None:
+    assert parity_ac.compare_recorded(recorded("ac_predictor")) <= parity_ac.ALLOWED
 
 
 def test_the_comparison_of_steps_detects_a_shared_mask_token(monkeypatch: pytest.MonkeyPatch) -> None:

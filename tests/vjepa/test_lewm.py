@@ -255,5 +255,5 @@ def test_an_export_rolls_out_as_the_run(trained: Path, tmp_path: Path):
 
 
 def test_a_wrong_number_of_channels_is_refused(rooms: Path, tmp_path: Path):
-    with pytest.raises(BadInput, match=r"objective\.action_channels is 3"):
+    with pytest.raises(BadInput, match="the objective's channels are 3"):
         train(make_run(rooms, action_channels=3), tmp_path / "run")

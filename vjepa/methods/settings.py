@@ -72,6 +72,9 @@ METHODS: dict[str, MethodEntry] = {
     "vjepa2": MethodEntry("vjepa.methods.vjepa2.settings:VJEPA2Settings", "vjepa.methods.vjepa2.method:VJEPA2"),
     "vjepa2_1": MethodEntry("vjepa.methods.vjepa2_1.settings:VJEPA21Settings", "vjepa.methods.vjepa2_1.method:VJEPA21"),
     "levjepa": MethodEntry("vjepa.methods.levjepa.settings:LeVJEPASettings", "vjepa.methods.levjepa.method:LeVJEPA"),
+    "dynamics": MethodEntry(
+        "vjepa.methods.dynamics.settings:DynamicsSettings", "vjepa.methods.dynamics.method:Dynamics"
+    ),
     "lewm": MethodEntry("vjepa.methods.lewm.settings:LeWMSettings", "vjepa.methods.lewm.method:LeWM"),
 }
 """All methods by name. A program may add its own entry before it loads a run."""

@@ -7,13 +7,17 @@
 Attention is causal over frames without a mask over tokens: the queries of a frame meet a slice of the keys. A cache of
 keys and values makes a step of a rollout cost one frame, with the same result as the full pass.
 
-The action of a frame modulates every block (adaptive layer norm, arXiv:2212.09748).
+Actions, and states if there are any, enter in one of two ways:
+
+    adaln   they scale, shift and gate every block (adaptive layer norm, arXiv:2212.09748); the output is a change of z
+    token   they are tokens in front of the frame's own, at its time and row and column 0, which equals the rotation in
+            time alone of V-JEPA 2-AC (arXiv:2506.09985); parameters have the names and shapes of its predictor
 
 Letters: B clips, T frames, N tokens of a frame, S = T N tokens, K keys, E channels of a latent, A channels of an
-action, D width, H heads, d channels of a head.
+action, C of a state, D width, H heads, d channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,31 +105,35 @@ def _attend(
 
 
 class DynamicsBlock(nn.Module):
-    """A transformer layer that the actions scale, shift and gate."""
+    """A pre-norm transformer layer over frames, which conditions may scale, shift and gate."""
 
-    def __init__(self, settings: Transformer):
+    def __init__(self, settings: Transformer, *, is_modulated: bool):
         super().__init__()
-        self.norm1 = nn.LayerNorm(settings.width, eps=NORM_EPS, elementwise_affine=False)
+        norm = {"eps": NORM_EPS, "elementwise_affine": not is_modulated}
+        self.norm1 = nn.LayerNorm(settings.width, **norm)
         self.attn = FrameAttention(settings)
-        self.norm2 = nn.LayerNorm(settings.width, eps=NORM_EPS, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(settings.width, **norm)
         self.mlp = MLP(settings)
-        self.modulation = nn.Linear(settings.width, 6 * settings.width)
+        self.modulation = nn.Linear(settings.width, 6 * settings.width) if is_modulated else None
 
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        condition: Float[Tensor, "B T D"],
+        condition: Float[Tensor, "B T D"] | None,
         rotation: Rotation,
         tokens: int,
         window: int | None,
         past: Past | None,
     ) -> tuple[Float[Tensor, "B S D"], Past]:
         """Args are positional, as recomputation passes them on; they are those of `FrameAttention.forward`."""
+        ask = {"tokens": tokens, "window": window, "past": past}
+        if self.modulation is None or condition is None:
+            attended, past = self.attn(self.norm1(x), rotation, **ask)
+            x = x + attended
+            return x + self.mlp(self.norm2(x)), past
         changes = self.modulation(F.silu(condition)).repeat_interleave(tokens, dim=1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = changes
-        attended, past = self.attn(
-            self.norm1(x) * (1 + scale1) + shift1, rotation, tokens=tokens, window=window, past=past
-        )
+        attended, past = self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation, **ask)
         x = x + (1 + gate1) * attended
         return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2), past
 
@@ -133,38 +141,42 @@ class DynamicsBlock(nn.Module):
 class DynamicsPredictor(nn.Module):
     """Frame-causal transformer from latents and actions to the next latents."""
 
-    def __init__(self, settings: Model, *, latent: int, actions: int):
+    def __init__(self, settings: Model, *, latent: int, actions: int, states: int = 0):
         """Build the predictor without initializing it.
 
         Args:
-            settings: `predictor` for the size, `window`, positions.
+            settings: `predictor` for the size, `window`, `condition`, positions.
             latent: channels of a token of a latent, E.
             actions: channels of an action, A.
+            states: channels of a state, C; 0 for none.
         """
         super().__init__()
         self.settings, size = settings, settings.predictor
         self.size, self.window = size, settings.window
         self.form = "interleaved" if settings.rope == "sincos" else settings.rope
         self.predictor_embed = nn.Linear(latent, size.width)
-        self.action_encoder = nn.Sequential(
-            nn.Linear(actions, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
+        self.condition, self.states = settings.condition, states
+        if self.condition == "token":
+            self.action_encoder = nn.Linear(actions, size.width)
+        else:
+            self.action_encoder = nn.Sequential(
+                nn.Linear(actions, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
+            )
+        if states:
+            self.state_encoder = nn.Linear(states, size.width)
+        self.predictor_blocks = nn.ModuleList(
+            DynamicsBlock(size, is_modulated=self.condition == "adaln") for _ in range(size.depth)
         )
-        self.predictor_blocks = nn.ModuleList(DynamicsBlock(size) for _ in range(size.depth))
         self.predictor_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.predictor_proj = nn.Linear(size.width, latent)
-
-    def forward(
-        self, latents: Float[Tensor, "B T N E"], actions: Float[Tensor, "B T A"], grid: tuple[int, int] = (1, 1)
-    ) -> Float[Tensor, "B T N E"]:
-        """Predict the latents of the frame after each given frame, see `predict`."""
-        return self.predict(latents, actions, grid=grid)[0]
 
     def predict(
         self,
         latents: Float[Tensor, "B T N E"],
         actions: Float[Tensor, "B T A"],
-        cache: Cache | None = None,
+        states: Float[Tensor, "B T C"] | None = None,
         *,
+        cache: Cache | None = None,
         grid: tuple[int, int] = (1, 1),
     ) -> tuple[Float[Tensor, "B T N E"], Cache]:
         """Predict the latents of the frame after each given frame.
@@ -172,52 +184,88 @@ class DynamicsPredictor(nn.Module):
         Args:
             latents: the new frames.
             actions: what acts after each of them.
+            states: the state at each of them, for a predictor with states.
             cache: result of the call for the frames before. By default there are none.
             grid: rows and columns of the tokens of a frame, N = rows * columns.
 
         Returns:
             Predictions, and the cache for the frames that follow.
         """
-        count, frames, tokens, _ = latents.shape
+        count, frames, cells, _ = latents.shape
         seen = cache.frames if cache else 0
         dtype = self.predictor_embed.weight.dtype
-        x = self.predictor_embed(latents.to(dtype)).flatten(1, 2)  # [B S D]
-        condition = self.action_encoder(actions.to(dtype))
-        ids = torch.arange(seen * tokens, (seen + frames) * tokens, device=x.device)
+        x = self.predictor_embed(latents.to(dtype))  # [B T N D]
+        ids = torch.arange(seen * cells, (seen + frames) * cells, device=x.device).view(frames, cells)
+        extra, modulation = self._condition(actions.to(dtype), None if states is None else states.to(dtype))
+        if extra is not None:
+            x = torch.cat((extra, x), dim=2)
+            ids = torch.cat((ids[:, :1].expand(-1, extra.shape[2]), ids), dim=1)
         rotation = rotations(
-            [(Grid(seen + frames, *grid), ids.expand(count, -1))],
+            [(Grid(seen + frames, *grid), ids.flatten().expand(count, -1))],
             head_width=self.size.width // self.size.heads,
             form=self.form,
         )
+        tokens = x.shape[2]
+        x = x.flatten(1, 2)  # [B S D]
         pasts: Sequence[Past | None] = cache.blocks if cache else [None] * len(self.predictor_blocks)
         after = []
         for block, past in zip(self.predictor_blocks, pasts, strict=True):
-            x, past = block(x, condition, rotation, tokens, self.window, past)
+            x, past = block(x, modulation, rotation, tokens, self.window, past)
             after.append(past)
-        change = self.predictor_proj(self.predictor_norm(x)).unflatten(1, (frames, tokens))
-        return latents + change.to(latents.dtype), Cache(tuple(after), seen + frames)
+        x = x.unflatten(1, (frames, tokens))[:, :, tokens - cells :]
+        predicted = self.predictor_proj(self.predictor_norm(x)).to(latents.dtype)
+        if self.condition == "adaln":
+            predicted = latents + predicted
+        return predicted, Cache(tuple(after), seen + frames)
+
+    def _condition(
+        self, actions: Float[Tensor, "B T A"], states: Float[Tensor, "B T C"] | None
+    ) -> tuple[Float[Tensor, "B T _K D"] | None, Float[Tensor, "B T D"] | None]:
+        """Return condition tokens in front of each frame, or what modulates the blocks."""
+        assert (states is not None) == bool(self.states), "states are given if and only if the predictor has them"
+        parts = [self.action_encoder(actions)]
+        if states is not None:
+            parts.append(self.state_encoder(states))
+        if self.condition == "adaln":
+            return None, torch.stack(parts).sum(0)
+        return torch.stack(parts, dim=2), None
 
     def init_weights(self, seed: int = 0) -> None:
         """Initialize all parameters. Call it after `to_empty` if the predictor was built on the meta device."""
         init_weights(self, seed=seed, name="dynamics", std=self.settings.init_std)
 
     def predict_steps(
-        self, latents: Float[Tensor, "B T N E"], actions: Float[Tensor, "B U A"], grid: tuple[int, int] = (1, 1)
+        self,
+        latents: Float[Tensor, "B T N E"],
+        actions: Float[Tensor, "B U A"],
+        states: Float[Tensor, "B U C"] | None = None,
+        *,
+        grid: tuple[int, int] = (1, 1),
+        detach: bool = False,
+        transform: Callable[[Tensor], Tensor] = lambda latents: latents,
     ) -> Float[Tensor, "B S N E"]:
         """Predict from given latents, then from predictions alone.
 
         Args:
             latents: latents of the first T frames.
             actions: what acts after each of the frames before the last prediction, U >= T.
+            states: the state at each of these frames, for a predictor with states.
             grid: rows and columns of the tokens of a frame.
+            detach: let no gradient flow from a step into the steps before it.
+            transform: applied to every prediction.
 
         Returns:
             Predictions of the frames T to U, counted from 0: S = U - T + 1.
         """
+
+        def part(first: int, last: int) -> tuple[Tensor, Tensor | None]:
+            return actions[:, first:last], None if states is None else states[:, first:last]
+
         given = latents.shape[1]
-        predicted, cache = self.predict(latents, actions[:, :given], grid=grid)
-        found = [predicted[:, -1:]]
+        predicted, cache = self.predict(latents, *part(0, given), grid=grid)
+        found = [transform(predicted[:, -1:])]
         for step in range(given, actions.shape[1]):
-            predicted, cache = self.predict(found[-1], actions[:, step : step + 1], cache, grid=grid)
-            found.append(predicted)
+            newest = found[-1].detach() if detach else found[-1]
+            predicted, cache = self.predict(newest, *part(step, step + 1), cache=cache, grid=grid)
+            found.append(transform(predicted))
         return torch.cat(found, dim=1)

@@ -39,10 +39,10 @@ def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) 
                 if path.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                     layer = int(path.split(".")[1]) + 1
                     values /= (2 * layer) ** 0.5
-                _assign(parameter, values)
+                assign(parameter, values)
 
 
-def _assign(parameter: Tensor, values: Tensor) -> None:
+def assign(parameter: Tensor, values: Tensor) -> None:
     """Copy full values into a parameter that may be sharded, without communication."""
     if isinstance(parameter, DTensor):
         full = values.to(parameter.device)

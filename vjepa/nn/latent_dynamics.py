@@ -101,7 +101,7 @@ class LatentDynamics(DynamicsPredictor):
             )
         return self.projector(tokens.flatten(2)).float()
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         self,
         tokens: Float[Tensor, "B T N D"],
         actions: Float[Tensor, "B U A"],

@@ -77,6 +77,10 @@ class Model(Settings):
     window: int | None = Field(default=None, ge=1)
     """Frames that a dynamics predictor attends to, with the newest one. By default all earlier frames of the clip."""
 
+    condition: Literal["adaln", "token"] = "adaln"
+    """How actions enter a dynamics predictor: they scale, shift and gate its blocks, or they are tokens
+    (V-JEPA 2-AC)."""
+
     patch_px: int = Field(default=16, ge=1)
     """Height and width of a token, in pixels."""
 

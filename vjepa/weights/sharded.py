@@ -1,5 +1,6 @@
 """Read a checkpoint of any world size tensor by tensor, without a process group."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from vjepa import config
 from vjepa.checkpoints import checkpoint, storage
 from vjepa.checkpoints.safe_unpickle import check_metadata
-from vjepa.weights.tensors import Renamed, Tensors
+from vjepa.weights.tensors import Joined, Renamed, SafeTensors, Tensors
 from vjepa.weights.weights import Part, Weights
 from vjepa.weights.world_model import part_kinds
 from vjepa_data.errors import BadInput
@@ -46,9 +47,28 @@ def read_checkpoint(path: Path, part: Part) -> Weights:
         "versions": dict(metadata.versions),
     }
     # Networks that only training uses (a projector, the other encoder, the optimizer) are left out.
+    if "encoder" not in prefixes:
+        tensors = Joined(tensors, read_frozen_encoder(path, run, tensors))
     parts = {"encoder": exported} | {kind.name: kind.name for kind in part_kinds(tensors.names)}
     clip = (run.data.crop.px, run.data.clip.frames, run.data.clip.fps)
     return Weights(run.model, *clip, run.objective.mask_kinds, Renamed(tensors, parts), provenance)
+
+
+def read_frozen_encoder(path: Path, run: config.Run, tensors: Tensors) -> Tensors:
+    """Open the file of the frozen encoder that a checkpoint refers to.
+
+    Raises:
+        BadInput: it is missing, or not the file that the run was trained with.
+    """
+    folder = Path(run.objective.encoder)
+    try:
+        with (folder / "model.safetensors").open("rb") as file:
+            digest = list(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise BadInput(f"{path} refers to the encoder in {folder}, which cannot be read ({error.strerror})") from None
+    if tensors["encoder_file.sha256"].tolist() != digest:
+        raise BadInput(f"{path} was trained on another encoder than {folder} holds now; restore that file")
+    return SafeTensors(folder / "model.safetensors")
 
 
 class Sharded(Tensors):

@@ -74,6 +74,20 @@ class Renamed(Tensors):
         return self.tensors.shape(self.stored[name])
 
 
+class Joined(Tensors):
+    """The tensors of two places; of a name in both, the first."""
+
+    def __init__(self, first: Tensors, second: Tensors) -> None:
+        self.places = {**dict.fromkeys(second, second), **dict.fromkeys(first, first)}
+        self.names = self.places.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name][name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.places[name].shape(name)
+
+
 class SafeTensors(Tensors):
     """Tensors of a safetensors file in fp32, whatever type they are stored in, each read when it is used."""
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vjepa.nn.frame_dynamics import FrameDynamics
 from vjepa.nn.grid import Grid, clip_grid
 from vjepa.nn.latent_dynamics import LatentDynamics
 from vjepa.nn.predictor import Predictor, PredictorInput
@@ -70,6 +71,13 @@ PARTS = (
         build=LatentDynamics.of_shapes,
         capability="rollout",
         methods=("lewm",),
+    ),
+    PartKind(
+        name="dynamics",
+        marker="dynamics.scales.mean",
+        build=FrameDynamics.of_shapes,
+        capability="rollout",
+        methods=("dynamics",),
     ),
 )
 
@@ -233,7 +241,7 @@ class WorldModel(nn.Module):
         Args:
             frames: the frames that are known, at the rate of the model's clips.
             actions: actions in their own units: those between the known frames, then one for each step to predict,
-                V = T - 1 + S.
+                V = T - 1 + S. Of a model with states, each action is followed by the state of the frame before it.
 
         Returns:
             Latents to compare with `latents`. A model whose latents are vectors has h = w = 1.

@@ -25,18 +25,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vjepa.methods.actions import CorpusScale, actions_of_next_slot, check_channels
 from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
 from vjepa.methods.lewm.settings import LeWMSettings
-from vjepa.methods.regularizers import directions, sigreg, sum_over_ranks, world_size
+from vjepa.methods.regularizers import directions, sigreg, world_size
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.grid import clip_grid
 from vjepa.nn.init import init_weights
-from vjepa.nn.latent_dynamics import ActionScale, LatentDynamics
-from vjepa_data.errors import BadInput
+from vjepa.nn.latent_dynamics import LatentDynamics
 from vjepa_data.reader.batch import Batch, Signal
-from vjepa_data.reader.signals import interval_statistics
-from vjepa_data.settings import Data
 
 
 @dataclass(frozen=True)
@@ -72,36 +70,6 @@ class Inverse(nn.Module):
         return self.layers(pairs.to(self.layers[0].weight.dtype)).float()
 
 
-class CorpusActionScale(ActionScale):
-    """The scale of a signal in the corpora of a run, read when the weights are initialized."""
-
-    def __init__(self, channels: int, data: Data, signal: str | None):
-        super().__init__(channels)
-        self.data, self.signal = data, signal
-        if not self.mean.is_meta:
-            self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> None:
-        """Read the statistics of the corpora.
-
-        Raises:
-            BadInput: a corpus has none, or its actions have other channels.
-        """
-        mean, std = torch.zeros(len(self.mean)), torch.ones(len(self.mean))
-        if self.signal is not None:
-            found = interval_statistics(self.data, self.signal)
-            rows = len(self.mean) // len(found.mean)  # more than one for stacked rows
-            if len(found.mean) * rows != len(self.mean):
-                raise BadInput(
-                    f"signal {self.signal!r} has {len(found.mean)} columns, objective.action_channels is "
-                    f"{len(self.mean)}; set it to the number of columns"
-                )
-            mean, std = (torch.tensor(each).repeat(rows) for each in (found.mean, found.std))
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, 1.0))
-
-
 class LeWM(Method):
     """Prediction of the next latent under actions, end to end."""
 
@@ -122,8 +90,8 @@ class LeWM(Method):
             seed=run.seed,
         )
         inverse = Inverse(latent, hidden, settings.action_channels, seed=run.seed)
-        signal = settings.action if settings.normalise == "z" else None
-        scale = CorpusActionScale(settings.action_channels, run.data, signal)
+        data = run.data if settings.normalise == "z" else None
+        scale = CorpusScale(data, {settings.action: settings.action_channels})
         trained = {"encoder": encoder, "dynamics": dynamics, "inverse": inverse}
         return Networks(trained, constants={"dynamics.actions": scale})
 
@@ -142,13 +110,7 @@ class LeWM(Method):
         """
         (clips,) = batch.groups  # `check` makes sure that all clips have one length
         signal = clips.signals[self.settings.action]
-        actions = signal.values.flatten(2)
-        if actions.shape[2] != self.settings.action_channels:
-            raise BadInput(
-                f"signal {self.settings.action!r} has {actions.shape[2]} numbers between two frames "
-                f"({', '.join(signal.columns)}), objective.action_channels is {self.settings.action_channels}; "
-                f"set it to {actions.shape[2]}"
-            )
+        actions = check_channels(self.settings.action, signal, self.settings.action_channels)
         pixels = send(clips.frames, device)
         frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
         return ActedClips(frames, send(actions, device), send(signal.valid, device), batch.step, clips.slots)
@@ -159,7 +121,7 @@ class LeWM(Method):
         count = run.batch_size
         actions = networks["dynamics.actions"](inputs.actions)
         tokens = self._encode_frames(networks["encoder"], inputs.frames)
-        others = _actions_of_next_slot(actions, inputs.slots, count)
+        others = actions_of_next_slot(actions, inputs.slots, count)
         found = networks["dynamics"](tokens, actions, others, settings.rollout_steps)
         z, valid = found.latents, inputs.valid.float()
         intervals = count * valid.shape[1]
@@ -216,13 +178,3 @@ class LeWM(Method):
         slices = directions(seed=run.seed, step=step, width=z.shape[-1], slices=settings.slices, device=z.device)
         terms = [sigreg(each, count=run.batch_size, slices=slices, knots=settings.knots) for each in z.unbind(1)]
         return torch.stack(terms).mean()
-
-
-def _actions_of_next_slot(
-    actions: Float[Tensor, "B U A"], slots: tuple[int, ...], count: int
-) -> Float[Tensor, "B U A"]:
-    """Return for each clip the actions of the clip in the next slot of the global batch."""
-    own = torch.tensor(slots, device=actions.device)
-    everyone = actions.new_zeros(count, *actions.shape[1:])
-    everyone[own] = actions.detach()
-    return sum_over_ranks(everyone)[(own + 1) % count]

@@ -66,6 +66,11 @@ class LeWMSettings(MethodSettings):
                 f"objective.rollout_steps ({self.rollout_steps}) needs clips of {max(2, self.rollout_steps + 1)} "
                 f"frames, data.clip.frames is {lengths[0]}"
             )
+        if lengths[0] % run.model.tubelet_frames:
+            raise ValueError(
+                f"data.clip.frames ({lengths[0]}) must be divisible by model.tubelet_frames "
+                f"({run.model.tubelet_frames}), since pictures and reports encode whole clips"
+            )
         if run.model.levels or run.model.predict_context or run.model.causal:
             raise ValueError(
                 "objective lewm encodes single frames; remove model.levels, model.predict_context and model.causal"

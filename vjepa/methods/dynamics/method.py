@@ -1,0 +1,229 @@
+"""Dynamics on a frozen encoder: the features of the next frame, under the action between the two.
+
+    frame t, repeated to fill a tubelet --frozen encoder--> tokens --layer norm--> h_t
+    loss = mean_t |p_{t+1} - h_{t+1}|^e                      p_{t+1} predicted from h_{<=t}, a_{<=t}, s_{<=t}
+         + rollout * the same over steps from prediction to prediction
+
+V-JEPA 2-AC: arXiv:2506.09985, section 3. Its predictor is `model.condition: token`. Frames are encoded alone, so that
+no feature holds a later frame. The states in a rollout are the true ones, as there.
+
+The encoder is read from a native export. It receives no gradient, and no checkpoint holds it: a checkpoint holds the
+sha256 of its file, and a run that resumes with another file stops.
+
+Letters: B clips, T frames, U = T - 1 intervals, Y X pixels, N tokens of a frame, D width, AC channels of an action and
+a state.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vjepa.methods.actions import CorpusScale, actions_of_next_slot, check_channels
+from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
+from vjepa.methods.dynamics.settings import DynamicsSettings
+from vjepa.nn.attention import Backend
+from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.frame_dynamics import FrameDynamics, normed
+from vjepa.nn.grid import clip_grid
+from vjepa.nn.init import assign
+from vjepa.nn.shapes import Model
+from vjepa_data.errors import BadInput
+from vjepa_data.reader.batch import Batch, Signal
+from vjepa_data.rng import generator
+
+
+@dataclass(frozen=True)
+class ConditionedClips:
+    """Clips on the device with the actions between their frames, and perhaps the state at each."""
+
+    frames: Float[Tensor, "B T C Y X"]
+    conditions: Float[Tensor, "B U AC"]
+    """Actions after each frame but the last, then the states at these frames."""
+
+    valid: Bool[Tensor, "B U"]
+    step: int
+    slots: tuple[int, ...]
+
+
+class FrozenEncoder(Encoder):
+    """The encoder of a native export, read when the weights are initialized."""
+
+    def __init__(self, settings: Model, path: Path, *, attention: Backend):
+        self.path = path
+        super().__init__(settings, attention=attention)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Read the file; each rank keeps its shard.
+
+        Raises:
+            BadInput: the file is missing or damaged, or its encoder has another size than the settings.
+        """
+        with open_weights(self.path) as file:
+            names = set(file.keys())
+            for name, parameter in self.named_parameters():
+                stored = f"encoder.{name}"
+                shape = tuple(file.get_slice(stored).get_shape()) if stored in names else None
+                if shape != tuple(parameter.shape):
+                    found = "is missing" if shape is None else f"has shape {list(shape)}"
+                    raise BadInput(
+                        f"{self.path}: {stored} {found}, model.encoder asks for {list(parameter.shape)}; copy `model` "
+                        f"from {self.path / 'model.json'} to the run's settings, all but the predictor"
+                    )
+                assign(parameter, file.get_tensor(stored).float())
+
+
+def open_weights(folder: Path) -> safe_open:
+    """Open the tensors of a native export.
+
+    Raises:
+        BadInput: there are none.
+    """
+    try:
+        return safe_open(folder / "model.safetensors", framework="pt")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise BadInput(
+            f"objective.encoder {folder} is not a native export ({error}); make one with `vjepa export --format native`"
+        ) from None
+
+
+class EncoderFile(nn.Module):
+    """The sha256 of the file of the frozen encoder, which a checkpoint keeps in its place."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+        self.sha256 = nn.Parameter(torch.zeros(32, dtype=torch.int32), requires_grad=False)
+        self.is_checked = False
+        if not self.sha256.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Hash the file."""
+        self.sha256.copy_(self._digest())
+
+    def check(self) -> None:
+        """Make sure, once, that a restored checkpoint was trained with the same file.
+
+        Raises:
+            BadInput: it was not.
+        """
+        if not self.is_checked and not self.sha256.is_meta:
+            if not torch.equal(self.sha256.cpu(), self._digest()):
+                raise BadInput(
+                    f"{self.folder / 'model.safetensors'} is not the encoder that the checkpoint was trained with; "
+                    "restore that file, or begin another run"
+                )
+            self.is_checked = True
+
+    def _digest(self) -> Tensor:
+        with (self.folder / "model.safetensors").open("rb") as file:
+            return torch.tensor(list(hashlib.file_digest(file, "sha256").digest()), dtype=torch.int32)
+
+
+class Dynamics(Method):
+    """Prediction of the features of the next frame under actions, on a frozen encoder."""
+
+    settings: DynamicsSettings
+
+    def build(self, attention: Backend = "sdpa") -> Networks:
+        """Return the frozen encoder and the predictor."""
+        run, settings, folder = self.run, self.settings, Path(self.settings.encoder)
+        encoder = FrozenEncoder(run.model, folder, attention=attention)
+        predictor = FrameDynamics(
+            run.model, actions=settings.action_channels, states=settings.state_channels, seed=run.seed
+        )
+        signals = {settings.action: settings.action_channels}
+        if settings.state is not None:
+            signals[settings.state] = settings.state_channels
+        scales = CorpusScale(run.data if settings.normalise == "z" else None, signals)
+        return Networks(
+            {"dynamics": predictor},
+            frozen={"encoder": encoder},
+            constants={"dynamics.scales": scales, "encoder_file": EncoderFile(folder)},
+        )
+
+    def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
+        """Return actions between frames, and states at frames."""
+        settings = self.settings
+
+        def make(channels: int, length: int) -> Signal:
+            valid = torch.ones(clips, length, dtype=torch.bool, device=device)
+            return Signal(torch.zeros(clips, length, channels, device=device), valid, (), ())
+
+        found = {settings.action: make(settings.action_channels, frames - 1)}
+        return found | ({settings.state: make(settings.state_channels, frames)} if settings.state else {})
+
+    def prepare(self, batch: Batch, device: torch.device) -> ConditionedClips:
+        """Bring clips and signals to the device.
+
+        Raises:
+            BadInput: a signal has another number of channels than the settings say.
+        """
+        settings = self.settings
+        (clips,) = batch.groups  # `check` makes sure that all clips have one length
+        action = clips.signals[settings.action]
+        conditions, valid = check_channels(settings.action, action, settings.action_channels), action.valid
+        if settings.state is not None:
+            state = clips.signals[settings.state]
+            values = check_channels(settings.state, state, settings.state_channels)
+            conditions = torch.cat((conditions, values[:, :-1]), dim=-1)
+            valid = valid & state.valid[:, :-1]
+        pixels = send(clips.frames, device)
+        frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
+        return ConditionedClips(frames, send(conditions, device), send(valid, device), batch.step, clips.slots)
+
+    def loss(self, networks: Networks, inputs: ConditionedClips, *, step: int) -> Loss:
+        """Return the teacher-forced error plus the weighted error of the rollout."""
+        settings, run, size = self.settings, self.run, inputs.frames.shape
+        reference = networks["encoder_file"]
+        assert isinstance(reference, EncoderFile)
+        reference.check()
+        with torch.no_grad():
+            alone = inputs.frames.flatten(0, 1)[:, :, None].expand(-1, -1, run.model.tubelet_frames, -1, -1)
+            features = normed(networks["encoder"]([View(alone)])[0].unflatten(0, size[:2]))
+        conditions = networks["dynamics.scales"](inputs.conditions)
+        others = actions_of_next_slot(conditions[..., : settings.action_channels], inputs.slots, run.batch_size)
+        grid, steps = clip_grid(1, size[-1], run.model), settings.rollout_steps
+        prefix = self._prefix(inputs.step, intervals=size[1] - 1)
+        found = networks["dynamics"](features, conditions, others, (grid.h, grid.w), prefix, steps, settings.detach)
+        valid, targets = inputs.valid.float(), features[:, 1:]
+
+        def error(predicted: Tensor, frames: Tensor, weight: Tensor) -> Float[Tensor, ""]:
+            power = (predicted - frames).abs() ** settings.exponent
+            return (power.mean((-2, -1)) * weight).sum() / (run.batch_size * max(1, weight.shape[1]))
+
+        prediction = error(found.following, targets, valid)
+        span = slice(prefix - 1, prefix - 1 + steps)
+        reached = valid.cumprod(1)[:, span]  # a rollout is lost where one of its frames is
+        rolled = error(found.rollout, targets[:, span], reached)
+        with torch.no_grad():
+            copied, shuffled = error(features[:, :-1], targets, valid), error(found.shuffled, targets, valid)
+        metrics = {
+            "prediction": prediction,
+            "rollout": rolled,
+            "copy_last": copied,
+            "shuffled_actions": shuffled,
+        }
+        return Loss(
+            value=prediction + settings.rollout_weight * rolled,
+            metrics={name: metric.detach() for name, metric in metrics.items()},
+            features=sample_tokens([found.following.detach().flatten(1, 2)]),
+            tokens=TokenCounts(total=features.shape[:3].numel(), visible=features.shape[:3].numel()),
+            ratios={"copy_ratio": ("prediction", "copy_last"), "action_gain": ("shuffled_actions", "prediction")},
+        )
+
+    def _prefix(self, step: int, *, intervals: int) -> int:
+        """Return the number of true frames before the rollout, a function of the seed and the step."""
+        if not self.settings.random_prefix:
+            return 1
+        longest = intervals - max(1, self.settings.rollout_steps) + 1
+        return int(generator(self.run.seed, "prefix", step).integers(1, longest, endpoint=True))
