@@ -182,6 +182,9 @@ class Spec(Settings):
     signals: dict[Name, SignalSpec] = Field(default_factory=dict)
     """Numeric signals of each video, by name. `actions` comes from VIDEO.actions.npy or VIDEO.actions.csv."""
 
+    camera: str | None = None
+    """Camera of a LeRobot folder, such as `observation.images.top` or `top`. Default: its only camera."""
+
     texts: tuple[Name, ...] = ()
     """Texts of each video. `caption` comes from VIDEO.caption.txt."""
 
@@ -208,7 +211,7 @@ class Spec(Settings):
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
         """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
-        return without_unused(serialize(self), "signals", "texts", "folder_label")
+        return without_unused(serialize(self), "camera", "signals", "texts", "folder_label")
 
 
 def without_unused(values: dict[str, Any], *names: str) -> dict[str, Any]:

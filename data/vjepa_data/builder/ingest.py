@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
 
+from vjepa_data.builder import lerobot
 from vjepa_data.builder.labels import MAX_FILE_BYTES, YT_DLP_FIELDS, check_labels, read_labels
 from vjepa_data.builder.source import InputFile as InputFile
 from vjepa_data.builder.source import locate, readable
@@ -53,9 +54,9 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
     """List every source in order of name.
 
     Args:
-        sources: folders (searched recursively), video files, tables (CSV, TSV, JSONL, JSON, parquet) with one video per
-            row, lists (.txt) with one path per line, WebDataset tars, and URLs (http, https, s3, gs) of single files,
-            or of a prefix if it ends in `/`.
+        sources: folders (searched recursively), LeRobot folders, video files, tables (CSV, TSV, JSONL, JSON, parquet)
+            with one video per row, lists (.txt) with one path per line, WebDataset tars, and URLs (http, https, s3, gs)
+            of single files, or of a prefix if it ends in `/`.
         spec: whether to look for videos or images, and the names of a table's columns.
         out: folder of the corpus, which is skipped if it lies below a source.
 
@@ -140,6 +141,8 @@ def _expand(text: str, spec: Spec, out: Path | None) -> Iterable[InputFile]:
     if "://" in text:
         return _from_url(text, spec)
     path = Path(text).resolve()
+    if path.is_dir() and lerobot.is_lerobot(path):
+        return _lerobot(path, spec)
     if path.is_dir():
         return _folder(path, spec, out.resolve() if out else None)
     if not path.is_file():
@@ -274,6 +277,20 @@ def _count_suffixes(paths: Sequence[Path]) -> str:
     files = ", ".join(f"{count} x {suffix}" for suffix, count in counts)
     tables = [path.name for path in paths if table_suffix(path) not in (None, ".json")]
     return files + (f" (to use a table such as {tables[0]}, give it as the source)" if tables else "")
+
+
+def _lerobot(folder: Path, spec: Spec) -> Iterator[InputFile]:
+    """Yield the episodes of a LeRobot folder as parts of its videos."""
+    opened = lerobot.open_folder(folder, spec.camera)
+    for episode in opened.episodes:
+        yield InputFile(
+            name=f"{folder.name}/{episode.video.relative_to(folder).as_posix()}",
+            file=FileRef(str(episode.video)),
+            labels={"episode": episode.number, "task": "; ".join(episode.tasks)},
+            group=f"{folder.name}/episode {episode.number}",
+            start_s=episode.start_s,
+            end_s=opened.end_s(episode),
+        )
 
 
 def _file(path: Path, name: str) -> InputFile:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from vjepa_data.builder import lerobot
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.tasks import StoredSample
 from vjepa_data.media.video import Reason, Refused, VideoInfo
@@ -61,13 +62,13 @@ def check_sidecars(place: FileRef, info: VideoInfo, spec: Spec) -> dict[str, Any
     """
     signals, texts = {}, {}
     for name, signal in spec.signals.items():
-        path = _sidecar(place, name, ("npy", "csv"))
+        path = _sidecar(place, name, ("npy", "csv"), spec)
         rows = read_rows(path, signal)
         rate_hz = signal.rate_hz or info.fps
         _check_cover(path.name, signal, info, rows=len(rows), rate_hz=rate_hz)
         signals[name] = {"rate_hz": rate_hz, "sha256": _sha256(path)}
     for name in spec.texts:
-        path = _sidecar(place, name, ("txt",))
+        path = _sidecar(place, name, ("txt",), spec)
         read_text(path)
         texts[name] = {"sha256": _sha256(path)}
     return ({"signals": signals} if signals else {}) | ({"texts": texts} if texts else {})
@@ -123,7 +124,7 @@ def clip_parts(
     """
     members, clocks = {}, {}
     for name, signal in sorted(spec.signals.items()):
-        path = _sidecar(place, name, ("npy", "csv"))
+        path = _sidecar(place, name, ("npy", "csv"), spec)
         _check_unchanged(path, known["signals"][name]["sha256"])
         rows, rate_hz = read_rows(path, signal), known["signals"][name]["rate_hz"]
         zero_s = begin_s
@@ -136,13 +137,13 @@ def clip_parts(
         start_s = signal.first_row_s(rate_hz) + span.start / rate_hz - zero_s
         clocks[name] = {"rows": len(span), "rate_hz": rate_hz, "start_s": start_s}
     for name in sorted(spec.texts):
-        path = _sidecar(place, name, ("txt",))
+        path = _sidecar(place, name, ("txt",), spec)
         _check_unchanged(path, known["texts"][name]["sha256"])
         members[member_of_text(name)] = read_text(path)
     return SidecarParts(members, {"signals": clocks} if clocks else {})
 
 
-def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...]) -> Path:
+def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...], spec: Spec) -> Path:
     """Find the sidecar of a video.
 
     Raises:
@@ -150,6 +151,8 @@ def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...]) -> Path:
     """
     if place.is_remote or not place.is_whole:
         raise Refused(Reason.BAD_SIGNAL, f"{name} is read from a file beside a local video, not from a tar or URL")
+    if "npy" in kinds and lerobot.find_folder(Path(place.path)) is not None:
+        return lerobot.write_rows(Path(place.path), name, spec.camera)
     stem = Path(place.path).with_suffix("")
     found = [path for kind in kinds if (path := stem.with_name(f"{stem.name}.{name}.{kind}")).is_file()]
     if len(found) != 1:
