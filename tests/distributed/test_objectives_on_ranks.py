@@ -18,9 +18,12 @@ from vjepa.config import Run
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import join
 from vjepa.methods.base import MaskedClips, create_method
+from vjepa.methods.dynamics.method import ConditionedClips
 from vjepa.methods.lewm.method import ActedClips
 from vjepa.methods.masking import sample_masks
+from vjepa.nn.encoder import Encoder
 from vjepa.nn.grid import Grid
+from vjepa.weights.tensors import write_safetensors
 from vjepa_data.rng import generator
 
 CLIPS, PX = 4, 16
@@ -62,7 +65,16 @@ CASES: dict[str, dict[str, Any]] = {
             "straight_weight": 0.1,
         },
     },
+    **{
+        f"dynamics {condition}": {
+            "data": {"signals": ["action"]},
+            "model": {"condition": condition, "init_std": 0.1},
+            "objective": {"name": "dynamics", "action_channels": 2, "normalise": "none"},
+        }
+        for condition in ("token", "adaln")
+    },
 }
+ACTED = ("lewm", "dynamics")
 
 
 def settings(case: str) -> Run:
@@ -83,8 +95,10 @@ def settings(case: str) -> Run:
         "optim": {"lr": 1e-3},
     }
     for name, change in CASES[case].items():
-        if "name" in change and change["name"] == "lewm":
+        if change.get("name") in ACTED:
             values[name] = {}  # a method without masks
+        if change.get("name") == "dynamics":
+            values[name] = {"encoder": os.environ["ENCODER_FOLDER"]}
         values[name] = {**values[name], **change}
     return Run.model_validate(values)
 
@@ -102,13 +116,20 @@ def masked_clips(run: Run, slots: range) -> list[MaskedClips]:
     return found
 
 
-def acted_clips(slots: range) -> ActedClips:
+def acted_clips(run: Run, slots: range) -> ActedClips | ConditionedClips:
     """Clips of some slots with actions, one of which is not valid."""
     draws = [generator(0, "acted", slot) for slot in slots]
     frames = np.stack([draw.standard_normal((4, 3, PX, PX), dtype="float32") for draw in draws])
     actions = np.stack([draw.standard_normal((3, 2), dtype="float32") for draw in draws])
     valid = torch.tensor([[True, True, slot != 1] for slot in slots])
-    return ActedClips(torch.from_numpy(frames), torch.from_numpy(actions), valid, 0, tuple(slots))
+    kind = ActedClips if run.objective.name == "lewm" else ConditionedClips
+    return kind(torch.from_numpy(frames), torch.from_numpy(actions), valid, 0, tuple(slots))
+
+
+def write_encoder(folder: Path) -> None:
+    """Write the tensors of a native export."""
+    encoder = Encoder(settings("vjepa2").model, seed=1)
+    write_safetensors(folder / "model.safetensors", ((f"encoder.{n}", p) for n, p in encoder.state_dict().items()))
 
 
 def main(out: Path) -> None:
@@ -123,7 +144,7 @@ def main(out: Path) -> None:
             networks = method.build()
             shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
             mine = range(world.rank * share, (world.rank + 1) * share)
-            inputs = acted_clips(mine) if run.objective.name == "lewm" else masked_clips(run, mine)
+            inputs = acted_clips(run, mine) if run.objective.name in ACTED else masked_clips(run, mine)
             loss = method.loss(networks, inputs, step=0)
             (loss.value * world.size).backward()
             found[case] = {
@@ -144,7 +165,13 @@ def start(world: int, out: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {
+        **os.environ,
+        "ENCODER_FOLDER": str(out.parent),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(out)],
@@ -161,6 +188,7 @@ def start(world: int, out: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
+    write_encoder(folder)
     for world in (1, 2):
         start(world, folder / f"{world}.pt")
     return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in (1, 2)}

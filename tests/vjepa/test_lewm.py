@@ -96,7 +96,11 @@ def test_the_loss_is_its_formula():
     loss = method.loss(networks, clips, step=0)
     tokens = method._encode_frames(networks["encoder"], clips.frames)
     dynamics: Any = networks["dynamics"]
-    z = dynamics.project(tokens)
+    centre: Any = networks["dynamics.centre"]
+    flat = tokens.flatten(2)
+    assert torch.allclose(centre.mean, flat.mean((0, 1)), atol=1e-5)
+    assert torch.allclose(centre.std, (flat.var((0, 1), correction=0) + 0.01).sqrt(), atol=1e-4)
+    z = dynamics.projector((flat - centre.mean) / centre.std)
     following = dynamics.predict(z[:, :-1, None], clips.actions)[0][:, :, 0]
     rolled = dynamics.predict_steps(z[:, :1, None], clips.actions[:, :3])[:, :, 0]
     slices = directions(seed=0, step=0, width=8, slices=16, device=z.device)
@@ -130,7 +134,7 @@ def test_predictions_do_not_depend_on_later_frames():
     clips = acted_clips()
     frames = clips.frames.requires_grad_()
     tokens = method._encode_frames(networks["encoder"], frames)
-    found = networks["dynamics"](tokens, clips.actions, clips.actions, 3)
+    found = networks["dynamics"](tokens, clips.actions, clips.actions, 3, networks["dynamics.centre"])
     for t in range(FRAMES - 1):
         (gradient,) = torch.autograd.grad(found.following[:, t].square().sum(), frames, retain_graph=True)
         assert gradient[:, t + 1 :].abs().max() == 0
@@ -238,7 +242,7 @@ def test_a_loaded_model_rolls_out_as_in_training(rooms: Path, trained: Path):
         assert isinstance(method, LeWM)
         prepared = method.prepare(batch, torch.device("cpu"))
         tokens = method._encode_frames(model.encoder.encoder, prepared.frames)
-        assert torch.allclose(dynamics.project(tokens), latents[:, :, 0, 0], atol=1e-6)
+        assert torch.allclose(dynamics.project(tokens, dynamics.centre), latents[:, :, 0, 0], atol=1e-6)
     with pytest.raises(BadInput, match="actions of 2 channels"):
         model.rollout(clips.frames, actions[:, :, :1])
     with pytest.raises(BadInput, match="size that the model was trained on"):

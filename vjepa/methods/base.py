@@ -58,8 +58,8 @@ class Networks:
     """Pretrained networks that stay as they are: sharded, neither optimized nor saved."""
 
     constants: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Small networks of numbers that training does not change and a model needs, such as the scale of actions: whole on
-    each rank, fp32, saved. The name `dynamics.actions` makes the tensors a part of the network `dynamics`."""
+    """Small networks of numbers that a model needs and the optimizer does not change, such as the scale of actions:
+    whole on each rank, fp32, saved. The name `dynamics.actions` makes the tensors a part of the network `dynamics`."""
 
     exported: str = "encoder"
     """Name of the encoder that evaluations and exports use."""

@@ -30,6 +30,10 @@ from vjepa.nn.init import init_weights
 from vjepa.nn.positions import Rotation, rotate, rotations
 from vjepa.nn.shapes import Float, Model, Transformer
 
+FIRST_CHANGE = 0.01
+"""Scale of the first predicted changes of latents. Rollouts of large random changes would pull latents that are learned
+together with the predictor to a point, before they mean anything."""
+
 
 class Past(NamedTuple):
     """Keys and values of the earlier frames of a block."""
@@ -233,6 +237,9 @@ class DynamicsPredictor(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Initialize all parameters. Call it after `to_empty` if the predictor was built on the meta device."""
         init_weights(self, seed=seed, name="dynamics", std=self.settings.init_std)
+        if self.condition == "adaln":
+            with torch.no_grad():
+                self.predictor_proj.weight.mul_(FIRST_CHANGE)
 
     def predict_steps(
         self,

@@ -31,6 +31,33 @@ class ActionScale(nn.Module):
         return (actions - self.mean) / self.std
 
 
+class Centre(nn.Module):
+    """Mean and standard deviation of each channel of all tokens of a frame, in the first batch of a run.
+
+    The projector reads tokens that are centred and scaled with them, from the first step to the last and in an export.
+    Otherwise most of its input would be the same for all frames, and every change of a weight would move all latents
+    together. Batch norm would do the same, but in use it computes something else than in training.
+
+    Source of an initialization that depends on data: Salimans and Kingma, Weight normalization (arXiv:1602.07868).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.std = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.is_set = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Leave tokens as they are."""
+        self.mean.zero_()
+        self.std.fill_(1)
+        self.is_set.zero_()
+
+    def forward(self, tokens: Float[Tensor, "B T ND"]) -> Float[Tensor, "B T ND"]:
+        return (tokens - self.mean) / self.std
+
+
 class Predictions(NamedTuple):
     """The latents of a batch and what is predicted of them."""
 
@@ -62,6 +89,9 @@ class LatentDynamics(DynamicsPredictor):
     actions: ActionScale
     """Scale of the actions. Only a loaded model has it; a method applies the scale itself."""
 
+    centre: Centre
+    """Centre of the tokens. Only a loaded model has it; a method passes its own."""
+
     def __init__(self, settings: Model, *, tokens: int, hidden: int, latent: int, actions: int, seed: int = 0):
         """Build the networks and initialize them, unless on the meta device.
 
@@ -72,10 +102,8 @@ class LatentDynamics(DynamicsPredictor):
             seed: determines the initial weights, independently of device and sharding.
         """
         super().__init__(settings, latent=latent, actions=actions)
-        self.tokens = tokens
-        self.projector = nn.Sequential(
-            nn.Linear(tokens * settings.encoder.width, hidden), nn.GELU(), nn.Linear(hidden, latent)
-        )
+        self.tokens, self.inputs = tokens, tokens * settings.encoder.width
+        self.projector = nn.Sequential(nn.Linear(self.inputs, hidden), nn.GELU(), nn.Linear(hidden, latent))
         if not self.predictor_embed.weight.is_meta:
             self.init_weights(seed)
 
@@ -85,11 +113,15 @@ class LatentDynamics(DynamicsPredictor):
         hidden, inputs = shape("dynamics.projector.0.weight")
         latent, actions = shape("dynamics.projector.2.weight")[0], shape("dynamics.actions.mean")[0]
         found = cls(settings, tokens=inputs // settings.encoder.width, hidden=hidden, latent=latent, actions=actions)
-        found.actions = ActionScale(actions)
+        found.actions, found.centre = ActionScale(actions), Centre(inputs)
         return found
 
-    def project(self, tokens: Float[Tensor, "B T N D"]) -> Float[Tensor, "B T E"]:
+    def project(self, tokens: Float[Tensor, "B T N D"], centre: Centre) -> Float[Tensor, "B T E"]:
         """Return the latent of each frame, fp32.
+
+        Args:
+            tokens: features of the frames, each encoded alone.
+            centre: mean and scale of the tokens.
 
         Raises:
             BadInput: the frames have another number of tokens than in training.
@@ -99,7 +131,8 @@ class LatentDynamics(DynamicsPredictor):
                 f"frames have {tokens.shape[2]} tokens, the projector reads {self.tokens}; give frames of the "
                 "size that the model was trained on"
             )
-        return self.projector(tokens.flatten(2)).float()
+        centred = centre(tokens.flatten(2).float())
+        return self.projector(centred.to(tokens.dtype)).float()
 
     def forward(
         self,
@@ -107,6 +140,7 @@ class LatentDynamics(DynamicsPredictor):
         actions: Float[Tensor, "B U A"],
         shuffled: Float[Tensor, "B U A"],
         steps: int,
+        centre: Centre,
     ) -> Predictions:
         """Return everything that a loss needs, in one call, since FSDP2 gathers parameters around `forward`.
 
@@ -115,8 +149,9 @@ class LatentDynamics(DynamicsPredictor):
             actions: scaled actions between the frames, U = T - 1.
             shuffled: actions of other clips.
             steps: steps to predict from the first frame alone.
+            centre: mean and scale of the tokens.
         """
-        latents = self.project(tokens)
+        latents = self.project(tokens, centre)
         given = latents[:, :-1, None]
         following = self.predict(given, actions)[0].squeeze(2)
         with torch.no_grad():
@@ -127,7 +162,7 @@ class LatentDynamics(DynamicsPredictor):
     def latents(self, encoder: FrameEncoder, frames: UInt8[Tensor, "B T Y X C"]) -> Float[Tensor, "B T 1 1 E"]:
         """Encode each frame alone."""
         alone = encoder.features(frames.flatten(0, 1)[:, None]).unflatten(0, frames.shape[:2])
-        return self.project(alone)[:, :, None, None]
+        return self.project(alone, self.centre)[:, :, None, None]
 
     def rollout(
         self, encoder: FrameEncoder, frames: UInt8[Tensor, "B T Y X C"], actions: Float[Tensor, "B V A"]

@@ -8,7 +8,8 @@
          + temporal * (z_{t+1} - z_t)^2  + straight * (1 - cos of neighbouring differences)
 
 The gradient goes through predictions and targets. SIGReg compares the global batch: its value and gradient are the same
-on one rank and on many. No network has batch statistics, so an export computes what was trained.
+on one rank and on many. The projector reads tokens that are centred and scaled by the statistics of the run's first
+batch, which a checkpoint keeps. No network has running statistics, so an export computes what was trained.
 
 LeWM: arXiv:2603.19312. The inverse model and the temporal term are those of PLDM (arXiv:2502.14819) and eb_jepa
 (arXiv:2602.03604). LeWM has no rollout loss, and reads the class token through an MLP with batch norm.
@@ -28,13 +29,17 @@ from torch import Tensor, nn
 from vjepa.methods.actions import CorpusScale, actions_of_next_slot, check_channels
 from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
 from vjepa.methods.lewm.settings import LeWMSettings
-from vjepa.methods.regularizers import directions, sigreg, world_size
+from vjepa.methods.regularizers import directions, sigreg, sum_over_ranks, world_size
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.grid import clip_grid
 from vjepa.nn.init import init_weights
-from vjepa.nn.latent_dynamics import LatentDynamics
+from vjepa.nn.latent_dynamics import Centre, LatentDynamics
 from vjepa_data.reader.batch import Batch, Signal
+
+SMALLEST_STD = 0.1
+"""Added to the standard deviation of tokens, which a layer norm brought to about 1, so that constant channels stay
+small."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class LeWM(Method):
     """Prediction of the next latent under actions, end to end."""
 
     settings: LeWMSettings
+    _is_centred = False
 
     def build(self, attention: Backend = "sdpa") -> Networks:
         """Return the encoder, the projector with its predictor, the inverse model, and the scale of the actions."""
@@ -93,7 +99,7 @@ class LeWM(Method):
         data = run.data if settings.normalise == "z" else None
         scale = CorpusScale(data, {settings.action: settings.action_channels})
         trained = {"encoder": encoder, "dynamics": dynamics, "inverse": inverse}
-        return Networks(trained, constants={"dynamics.actions": scale})
+        return Networks(trained, constants={"dynamics.actions": scale, "dynamics.centre": Centre(dynamics.inputs)})
 
     def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
         """Return actions between frames."""
@@ -122,7 +128,12 @@ class LeWM(Method):
         actions = networks["dynamics.actions"](inputs.actions)
         tokens = self._encode_frames(networks["encoder"], inputs.frames)
         others = actions_of_next_slot(actions, inputs.slots, count)
-        found = networks["dynamics"](tokens, actions, others, settings.rollout_steps)
+        centre = networks["dynamics.centre"]
+        assert isinstance(centre, Centre)
+        if not self._is_centred:
+            set_centre(centre, tokens.flatten(2).float(), run.batch_size)
+            self._is_centred = True
+        found = networks["dynamics"](tokens, actions, others, settings.rollout_steps, centre)
         z, valid = found.latents, inputs.valid.float()
         intervals = count * valid.shape[1]
 
@@ -178,3 +189,22 @@ class LeWM(Method):
         slices = directions(seed=run.seed, step=step, width=z.shape[-1], slices=settings.slices, device=z.device)
         terms = [sigreg(each, count=run.batch_size, slices=slices, knots=settings.knots) for each in z.unbind(1)]
         return torch.stack(terms).mean()
+
+
+@torch.no_grad()
+def set_centre(centre: Centre, tokens: Float[Tensor, "B T ND"], count: int) -> None:
+    """Set the centre from the first batch, unless a checkpoint already did.
+
+    Args:
+        centre: as initialized or restored.
+        tokens: tokens of the frames of this rank's clips, side by side.
+        count: clips over all ranks.
+    """
+    if centre.is_set.is_meta or centre.is_set.item():
+        return
+    frames = count * tokens.shape[1]
+    mean = sum_over_ranks(tokens.sum((0, 1))) / frames
+    variance = sum_over_ranks((tokens - mean).square().sum((0, 1))) / frames
+    centre.mean.copy_(mean)
+    centre.std.copy_((variance + SMALLEST_STD**2).sqrt())
+    centre.is_set.fill_(1)
