@@ -36,3 +36,12 @@ def test_the_commands_of_the_methods_page_work(page_folder: Path) -> None:
 def test_the_commands_of_the_architecture_page_work(page_folder: Path) -> None:
     run_page(ROOT / "docs/architecture.md", page_folder, smaller={"--videos 40": "--videos 6"})
     assert json.loads((page_folder / "runs/demo/shards/manifest.json").read_text())["splits"]
+
+
+def test_the_commands_of_the_worlds_page_work(page_folder: Path) -> None:
+    quick = "steps=2 batch_size=4 optim.warmup_steps=0 track.wandb=off"
+    smaller = {"--videos 2000": "--videos 6"}
+    smaller |= {f"vjepa train {name}": f"vjepa train {name} {quick}" for name in ("lewm_two_room", "dynamics_two_room")}
+    run_page(ROOT / "docs/worlds.md", page_folder, smaller=smaller)
+    assert (page_folder / "rollout.png").exists()
+    assert len((page_folder / "runs/dynamics_two_room/metrics.jsonl").read_text().splitlines()) == 1
