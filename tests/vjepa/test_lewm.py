@@ -89,7 +89,12 @@ def build(run: Run) -> tuple[LeWM, Networks]:
 
 
 def test_the_loss_is_its_formula():
-    weights = {"regularizer_weight": 0.1, "inverse_weight": 2.0, "temporal_weight": 0.3, "straight_weight": 0.2}
+    weights: dict[str, Any] = {
+        "regularizer_weight": 0.1,
+        "inverse_weight": 2.0,
+        "temporal_weight": 0.3,
+        "straight_weight": 0.2,
+    }
     run = make_run(normalise="none", rollout_weight=0.7, **weights)
     method, networks = build(run)
     clips = acted_clips()

@@ -18,7 +18,7 @@ action, C of a state, D width, H heads, d channels of a head.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,14 +132,14 @@ class DynamicsBlock(nn.Module):
         """Args are positional, as recomputation passes them on; they are those of `FrameAttention.forward`."""
         ask = {"tokens": tokens, "window": window, "past": past}
         if self.modulation is None or condition is None:
-            attended, past = self.attn(self.norm1(x), rotation, **ask)
+            attended, seen = self.attn(self.norm1(x), rotation, **ask)
             x = x + attended
-            return x + self.mlp(self.norm2(x)), past
+            return x + self.mlp(self.norm2(x)), seen
         changes = self.modulation(F.silu(condition)).repeat_interleave(tokens, dim=1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = changes
-        attended, past = self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation, **ask)
+        attended, seen = self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation, **ask)
         x = x + (1 + gate1) * attended
-        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2), past
+        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2), seen
 
 
 class DynamicsPredictor(nn.Module):
@@ -157,7 +157,7 @@ class DynamicsPredictor(nn.Module):
         super().__init__()
         self.settings, size = settings, settings.predictor
         self.size, self.window = size, settings.window
-        self.form = "interleaved" if settings.rope == "sincos" else settings.rope
+        self.form: Literal["tiled", "interleaved"] = "interleaved" if settings.rope == "sincos" else settings.rope
         self.predictor_embed = nn.Linear(latent, size.width)
         self.condition, self.states = settings.condition, states
         if self.condition == "token":

@@ -72,7 +72,7 @@ class Inverse(nn.Module):
 
     def forward(self, latents: Float[Tensor, "B T E"]) -> Float[Tensor, "B U A"]:
         pairs = torch.cat((latents[:, :-1], latents[:, 1:]), dim=-1)
-        return self.layers(pairs.to(self.layers[0].weight.dtype)).float()
+        return self.layers(pairs.to(next(self.parameters()).dtype)).float()
 
 
 class LeWM(Method):
