@@ -44,4 +44,4 @@ def test_the_commands_of_the_worlds_page_work(page_folder: Path) -> None:
     smaller |= {f"vjepa train {name}": f"vjepa train {name} {quick}" for name in ("lewm_two_room", "dynamics_two_room")}
     run_page(ROOT / "docs/worlds.md", page_folder, smaller=smaller)
     assert (page_folder / "rollout.png").exists()
-    assert len((page_folder / "runs/dynamics_two_room/metrics.jsonl").read_text().splitlines()) == 1
+    assert len((page_folder / "runs/dynamics_two_room/metrics.jsonl").read_text().splitlines()) == 2
