@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.stream import VideoStream
 
 from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.decoding.orientation import OddRotation, orientation
@@ -13,7 +14,7 @@ from vjepa_data.errors import Unreadable
 from vjepa_data.media.canonical import compare
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.probe import probe
-from vjepa_data.media.tasks import ExamineTask, work
+from vjepa_data.media.tasks import Examined, ExamineTask, work
 from vjepa_data.media.transcode import check, transcode
 from vjepa_data.media.video import Reason, Refused
 from vjepa_data.spec import Encode, Filter
@@ -43,6 +44,7 @@ def encode(path: Path, *, codec: str = "libx264", times: list[int] | None = None
     y, x = np.mgrid[:64, :96]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"preset": "ultrafast", "threads": "1", **options})
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for number, time in enumerate(times or range(6)):
             picture = np.stack([x * 2, y * 3, np.full_like(x, number * 40)], axis=-1).astype(np.uint8)
@@ -135,8 +137,10 @@ def test_decord_returns_three_channels_at_any_width(width: int, tmp_path: Path) 
     assert (frames[0] == frames[1]).all()
 
 
-def examine(path: Path, *, deep: bool = True):
-    return work(ExamineTask(0, FileRef(str(path)), "mp4", 12, deep))
+def examine(path: Path) -> Examined:
+    found = work(ExamineTask(0, FileRef(str(path)), "mp4", 12, deep=True))
+    assert isinstance(found, Examined)
+    return found
 
 
 def test_decoders_agree_on_a_turned_clip(flat: bytes, tmp_path: Path) -> None:

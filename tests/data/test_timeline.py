@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.stream import VideoStream
 
 from vjepa_data.media import frames as frames_module
 from vjepa_data.media.canonical import ClipFormat
@@ -54,6 +55,7 @@ def write(
     """Write numbered frames, optionally at given times in ticks of 1 / fps."""
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=fps, options={"g": "30", "threads": "1", **options})
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
         stream.time_base = Fraction(1, fps)
         for number, time in enumerate(times or range(frames)):
@@ -68,9 +70,9 @@ def shown(path: Path, info: VideoInfo, **options) -> Shown:
     return [(float(t), read_number(f.to_ndarray(format="rgb24"))) for t, f in read_frames(path, info, **options)]
 
 
-def stored(path: Path, **part: float) -> tuple[ClipFormat, list[int]]:
+def stored(path: Path, *, start_s: float | None = None, end_s: float | None = None) -> tuple[ClipFormat, list[int]]:
     """Store a video as the builder does, and return the numbers of its frames."""
-    clip = transcode(path, **({"start_s": None, "end_s": None} | part), encode=FORM, accept=Filter())
+    clip = transcode(path, start_s=start_s, end_s=end_s, encode=FORM, accept=Filter())
     check(clip, gop=FORM.gop)
     with av.open(io.BytesIO(clip.data)) as container:
         return clip.stored, [read_number(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
