@@ -111,7 +111,7 @@ def fuzz(seeds: list[Path], *, files: int, workers: int, seed: int, timeout_s: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("seeds", type=Path, help="folder of small sound files")
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2)

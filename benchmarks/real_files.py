@@ -89,7 +89,7 @@ def _judge_refusal(name: str, path: Path, refusal: Refused) -> Fate:
 
 def _compare(path: Path, info: VideoInfo, clip: bytes, start_s: float) -> str:
     """Return how a stored clip differs from ffmpeg's output, or an empty string."""
-    with av.open(io.BytesIO(clip)) as container:
+    with av.open(io.BytesIO(clip), "r") as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or Fraction(1)
         size = (stream.width, stream.height)
@@ -124,7 +124,7 @@ def _with_ffmpeg(path: Path, info: VideoInfo, rate: Fraction, size: tuple[int, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="name every file, not only those that came out wrong")

@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.filter.graph import Graph
 from av.video.stream import VideoStream
 
 from vjepa_data.decoding.backends import Expect, decode
@@ -66,7 +67,7 @@ def with_matrix(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
 
 
 def filtered(frame: av.VideoFrame, filters: str) -> np.ndarray:
-    graph = av.filter.Graph()
+    graph = Graph()
     chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)]
     for step in filter(None, filters.split(",")):
         name, _, options = step.partition("=")
@@ -120,7 +121,7 @@ def test_hdr_is_tone_mapped_and_named(tmp_path: Path) -> None:
     assert info.transfer == "smpte2084"
     clip = transcode(tmp_path / "x.mp4", start_s=None, end_s=None, encode=Encode(short_side_px=64), accept=Filter())
     check(clip, gop=12)
-    with av.open(io.BytesIO(clip.data)) as container:
+    with av.open(io.BytesIO(clip.data), "r") as container:
         frame = next(container.decode(video=0))
     assert frame.to_ndarray(format="rgb24").mean() > 235
 

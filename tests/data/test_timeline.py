@@ -1,7 +1,7 @@
 """Times, lengths and rates come from the packets of real files, which the tests create; seeks are exact."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -50,11 +50,11 @@ def write(
     shown: Callable[[int], int] = lambda n: n,
     form: str | None = None,
     pixels: str = "yuv420p",
-    **options: str,
+    options: Mapping[str, str] | None = None,
 ) -> Path:
     """Write numbered frames, optionally at given times in ticks of 1 / fps."""
     with av.open(str(path), "w", format=form) as container:
-        stream = container.add_stream(codec, rate=fps, options={"g": "30", "threads": "1", **options})
+        stream = container.add_stream(codec, rate=fps, options={"g": "30", "threads": "1", **(options or {})})
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
         stream.time_base = Fraction(1, fps)
@@ -74,7 +74,7 @@ def stored(path: Path, *, start_s: float | None = None, end_s: float | None = No
     """Store a video as the builder does, and return the numbers of its frames."""
     clip = transcode(path, start_s=start_s, end_s=end_s, encode=FORM, accept=Filter())
     check(clip, gop=FORM.gop)
-    with av.open(io.BytesIO(clip.data)) as container:
+    with av.open(io.BytesIO(clip.data), "r") as container:
         return clip.stored, [read_number(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
 
 
@@ -102,7 +102,7 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
 @pytest.mark.parametrize("name", KINDS)
 def test_frames_from_the_middle_equal_those_from_the_start(name: str, tmp_path: Path) -> None:
     codec, options = KINDS[name]
-    path = write(tmp_path / name, codec, frames=200, **options)
+    path = write(tmp_path / name, codec, frames=200, options=options)
     info = probe(path)
     whole = shown(path, info)
     assert [number for _, number in whole] == list(range(200))
@@ -116,19 +116,19 @@ def test_frames_from_the_middle_equal_those_from_the_start(name: str, tmp_path: 
 @pytest.mark.parametrize("name", ["x.mkv", "x.ts", "bframes.avi", "x.h264"])
 def test_a_part_is_not_decoded_from_the_start(name: str, tmp_path: Path) -> None:
     codec, options = KINDS[name]
-    path = write(tmp_path / name, codec, frames=300, **options)
+    path = write(tmp_path / name, codec, frames=300, options=options)
     first = next(read_frames(path, probe(path), start_s=11.9))
     assert first[0] > 4
 
 
 def test_a_seek_that_lands_late_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "x.mkv", "libx264", frames=60, **X264)
+    path = write(tmp_path / "x.mkv", "libx264", frames=60, options=X264)
     monkeypatch.setattr(frames_module, "STEPS_BACK_S", (-1, 0))
     assert stored(path, start_s=0.4, end_s=0.8)[1] == list(range(10, 20))
 
 
 def test_a_stored_frame_that_differs_from_its_source_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.mp4", "libx264", frames=24, **X264)
+    path = write(tmp_path / "x.mp4", "libx264", frames=24, options=X264)
     clip = transcode(path, start_s=None, end_s=None, encode=FORM, accept=Filter())
     assert [sample.number for sample in clip.samples] == [0, 12, 23]
     check(clip, gop=FORM.gop)
@@ -139,11 +139,11 @@ def test_a_stored_frame_that_differs_from_its_source_is_refused(tmp_path: Path) 
 
 
 def test_a_length_that_is_not_declared_is_that_of_the_packets(tmp_path: Path) -> None:
-    live = write(tmp_path / "x.webm", "libvpx", frames=30, form="webm", deadline="realtime")
+    live = write(tmp_path / "x.webm", "libvpx", frames=30, form="webm", options={"deadline": "realtime"})
     data = live.read_bytes()
     at = data.index(b"\x44\x89\x88")  # Duration, an element of eight bytes
     live.write_bytes(data[:at] + b"\xec\x89" + data[at + 2 :])  # Void
-    for path in (live, write(tmp_path / "x.h264", "libx264", frames=30, **X264)):
+    for path in (live, write(tmp_path / "x.h264", "libx264", frames=30, options=X264)):
         assert probe(path).duration_s == pytest.approx(1.2, abs=0.05)
         assert stored(path)[0].frames == 30
 
@@ -160,7 +160,7 @@ def test_a_wrong_length_in_the_header_is_ignored(factor: float, tmp_path: Path) 
 
 
 def test_a_file_that_ends_early_is_truncated(tmp_path: Path) -> None:
-    data = write(tmp_path / "x.mkv", "libx264", frames=100, **X264).read_bytes()
+    data = write(tmp_path / "x.mkv", "libx264", frames=100, options=X264).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
     with pytest.raises(Refused, match="but 4") as caught:
         stored(tmp_path / "cut.mkv")
@@ -168,7 +168,7 @@ def test_a_file_that_ends_early_is_truncated(tmp_path: Path) -> None:
 
 
 def test_pictures_that_stay_for_long_are_kept(tmp_path: Path) -> None:
-    slides = write(tmp_path / "x.mp4", "libx264", fps=5, times=[0, 400, *range(401, 420)], **X264)
+    slides = write(tmp_path / "x.mp4", "libx264", fps=5, times=[0, 400, *range(401, 420)], options=X264)
     form, numbers = stored(slides)
     assert (form.frames, form.fps) == (420, 5)
     assert numbers[399:402] == [0, 1, 2]
@@ -197,7 +197,7 @@ def test_empty_chunks_of_an_avi_keep_their_time(tmp_path: Path) -> None:
 
 
 def test_a_burst_is_stored_at_its_own_rate(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.mp4", "libx264", fps=50, times=[0, 100, *range(150, 200), 300], **X264)
+    path = write(tmp_path / "x.mp4", "libx264", fps=50, times=[0, 100, *range(150, 200), 300], options=X264)
     info = probe(path)
     assert info.dense_rate == (50, 1)
     form, numbers = stored(path)
@@ -253,7 +253,7 @@ def _packets_of_ts(data: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
 def test_a_recording_begins_at_its_first_whole_picture(codec: str, tmp_path: Path) -> None:
     options = X264 if codec == "libx264" else {"bf": "2"}
-    data = write(tmp_path / "x.ts", codec, **options).read_bytes()
+    data = write(tmp_path / "x.ts", codec, options=options).read_bytes()
     tables = b"".join([*_packets_of_ts(data)][:3])
     (tmp_path / "cut.ts").write_bytes(tables + data[len(data) // 188 // 6 * 188 : -500])
     form, numbers = stored(tmp_path / "cut.ts")
@@ -263,8 +263,8 @@ def test_a_recording_begins_at_its_first_whole_picture(codec: str, tmp_path: Pat
 
 
 def test_joined_recordings_are_one_video(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.ts", "libx264", frames=60, **X264).read_bytes()
-    second = write(tmp_path / "b.ts", "libx264", frames=150, shown=lambda n: n + 60, **X264).read_bytes()
+    first = write(tmp_path / "a.ts", "libx264", frames=60, options=X264).read_bytes()
+    second = write(tmp_path / "b.ts", "libx264", frames=150, shown=lambda n: n + 60, options=X264).read_bytes()
     path = tmp_path / "x.ts"
     path.write_bytes(first + second)
     info = probe(path)

@@ -30,7 +30,7 @@ def test_system_commands_do_not_see_preferences(monkeypatch: pytest.MonkeyPatch)
     ):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    seen = dict(line.partition("=")[::2] for line in slurm.run_command("env").splitlines())
+    seen = {line.partition("=")[0]: line.partition("=")[2] for line in slurm.run_command("env").splitlines()}
     assert {name for name in seen if name.startswith(slurm.PREFERENCES)} == {"SLURM_CONF"}
     assert seen["PATH"] == os.environ["PATH"]
 

@@ -158,7 +158,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 @functools.cache
 def _untraced_xformers() -> Callable[[Tensor, Tensor, Tensor, Segments], Tensor]:
     """Keep torch.compile out. Made on first use, since it imports the compiler, which takes as long as torch itself."""
-    return torch.compiler.disable(_memory_efficient, reason="xformers picks its kernel in Python")
+    run: Any = torch.compiler.disable(_memory_efficient, reason="xformers picks its kernel in Python")
+    return run
 
 
 def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

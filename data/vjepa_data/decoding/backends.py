@@ -107,13 +107,14 @@ def _torchcodec(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
 def _pyav(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
     import av
     from av.error import FFmpegError
+    from av.video.stream import VideoStream
 
     from vjepa_data.decoding.orientation import orientation
 
     try:
         with av.open(io.BytesIO(video), metadata_errors="replace") as container:
             stream = container.streams.best("video")
-            if stream is None:
+            if not isinstance(stream, VideoStream):
                 raise Unreadable("error", "pyav: no video stream")
             stream.thread_type = "NONE"
             _check_length("pyav", stream.frames or None, expect)

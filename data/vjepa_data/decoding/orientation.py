@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
 
 
 class OddRotation(ValueError):
@@ -24,7 +24,7 @@ class Orientation:
     @property
     def filters(self) -> list[tuple[str, str | None]]:
         """Filters and their options."""
-        flips = [(name, None) for name in ("hflip", "vflip") if getattr(self, name)]
+        flips: list[tuple[str, str | None]] = [(name, None) for name in ("hflip", "vflip") if getattr(self, name)]
         return [("transpose", self.transpose), *flips] if self.transpose else flips
 
     def size(self, width: int, height: int) -> tuple[int, int]:
@@ -48,7 +48,7 @@ def orientation(frame: av.VideoFrame) -> Orientation:
 
     Source: `configure_input_video_filter` in FFmpeg's fftools/ffmpeg_filter.c.
     """
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Orientation()
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()

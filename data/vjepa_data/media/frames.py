@@ -109,11 +109,12 @@ class Pass:
         self._stream = video_stream(container, info.stream)
         self._base = self._stream.time_base or Fraction(1, 1000)
         self._origin = round(Fraction(info.start_s) / self._base)
-        point = self._start if isinstance(self._start, SeekPoint) else None
+        start = self._start
+        point = start if isinstance(start, SeekPoint) else None
         self._clock = PacketClock(info.container, self._base, Fraction(*info.rate), point)
-        if self._start is None:
+        if start is None:
             return
-        target = point.position if point else int((self._start + info.start_s) / self._base)
+        target = start.position if isinstance(start, SeekPoint) else int((start + info.start_s) / self._base)
         try:
             container.seek(target, stream=self._stream, unsupported_byte_offset=point is not None)
         except FFmpegError as error:

@@ -280,7 +280,7 @@ def _compare_decoders(data: bytes, info: VideoInfo, flaws: list[str]) -> Examine
 
 def _count(data: bytes) -> int:
     """Return the number of frames of a video, by its packets."""
-    with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+    with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
         stream = container.streams.best("video")
         return sum(p.pts is not None and not p.is_discard for p in container.demux(stream)) if stream else 0
 
