@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FRAMES, FPS, SIDE = 24, 8, 48
 
-LONGEST_GROUPS = ("slurm", "slurm-training", "distributed/test_ranks.py", "learning", "examples", "docs/test_pages.py")
+LONGEST_GROUPS = ("slurm", "distributed/test_ranks.py", "learning", "examples", "docs/test_pages.py")
 """Groups of tests to start with, so that no worker is left alone with a long group at the end."""
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from vjepa.cli import main
 
-pytestmark = [pytest.mark.xdist_group("slurm-training"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
 def test_the_doctor_lists_the_node_that_differs(

@@ -36,6 +36,10 @@ exec {real} "$@"
 """
 
 
+AT_ONCE = 8
+"""Runs at the same time. All 18 at once delay each other, and tests on other workers, beyond their time limits."""
+
+
 @pytest.fixture(scope="module")
 def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
     """Start all runs, and yield their futures by name."""
@@ -46,7 +50,7 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         (replace(known[base], name=name), with_faulty_scontrol(folder / f"{name}-bin", fault))
         for name, (base, fault) in FAULTS.items()
     ]
-    with ThreadPoolExecutor(len(chosen) + 3) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         futures: dict[str, Future[Any]] = {
             drill.name: pool.submit(drills.rehearse, drill, folder / drill.name, profile) for drill, profile in chosen
         }

@@ -16,7 +16,7 @@ from vjepa_data.synthetic.physics import write_corpus
 from vjepa_launch import status
 from vjepa_launch.drill.drill_run import DrillRun
 
-pytestmark = [pytest.mark.xdist_group("slurm-training"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
 def test_the_same_command_finishes_an_array_that_lost_a_task(

@@ -15,7 +15,7 @@ from vjepa_launch.drill.drill_run import DrillRun
 from vjepa_launch.request import Request, train_command
 from vjepa_launch.settings import Cluster
 
-pytestmark = [pytest.mark.xdist_group("slurm-training"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 PROFILE = Cluster(executor="slurm", nodes=2, tasks_per_node=1, cpus_per_task=2, hours=1, notice_s=60)
 STEPS = 300
