@@ -209,7 +209,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
     for name, message in {
         "empty": r"no videos in .*empty \(empty\); give",
         "texts": r"no videos in .*texts \(1 other files: 1 x .txt\); give",
-        "bad": r"none of the 1 sources can be used \(1 no_index\), for example bad/a.mp4: .*; give",
+        "bad": r"none of the 1 sources can be used \(1 no_index\), for example bad/a.mp4: .*; repair",
         "absent": r"absent: no such file or folder; give",
     }.items():
         with pytest.raises(BadInput, match=message) as caught:

@@ -17,6 +17,8 @@ from vjepa.config import Run
 
 HERE = Path(__file__).parent
 MakeRun = Callable[..., Run]
+pytestmark = pytest.mark.timeout(900)  # the fixture runs all scenarios: minutes on two busy cores
+
 STEPS = 20
 
 

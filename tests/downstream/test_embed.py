@@ -144,7 +144,7 @@ def test_files_that_hang_or_crash_their_decoder_have_a_row(
     (tmp_path / "modules" / "hanging.py").write_text(HANGING)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setattr(files_module, "__name__", "hanging")  # what children run
-    for name, timeout_s, said in (("a.mp4", 1, "timed_out: after 1 s"), ("b.mp4", 120, "crashed")):
+    for name, timeout_s, said in (("a.mp4", 1, "timed_out: no progress for 1 s"), ("b.mp4", 120, "crashed")):
         out = tmp_path / f"{name}.parquet"
         summary = embed(trained, [folder / name], out, timeout_s=timeout_s)
         assert (summary.clips, summary.broken) == (0, 1)

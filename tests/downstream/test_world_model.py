@@ -124,8 +124,10 @@ def test_a_model_without_a_predictor_says_which_methods_have_one(
         model.predict(clips(), *tokens())
 
 
-def test_no_method_of_today_can_roll_out(trained: Path) -> None:
-    with pytest.raises(BadInput, match="cannot rollout: its parts are encoder, predictor; no method of this version"):
+def test_a_model_without_dynamics_says_which_methods_roll_out(trained: Path) -> None:
+    with pytest.raises(
+        BadInput, match="cannot rollout: its parts are encoder, predictor; load a model trained by lewm or dynamics"
+    ):
         vjepa.load(trained).rollout(clips(), torch.zeros(2, 3, 7))
 
 

@@ -130,7 +130,7 @@ def run_of_two_jobs(folder: Path) -> DrillRun:
     run.launch(PROFILE)
     run.wait(300)
     slurm.run_command("scontrol", "update", f"JobId={first.job}", "StartTime=now")
-    run.wait_for(lambda: first.job not in slurm.queued_jobs(), 300, poll_s=0.5)
+    run.wait_for(lambda: not slurm.queued_jobs()[first.job].is_alive, 300, poll_s=0.5)
     return run
 
 

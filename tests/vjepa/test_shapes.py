@@ -9,7 +9,7 @@ from vjepa.methods.masking import Mask, sample_masks
 from vjepa.methods.regularizers import vicreg
 from vjepa.monitoring.collapse import monitor
 from vjepa.nn.attention import Segments, attention
-from vjepa.nn.blocks import MLP
+from vjepa.nn.blocks import Attention
 from vjepa.nn.encoder import normalise
 from vjepa.nn.grid import Grid
 
@@ -18,7 +18,8 @@ def test_a_missing_axis_is_an_error() -> None:
     with pytest.raises(TypeCheckError, match=r"'frames'"):
         normalise(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))  # no clips
     with pytest.raises(TypeCheckError, match=r"'x'"):
-        MLP(Transformer(width=12, depth=1, heads=2))(torch.zeros(2, 5, 12))  # not packed
+        rotation, segments = torch.zeros(10, 2, 3), Segments.of([(2, 5)], device=torch.device("cpu"))
+        Attention(Transformer(width=12, depth=1, heads=2))(torch.zeros(2, 5, 12), rotation, segments)  # not packed
     with pytest.raises(TypeCheckError, match=r"'features'"):
         monitor(torch.zeros(2, 5, 12), lambda x: x)
 
