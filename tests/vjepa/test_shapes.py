@@ -17,8 +17,8 @@ from vjepa.nn.grid import Grid
 def test_a_missing_axis_is_an_error() -> None:
     with pytest.raises(TypeCheckError, match=r"'frames'"):
         normalise(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))  # no clips
+    rotation, segments = torch.zeros(10, 2, 3), Segments.of([(2, 5)], device=torch.device("cpu"))
     with pytest.raises(TypeCheckError, match=r"'x'"):
-        rotation, segments = torch.zeros(10, 2, 3), Segments.of([(2, 5)], device=torch.device("cpu"))
         Attention(Transformer(width=12, depth=1, heads=2))(torch.zeros(2, 5, 12), rotation, segments)  # not packed
     with pytest.raises(TypeCheckError, match=r"'features'"):
         monitor(torch.zeros(2, 5, 12), lambda x: x)
