@@ -33,6 +33,7 @@ LONGEST_GROUPS = ("slurm", "distributed/test_ranks.py", "learning", "examples", 
 """Groups of tests to start with, so that no worker is left alone with a long group at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run all tests of a file on one worker, so that its fixtures are made once, and the longest groups first."""
     for item in items:
