@@ -24,6 +24,8 @@ RECORDING = Path(__file__).parent.parent / "tests" / "numerics" / "fixtures" / "
 WIDTH, HEADS, DEPTH, EMBED, CONDITIONS, PATCH = 96, 4, 3, 48, 7, 16
 CASES = ((64, 8), (64, 3), (112, 5))
 """Pixels and frames."""
+RECORDED_EVERY = 2
+"""Tokens per recorded one, to keep the recording below 100 KB."""
 
 
 def main() -> int:
@@ -55,7 +57,7 @@ def main() -> int:
             }
             print(f"{px} px, {frames} frames: {differences}")
             worst = max(worst, *differences.values())
-            record[f"{px}_{frames}"] = expected.detach().numpy()
+            record[f"{px}_{frames}"] = expected[:, ::RECORDED_EVERY].detach().numpy()
     print(f"largest relative difference: {worst:.1e}, allowed: {ALLOWED:g}")
     if "--record" in sys.argv:
         np.savez_compressed(RECORDING, **record)
@@ -98,7 +100,7 @@ def compare_recorded(recorded: dict[str, np.ndarray]) -> float:
     ours = predictor()
     with torch.no_grad():
         return max(
-            difference(output_of(ours, px, frames), torch.from_numpy(recorded[f"{px}_{frames}"]))
+            difference(output_of(ours, px, frames)[:, ::RECORDED_EVERY], torch.from_numpy(recorded[f"{px}_{frames}"]))
             for px, frames in CASES
         )
 
