@@ -19,7 +19,6 @@ from torch import Tensor
 from vjepa.nn.dynamics import DynamicsPredictor
 from vjepa.nn.latent_dynamics import ActionScale, FrameEncoder
 from vjepa.nn.shapes import Float, Model, UInt8
-from vjepa_data.errors import BadInput
 
 
 class FramePredictions(NamedTuple):
@@ -124,13 +123,7 @@ class FrameDynamics(DynamicsPredictor):
         Raises:
             BadInput: the actions have another number of channels, or there are too few.
         """
-        channels, known = self.scales.mean.shape[0], frames.shape[1]
-        if actions.shape[-1] != channels or actions.shape[1] < known:
-            raise BadInput(
-                f"actions are {list(actions.shape)}; {known} frames need at least {known} actions of {channels} "
-                f"channels ({self.states} of them for the state): those between the frames, then those of the steps"
-            )
-        split = self._split(self.scales(actions))
+        split = self._split(self.scales.for_rollout(actions, known=frames.shape[1], states=self.states))
         grid = self._grid(frames)
         found = self.predict_steps(self.latents(encoder, frames).flatten(2, 3), *split, grid=grid, transform=normed)
         return found.unflatten(2, grid)

@@ -30,6 +30,26 @@ class ActionScale(nn.Module):
     def forward(self, actions: Float[Tensor, "B U A"]) -> Float[Tensor, "B U A"]:
         return (actions - self.mean) / self.std
 
+    def for_rollout(self, actions: Float[Tensor, "B V A"], *, known: int, states: int = 0) -> Float[Tensor, "B V A"]:
+        """Scale the actions of a rollout: those between the known frames, then those of the steps to predict.
+
+        Args:
+            actions: unscaled actions.
+            known: number of frames that are known.
+            states: how many of the channels are the state.
+
+        Raises:
+            BadInput: the actions have another number of channels, or there are too few.
+        """
+        channels = self.mean.shape[0]
+        if actions.shape[-1] != channels or actions.shape[1] < known:
+            of_state = f" ({states} of them for the state)" if states else ""
+            raise BadInput(
+                f"actions are {list(actions.shape)}; {known} frames need at least {known} actions of {channels} "
+                f"channels{of_state}: those between the frames, then those of the steps to predict"
+            )
+        return self(actions)
+
 
 class Centre(nn.Module):
     """Mean and standard deviation of each channel of all tokens of a frame, in the first batch of a run.
@@ -177,11 +197,5 @@ class LatentDynamics(DynamicsPredictor):
         Raises:
             BadInput: the actions have another number of channels, or there are too few.
         """
-        channels, known = self.actions.mean.shape[0], frames.shape[1]
-        if actions.shape[-1] != channels or actions.shape[1] < known:
-            raise BadInput(
-                f"actions are {list(actions.shape)}; {known} frames need at least {known} actions of {channels} "
-                "channels: those between the frames, then those of the steps to predict"
-            )
-        latents = self.latents(encoder, frames).flatten(2, 3)
-        return self.predict_steps(latents, self.actions(actions))[:, :, None]
+        scaled = self.actions.for_rollout(actions, known=frames.shape[1])
+        return self.predict_steps(self.latents(encoder, frames).flatten(2, 3), scaled)[:, :, None]
