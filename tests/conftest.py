@@ -137,7 +137,7 @@ def maker_of_runs(corpus: Path) -> Callable[..., Run]:
             "optim": {"lr": 1e-2, "warmup_steps": 1, "decay": "constant", "ema": 0.9},
             "loader": {"workers": 0, "decoder": "pyav"},
             "checkpoint": {"every_steps": 3},
-            "track": {"wandb": "off", "every_steps": 2, "monitor_every_steps": 6},
+            "track": {"wandb": "off", "wandb_timeout_s": 120, "every_steps": 2, "monitor_every_steps": 6},
             "parallel": {"timeout_s": 60},
         }
         for name, value in changes.items():

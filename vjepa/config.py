@@ -183,8 +183,9 @@ class Track(Settings):
     entity: str | None = None
     """W&B user or team; by default that of WANDB_ENTITY, of the settings of `wandb`, or of the account."""
 
-    wandb_timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds to wait for W&B's server at the start, before the record goes on offline."""
+    wandb_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds to wait for W&B's service and server at the start, before the record goes on offline or, if they hang,
+    without W&B; and for the last uploads at the end. `wandb sync` sends what was not sent."""
 
 
 class Health(Settings):

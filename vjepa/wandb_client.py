@@ -8,10 +8,11 @@ import logging
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from vjepa.checkpoints.run_folder import code_version
 from vjepa.config import Run
@@ -20,20 +21,23 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline", "disabled"]
 
+T = TypeVar("T")
+
 
 class WandbRun:
     """One W&B run for all attempts: a copy of the metrics, never a reason to stop.
 
     The run has its own step axis, because W&B drops values for steps that it has seen, which a resumed run repeats. All
-    exceptions of the client are caught. It has raised five unrelated undocumented types, and nothing depends on it.
+    exceptions of the client are caught. It has raised five unrelated undocumented types, and nothing depends on it. Its
+    start and its end are bounded in time by `track.wandb_timeout_s`.
     """
 
     def __init__(self, run: Run, folder: Path, run_id: str) -> None:
-        self._run, self._name = None, f"{run.name}-{run_id}"
+        self._run, self._name, self._timeout_s = None, f"{run.name}-{run_id}", run.track.wandb_timeout_s
         self._failed: set[str] = set()
         self._ours = _keep_files_in(folder / "wandb", told_not_to_send=run.track.wandb == "offline")
         try:
-            mode, reason = _choose_mode(run.track.wandb)
+            mode, reason = _within(self._timeout_s, lambda: _choose_mode(run.track.wandb, self._timeout_s))
         except Exception as error:  # noqa: BLE001  see the class
             log.warning("W&B cannot be used (%s); metrics.jsonl has it all", _first_line(error))
             return
@@ -42,7 +46,10 @@ class WandbRun:
             return
         for attempt in (mode, "offline") if mode == "online" else (mode,):
             try:
-                self._run = _start(run, folder, run_id, attempt)
+                self._run = _within(2 * self._timeout_s, lambda mode=attempt: _start(run, folder, run_id, mode))
+            except _Hangs as error:
+                log.warning("W&B cannot be used (%s); metrics.jsonl has it all", error)
+                return
             except Exception as error:  # noqa: BLE001  see the class
                 reason = _first_line(error)
                 log.warning("W&B cannot be used %s (%s)", attempt, reason)
@@ -90,7 +97,8 @@ class WandbRun:
 
     def close(self, code: int) -> None:
         """Finish the run. A run that will be resumed is not a failure."""
-        self._try(lambda run: run.finish(exit_code=0 if code == 75 else code))
+        exit_code = 0 if code == 75 else code
+        self._try(lambda run: _within(2 * self._timeout_s, lambda: run.finish(exit_code=exit_code)))
         self._run = None
         for name in self._ours:
             os.environ.pop(name, None)
@@ -125,7 +133,7 @@ def _keep_files_in(folder: Path, *, told_not_to_send: bool) -> list[str]:
     return list(ours)
 
 
-def _choose_mode(wanted: Literal["auto", "online", "offline", "off"]) -> tuple[Mode, str]:
+def _choose_mode(wanted: Literal["auto", "online", "offline", "off"], timeout_s: float) -> tuple[Mode, str]:
     """Return the mode of the run and why it is not online.
 
     Settings of the run and of the user can each keep a run from the network.
@@ -136,7 +144,8 @@ def _choose_mode(wanted: Literal["auto", "online", "offline", "off"]) -> tuple[M
         return "disabled", "WANDB_DISABLED is set"
     import wandb
 
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    # The client may hang after this wait (see `_within`), so it must not end first.
+    settings = wandb.setup(wandb.Settings(silent=True, x_service_wait=2 * timeout_s)).settings
     if settings.mode not in ("online", "run", "shared"):  # including the older `dryrun`
         origin = "WANDB_MODE is" if "WANDB_MODE" in os.environ else "the settings of wandb are"
         return "disabled" if settings.mode == "disabled" else "offline", f"{origin} {settings.mode}"
@@ -163,7 +172,11 @@ def _no_questions() -> Iterator[None]:
 def _start(run: Run, folder: Path, run_id: str, mode: Mode) -> Any:
     import wandb
 
-    defaults = wandb.setup().settings
+    timeout_s = run.track.wandb_timeout_s
+    defaults = wandb.setup(wandb.Settings(silent=True, x_service_wait=2 * timeout_s)).settings
+    settings = wandb.Settings(init_timeout=timeout_s, console="off", silent=True)
+    if "finish_timeout" in wandb.Settings.model_fields:  # since 0.27 or 0.28
+        settings.finish_timeout = timeout_s
     started = wandb.init(
         project=run.track.project or defaults.project or "vjepa",
         entity=run.track.entity,
@@ -173,10 +186,41 @@ def _start(run: Run, folder: Path, run_id: str, mode: Mode) -> Any:
         dir=folder,
         mode=mode,
         config={**run.model_dump(mode="json"), "code": code_version()},
-        settings=wandb.Settings(init_timeout=run.track.wandb_timeout_s, console="off", silent=True),
+        settings=settings,
     )
     started.define_metric("*", step_metric="trainer/step")
     return started
+
+
+class _Hangs(Exception):
+    """A call of `wandb` did not return in time."""
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of a call of `wandb`, made in a thread of its own, which is left behind if it hangs.
+
+    The client can hang for good: when its service does not start, it waits for a lock that it holds itself (0.31).
+
+    Raises:
+        _Hangs: The call took longer than `seconds`.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:  # noqa: BLE001  raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="wandb", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if thread.is_alive() or not results:
+        raise _Hangs(f"it did not answer in {seconds:g} s")
+    return results[0]
 
 
 def _teardown() -> None:

@@ -44,7 +44,7 @@ def test_results_are_added_to_the_wandb_record_of_the_run(trained: Path, scenes:
     with pytest.raises(BadInput, match="not a run with a W&B record"):
         run_evaluation("knn", run, scenes, {"label": "shape"}, wandb=True)
     settings = json.loads((resolve(run) / "state.json").read_text())["settings"]
-    settings["track"]["wandb"] = "offline"
+    settings["track"] |= {"wandb": "offline", "wandb_timeout_s": 120}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (run / "wandb").mkdir()
     (run / "wandb" / "id").write_text("abcd1234\n")

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+import yaml
 from PIL import Image
 from wandb.sdk.lib.module import unset_globals
 
@@ -180,6 +183,35 @@ def test_a_dead_server_and_a_killed_service_do_not_stop_a_run(
         wandb.teardown()  # what is left of it, so that it does not complain at exit
 
 
+WITH_A_DEAD_SERVICE = """
+import logging, sys
+from pathlib import Path
+from wandb.sdk.lib.service import service_process
+from vjepa.config import load
+from vjepa.wandb_client import WandbRun
+
+logging.basicConfig(level="WARNING")
+service_process.get_core_path = lambda: sys.argv[2]
+client = WandbRun(load(sys.argv[1]).settings, Path(sys.argv[1]).parent, "abcd1234")
+client.log({"step": 1, "loss/prediction": 0.5})
+client.close(0)
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("service", ["exit 1", "exec sleep 30 >/dev/null 2>&1"])
+def test_a_service_that_does_not_start_does_not_hold_a_run(tiny_run: MakeRun, tmp_path: Path, service: str) -> None:
+    run = tiny_run(steps=10, track={"wandb": "offline", "wandb_timeout_s": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    core = tmp_path / "wandb-core"
+    core.write_text(f"#!/bin/sh\n{service}\n")
+    core.chmod(0o755)
+    child = [sys.executable, "-c", WITH_A_DEAD_SERVICE, str(tmp_path / "run.yaml"), str(core)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "ended\n"
+    assert "W&B cannot be used (it did not answer in 2 s); metrics.jsonl has it all" in done.stderr
+
+
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A home of its own, without any setting of W&B's in the environment."""
@@ -243,11 +275,11 @@ def test_wandb_itself_is_asked_whether_to_go_online(
         (alone / name).parent.mkdir(parents=True, exist_ok=True)
         (alone / name).write_text(text)
         (alone / name).chmod(0o600)
-    found, why = _choose_mode("auto")
+    found, why = _choose_mode("auto", 120)
     assert found == mode, why
     assert reason in why
-    assert _choose_mode("online") == (found, why)
-    assert _choose_mode("offline") == ("offline", "track.wandb is offline")
+    assert _choose_mode("online", 120) == (found, why)
+    assert _choose_mode("offline", 240) == ("offline", "track.wandb is offline")
 
 
 def test_a_disabled_record_leaves_no_files(
