@@ -40,6 +40,7 @@ def show(
     /,
     *,
     masks: Path | None = None,
+    signals: Path | None = None,
     stream: Count | None = None,
     step: Number = 0,
     settings: Settings,
@@ -48,8 +49,9 @@ def show(
 
     Args:
         masks: Picture to draw: the visible and hidden tokens of a step.
+        signals: Picture to draw: the frames of the first slots with their actions and states, to see an off-by-one.
         stream: Print the sample, time and crop of the first so many slots instead.
-        step: Step of the masks or the stream.
+        step: Step of the masks, the signals or the stream.
     """
     from vjepa.config import load
     from vjepa_data.config_files import flatten, one_line
@@ -61,11 +63,16 @@ def show(
 
         draw_mask_sheet(run, masks, step=step)
         print(masks)
+    if signals:
+        from vjepa.viz.signal_plot import describe_lags, draw_signal_sheet
+
+        draw_signal_sheet(run, signals, step=step)
+        print("\n".join([str(signals), *describe_lags(run, step=step)]))
     if stream:
         from vjepa_data.reader.show import stream as show_stream
 
         print(show_stream(run.data, seed=run.seed, batch_size=run.batch_size, step=step, slots=stream))
-    if not masks and not stream:
+    if not (masks or signals or stream):
         rows = [(name, one_line(value), loaded.origins[name]) for name, value in flatten(run)]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         for name, value, origin in rows:

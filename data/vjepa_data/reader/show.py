@@ -1,10 +1,15 @@
 """The stream as text: the sample, times, crop and signals of the first slots of a step, for a person to check."""
 
 from dataclasses import dataclass
+from typing import cast
 
-from vjepa_data.reader.pipeline import Choice, Samples, index_of, open_plan
+import torch
+
+from vjepa_data.reader.batch import Batch, Clips
+from vjepa_data.reader.clip_times import EligibleSamples
+from vjepa_data.reader.pipeline import BOARD_BYTES, Choice, Decode, Gather, Samples, index_of, open_plan
 from vjepa_data.reader.signals import CutSignal
-from vjepa_data.settings import Data
+from vjepa_data.settings import Data, Loader
 from vjepa_data.signal_spec import SignalSpec
 
 
@@ -49,6 +54,29 @@ def rows(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int = 
         offset = int(index.video_offset[draw.sample])
         found.append(Row(slot, draw.source, drawn.key, drawn.url, offset, draw.epoch, drawn.choice, signals, texts))
     return plan.fingerprint, found
+
+
+def clips(
+    data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int = 5
+) -> tuple[tuple[Clips, ...], dict[str, SignalSpec]]:
+    """Decode the first slots of a step.
+
+    Returns:
+        A group for each length of clip, and the description of each signal.
+
+    Raises:
+        BadInput: see `open_plan`.
+    """
+    plan = open_plan(data, seed=seed, batch_size=batch_size)
+    samples = Samples(plan, data, rank=0, world=1, step=step)
+    samples.slots = samples.slots[:slots]
+    board = torch.zeros(1, BOARD_BYTES, dtype=torch.uint8)
+    decode = Decode(samples, loader=Loader(workers=0), max_in_a_row=data.rejects.max_in_a_row, board=board)
+    batch = cast(Batch, next(iter(Gather(samples)(decode(samples)))))
+    if batch.stop is not None:
+        raise batch.stop
+    first = cast(EligibleSamples, plan.sources[0]).index
+    return batch.groups, {name: first.signals[name] for name in data.signals}
 
 
 def stream(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int = 5) -> str:
