@@ -1,6 +1,6 @@
 """Settings of the data stream. Never imports torch, so that a login node can read them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,11 @@ class Settings(BaseModel):
     """A frozen group of settings that rejects unknown names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def without_unused(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return settings without those of some names that are empty."""
+    return {name: value for name, value in values.items() if value or name not in names}
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+import numpy as np
+from pydantic import Field, model_serializer, model_validator
 
-from vjepa_data.settings import Settings
+from vjepa_data.settings import Settings, without_unused
 
 SNAP_ROWS = 1e-3
 """A time this close to a row, in rows, counts as that row. Clips are cut at whole microseconds."""
@@ -49,6 +50,20 @@ class SignalSpec(Settings):
     """Factor of each column under a horizontal flip of the picture, such as -1 for a sideways motion. Default: unknown,
     so flips are refused."""
 
+    flip_swap: tuple[tuple[str, str], ...] = ()
+    """Columns that change places under a flip, such as those of a left and a right arm. The factors come after."""
+
+    flip_offset: tuple[float, ...] = ()
+    """Addition to each column of a state after its factor: 1 for a position x in [0, 1] that becomes 1 - x."""
+
+    rotations: tuple[tuple[str, ...], ...] = ()
+    """Columns of a state that together are a rotation: three Euler angles about the fixed axes x, y, z in rad, or the
+    quaternion x, y, z, w."""
+
+    difference_of: str | None = None
+    """Derive this action from the state of this name: its change from one frame to the next, as in V-JEPA 2-AC.
+    A rotation is compared by matrix product and gives three Euler angles. Nothing is stored for it."""
+
     @model_validator(mode="after")
     def _consistent(self) -> "SignalSpec":
         for name, values in (("units", self.units), ("flip", self.flip)):
@@ -60,7 +75,54 @@ class SignalSpec(Settings):
             raise ValueError(
                 f"combine is {self.combine or 'missing'} for a signal of kind {self.kind}; set it for actions only"
             )
+        self._check_mirror()
+        self._check_rotations()
         return self
+
+    def _check_mirror(self) -> None:
+        if self.flip is None and (self.flip_swap or self.flip_offset):
+            raise ValueError("flip_swap and flip_offset need flip; give the factor of each column, 1 for no change")
+        if self.flip_offset and (self.kind == "action" or len(self.flip_offset) != len(self.columns)):
+            raise ValueError("flip_offset is for states, with a value per column; remove it, or give every column one")
+        swapped = [name for pair in self.flip_swap for name in pair]
+        if unknown := [name for name in swapped if swapped.count(name) > 1 or name not in self.columns]:
+            raise ValueError(f"flip_swap has {unknown[0]!r}, which is not a column or occurs twice; name columns once")
+
+    def _check_rotations(self) -> None:
+        units = dict(zip(self.columns, self.units, strict=True))
+        for group in self.rotations:
+            if self.kind == "action" or len(group) not in (3, 4) or not set(group) <= set(self.columns):
+                raise ValueError(f"rotation {', '.join(group)} is not three or four columns of a state")
+            if len(group) == 3 and (wrong := {units[name] for name in group} - {"rad"}):
+                raise ValueError(f"Euler angles {', '.join(group)} are in {wrong.pop()}; give them in rad")
+        named = [name for group in self.rotations for name in group]
+        if len(set(named)) < len(named):
+            raise ValueError("a column belongs to two rotations; name it once")
+        if self.difference_of is not None and (
+            self.combine != "sum" or self.rate_hz or self.shift_s or self.shift_rows
+        ):
+            raise ValueError(
+                "a derived signal is an action with combine sum and the clock of its state; remove rate_hz and shifts"
+            )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: Any) -> dict[str, Any]:
+        """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
+        return without_unused(serialize(self), "flip_swap", "flip_offset", "rotations", "difference_of")
+
+    @property
+    def rotation_columns(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the columns of each rotation."""
+        return tuple(tuple(map(self.columns.index, group)) for group in self.rotations)
+
+    def mirror(self, values: np.ndarray) -> np.ndarray:
+        """Return values [..., columns] as a horizontal flip of the picture changes them."""
+        assert self.flip is not None, "the sources are checked before"
+        others = dict(self.flip_swap) | {b: a for a, b in self.flip_swap}
+        if others:
+            values = values[..., [self.columns.index(others.get(name, name)) for name in self.columns]]
+        values = values * np.asarray(self.flip, dtype=np.float32)
+        return values + np.asarray(self.flip_offset, dtype=np.float32) if self.flip_offset else values
 
     def span(self, start_s: float, end_s: float, *, rate_hz: float, rows: int) -> range:
         """Return the rows that belong to a part of the source video.
@@ -79,6 +141,36 @@ class SignalSpec(Settings):
     def first_row_s(self, rate_hz: float) -> float:
         """Return the time of row 0 on the clock of the source video, in seconds."""
         return self.shift_s + self.shift_rows / rate_hz
+
+
+def check_derived(signals: Mapping[str, SignalSpec]) -> None:
+    """Check that derived signals name a state of the same sources and have its columns.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, signal in signals.items():
+        if signal.difference_of is None:
+            continue
+        state = signals.get(signal.difference_of)
+        if state is None or state.kind != "state":
+            raise ValueError(f"signal {name} is the difference of {signal.difference_of!r}, which is not a state here")
+        expected = len(state.columns) - sum(len(group) == 4 for group in state.rotations)
+        if len(signal.columns) != expected:
+            raise ValueError(
+                f"signal {name} has {len(signal.columns)} columns, the difference of {signal.difference_of} has "
+                f"{expected}: one for each column, and three for a quaternion"
+            )
+
+
+def stored_name(name: str, signals: Mapping[str, SignalSpec]) -> str:
+    """Return the name of the stored signal that a signal is read from: its own, or that of its state."""
+    return signals[name].difference_of or name
+
+
+def stored(signals: Mapping[str, SignalSpec]) -> dict[str, SignalSpec]:
+    """Return the signals that have a member in each sample: all but derived ones."""
+    return {name: signal for name, signal in signals.items() if signal.difference_of is None}
 
 
 def _snap(position: float) -> float:

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from vjepa_data.settings import Settings, Share
-from vjepa_data.signal_spec import Name, SignalSpec
+from vjepa_data.settings import Settings, Share, without_unused
+from vjepa_data.signal_spec import Name, SignalSpec, check_derived
 
 
 class Columns(Settings):
@@ -206,14 +206,10 @@ class Spec(Settings):
             raise ValueError(
                 f"signals ({', '.join(self.signals)}) need videos, but media is images; remove the signals"
             )
+        check_derived(self.signals)
         return self
 
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
         """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
         return without_unused(serialize(self), "camera", "signals", "texts", "folder_label")
-
-
-def without_unused(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return settings without those of some names that are empty."""
-    return {name: value for name, value in values.items() if value or name not in names}

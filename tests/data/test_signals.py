@@ -235,6 +235,22 @@ def test_signals_agree_with_the_frames_that_are_shown(robots: Path, read_number)
     assert max(numbers) > 150  # the second half of the fast film was drawn
 
 
+def test_a_derived_signal_is_read_from_its_state(films: Path, tmp_path: Path, read_number):
+    step = SignalSpec(
+        columns=("frames",), units=("1",), kind="action", combine="sum", flip=(1,), difference_of="number"
+    )
+    build(films, tmp_path / "c", signals={"number": STATE, "step": step}, texts=())
+    index = Index(tmp_path / "c")
+    assert not [name for name in index._table.column_names if name.startswith("step")]
+    assert index.statistics["step"].mean == index.statistics["step"].max == (1.0,)
+    (clips,) = first_batch(settings(tmp_path / "c", signals=("step",), texts=(), flip=1.0)).groups
+    assert clips.signals["step"].valid.all()
+    for i in range(len(clips)):
+        shown = [read_number(frame.numpy()[:, ::-1]) for frame in clips.frames[i]]
+        assert clips.signals["step"].values[i, :, 0].tolist() == np.diff(shown).tolist()
+    assert verify(tmp_path / "c").problems == ()
+
+
 def test_shards_with_signals_are_ordinary_webdataset_shards(robots: Path):
     url = str(min((robots / "shards").glob("*.tar")))
     with warnings.catch_warnings():

@@ -25,7 +25,8 @@ from vjepa_data.builder import lerobot
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.tasks import StoredSample
 from vjepa_data.media.video import Reason, Refused, VideoInfo
-from vjepa_data.signal_spec import SNAP_ROWS, SignalSpec, member_of_signal, member_of_text
+from vjepa_data.poses import pose_differences
+from vjepa_data.signal_spec import SNAP_ROWS, SignalSpec, member_of_signal, member_of_text, stored
 from vjepa_data.spec import Spec
 
 MAX_SIGNAL_BYTES = 256 << 20
@@ -45,6 +46,9 @@ class SidecarParts:
     facts: dict[str, Any] = field(default_factory=dict)
     """Additions to the sample's JSON: rows and clock of each signal."""
 
+    derived: dict[str, np.ndarray] = field(default_factory=dict)
+    """Rows of derived signals, which are measured and not stored."""
+
 
 def check_sidecars(place: FileRef, info: VideoInfo, spec: Spec) -> dict[str, Any]:
     """Check the signals and texts of a source.
@@ -61,7 +65,7 @@ def check_sidecars(place: FileRef, info: VideoInfo, spec: Spec) -> dict[str, Any
         Refused: a sidecar is missing, too large, malformed, not finite, or does not cover the video.
     """
     signals, texts = {}, {}
-    for name, signal in spec.signals.items():
+    for name, signal in stored(spec.signals).items():
         path = _sidecar(place, name, ("npy", "csv"), spec)
         rows = read_rows(path, signal)
         rate_hz = signal.rate_hz or info.fps
@@ -122,8 +126,8 @@ def clip_parts(
     Raises:
         Refused: a sidecar changed since the plan was made, or has no row in the span.
     """
-    members, clocks = {}, {}
-    for name, signal in sorted(spec.signals.items()):
+    members, clocks, derived = {}, {}, {}
+    for name, signal in sorted(stored(spec.signals).items()):
         path = _sidecar(place, name, ("npy", "csv"), spec)
         _check_unchanged(path, known["signals"][name]["sha256"])
         rows, rate_hz = read_rows(path, signal), known["signals"][name]["rate_hz"]
@@ -133,14 +137,20 @@ def clip_parts(
         span = signal.span(zero_s, zero_s + seconds, rate_hz=rate_hz, rows=len(rows))
         if not span:
             raise Refused(Reason.BAD_SIGNAL, f"{path.name}: no rows in {begin_s:g} to {begin_s + seconds:g} s")
-        members[member_of_signal(name)] = _npy(rows[span.start : span.stop])
+        rows = rows[span.start : span.stop]
+        members[member_of_signal(name)] = _npy(rows)
+        derived |= {
+            other: pose_differences(rows, signal.rotation_columns)
+            for other, one in spec.signals.items()
+            if one.difference_of == name and len(rows) > 1
+        }
         start_s = signal.first_row_s(rate_hz) + span.start / rate_hz - zero_s
         clocks[name] = {"rows": len(span), "rate_hz": rate_hz, "start_s": start_s}
     for name in sorted(spec.texts):
         path = _sidecar(place, name, ("txt",), spec)
         _check_unchanged(path, known["texts"][name]["sha256"])
         members[member_of_text(name)] = read_text(path)
-    return SidecarParts(members, {"signals": clocks} if clocks else {})
+    return SidecarParts(members, {"signals": clocks} if clocks else {}, derived)
 
 
 def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...], spec: Spec) -> Path:

@@ -137,7 +137,7 @@ def _store(
         tally.rejects[answer.reason] = tally.rejects.get(answer.reason, 0) + 1
         return
     facts = {**sample_facts(clip, answer), **sidecars.facts}
-    sample = SampleRecord(clip.key, answer.clip.data, _suffix(clip), facts, sidecars.members)
+    sample = SampleRecord(clip.key, answer.clip.data, _suffix(clip), facts, sidecars.members, sidecars.derived)
     writer.write(sample)
     tally.bytes += len(sample.video)
     tally.video_s += sample.facts["stored"]["duration_s"]

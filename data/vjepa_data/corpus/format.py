@@ -30,7 +30,7 @@ import xxhash
 from vjepa_data.atomic import atomic_write, sync_folder, temporary_name
 from vjepa_data.corpus import signal_statistics
 from vjepa_data.errors import BadInput
-from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
+from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, stored, texts_of
 
 FORMAT = 1
 
@@ -93,6 +93,8 @@ class SampleRecord:
     """The sample's JSON. Its `stored`, `group`, `labels` and `signals` also go to the table."""
     members: Mapping[str, bytes] = field(default_factory=dict)
     """Signals and texts, by suffix, such as `actions.npy`."""
+    derived: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Rows of signals that are derived when clips are read. They are measured and not stored."""
 
 
 @dataclass(frozen=True)
@@ -272,9 +274,13 @@ class ShardWriter:
         for signal, clock in sample.facts.get("signals", {}).items():
             row |= {f"{member_of_signal(signal)}.{name}": clock[name] for name in ("rate_hz", "start_s")}
             rows = np.load(io.BytesIO(sample.members[member_of_signal(signal)]), allow_pickle=False)
-            moments = signal_statistics.measure(rows)
-            self._moments[signal] = signal_statistics.merge(self._moments.get(signal), moments)
+            self._measure(signal, rows)
+        for signal, rows in sample.derived.items():
+            self._measure(signal, rows)
         self._rows.append(row)
+
+    def _measure(self, signal: str, rows: np.ndarray) -> None:
+        self._moments[signal] = signal_statistics.merge(self._moments.get(signal), signal_statistics.measure(rows))
 
     def _append(self, key: str, suffix: str, data: bytes) -> int:
         """Append a member and return the offset of its data. Our keys fit a plain header, which is a single block."""
@@ -345,7 +351,7 @@ def write_manifest(
         for number, record in enumerate(full)
         for position, row in enumerate(record["samples"])
     ]
-    extra = member_columns(signals_of(spec), texts_of(spec))
+    extra = member_columns(stored(signals_of(spec)), texts_of(spec))
     samples = table_bytes(rows, pa.schema([*SAMPLE_COLUMNS, *(pa.field(n, kind) for n, kind in extra.items())]))
     everything = [*(asdict(r) for r in rejects), *(reject for record in records for reject in record["rejects"])]
     everything.sort(key=lambda reject: (reject["source"], reject["start_s"] or 0.0, reject["stage"]))

@@ -33,7 +33,7 @@ from vjepa_data.corpus.http_client import Gone, public_url
 from vjepa_data.corpus.remote import is_remote, read_blocks, read_range
 from vjepa_data.corpus.signal_statistics import SignalStatistics, read_statistics
 from vjepa_data.errors import BadInput, Unreadable
-from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, texts_of
+from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, stored, stored_name, texts_of
 
 log = logging.getLogger(__name__)
 
@@ -152,16 +152,18 @@ class Index:
                 )
         self.signals, self.texts = signals_of(manifest.spec), texts_of(manifest.spec)
         self.statistics = read_statistics(manifest.signals)
-        extra = member_columns(self.signals, self.texts)
+        in_shards = stored(self.signals)
+        extra = member_columns(in_shards, self.texts)
         self._table = _read_table(folder, split, self.hash, extra)
         for name in [*NUMBERS, "xxh64"]:
             setattr(self, name, self._column(name))
         self._members = {
             member: tuple(self._column(f"{member}.{name}") for name in ("offset", "size", "xxh64"))
-            for member in (*map(member_of_signal, self.signals), *map(member_of_text, self.texts))
+            for member in (*map(member_of_signal, in_shards), *map(member_of_text, self.texts))
         }
         for name in ("rate_hz", "start_s"):
-            columns = {signal: self._column(f"{member_of_signal(signal)}.{name}") for signal in self.signals}
+            columns = {signal: self._column(f"{member_of_signal(signal)}.{name}") for signal in in_shards}
+            columns = {signal: columns[stored_name(signal, self.signals)] for signal in self.signals}
             setattr(self, "signal_rates" if name == "rate_hz" else "signal_starts", columns)
         said = manifest.splits[split]["samples"]
         if len(self) != said:
@@ -352,7 +354,7 @@ def mirror(url: str, cache: Path) -> Path:
 
 def prepare(folder: Path, manifest: Manifest) -> None:
     """Write the memory-mapped table of a large corpus in advance, so that the first run starts fast."""
-    extra = member_columns(signals_of(manifest.spec), texts_of(manifest.spec))
+    extra = member_columns(stored(signals_of(manifest.spec)), texts_of(manifest.spec))
     for split in manifest.splits:
         _read_table(folder, split, manifest.hash, extra)
 

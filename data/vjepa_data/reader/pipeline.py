@@ -34,7 +34,7 @@ from vjepa_data.reader.rejects import TooManyRejects
 from vjepa_data.reader.shared_buffers import InSharedBuffer, SharedBuffers
 from vjepa_data.reader.signals import CutSignal, check_signals, cut_signals, read_texts
 from vjepa_data.settings import Clip, Crop, Data, Loader, Source
-from vjepa_data.signal_spec import member_of_signal, member_of_text
+from vjepa_data.signal_spec import member_of_signal, member_of_text, stored_name
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Samples(IterableDataset):
         super().__init__()
         self.plan, self.data, self.slots, self.step = plan, data, plan.slots(rank, world), step
         self.is_remote = any(cast(EligibleSamples, p).index.cache is not None for p in plan.sources)
-        self._members = (*map(member_of_signal, data.signals), *map(member_of_text, data.texts))
+        self._members = [self._members_of(cast(EligibleSamples, source).index) for source in plan.sources]
         self._last: tuple[tuple[int, int], Sample] | None = None
 
     def __iter__(self) -> Iterator[dict]:
@@ -166,6 +166,11 @@ class Samples(IterableDataset):
                 yield self.read(drawn)
             step += workers
 
+    def _members_of(self, index: Index) -> tuple[str, ...]:
+        """Return the suffixes of the members that hold the signals and texts in a corpus. Two signals may share one."""
+        signals = dict.fromkeys(stored_name(name, index.signals) for name in self.data.signals)
+        return (*map(member_of_signal, signals), *map(member_of_text, self.data.texts))
+
     def draw(self, step: int, slot: int, attempt: int = 0) -> SlotDraw:
         """Draw the sample, frames and crop of a slot, or with `attempt` a replacement."""
         draw = self.plan.redraw(step, slot, attempt) if attempt else self.plan.draw(step, slot)
@@ -180,7 +185,7 @@ class Samples(IterableDataset):
         video = draw.source, draw.sample
         if self._last is None or self._last[0] != video:  # several clips of a video are read once
             try:
-                self._last = video, index_of(self.plan, draw).read(draw.sample, self._members)
+                self._last = video, index_of(self.plan, draw).read(draw.sample, self._members[draw.source])
             except Unreadable as e:
                 return {**of_slot, "__error__": e}
         sample = self._last[1]
@@ -192,7 +197,7 @@ class Samples(IterableDataset):
         Raises:
             Unreadable: a member is not valid.
         """
-        if not self._members:
+        if not self._members[drawn.draw.source]:
             return {}, {}
         draw, choice = drawn.draw, drawn.choice
         signals = cut_signals(

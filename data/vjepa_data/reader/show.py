@@ -104,6 +104,7 @@ def stream(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int 
 def _signal(name: str, spec: SignalSpec, signal: CutSignal, clip: int, frames: tuple[int, ...]) -> list[str]:
     """Describe a signal of a clip: a line per frame, or per interval between two frames."""
     how = f"{spec.combine} of all rows between two frames" if spec.combine else "the nearest row to each frame"
+    how = f"change of {spec.difference_of} from frame to frame" if spec.difference_of else how
     shift = f", shifted by {spec.shift_rows} rows and {spec.shift_s:g} s" if spec.shift_rows or spec.shift_s else ""
     columns = ", ".join(f"{c} [{u}]" if u else c for c, u in zip(spec.columns, spec.units, strict=True))
     lines = [f"    {name:8} {columns}: {how}{shift}"]

@@ -23,9 +23,10 @@ from jaxtyping import Bool, Float32, Float64
 from vjepa_data.corpus.index import Index
 from vjepa_data.corpus.signal_statistics import SignalStatistics, pool
 from vjepa_data.errors import BadInput, Unreadable
+from vjepa_data.poses import pose_differences
 from vjepa_data.reader.clip_times import RATE_TOLERANCE, EligibleSamples, offsets
 from vjepa_data.settings import Data
-from vjepa_data.signal_spec import SNAP_ROWS, member_of_signal, member_of_text
+from vjepa_data.signal_spec import SNAP_ROWS, member_of_signal, member_of_text, stored_name
 
 SLACK_ROWS = 0.5  # rows that may be missing at the edge of a video, as the builder allows
 
@@ -105,6 +106,19 @@ def combine_actions(
             total = (weights[:, None] * rows[numbers[0] : numbers[-1] + 1]).sum(axis=0, dtype=np.float64)
             values[k] = total / (end - begin) if combine == "mean" else total
     return values, valid
+
+
+def state_differences(
+    rows: Rows, times_s: np.ndarray, *, rate_hz: float, start_s: float, rotations: Sequence[Sequence[int]]
+) -> tuple[Float32[np.ndarray, "intervals D"], Bool[np.ndarray, " intervals"]]:
+    """Return how a state changes from each frame to the next, rotations by matrix product.
+
+    Args:
+        rows, times_s, rate_hz, start_s: as of `sample_states`.
+        rotations: see `vjepa_data.poses`.
+    """
+    states, valid = sample_states(rows, times_s, rate_hz=rate_hz, start_s=start_s)
+    return pose_differences(states, rotations).astype(np.float32), valid[1:] & valid[:-1]
 
 
 def stack_size(*, fps: float, file_fps: float, rate_hz: float) -> int:
@@ -238,22 +252,23 @@ def cut_signals(
     """
     cut = {}
     for name in names:
-        spec = index.signals[name]
-        rows = read_rows(members[member_of_signal(name)], columns=len(spec.columns), name=name)
+        spec, source = index.signals[name], stored_name(name, index.signals)
+        columns = len(index.signals[source].columns)
+        rows = read_rows(members[member_of_signal(source)], columns=columns, name=source)
         clock = {
             "rate_hz": float(index.signal_rates[name][sample]),
             "start_s": float(index.signal_starts[name][sample]),
         }
         if spec.combine is None:
             parts = [sample_states(rows, times, **clock) for times in times_s]
+        elif spec.difference_of is not None:
+            rotations = index.signals[source].rotation_columns
+            parts = [state_differences(rows, times, **clock, rotations=rotations) for times in times_s]
         else:
             stack = stack_size(fps=fps, file_fps=float(index.fps[sample]), rate_hz=clock["rate_hz"])
             parts = [combine_actions(rows, times, **clock, combine=spec.combine, stack=stack) for times in times_s]
         values = np.stack([values for values, _ in parts])
-        if flip:
-            assert spec.flip is not None, "check_signals refuses this"
-            values = values * np.asarray(spec.flip, dtype=np.float32)
-        cut[name] = CutSignal(values, np.stack([valid for _, valid in parts]))
+        cut[name] = CutSignal(spec.mirror(values) if flip else values, np.stack([valid for _, valid in parts]))
     return cut
 
 

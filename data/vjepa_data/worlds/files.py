@@ -32,9 +32,10 @@ CHUNK = 64
 def signal_specs(world: World) -> dict[str, SignalSpec]:
     """Return the description of a world's signals.
 
-    A flip changes the sign of dx. It maps a position x to 1 - x, which is not a factor: states refuse flips.
+    A flip changes the sign of dx and maps a position x to 1 - x.
     """
     flip = tuple(-1.0 if name == "dx" else 1.0 for name in world.action_columns)
+    is_x = tuple(name.endswith("x") for name in world.state_columns)
     return {
         "action": SignalSpec(
             columns=world.action_columns,
@@ -43,7 +44,13 @@ def signal_specs(world: World) -> dict[str, SignalSpec]:
             combine="sum",
             flip=flip,
         ),
-        "state": SignalSpec(columns=world.state_columns, units=(UNIT,) * len(world.state_columns), kind="state"),
+        "state": SignalSpec(
+            columns=world.state_columns,
+            units=(UNIT,) * len(world.state_columns),
+            kind="state",
+            flip=tuple(-1.0 if x else 1.0 for x in is_x),
+            flip_offset=tuple(map(float, is_x)),
+        ),
     }
 
 
