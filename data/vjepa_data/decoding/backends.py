@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vjepa_data.decoding.mp4_boxes import is_turned
 from vjepa_data.errors import Unreadable
 
 
@@ -62,10 +63,24 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1, fault_tol=1)
         _check_length("decord", len(reader), expect)
         if expect.width in PADDED_WIDTHS:
-            return np.stack([unpadded(reader[number].asnumpy()) for number in frames.tolist()])
-        return np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
+            pictures = np.stack([unpadded(reader[number].asnumpy()) for number in frames.tolist()])
+        else:
+            pictures = np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
     except (decord.DECORDError, RuntimeError, IndexError) as e:
         raise Unreadable("error", f"decord: {e}") from e
+    return _mirrored(video, pictures) if is_turned(video) else pictures
+
+
+def _mirrored(video: bytes, pictures: np.ndarray) -> np.ndarray:
+    """Mirror the pictures of decord, which rotates as the display matrix asks but leaves out the mirroring."""
+    from av.error import FFmpegError
+
+    from vjepa_data.decoding.orientation import file_orientation
+
+    try:
+        return file_orientation(video).mirror(pictures)
+    except (FFmpegError, ValueError) as e:
+        raise Unreadable("error", f"decord: no display matrix: {e}") from e
 
 
 PADDED_WIDTHS = (16, 24, 48, 72)

@@ -1,5 +1,6 @@
 """Turn frames upright as the display matrix of their video asks for."""
 
+import io
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,17 @@ class Orientation:
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height after turning."""
         return (height, width) if self.transpose else (width, height)
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether no rotation alone turns the frame upright."""
+        return self.transpose.endswith("_flip") if self.transpose else self.hflip != self.vflip
+
+    def mirror(self, rotated: np.ndarray) -> np.ndarray:
+        """Mirror arrays [T H W ...] of a decoder that applied only the rotation of the matrix, as decord does."""
+        if not self.is_mirrored:
+            return rotated
+        return np.ascontiguousarray(rotated[:, :, ::-1] if self.transpose else rotated[:, ::-1])
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
         """Turn an array [H W ...] upright."""
@@ -64,3 +76,16 @@ def orientation(frame: av.VideoFrame) -> Orientation:
     if min(angle, 360 - angle) < 1:
         return Orientation(vflip=d < 0)
     raise OddRotation(f"it is to be displayed at an angle of {angle:.0f} degrees; turn it with ffmpeg first")
+
+
+def file_orientation(video: bytes) -> Orientation:
+    """Return the orientation of a video in memory, by its first frame.
+
+    Raises:
+        OddRotation: the angle is not a multiple of 90 degrees, within one degree.
+        FFmpegError: the file cannot be read.
+    """
+    with av.open(io.BytesIO(video), "r", metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        frame = next(container.decode(stream), None) if stream else None
+        return orientation(frame) if isinstance(frame, av.VideoFrame) else Orientation()

@@ -8,25 +8,8 @@ from fractions import Fraction
 import av
 from av.error import FFmpegError
 
+from vjepa_data.decoding.mp4_boxes import boxes, is_turned
 from vjepa_data.media.video import Reason, Refused
-
-
-def boxes(data: bytes, start: int = 0, end: int | None = None) -> list[tuple[str, int, int]]:
-    """List the boxes of an MP4 at one level: name, and offsets of the start and end of its content.
-
-    Source: ISO/IEC 14496-12, section 4.2.
-    """
-    found, at, end = [], start, len(data) if end is None else end
-    while at + 8 <= end:
-        size, name, head = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], 8
-        if size == 1:
-            size, head = int.from_bytes(data[at + 8 : at + 16]), 16
-        size = end - at if size == 0 else size
-        if size < head or at + size > end:
-            break
-        found.append((name.decode("latin-1"), at + head, at + size))
-        at += size
-    return found
 
 
 @dataclass(frozen=True)
@@ -71,7 +54,7 @@ def compare(data: bytes, *, gop: int) -> tuple[ClipFormat | None, list[str]]:
     inside = boxes(data, *top["moov"])
     tracks = [boxes(data, start, end) for name, start, end in inside if name == "trak"]
     weighty = {
-        "it is rotated": any(_is_rotated(data, track) for track in tracks[:1]),
+        "it is rotated": is_turned(data),
         "it has an edit list": any(name == "edts" for track in tracks for name, _, _ in track),
     }
     slow = {
@@ -113,11 +96,3 @@ def _compare_stream(data: bytes, gop: int) -> tuple[ClipFormat | None, list[str]
     is_dense = bool(keys) and keys[0] == 0 and longest <= gop
     apart = f"{longest or len(packets)} frames between key frames, expected at most {gop}"
     return found, [difference for difference, applies in checks.items() if applies], [] if is_dense else [apart]
-
-
-def _is_rotated(data: bytes, track: list[tuple[str, int, int]]) -> bool:
-    """Tell whether the matrix in a track's header differs from the identity (ISO/IEC 14496-12, section 8.3.2)."""
-    start, end = next(((start, end) for name, start, end in track if name == "tkhd"), (0, 0))
-    matrix = data[end - 44 : end - 8]  # nine numbers, followed by width and height at the end of the box
-    identity = b"".join(n.to_bytes(4) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
-    return start == end or matrix != identity
