@@ -181,6 +181,35 @@ def test_a_clip_spans_the_wanted_seconds(
     torch.testing.assert_close(torch.tensor(row["features"]), wanted)
 
 
+def test_windows_of_a_video_may_overlap(
+    trained: Path, scenes: Path, write_scene: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    clips = file_clips(write_scene(tmp_path / "a.mp4", 0), px=32, frames=4, fps=8.0, every_s=0.25)
+    assert len(clips) > 4
+    assert [clip.start_s for clip in clips] == [0.25 * number for number in range(len(clips))]
+    embed(trained, [scenes], tmp_path / "f.parquet", split="val", every_s=0.25)
+    rows = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    first = [row for row in rows if row["key"] == rows[0]["key"]]
+    assert [row["start_s"] for row in first] == pytest.approx(
+        [0.25 * row["clip"] for row in rows[: len(first)]], abs=0.04
+    )
+    assert {row["seconds"] for row in rows} == {0.5}
+    assert (
+        first[-1]["start_s"] + 0.25
+        > EvalClips(scenes, split="val", px=32, frames=4, fps=8.0, per_video=2).chosen[1][1] / 8
+    )
+    with pytest.raises(BadInput, match="--clips-per-video 2 and --every-s 1 exclude each other"):
+        embed(trained, [scenes], tmp_path / "x.parquet", clips_per_video=2, every_s=1.0)
+
+
+def test_more_windows_than_fit_into_memory_are_refused(
+    write_scene: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    video = write_scene(tmp_path / "a.mp4", 0)
+    with pytest.raises(Refused, match=r"at most 1365 fit into memory; give a longer --every-s"):
+        file_clips(video, px=256, frames=8, fps=16.0, every_s=1e-4)
+
+
 # ---- names
 
 

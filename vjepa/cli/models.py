@@ -99,6 +99,7 @@ def embed(
     views: Count = 1,
     short: Literal["leave_out", "hold"] | None = None,
     clip_s: Amount | None = None,
+    every_s: Amount | None = None,
     part: Part = "target",
     device: str | None = None,
     batch: Count = 8,
@@ -118,6 +119,7 @@ def embed(
         views: Square crops of each clip. 1 takes the whole frame.
         short: Leave out videos shorter than a clip, or hold their last frame. By default as the model was trained.
         clip_s: Seconds of video that a clip spans. By default as the model was trained.
+        every_s: Seconds from the start of a clip to the next, instead of a number of clips. Clips may overlap.
         device: Device to compute on. By default a GPU, if any.
         batch: Clips that are encoded together.
         workers: Processes that decode files.
@@ -127,8 +129,8 @@ def embed(
 
     embed(
         model, videos, out, what=what, split=split, clips_per_video=clips_per_video, views=views, short=short,
-        clip_s=clip_s, part=part, device=usable_device(device), batch=batch, workers=workers, timeout_s=timeout_s,
-        overwrite=overwrite,
+        clip_s=clip_s, every_s=every_s, part=part, device=usable_device(device), batch=batch, workers=workers,
+        timeout_s=timeout_s, overwrite=overwrite,
     )  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def embed(
     views: int = 1,
     short: Short | None = None,
     clip_s: float | None = None,
+    every_s: float | None = None,
     part: Part = "target",
     device: str | None = None,
     batch: int = 8,
@@ -114,6 +115,7 @@ def embed(
         views: views of each clip. 1 is the whole frame, more are squares of it.
         short: treatment of videos shorter than a clip; by default as in the model's training.
         clip_s: seconds of video that a clip spans. The default is that of the model's training.
+        every_s: seconds from the start of a clip to the next, instead of `clips_per_video`. Clips may overlap.
         part: which encoder of a run or checkpoint.
         device: torch device. The default is a GPU if there is one.
         batch: clips that are encoded together.
@@ -122,8 +124,11 @@ def embed(
         overwrite: replace `out` and discard its unfinished parts.
 
     Raises:
-        BadInput: the model, a video or the suffix is unknown, `out` exists, or there are parts of another command.
+        BadInput: the model, a video or the suffix is unknown, `out` exists, there are parts of another command, or both
+            `clips_per_video` and `every_s` are given.
     """
+    if every_s is not None and clips_per_video != 1:
+        raise BadInput(f"--clips-per-video {clips_per_video} and --every-s {every_s:g} exclude each other; give one")
     check_free(out, overwrite=overwrite)
     if out.suffix not in WRITERS:
         raise BadInput(f"unsupported feature format {out.suffix!r} of {out}; use {', '.join(WRITERS)}")
@@ -132,6 +137,7 @@ def embed(
         encoder.fps = encoder.frames / clip_s
     form: dict[str, Any] = {"px": encoder.px, "frames": encoder.frames, "fps": encoder.fps}
     form |= {"per_video": clips_per_video, "views": views, "short": short or trained_short(encoder)}
+    form |= {"every_s": every_s}
     corpora = [path for path in videos if (path / "manifest.json").is_file()]
     if corpora and len(videos) > 1:
         raise BadInput(f"{corpora[0]} is a corpus and cannot be mixed with other paths; embed it alone")
@@ -142,7 +148,7 @@ def embed(
             files = FileVideos(find_videos(videos), workers=workers, timeout_s=timeout_s, **form)
             found = stack.enter_context(files)
         encoder.to(device or world.device)
-        request = EmbedRequest(found, what, printable(model), clips_per_video, views, form["short"], batch)
+        request = EmbedRequest(found, what, printable(model), clips_per_video, views, form["short"], batch, every_s)
         parts = embed_parts(world, encoder, request, out, overwrite=overwrite)
         return world.first(lambda: parts.write(out, overwrite=overwrite))
 
@@ -159,6 +165,7 @@ class EmbedRequest:
     views: int
     short: Short = "leave_out"
     batch: int = 8
+    every_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,7 @@ def embed_parts(
         "clips_per_video": request.clips_per_video,
         "views": request.views,
         "short": request.short,
+        "every_s": request.every_s,
         "videos": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
     }
 

@@ -1,10 +1,10 @@
 """Deterministic clips for evaluation.
 
-In time, the starts of `per_video` clips are evenly spaced from the first frame to the last start that fits. Videos that
-are shorter than a clip are left out, or their last frame is held, as in training. A picture is a single clip of equal
-frames. In space, a single view is the whole frame scaled to a square, so that nothing is cut
-off and positions in the token grid are positions in the picture. Several views are squares of the short side's length,
-evenly spaced along the long side, as V-JEPA 2 evaluates.
+In time, the starts of `per_video` clips are evenly spaced from the first frame to the last start that fits. Or a clip
+starts every `every_s` seconds, so that clips may overlap. Videos that are shorter than a clip are left out, or their
+last frame is held, as in training. A picture is a single clip of equal frames. In space, a single view is the whole
+frame scaled to a square, so that nothing is cut off and positions in the token grid are positions in the picture.
+Several views are squares of the short side's length, evenly spaced along the long side, as V-JEPA 2 evaluates.
 
 A decode worker (`vjepa_data.decoding.decode_worker`) decodes the frames, so a file that hangs or crashes its decoder
 affects only its own video.
@@ -35,6 +35,31 @@ log = logging.getLogger(__name__)
 
 Short = Literal["leave_out", "hold"]
 """Treatment of videos shorter than a clip, as in `data.clip.short`."""
+
+
+MOST_BYTES = 2 << 30
+"""Largest size of the clips of one video, which are in memory together."""
+
+
+def start_times(last_s: float, *, per_video: int, every_s: float | None) -> list[float]:
+    """Return the start of each clip of a video, in seconds.
+
+    Args:
+        last_s: last start that fits.
+        per_video: number of clips, evenly spaced from the first frame to the last start. A single clip is the middle.
+        every_s: seconds from a start to the next, instead of a number of clips.
+    """
+    if every_s is not None:
+        return [number * every_s for number in range(1 + int(last_s / every_s + 1e-6))]
+    return [last_s / 2] if per_video == 1 else sorted(set(np.linspace(0, last_s, per_video).tolist()))
+
+
+def too_many(clips: int, *, px: int, frames: int, views: int) -> str | None:
+    """Return the reason why so many clips of one video are refused, or None."""
+    most = MOST_BYTES // (px * px * 3 * frames * views)
+    return (
+        f"{clips} clips of one video, at most {most} fit into memory; give a longer --every-s" if clips > most else None
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,7 @@ class EvalClips:
         views: int = 1,
         max_videos: int | None = None,
         short: Short = "leave_out",
+        every_s: float | None = None,
     ) -> None:
         """Args:
         shards: folder of the corpus.
@@ -83,12 +109,13 @@ class EvalClips:
         views: views per clip. 1 is the whole frame, more are squares.
         max_videos: largest number of videos, taken from a shuffle that never changes.
         short: whether a video shorter than a clip is left out or its last frame held, see `data.clip.short`.
+        every_s: seconds from the start of a clip to the next, instead of a number of clips.
 
         Raises:
             BadInput: the corpus or split does not exist, or none of its videos is long enough.
         """
         self.index, self.px, self.frames, self.rate = Index(shards, split), px, frames, fps
-        self.per_video, self.views, self.short = per_video, views, short
+        self.per_video, self.views, self.short, self.every_s = per_video, views, short, every_s
         self._decode_worker: DecodeWorker | None = None
         fit = np.flatnonzero(self._is_long_enough(slice(None)))
         if not len(fit):
@@ -137,6 +164,8 @@ class EvalClips:
             Unreadable: the video cannot be read or decoded.
         """
         starts = self.starts(video) if starts is None else starts
+        if reason := too_many(len(starts), px=self.px, frames=self.frames, views=self.views):
+            raise Unreadable("memory", reason)
         sample = self.index.read(video)
         return [clip for start in starts for clip in self._clips(video, start, sample, sample.labels)]
 
@@ -145,9 +174,10 @@ class EvalClips:
         if not self._is_long_enough(slice(video, video + 1))[0]:
             return []
         last = max(0, int(self.index.frames[video]) - 1 - int(self._frame_offsets(video)[-1]))
-        if self.per_video == 1:
+        if self.every_s is None and self.per_video == 1:
             return [last // 2]
-        return sorted(set(np.linspace(0, last, self.per_video).round().astype(int).tolist()))
+        step = None if self.every_s is None else self.every_s * float(self.index.fps[video])  # in frames
+        return sorted(set(np.rint(start_times(last, per_video=self.per_video, every_s=step)).astype(int).tolist()))
 
     def _is_long_enough(self, videos: slice) -> np.ndarray:
         """Say of each video whether it has enough frames and rate for a clip. A picture always has."""

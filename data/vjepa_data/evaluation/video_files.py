@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vjepa_data.decoding.orientation import orientation
-from vjepa_data.evaluation.clips import Short, square_views
+from vjepa_data.evaluation.clips import Short, square_views, start_times, too_many
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.probe import probe
@@ -78,6 +78,7 @@ class FileClipRequest:
     per_video: int
     views: int
     short: Short
+    every_s: float | None
 
 
 def work(request: FileClipRequest) -> list[tuple[UInt8[np.ndarray, "T px px C"], float, int]]:
@@ -98,17 +99,18 @@ class FileVideos:
         per_video: int = 1,
         views: int = 1,
         short: Short = "leave_out",
+        every_s: float | None = None,
         workers: int = 2,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """Args:
         paths: paths of the files.
-        px, frames, fps, per_video, views, short: as in `file_clips`.
+        px, frames, fps, per_video, views, short, every_s: as in `file_clips`.
         workers: number of child processes.
         timeout_s: time budget for opening and decoding a file, in seconds of work or sleep.
         """
         self.keys: Sequence[str] = [printable(path) for path in paths]
-        self._requests = [FileClipRequest(path, px, frames, fps, per_video, views, short) for path in paths]
+        self._requests = [FileClipRequest(path, px, frames, fps, per_video, views, short, every_s) for path in paths]
         self._pool: WorkerPool[FileClipRequest, list[tuple[np.ndarray, float, int]]] = WorkerPool(
             __name__, workers=workers, timeout_s=timeout_s
         )
@@ -142,6 +144,7 @@ def file_clips(
     per_video: int = 1,
     views: int = 1,
     short: Short = "leave_out",
+    every_s: float | None = None,
 ) -> list[FileClip]:
     """Decode the evaluation clips of a file in this process.
 
@@ -152,15 +155,18 @@ def file_clips(
         per_video: number of clips, evenly spaced from the first frame to the last start that fits.
         views: views per clip. 1 is the whole frame, more are squares.
         short: whether a file that is shorter than a clip is refused, or its last frame held.
+        every_s: seconds from the start of a clip to the next, instead of a number of clips.
 
     Raises:
-        Refused: the file is not a video, is damaged, or is shorter than a clip.
+        Refused: the file is not a video, is damaged, is shorter than a clip, or has more clips than fit into memory.
     """
     info = probe(path)
     last = max(0.0, info.duration_s - (frames - 1) / fps - 1 / info.fps)
     clips = []
     # A short file has one clip, from its start.
-    starts_s = [last / 2] if per_video == 1 else sorted(set(np.linspace(0, last, per_video).tolist()))
+    starts_s = start_times(last, per_video=per_video, every_s=every_s)
+    if reason := too_many(len(starts_s), px=px, frames=frames, views=views):
+        raise Refused(Reason.TOO_LARGE, reason)
     for start_s in starts_s:
         pictures = _pictures(path, info, start_s=start_s, frames=frames, fps=fps, short=short)
         clips += [FileClip(view, start_s, number) for number, view in enumerate(square_views(pictures, px, views))]
