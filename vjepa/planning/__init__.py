@@ -1,0 +1,1 @@
+"""Planning with a world model: planners, worlds, and an evaluation in closed loop."""

@@ -1,0 +1,45 @@
+"""Costs of a plan: from the distance to the goal after each step to a number.
+
+    last      distance after the last step
+    sum       mean distance over the steps
+    min       least over the steps of (distance + price * step)
+    temporal  `min` of a learned distance that counts steps, at a price of 1 per step: the step of arrival
+
+`last` with replanning puts the arrival off: a plan that arrives at its last step is never carried out to its end. `sum`
+refuses detours. `min` does neither.
+
+Letters: E episodes, N samples, H steps of a plan.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CostName = Literal["last", "sum", "min", "temporal"]
+COSTS: tuple[CostName, ...] = get_args(CostName)
+
+TIME_PRICE = 0.01
+"""Price of a step, as a share of the distance at the start. Tuned by hand with the true dynamics of two rooms."""
+
+Cost = Callable[[Tensor], Tensor]
+"""Actions [E N H A] to costs [E N]."""
+
+
+def cost_of(name: CostName, distances: Float[Tensor, "E N H"], start: Float[Tensor, " E"]) -> Float[Tensor, "E N"]:
+    """Return the cost of each plan.
+
+    Args:
+        name: kind of cost.
+        distances: distance to the goal after each step of each plan.
+        start: distance to the goal before the first step.
+    """
+    if name == "last":
+        return distances[..., -1]
+    if name == "sum":
+        return distances.cumsum(-1)[..., -1] / distances.shape[-1]  # `cumsum` adds in order, `mean` in parts
+    price = torch.ones_like(start) if name == "temporal" else TIME_PRICE * start
+    steps = torch.arange(1, distances.shape[-1] + 1, device=distances.device, dtype=distances.dtype)
+    return (distances + price[:, None, None] * steps).amin(-1)
