@@ -175,6 +175,31 @@ def write_rank_record(run: Path, attempt: str, record: RankRecord) -> None:
     write_json(path, dataclasses.asdict(record))
 
 
+def error_path(run: Path, attempt: str, rank: int) -> Path:
+    """Return the file to which a rank writes its exception, before it ends. Its folder is created."""
+    folder = launch_folder(run) / "ends" / attempt
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"error_{rank:04d}.json"
+
+
+def rank_record(end: RankExit, node: str, outcome: Outcome, error: Path) -> RankRecord:
+    """Return the record of a rank that ended just now, with the exception that it reported.
+
+    The time is that of the report, which comes first, by the clock of the file server.
+    """
+    reported = read_json(error)
+    if not reported or outcome not in ("failed", "bad_input"):
+        return RankRecord(end, node, outcome, time.time())
+    text, extra = reported["message"]["message"], reported["message"]["extraInfo"]
+    end = dataclasses.replace(
+        end,
+        reason=f"{end.reason}: {text.splitlines()[0] if text else ''}",
+        error=text,
+        is_consequence=extra.get("is_consequence", False),
+    )
+    return RankRecord(end, node, outcome, error.stat().st_mtime)
+
+
 def read_rank_records(run: Path, attempt: str) -> list[RankRecord]:
     """Return the stored records of an attempt, most to blame first."""
     paths = sorted((launch_folder(run) / "ends" / attempt).glob("rank_*.json"))

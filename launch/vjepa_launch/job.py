@@ -24,7 +24,7 @@ from typing import NoReturn
 from submitit.core.utils import DelayedSubmission
 
 from vjepa_launch import history, policy, snapshot, supervisor
-from vjepa_launch.policy import BAD_INPUT, DONE, FAILED, RankExit, RankRecord
+from vjepa_launch.policy import BAD_INPUT, DONE, FAILED, Outcome, RankExit
 from vjepa_launch.port import free_port
 from vjepa_launch.process_info import (
     ProcessInfo,
@@ -86,7 +86,7 @@ class Job:
         outcome = policy.rank_outcome([rank_exit], received)
         failed = outcome in ("failed", "bad_input")
         if info.rank == 0 or failed:
-            history.write_rank_record(run, info.attempt, RankRecord(rank_exit, info.node, outcome, time.time()))
+            self._record_end(info, rank_exit, outcome)
         if outcome == "done":
             return DONE
         _exit_without_result(policy.exit_code(outcome) if failed else DONE)
@@ -100,7 +100,7 @@ class Job:
             exits = self._run_attempt(info, range(self.ranks), received)
             for rank_exit in exits:
                 outcome = policy.rank_outcome([rank_exit], received)
-                history.write_rank_record(run, info.attempt, RankRecord(rank_exit, info.node, outcome, time.time()))
+                self._record_end(info, rank_exit, outcome)
             outcome = policy.rank_outcome(exits, received)
             decision = history.record_end(run, info.attempt, outcome, self.restart)
             log.info("attempt %s: %s", info.attempt, decision.why)
@@ -108,6 +108,11 @@ class Job:
                 return policy.exit_code(outcome)
             received.clear()
             info = dataclasses.replace(info, restart=info.restart + 1)
+
+    def _record_end(self, info: ProcessInfo, rank_exit: RankExit, outcome: Outcome) -> None:
+        run = Path(self.run)
+        error = history.error_path(run, info.attempt, rank_exit.rank)
+        history.write_rank_record(run, info.attempt, history.rank_record(rank_exit, info.node, outcome, error))
 
     def _run_attempt(self, info: ProcessInfo, ranks: Sequence[int], received: set[int]) -> list[RankExit]:
         """Start the processes of some ranks and wait until they have ended."""
@@ -128,6 +133,8 @@ class Job:
         common = {**inherited, **common_environment(run), **self.environment}
         common |= code_environment(Path(self.code), common)
         environments = {rank: {**common, **rank_environment(info, rank, address, port)} for rank in ranks}
+        for rank, environment in environments.items():
+            environment["TORCHELASTIC_ERROR_FILE"] = str(history.error_path(run, info.attempt, rank))
         cores = len(os.sched_getaffinity(0))
         if info.slurm and self.cores and cores < self.cores:
             log.warning("rank %d may use %d of the %d cores that cpus_per_task asks for; see TaskPlugin and --cpu-bind",

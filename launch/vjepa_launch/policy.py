@@ -36,6 +36,10 @@ class RankExit:
     """The exit code in words."""
     killed_by_us: bool = False
     """The supervisor ended this rank because another rank had failed, so this rank is not to blame."""
+    error: str = ""
+    """The exception that the rank reported before it ended."""
+    is_consequence: bool = False
+    """The rank reported that it lost its connection to another rank."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,24 @@ def is_failure(code: int, received: Collection[int]) -> bool:
 def most_to_blame_first(records: Iterable[RankRecord]) -> list[RankRecord]:
     """Sort ranks by blame: failed ranks first, ranks that the supervisor ended last among them.
 
-    A death by signal ranks before an exit code, because the exit may be a consequence of it (a lost connection). Ties
-    go to the earlier end.
+    A death by signal, or an exception that is not a lost connection, ranks before an exit code without a reason,
+    because that may be a consequence. NCCL aborts a rank whose peers do not answer, so an unexplained SIGABRT counts
+    as a consequence as well. Ties go to the earlier end.
     """
+
+    def is_own_failure(end: RankExit) -> bool:
+        return bool(end.error) and not end.is_consequence
+
+    def is_consequence(end: RankExit) -> bool:
+        return end.is_consequence or end.reason == "killed by SIGABRT"
+
     return sorted(
         records,
         key=lambda record: (
             record.outcome not in ("failed", "bad_input"),
             record.exit.killed_by_us,
-            record.exit.code >= 0,
+            is_consequence(record.exit),
+            record.exit.code >= 0 and not is_own_failure(record.exit),
             record.time,
         ),
     )

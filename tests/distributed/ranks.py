@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from vjepa import cli
 from vjepa.checkpoints import checkpoint
 from vjepa.checkpoints import manager as saving
 from vjepa.checkpoints.manager import CheckpointManager
@@ -35,6 +36,7 @@ from vjepa.methods.base import named_parameters
 from vjepa.methods.vjepa2.method import VJEPA2
 from vjepa.monitoring.health import Unhealthy
 from vjepa.nn.encoder import Encoder, View
+from vjepa_data.config_files import dump_settings
 from vjepa_data.reader.loader import Batch, ClipLoader, open_plan
 from vjepa_data.settings import BadInput
 
@@ -131,6 +133,26 @@ def sleeps_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
     VJEPA2.loss = doze
     return training.train(run, out / "run")
+
+
+def fails_on_one(run: Run, out: Path, job: dict[str, Any]) -> Any:
+    """The last rank raises in its fifth step, while a checkpoint is being written and rank 0 does not answer."""
+    rank, honest, calls = os.environ["RANK"], VJEPA2.loss, Counter[str]()
+
+    def fail(*args: Any, **named: Any) -> Any:
+        calls["loss"] += 1
+        if calls["loss"] == 5 and rank == "1":
+            raise ValueError("the fifth step failed")
+        return honest(*args, **named)
+
+    VJEPA2.loss = fail
+    if rank == "0":
+        CheckpointManager._commit = lambda *args: time.sleep(LIMIT_S)
+    dist.destroy_process_group = lambda: (out / f"destroyed_{rank}").touch()
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(out / f"error_{rank}.json")
+    config = out / f"config_{rank}.yaml"
+    config.write_text(dump_settings(run))
+    cli.main(["train", str(config), "--out", str(out / "run")])
 
 
 def counted(function: Any, kind: str, counts: Counter[str]) -> Any:
@@ -242,6 +264,7 @@ SCENARIOS = {
         odd_code,
         odd_pixels,
         sleeps_on_one,
+        fails_on_one,
         inspected,
         background_save,
         full_disk_on_the_first,
@@ -278,12 +301,13 @@ def fork_ranks(job: dict[str, Any]) -> list[int]:
     return pids
 
 
-def wait(pid: int, *, until_s: float) -> None:
-    """Wait for a rank, but not for ever."""
-    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+def wait(pid: int, *, until_s: float) -> int:
+    """Wait for a rank, but not for ever, and return its exit code."""
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if time.perf_counter() > until_s:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def main() -> None:
@@ -301,8 +325,8 @@ def main() -> None:
                 time.sleep(0.01)
             time.sleep(job["kill_after_s"])
             os.kill(pids[-1], signal.SIGKILL)  # the others must notice by themselves
-        for pid in pids:
-            wait(pid, until_s=start_s + job.get("limit_s", LIMIT_S))
+        codes = [wait(pid, until_s=start_s + job.get("limit_s", LIMIT_S)) for pid in pids]
+        (Path(job["out"]) / "exit_codes.json").write_text(json.dumps(codes))
         print(f"{job['scenario']} x{job['world']}: {time.perf_counter() - start_s:.1f} s", flush=True)
 
 

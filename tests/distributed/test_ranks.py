@@ -62,6 +62,7 @@ def jobs_of(make: MakeRun, out: Path) -> dict[str, dict[str, Any]]:
     add("odd code", "odd_code", 2)
     add("odd pixels", "odd_pixels", 2)
     add("asleep", "sleeps_on_one", 2, health={"stall_s": 1, "hang_s": 10})
+    add("failed", "fails_on_one", 2, checkpoint={"every_steps": 3, "background": True}, parallel={"timeout_s": 50})
     add("offloaded", "trained", 2, parallel={"offload": True})
     probe = {"shards": shards, "label": "look", "split": "train", "videos": 9, "every_steps": 3}
     add("probed", "trained", 2, track={"probe": probe, "pictures_every_steps": 3})
@@ -207,6 +208,15 @@ def test_a_sleeping_rank_is_named_with_its_collective_and_all_end(runs: Path) ->
     assert "in which rank 0 waits" in log
     assert "rank 0: no step for" in log
     assert "doze" in (runs / "asleep" / "run" / "stacks" / "rank_00001.txt").read_text()
+
+
+def test_an_exception_on_one_rank_ends_all_without_waiting(runs: Path) -> None:
+    out = runs / "failed"
+    assert json.loads((out / "exit_codes.json").read_text()) == [1, 1]  # -9: rank 1 waited for its peer
+    assert not list(out.glob("destroyed_*"))
+    peer, own = (json.loads((out / f"error_{rank}.json").read_text())["message"] for rank in (0, 1))
+    assert own["message"] == "ValueError: the fifth step failed"
+    assert [one["extraInfo"]["is_consequence"] for one in (peer, own)] == [True, False]
 
 
 def test_an_error_of_rank_0_is_raised_on_all_ranks(runs: Path) -> None:

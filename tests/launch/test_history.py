@@ -1,7 +1,11 @@
 """The history of a run on disk."""
 
+import os
 from pathlib import Path
 
+import pytest
+
+from vjepa.distributed import failure
 from vjepa_launch import history
 from vjepa_launch.policy import RankExit, RankRecord
 
@@ -13,6 +17,18 @@ def test_rank_records_are_read_as_they_were_written(tmp_path: Path) -> None:
         history.write_rank_record(tmp_path, "7.0", record)
     assert history.read_rank_records(tmp_path, "7.0") == [failed, stopped]
     assert history.read_rank_records(tmp_path, "7.1") == []
+
+
+def test_the_record_of_a_rank_has_its_exception_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = history.error_path(tmp_path, "7.0", 3)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error))
+    failure.tell_launcher("OutOfMemoryError: 80 GiB\nand more")
+    failure.tell_launcher("RuntimeError: later")
+    os.utime(error, (5.0, 5.0))
+    record = history.rank_record(RankExit(3, 1, "exit code 1"), "n2", "failed", error)
+    assert (record.time, record.exit.reason) == (5.0, "exit code 1: OutOfMemoryError: 80 GiB")
+    assert not record.exit.is_consequence
+    assert history.rank_record(RankExit(3, 75, "exit code 75"), "n2", "stopped", error).exit.error == ""
 
 
 def test_a_history_cut_short_by_a_crash_is_readable(tmp_path: Path) -> None:

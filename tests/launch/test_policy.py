@@ -89,6 +89,19 @@ def test_the_first_rank_to_die_is_to_blame() -> None:
     assert [record.exit.rank for record in policy.most_to_blame_first(ends)] == [3, 4, 2, 1, 0]
 
 
+def test_a_rank_that_reports_its_own_error_is_to_blame() -> None:
+    """Its peers lose their connection to it, or NCCL aborts them, and may be recorded earlier."""
+    lost, own = "RuntimeError: Connection closed by peer", "OutOfMemoryError: 80 GiB"
+    ends = [
+        RankRecord(RankExit(0, -6, "killed by SIGABRT"), "n1", "failed", time=1.0),
+        RankRecord(RankExit(1, 1, "", error=lost, is_consequence=True), "n1", "failed", time=1.5),
+        RankRecord(RankExit(2, 1, "", error=own), "n2", "failed", time=2.0),
+        RankRecord(RankExit(3, -6, "suspended (SIGSTOP) for 10 s"), "n3", "failed", time=3.0),
+        RankRecord(RankExit(4, 1, "exit code 1"), "n4", "failed", time=0.5),
+    ]
+    assert [record.exit.rank for record in policy.most_to_blame_first(ends)] == [2, 3, 4, 0, 1]
+
+
 def end(outcome: str, *, progress: bool = False, node: str | None = None) -> dict[str, Any]:
     return {"event": "end", "outcome": outcome, "progress": progress, "node": node}
 

@@ -8,22 +8,20 @@ Each verb imports heavy modules only when it is called, so `vjepa show` answers 
 login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 saved and stopped; requeue to resume.
 """
 
-import contextlib
 import errno
 import importlib
 import io
-import json
 import logging
 import os
-import pathlib
 import shutil
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 from vjepa.cli.app import APP, CommandLineError, read_command
+from vjepa.distributed import failure
 
 VERB_FILES = ("runs", "datasets", "models", "evals")
 """Modules of this package that declare verbs, in the order of `vjepa --help`."""
@@ -69,6 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
     try:
+        code = _run_verb(prog, run, words)
+    except Exception as error:
+        failure.tell_launcher(f"{type(error).__name__}: {error}", is_consequence=failure.is_consequence(error))
+        if not failure.is_in_group():
+            raise
+        traceback.print_exc()
+        code = 1
+    if failure.is_in_group():
+        failure.leave(code)  # a rank that failed: the others may wait for it
+    return code
+
+
+def _run_verb(prog: str, run: Callable[[], int | None], words: Sequence[str]) -> int:
+    """Run a verb, and turn errors that a user can fix into a line and an exit code."""
+    try:
         code = run() or 0
         sys.stdout.flush()
         return code
@@ -77,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except user_errors() as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        tell_torchrun(f"{prog}: {error}")
+        failure.tell_launcher(f"{prog}: {error}")
         return 2
     except BrokenPipeError:  # the reader of our output is gone: `vjepa show demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{place}: " if place else ""
         text = f"{prog}: {where}{error.strerror}; {REMEDIES[error.errno]}"
         print(text, file=sys.stderr)
-        tell_torchrun(text)
+        failure.tell_launcher(text)
         return 1 if error.errno in DISK_IS_FULL else 2
 
 
@@ -105,15 +118,6 @@ def full_disk(words: Sequence[str]) -> str:
                 place = os.path.dirname(place)
             return place
     return ""
-
-
-def tell_torchrun(text: str) -> None:
-    """Give torchrun the reason of a failure, which it prints at the end of its own report on the ranks."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        with contextlib.suppress(OSError):
-            shown = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
-            pathlib.Path(file).write_text(json.dumps({"message": shown}))
 
 
 def user_errors() -> tuple[type[Exception], ...]:

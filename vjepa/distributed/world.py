@@ -82,7 +82,9 @@ class World:
 
 @contextmanager
 def join(settings: Parallel) -> Iterator[World]:
-    """Join the process group of the run and leave it at the end.
+    """Join the process group of the run, and leave it at the end of a block that succeeds.
+
+    After an exception the group is not destroyed, since that would wait for the other ranks: see `failure`.
 
     The group is read from `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, as
     torchrun and `vjepa launch` set them. Without them this process is the only rank.
@@ -113,6 +115,7 @@ def join(settings: Parallel) -> Iterator[World]:
         store=store,
         device_id=device if device.type == "cuda" else None,
     )
+    is_over = size == 1
     try:
         shape = (settings.replicate, size // settings.replicate)
         names = ("replicate", "shard")
@@ -124,8 +127,10 @@ def join(settings: Parallel) -> Iterator[World]:
         assert isinstance(storage, dist.ProcessGroup)
         here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         yield World(rank, size, device, mesh, control=control, storage=storage, ranks_here=here)
+        is_over = True
     finally:
-        dist.destroy_process_group()
+        if is_over:
+            dist.destroy_process_group()
 
 
 def _make_exact(settings: Parallel) -> None:

@@ -13,6 +13,7 @@ from vjepa.checkpoints.manager import CheckpointManager
 from vjepa.checkpoints.run_folder import occupy, record_attempt, write_settings
 from vjepa.checkpoints.storage import to_path
 from vjepa.config import Run
+from vjepa.distributed.failure import reporting_failures
 from vjepa.distributed.sharding import materialise, shard
 from vjepa.distributed.world import World, join
 from vjepa.engine import skipped_batches
@@ -24,7 +25,7 @@ from vjepa.engine.resume import check_changes, check_checkpoints
 from vjepa.engine.rollback import roll_back
 from vjepa.engine.signals import Stop, stop_signals
 from vjepa.methods.base import Method, Networks, create_method
-from vjepa.monitoring.health import HealthMonitor, Unhealthy, read_history
+from vjepa.monitoring.health import Collapsed, HealthMonitor, Unhealthy, read_history
 from vjepa.monitoring.logger import RunLogger, logging_to
 from vjepa.monitoring.periodic import PeriodicTasks
 from vjepa.monitoring.stall_watchdog import StallWatchdog
@@ -86,7 +87,10 @@ def train_with_roll_backs(run: Run, folder: Path, world: World, stop: Stop) -> i
 
 @contextmanager
 def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
-    """Build an attempt, restore the newest checkpoint, and close everything at the end."""
+    """Build an attempt, restore the newest checkpoint, and close everything at the end.
+
+    The failure of a rank is reported before anything is closed, and a checkpoint being written is then not awaited.
+    """
     if world.is_first:
         ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"
         log.info("starting %s in %s: checking settings, code and data of %s", run.name, folder, ranks)
@@ -97,7 +101,8 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         world.first(lambda: check_checkpoints(folder, directory))
     metadata = checkpoint.read_metadata(newest) if newest else None
     step = metadata.step if metadata else 0
-    with ExitStack() as at_end:
+    agreed = (Unhealthy, Collapsed)
+    with ExitStack() as at_end, reporting_failures(ranks=world.size, agreed=agreed):
         watchdog = at_end.enter_context(closing(StallWatchdog(run.health, folder, world)))
         skipped = world.first(lambda: skipped_batches.read(folder)) or (metadata.passed_over if metadata else ())
         plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size, loader=run.loader)
@@ -127,7 +132,8 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         health = HealthMonitor(run.health, logger.alert)
         health.restore(world.first(lambda: read_history(folder / "metrics.jsonl")))
         checkpoints = CheckpointManager(folder, run.checkpoint, world, newest=newest, on_saved=logger.refer_to)
-        at_end.callback(checkpoints.wait)
+        wait_after = (type(None), *agreed) if world.size > 1 else (type(None), BaseException)
+        at_end.push(lambda kind, error, _: checkpoints.wait() if isinstance(error, wait_after) else None)
         at_end.enter_context(manual_garbage_collection())
         timer = StepTimer(world.device)
         yield Attempt(
