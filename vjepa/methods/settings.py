@@ -57,6 +57,18 @@ class MethodSettings(Settings):
         """
 
 
+def check_window(run: RunSettings) -> None:
+    """Reject a window of attention in an encoder that looks both ways.
+
+    Raises:
+        ValueError: see above.
+    """
+    if run.model.window is not None and not run.model.causal:
+        raise ValueError(
+            f"model.window ({run.model.window}) limits attention to earlier tubelets; set model.causal or remove it"
+        )
+
+
 @dataclass(frozen=True)
 class MethodEntry:
     """Where the two halves of a method are defined."""

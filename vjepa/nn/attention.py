@@ -5,7 +5,8 @@ The sequences of a step (every clip under every mask) are concatenated in a tens
 
     runs ((2, 3), (1, 4))      | a a a | b b b | c c c c |      S = 10
 
-A token attends to all tokens of its own sequence or, with `times`, to tokens of its own time and earlier.
+A token attends to all tokens of its own sequence or, with `times`, to tokens of its own time and earlier, and with
+`oldest` to none before that time.
 
 - `sdpa`: one call of torch's scaled_dot_product_attention for each run. It works everywhere. Masks with exact counts
   make few runs, so the other two have little to gain.
@@ -67,6 +68,7 @@ class Segments:
         backend: Backend = "sdpa",
         device: torch.device,
         times: Int[Tensor, " S"] | None = None,
+        oldest: Int[Tensor, " S"] | None = None,
     ) -> "Segments":
         """Join neighbours of equal length and prepare the backend's tensors.
 
@@ -75,6 +77,7 @@ class Segments:
             backend: result of `choose`.
             device: device of the packed tensor.
             times: time of each token. A token then attends to its own time and earlier times only.
+            oldest: the earliest time that each token attends to. By default there is no limit.
         """
         joined: list[tuple[int, int]] = []
         for count, length in runs:
@@ -93,15 +96,22 @@ class Segments:
         masks = None
         if times is not None:
             assert backend == "sdpa", "`choose` returns sdpa for causal models"
-            of_run = times.split([count * length for count, length in joined])
-            shaped = (each.unflatten(0, run) for each, run in zip(of_run, joined, strict=True))
-            masks = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in shaped)
+            keys = _by_run(times, joined)
+            masks = tuple((each[:, :, None] >= each[:, None, :])[:, None] for each in keys)
+            if oldest is not None:
+                limits = zip(masks, keys, _by_run(oldest, joined), strict=True)
+                masks = tuple(mask & (key[:, None, :] >= limit[:, :, None])[:, None] for mask, key, limit in limits)
         return Segments(tuple(joined), backend, starts, longest, blocks, masks)
 
     @property
     def tokens(self) -> int:
         """Number of packed tokens, S."""
         return sum(count * length for count, length in self.runs)
+
+
+def _by_run(values: Tensor, runs: Sequence[tuple[int, int]]) -> list[Int[Tensor, "_sequences _length"]]:
+    parts = values.split([count * length for count, length in runs])
+    return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
 
 
 def attention(

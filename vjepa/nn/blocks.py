@@ -26,9 +26,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(settings.width, settings.width)
 
     def forward(self, x: Float[Tensor, "S D"], rotation: Rotation, segments: Segments) -> Float[Tensor, "S D"]:
+        q, k, v = self.project(x, rotation)
+        return self.proj(attention(q, k, v, segments).flatten(1))
+
+    def project(self, x: Float[Tensor, "S D"], rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [S H d], the first two rotated."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k = rotate(qkv[:, :2], rotation).unbind(1)  # [S H d] each
-        return self.proj(attention(q, k, qkv[:, 2], segments).flatten(1))
+        q, k = rotate(qkv[:, :2], rotation).unbind(1)
+        return q, k, qkv[:, 2]
 
 
 class MLP(nn.Module):

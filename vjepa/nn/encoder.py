@@ -191,13 +191,24 @@ class Encoder(nn.Module):
         self, grids: Sequence[Grid], ids: Sequence[Tensor], runs: Sequence[tuple[int, int]], device: torch.device
     ) -> Segments:
         """Describe which packed tokens attend to each other. A causal class token comes after the end of the clip."""
-        times = None
+        times = oldest = None
         if self.settings.causal:
             of_view = [each // grid.cells for each, grid in zip(ids, grids, strict=True)]
+            window = getattr(self.settings, "window", None)  # older exports that are read without pydantic lack it
+            if window is not None:
+                reach = [each - (window - 1) for each in of_view]
+                if self.settings.class_token:  # the class token sees as many tubelets as the tokens of the last one
+                    reach = [F.pad(each, (1, 0), value=g.t - window) for each, g in zip(reach, grids, strict=True)]
+                oldest = torch.cat([each.flatten() for each in reach])
             if self.settings.class_token:
                 of_view = [F.pad(each, (1, 0), value=grid.t) for each, grid in zip(of_view, grids, strict=True)]
             times = torch.cat([each.flatten() for each in of_view])
-        return Segments.of(runs, backend=self.attention, device=device, times=times)
+        return Segments.of(runs, backend=self.attention, device=device, times=times, oldest=oldest)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """Norm of the features of the last block."""
+        return next(iter(self._norms(levels=False).values()))
 
     def _norms(self, *, levels: bool) -> dict[int, nn.Module]:
         """Return the blocks whose features are returned, and the norm of each."""

@@ -31,6 +31,12 @@ def axis_channels(head_width: int) -> int:
     return 2 * (head_width // 3 // 2)
 
 
+def axis_speeds(head_width: int, device: torch.device) -> Float[Tensor, " pairs"]:
+    """Return the angle by which each pair of an axis' channels rotates from a position to the next, in radians."""
+    pairs = axis_channels(head_width) // 2
+    return 1.0 / 10000 ** (torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
+
+
 def rotations(
     positions: Sequence[tuple[Grid, Int[Tensor, "_B _V"]]],
     *,
@@ -59,9 +65,7 @@ def rotations(
     Source: V-JEPA 2 (arXiv:2506.09985), 3-D RoPE; `interleaved` as in V-JEPA 2.1 (arXiv:2603.14482).
     """
     channels = axis_channels(head_width)
-    device = positions[0][1].device
-    exponents = torch.arange(channels // 2, dtype=torch.float32, device=device) / (channels / 2)
-    speeds = 1.0 / 10000**exponents
+    speeds = axis_speeds(head_width, positions[0][1].device)
     axes = []
     for grid, ids in positions:
         ids = ids.flatten()

@@ -75,7 +75,8 @@ class Model(Settings):
     """Narrow transformer that predicts the features of hidden tokens, or of the next frame."""
 
     window: int | None = Field(default=None, ge=1)
-    """Frames that a dynamics predictor attends to, with the newest one. By default all earlier frames of the clip."""
+    """Reach of attention that looks back, the newest included: tubelets in a causal encoder, frames in a dynamics
+    predictor. By default all earlier ones of the clip. A stream (`vjepa embed --stream`) takes it as its window."""
 
     condition: Literal["adaln", "token"] = "adaln"
     """How actions enter a dynamics predictor: they scale, shift and gate its blocks, or they are tokens

@@ -15,6 +15,7 @@ from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.grid import Grid
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
+from vjepa.weights.video_stream import VideoStream
 from vjepa_data.errors import BadInput
 
 
@@ -84,6 +85,18 @@ class VideoEncoder(nn.Module):
         """
         self.grid(frames)
         return self.encoder([View(normalise(self._filled(frames)), visible)], levels=levels)[0]
+
+    def stream(self, window: int | None = None) -> VideoStream:
+        """Begin to encode a video without end, one tubelet at a time and in flat memory; see `VideoStream`.
+
+        Args:
+            window: tubelets that a token attends to, its own included. By default `model.window`, else the tubelets
+                of the clips that the model was trained on.
+
+        Raises:
+            BadInput: the encoder attends to later tubelets, or its positions are not a rotation.
+        """
+        return VideoStream(self, window)
 
     def _filled(self, frames: Tensor) -> Tensor:
         is_repeated = frames.shape[1] == 1 and not self.model.still_tokens

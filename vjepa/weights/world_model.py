@@ -4,6 +4,7 @@
     model.encode(frames)                          every model
     model.predict(frames, visible, hidden)        models with a masked predictor (V-JEPA 2 and 2.1)
     model.rollout(frames, actions)                models with a dynamics predictor
+    model.stream(window=16)                       causal models with true rotary positions
 
 The networks other than the encoder are listed in `PARTS`. Each is recognized by the names of its tensors and never by
 the method that trained it. A new network is one entry there; loading, export and this class stay as they are.
@@ -29,6 +30,7 @@ from vjepa.nn.predictor import Predictor, PredictorInput
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
 from vjepa.weights.video_encoder import VideoEncoder, check_frames
+from vjepa.weights.video_stream import VideoStream
 from vjepa_data.errors import BadInput
 
 Capability = Literal["encode", "predict", "rollout"]
@@ -164,6 +166,18 @@ class WorldModel(nn.Module):
         """
         grid = self.encoder.grid(frames)
         return self.encoder.features(frames, levels=levels).unflatten(1, (grid.t, grid.h, grid.w))
+
+    def stream(self, window: int | None = None) -> VideoStream:
+        """Begin to encode a video without end, one tubelet at a time and in flat memory; see `VideoStream`.
+
+        Args:
+            window: tubelets that a token attends to, its own included. By default `model.window`, else the tubelets
+                of the clips that the model was trained on.
+
+        Raises:
+            BadInput: the encoder attends to later tubelets, or its positions are not a rotation.
+        """
+        return self.encoder.stream(window)
 
     def targets(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w LD"]:
         """Return the features that `predict` approximates: all levels, each layer-normed without scale and shift.

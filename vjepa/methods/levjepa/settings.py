@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from vjepa.methods.mask_settings import Mask, RandomMask, ReferenceMask
-from vjepa.methods.settings import MethodSettings, RunSettings
+from vjepa.methods.settings import MethodSettings, RunSettings, check_window
 from vjepa_data.settings import Share
 
 
@@ -58,6 +58,7 @@ class LeVJEPASettings(MethodSettings):
 
     def check(self, run: RunSettings) -> None:
         """Reject crops that are not whole tokens, several masks, several levels, and accumulation."""
+        check_window(run)
         if self.local_px % run.model.patch_px:
             raise ValueError(
                 f"objective.local_px ({self.local_px}) must be divisible by model.patch_px ({run.model.patch_px})"

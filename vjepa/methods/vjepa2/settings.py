@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from vjepa.methods.mask_settings import BLOCKS, Mask
-from vjepa.methods.settings import MethodSettings, RunSettings
+from vjepa.methods.settings import MethodSettings, RunSettings, check_window
 
 
 class MaskedPredictionSettings(MethodSettings):
@@ -27,6 +27,7 @@ class MaskedPredictionSettings(MethodSettings):
 
     def check(self, run: RunSettings) -> None:
         """Reject a class token, which stays untrained, and a predictor without the output layers that are trained."""
+        check_window(run)
         if run.model.class_token:
             raise ValueError(f"objective {self.name} does not train a class token; remove model.class_token")
         if run.model.predict_context != self.predicts_context:
