@@ -217,11 +217,12 @@ def test_tensors_that_could_run_code_are_refused(hf: Path, tmp_path: Path) -> No
 def test_a_traced_encoder_stays_usable(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vjepa.nn.encoder._statistics", {})
     encoder = load_encoder(trained)
-    program = torch.export.export(encoder, (FRAMES,))
-    features = load_encoder(trained)(FRAMES)
-    assert type(features) is torch.Tensor
+    clips = torch.cat([FRAMES, FRAMES])
+    program = torch.export.export(encoder, (clips,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert type(load_encoder(trained)(FRAMES)) is torch.Tensor
     assert isinstance(encoder.encoder, Encoder)
-    torch.testing.assert_close(program.module()(FRAMES), features)
+    for batch in (FRAMES, torch.cat([clips, FRAMES])):  # the program takes any number of clips
+        torch.testing.assert_close(program.module()(batch), encoder(batch))
 
 
 def test_statistics_made_in_inference_mode_serve_training(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,14 +101,14 @@ def _load_with_transformers(kind: str, folder: Path) -> tuple[Any, str]:
     had_progress_bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     model, report = getattr(transformers, kind).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+        folder, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
     )
     if had_progress_bar:
         transformers.utils.logging.enable_progress_bar()
     lists = ("missing_keys", "mismatched_keys") + (() if kind == "AutoModel" else ("unexpected_keys",))
     unmatched = [name for key in lists for name in report[key]]
     assert not unmatched, f"tensors that transformers lacks or does not know: {unmatched}"
-    return align(model.eval()), transformers.__version__
+    return align(model.float().eval()), transformers.__version__  # `dtype=` has another name before 4.56
 
 
 def align(model: nn.Module) -> Any:

@@ -37,12 +37,15 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["sdpa", "varlen", "xformers"]
 
+Run = tuple[int | torch.SymInt, int]
+"""Number of sequences, which a tracer such as `torch.export` may leave open, and tokens in each."""
+
 
 @dataclass(frozen=True)
 class Segments:
     """The sequences of a packed tensor, prepared for a backend."""
 
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
     """(sequences, tokens in each) of neighbours of equal length."""
 
     backend: Backend = "sdpa"
@@ -63,7 +66,7 @@ class Segments:
     @classmethod
     def of(
         cls,
-        runs: Sequence[tuple[int, int]],
+        runs: Sequence[Run],
         *,
         backend: Backend = "sdpa",
         device: torch.device,
@@ -79,7 +82,7 @@ class Segments:
             times: time of each token. A token then attends to its own time and earlier times only.
             oldest: the earliest time that each token attends to. By default there is no limit.
         """
-        joined: list[tuple[int, int]] = []
+        joined: list[Run] = []
         for count, length in runs:
             if joined and joined[-1][1] == length:
                 joined[-1] = (joined[-1][0] + count, length)
@@ -106,7 +109,7 @@ class Segments:
     @property
     def tokens(self) -> int:
         """Number of packed tokens, S."""
-        return sum(count * length for count, length in self.runs)
+        return sum(int(count) * length for count, length in self.runs)
 
 
 def _by_run(values: Tensor, runs: Sequence[tuple[int, int]]) -> list[Int[Tensor, "_sequences _length"]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjepa.nn.attention import Backend, Segments
+from vjepa.nn.attention import Backend, Run, Segments
 from vjepa.nn.blocks import NORM_EPS, Block, PatchEmbed
 from vjepa.nn.grid import Grid
 from vjepa.nn.init import init_weights
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
             view.index if view.index is not None else _all_ids(view, g) for view, g in zip(views, grids, strict=True)
         ]
         tokens = self._embed(views, grids, ids)
-        runs = [(len(each), each.shape[1]) for each in tokens]
+        runs = [(each.shape[0], each.shape[1]) for each in tokens]  # `len` would fix the batch of `torch.export`
         x = torch.cat([each.flatten(0, 1) for each in tokens])  # [S D]
         rotation = self._rotation(grids, ids)
         segments = self._segments(grids, ids, runs, x.device)
@@ -153,7 +153,9 @@ class Encoder(nn.Module):
             positions = [sine_cosine(g, i, self.settings.encoder.width) for g, i in zip(grids, ids, strict=True)]
             tokens = [each + place.to(each.dtype) for each, place in zip(tokens, positions, strict=True)]
         if self.settings.class_token:
-            tokens = [torch.cat((self.cls_token.to(each.dtype).expand(len(each), -1, -1), each), 1) for each in tokens]
+            tokens = [
+                torch.cat((self.cls_token.to(each.dtype).expand(each.shape[0], -1, -1), each), 1) for each in tokens
+            ]
         return tokens
 
     def _embed_stills_and_clips(self, views: Sequence[View]) -> list[Tensor]:
@@ -188,7 +190,7 @@ class Encoder(nn.Module):
         )
 
     def _segments(
-        self, grids: Sequence[Grid], ids: Sequence[Tensor], runs: Sequence[tuple[int, int]], device: torch.device
+        self, grids: Sequence[Grid], ids: Sequence[Tensor], runs: Sequence[Run], device: torch.device
     ) -> Segments:
         """Describe which packed tokens attend to each other. A causal class token comes after the end of the clip."""
         times = oldest = None
@@ -220,4 +222,4 @@ class Encoder(nn.Module):
 
 
 def _all_ids(view: View, grid: Grid) -> Tensor:
-    return torch.arange(grid.tokens, device=view.frames.device).expand(len(view.frames), -1)
+    return torch.arange(grid.tokens, device=view.frames.device).expand(view.frames.shape[0], -1)
