@@ -1,6 +1,7 @@
 """Show, follow, cancel and requeue runs, from their folders and a single query to the scheduler. No torch, no sacct."""
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,8 +153,21 @@ def _state_without_record(
     again = "`vjepa runs requeue` resumes from the checkpoint"
     if history.newest_checkpoint(run) is None:
         again = "it made no checkpoint; see the log, then `vjepa runs requeue` starts it again"
+    if (job.state == "TIMEOUT") if job else _reached_time_limit(log_path(run, 0)):
+        cause = "before a rank started; shorten `setup` or raise the limit" if waited else "before its end was recorded"
+        return "failed", f"the time limit ended the job {cause}; {again}"
     fate = f" ({job.state})" if job else ""
     return "lost", f"the job ended without a record{fate}; {again}"
+
+
+def _reached_time_limit(log: Path) -> bool:
+    """Tell whether SLURM wrote into a log that it ended the job at its time limit. It forgets jobs after minutes."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            return re.search(rb"\*\*\* (JOB|STEP) .* DUE TO TIME LIMIT \*\*\*", file.read()) is not None
+    except OSError:
+        return False
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def test_a_run_that_ended_before_its_first_step_is_shown(tmp_path: Path) -> None
         (["launch"], "CANCELLED", "cancelled"),
         (["launch"], "FAILED", "lost"),
         (["launch", "start"], None, "lost"),
-        (["launch", "start"], "TIMEOUT", "lost"),
+        (["launch", "start"], "TIMEOUT", "failed"),
         (["launch"], "PENDING", "queued"),
         (["launch", "start"], "SUSPENDED", "suspended"),
     ],
@@ -162,6 +162,22 @@ def test_a_job_without_a_record_of_its_end(tmp_path: Path, events: list[str], jo
     assert found == state
     done = [{"event": "end", "outcome": "done", "requeue": False}]
     assert status._state(tmp_path, owner, done, None)[0] == "done"  # the scheduler does not answer
+
+
+@pytest.mark.parametrize("job", ["TIMEOUT", None])
+def test_a_setup_longer_than_the_time_limit_is_named(tmp_path: Path, job: str | None) -> None:
+    """Before a rank starts, only SLURM's own line tells of the time limit. The line is that of SLURM 22.05."""
+    make_run(tmp_path, steps=5)
+    owner = history.read_owner(tmp_path)
+    assert owner is not None
+    line = "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-30T13:55:48 DUE TO TIME LIMIT ***\n"
+    log = history.log_path(tmp_path, 0)
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("Loading modules\n" + (line if job is None else ""))
+    jobs = {owner["job"]: slurm.QueuedJob(job, "(TimeLimit)")} if job else {}
+    state, detail = status._state(tmp_path, {**owner, "executor": "slurm"}, [{"event": "launch"}], jobs)
+    assert state == "failed"
+    assert "time limit ended the job before a rank started; shorten `setup`" in detail
 
 
 def test_a_folder_that_is_not_a_run_is_rejected(tmp_path: Path) -> None:
