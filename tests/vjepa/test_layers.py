@@ -14,7 +14,7 @@ from vjepa.config import ENCODERS, Model, Transformer
 from vjepa.nn.blocks import Block, PatchEmbed
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.grid import Grid
-from vjepa.nn.positions import axis_channels, rotate, rotations
+from vjepa.nn.positions import axis_channels, rotate, rotations, sine_cosine
 from vjepa.nn.predictor import Predictor
 from vjepa_data.settings import BadInput
 
@@ -127,6 +127,28 @@ def test_initialization_follows_v_jepa_2() -> None:
                 assert (parameter == 1).all(), name
             else:
                 assert parameter.std() > 0, name
+
+
+def test_fan_in_scales_weights_by_their_inputs() -> None:
+    encoder = Encoder(Model.model_validate({**small().model_dump(), "init_std": "fan_in"}))
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    for weight, later in ((encoder.patch_embed.proj.weight, 1), (block.attn.qkv.weight, 1), (block.mlp.fc2.weight, 2)):
+        inputs = weight[0].numel()
+        assert weight.std().item() == pytest.approx((inputs * later) ** -0.5, rel=0.1)
+
+
+def test_sine_cosine_models_rotate_no_channel() -> None:
+    ids = torch.arange(12)[None]
+    q = torch.randn(12, 2, 3, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotate(q, rotations([(Grid(3, 2, 2), ids)], head_width=24, form="sincos")), q)
+
+
+def test_sines_and_cosines_of_a_token_do_not_depend_on_the_others() -> None:
+    grid = Grid(4, 3, 5)
+    table = sine_cosine(grid, torch.arange(grid.tokens)[None], 34)
+    picked = torch.tensor([[59, 0], [7, 30]])
+    assert torch.equal(sine_cosine(grid, picked, 34), table[0][picked])
 
 
 def with_levels() -> tuple[Encoder, Predictor]:

@@ -16,7 +16,7 @@ from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.export.export import export
 from vjepa.methods.base import Networks, create_method
-from vjepa.methods.lewm.method import ActedClips, LeWM
+from vjepa.methods.lewm.method import ActedClips, Inverse, LeWM
 from vjepa.methods.regularizers import directions, sigreg
 from vjepa.weights.load import read_weights
 from vjepa_data.builder.shard import shard
@@ -159,6 +159,15 @@ def test_invalid_intervals_do_not_count():
     after = method.loss(networks, changed, step=0)
     for name in ("prediction", "rollout", "inverse", "copy_last", "straight"):
         assert torch.allclose(before.metrics[name], after.metrics[name], rtol=1e-5), name
+
+
+def test_a_linear_inverse_reads_differences_alone():
+    inverse = Inverse(make_run().model, latent=8, hidden=0, actions=2)
+    latents = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    found = inverse(latents)
+    assert torch.allclose(found, inverse(latents + latents[:1, :1]), atol=1e-5)
+    total = torch.stack((latents[:, 0], latents[:, -1]), dim=1)
+    assert torch.allclose(found.sum(1), inverse(total)[:, 0], atol=1e-5)
 
 
 def test_shuffled_actions_are_those_of_the_next_slot():

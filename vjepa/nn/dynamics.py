@@ -63,15 +63,14 @@ class FrameAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B S D"], Past]:
         """Args:
         x: tokens of the new frames.
-        rotation: rotation of each new token.
+        rotation: rotation of each new token, the same for all clips.
         tokens: tokens of a frame, N.
         window: frames to attend to, with the frame itself; None for all.
         past: keys and values of earlier frames.
         """
-        count, length, _ = x.shape
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B S 3 H d]
-        turned = rotate(qkv[:, :, :2].flatten(0, 1), rotation).unflatten(0, (count, length))
-        queries, keys, values = turned[:, :, 0], turned[:, :, 1], qkv[:, :, 2]
+        queries, keys = rotate(qkv[:, :, :2], rotation).unbind(2)
+        values = qkv[:, :, 2]
         if past is not None:
             keys, values = torch.cat((past.keys, keys), dim=1), torch.cat((past.values, values), dim=1)
         attended = _attend(queries, keys, values, tokens=tokens, window=window)
@@ -195,7 +194,7 @@ class DynamicsPredictor(nn.Module):
         Returns:
             Predictions, and the cache for the frames that follow.
         """
-        count, frames, cells, _ = latents.shape
+        frames, cells = latents.shape[1:3]
         seen = cache.frames if cache else 0
         dtype = self.predictor_embed.weight.dtype
         x = self.predictor_embed(latents.to(dtype))  # [B T N D]
@@ -205,7 +204,7 @@ class DynamicsPredictor(nn.Module):
             x = torch.cat((extra, x), dim=2)
             ids = torch.cat((ids[:, :1].expand(-1, extra.shape[2]), ids), dim=1)
         rotation = rotations(
-            [(Grid(seen + frames, *grid), ids.flatten().expand(count, -1))],
+            [(Grid(seen + frames, *grid), ids.flatten()[None])],
             head_width=self.size.width // self.size.heads,
             form=self.form,
         )

@@ -1,19 +1,21 @@
 """Initialization of parameters as a function of the seed and the parameter's name."""
 
 import hashlib
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) -> None:
+def init_weights(module: nn.Module, *, seed: int, name: str, std: float | Literal["fan_in"] = 0.02) -> None:
     """Initialize every parameter from the seed and the parameter's name alone.
 
-    Matrices are normal with standard deviation `std`. Matrices that write into the residual stream (`attn.proj`,
-    `mlp.fc2`) are divided by sqrt(2 * layer), layer = 1, 2, ... Norms are 1, biases and mask tokens zero. The
-    embeddings that mark pictures and clips have a standard deviation of 1e-6. V-JEPA 2 truncates at an absolute value
-    of 2, which is a hundred standard deviations and so has no effect.
+    Matrices are normal with standard deviation `std`, or 1 / sqrt(inputs) with `fan_in`. Matrices that write into the
+    residual stream (`attn.proj`, `mlp.fc2`) are divided by sqrt(2 * layer), layer = 1, 2, ... Norms are 1, biases and
+    mask tokens zero. The embeddings that mark pictures and clips have a standard deviation of 1e-6. V-JEPA 2 truncates
+    at an absolute value of 2, which is a hundred standard deviations and so has no effect.
 
     The values depend neither on the device nor on the sharding: each rank draws the full parameter on the CPU and keeps
     its shard.
@@ -34,7 +36,10 @@ def init_weights(module: nn.Module, *, seed: int, name: str, std: float = 0.02) 
             else:
                 digest = hashlib.blake2b(f"{seed}/{name}/{path}".encode(), digest_size=8).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-                deviation = 1e-6 if last.endswith("mod_embed") else std
+                if last.endswith("mod_embed"):
+                    deviation = 1e-6
+                else:
+                    deviation = math.prod(parameter.shape[1:]) ** -0.5 if std == "fan_in" else std
                 values = torch.empty(parameter.shape, dtype=torch.float32).normal_(std=deviation, generator=generator)
                 if path.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                     layer = int(path.split(".")[1]) + 1

@@ -17,7 +17,10 @@ from vjepa.nn.shapes import Float, Int
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines that rotate the channels of a head by its token's position: 1 and 0 for unrotated channels."""
+    """Cosines and sines that rotate the channels of a head by its token's position.
+
+    They are 1 and 0 for unrotated channels. Where no channel rotates, d = 0.
+    """
 
     cos: Float[Tensor, "S 1 1 d"]
     sin: Float[Tensor, "S 1 1 d"]
@@ -56,7 +59,7 @@ def rotations(
     Args:
         positions: grid and token ids of each run of sequences, in the order of the packed tensor.
         head_width: channels of a head.
-        form: which channels share an angle. With `sincos` no channel rotates.
+        form: which channels share an angle. With `sincos` no channel rotates, and the tables are empty.
         cells: stretch rows and columns, each to 0 .. cells - 1. By default they are counted.
 
     Returns:
@@ -64,8 +67,12 @@ def rotations(
 
     Source: V-JEPA 2 (arXiv:2506.09985), 3-D RoPE; `interleaved` as in V-JEPA 2.1 (arXiv:2603.14482).
     """
+    device = positions[0][1].device
+    if form == "sincos":
+        empty = torch.empty(sum(ids.numel() for _, ids in positions), 1, 1, 0, device=device)
+        return Rotation(empty, empty)
     channels = axis_channels(head_width)
-    speeds = axis_speeds(head_width, positions[0][1].device)
+    speeds = axis_speeds(head_width, device)
     axes = []
     for grid, ids in positions:
         ids = ids.flatten()
@@ -74,8 +81,6 @@ def rotations(
         if cells is not None:
             axis[1:] = (x * ((cells - 1) / max(1, n - 1)) for x, n in zip(axis[1:], (grid.h, grid.w), strict=True))
         axes.append(torch.stack([x.float() for x in axis], dim=-1))
-    if form == "sincos":
-        speeds = torch.zeros_like(speeds)
     angles = torch.cat(axes)[..., None] * speeds  # [S 3 channels/2]
     angles = angles.repeat_interleave(2, dim=-1) if form == "interleaved" else angles.repeat(1, 1, 2)
     angles = F.pad(angles.flatten(1), (0, head_width - 3 * channels))  # angle 0 for the remaining channels
@@ -83,8 +88,10 @@ def rotations(
     return Rotation(angles.cos(), angles.sin())
 
 
-def rotate(x: Float[Tensor, "S n H d"], rotation: Rotation) -> Float[Tensor, "S n H d"]:
+def rotate(x: Float[Tensor, "*B S n H d"], rotation: Rotation) -> Float[Tensor, "*B S n H d"]:
     """Rotate neighbouring pairs of channels: (a, b) to (a cos - b sin, b cos + a sin), in fp32, rounded once."""
+    if not rotation.cos.shape[-1]:
+        return x
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-second, first), dim=-1).flatten(-2)
     return (x * rotation.cos + turned * rotation.sin).to(x.dtype)
@@ -106,7 +113,8 @@ def sine_cosine(grid: Grid, ids: Int[Tensor, "B V"], width: int) -> Float[Tensor
     channels = 2 * math.ceil(width / 6)
     exponents = torch.arange(channels // 2, dtype=torch.float64, device=ids.device) / (channels / 2)
     speeds = 1.0 / 10000**exponents
-    cell = ids % grid.cells
-    angles = [axis[..., None] * speeds for axis in (ids // grid.cells, cell // grid.w, cell % grid.w)]
+    token = torch.arange(grid.tokens, device=ids.device)  # once for all clips
+    cell = token % grid.cells
+    angles = [axis[:, None] * speeds for axis in (token // grid.cells, cell // grid.w, cell % grid.w)]
     parts = [part for angle in angles for part in (angle.sin(), angle.cos())]
-    return torch.cat(parts, dim=-1)[..., :width].float()
+    return torch.cat(parts, dim=-1)[:, :width].float()[ids]

@@ -1,6 +1,6 @@
 """Sizes of the networks and their variants. Never imports torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -88,9 +88,9 @@ class Model(Settings):
     tubelet_frames: int = Field(default=2, ge=1)
     """Frames in a token."""
 
-    init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of initial weights. V-JEPA 2 uses 0.02, for widths around 1,024. A tiny model learns faster
-    with about 1 / sqrt(width)."""
+    init_std: Annotated[float, Field(gt=0)] | Literal["fan_in"] = 0.02
+    """Standard deviation of initial weights. V-JEPA 2 uses 0.02, for widths around 1,024. `fan_in` is 1 / sqrt(inputs)
+    for each matrix, with which tiny models learn faster."""
 
     rope: Literal["tiled", "interleaved", "sincos"] = "tiled"
     """3-D positions. Rotary: `tiled` is V-JEPA 2's form, which Hugging Face can express; `interleaved` is a true

@@ -95,7 +95,7 @@ def hf_config(weights: Weights) -> dict[str, Any]:
         "drop_path_rate": 0.0,
         "attention_dropout": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "initializer_range": weights.model.init_std,
+        "initializer_range": 0.02 if weights.model.init_std == "fan_in" else weights.model.init_std,
         "num_pooler_layers": 3,
         "pred_hidden_size": predictor.width,
         "pred_num_attention_heads": predictor.heads,

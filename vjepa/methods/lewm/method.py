@@ -35,6 +35,7 @@ from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.grid import clip_grid
 from vjepa.nn.init import init_weights
 from vjepa.nn.latent_dynamics import Centre, LatentDynamics
+from vjepa.nn.settings import Model
 from vjepa_data.reader.batch import Batch, Signal
 
 SMALLEST_STD = 0.1
@@ -60,18 +61,28 @@ class ActedClips:
 class Inverse(nn.Module):
     """Recovers an action from the latents before and after it. Not exported."""
 
-    def __init__(self, latent: int, hidden: int, actions: int, *, seed: int = 0):
+    def __init__(self, model: Model, *, latent: int, hidden: int, actions: int, seed: int = 0):
+        """Args:
+        model: `init_std`.
+        latent: channels of a latent.
+        hidden: hidden channels. With 0 the action is a linear function of the difference of the latents.
+        actions: channels of an action.
+        seed: determines the initial weights.
+        """
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2 * latent, hidden), nn.GELU(), nn.Linear(hidden, actions))
+        self.settings, self.is_linear = model, not hidden
+        self.layers = nn.Sequential(
+            *([nn.Linear(2 * latent, hidden), nn.GELU()] if hidden else []), nn.Linear(hidden or latent, actions)
+        )
         if not self.layers[0].weight.is_meta:
             self.init_weights(seed)
 
     def init_weights(self, seed: int = 0) -> None:
         """Initialize the weights."""
-        init_weights(self, seed=seed, name="inverse")
+        init_weights(self, seed=seed, name="inverse", std=self.settings.init_std)
 
     def forward(self, latents: Float[Tensor, "B T E"]) -> Float[Tensor, "B U A"]:
-        pairs = torch.cat((latents[:, :-1], latents[:, 1:]), dim=-1)
+        pairs = latents.diff(dim=1) if self.is_linear else torch.cat((latents[:, :-1], latents[:, 1:]), dim=-1)
         return self.layers(pairs.to(next(self.parameters()).dtype)).float()
 
 
@@ -95,7 +106,13 @@ class LeWM(Method):
             actions=settings.action_channels,
             seed=run.seed,
         )
-        inverse = Inverse(latent, hidden, settings.action_channels, seed=run.seed)
+        inverse = Inverse(
+            model,
+            latent=latent,
+            hidden=settings.inverse_hidden,
+            actions=settings.action_channels,
+            seed=run.seed,
+        )
         data = run.data if settings.normalise == "z" else None
         scale = CorpusScale(data, {settings.action: settings.action_channels})
         trained = {"encoder": encoder, "dynamics": dynamics, "inverse": inverse}
@@ -126,6 +143,8 @@ class LeWM(Method):
         settings, run = self.settings, self.run
         count = run.batch_size
         actions = networks["dynamics.actions"](inputs.actions)
+        if settings.shuffle_actions:
+            actions = actions_of_next_slot(actions, inputs.slots, count)
         tokens = self._encode_frames(networks["encoder"], inputs.frames)
         others = actions_of_next_slot(actions, inputs.slots, count)
         centre = networks["dynamics.centre"]

@@ -38,6 +38,13 @@ class LeWMSettings(MethodSettings):
     inverse_weight: float = Field(default=1.0, ge=0)
     """Weight of the inverse model, which recovers the action from the latents before and after it."""
 
+    inverse_hidden: int = Field(default=256, ge=0)
+    """Hidden channels of the inverse model. With 0 it is linear in the difference of the two latents, so that an action
+    that is a displacement makes latents linear in the position."""
+
+    shuffle_actions: bool = False
+    """Give each clip the actions of another clip. This is a control: the action gain must stay 1."""
+
     temporal_weight: float = Field(default=0.0, ge=0)
     """Weight of the squared distance between latents of neighbouring frames (PLDM)."""
 
