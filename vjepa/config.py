@@ -327,6 +327,7 @@ class Run(Settings):
         return self.model_copy(
             update={
                 "start": _absolute(self.start),
+                "objective": self.objective.with_absolute_paths(),
                 "data": self.data.model_copy(update={"sources": sources}),
                 "loader": self.loader.model_copy(update={"cache": _absolute(self.loader.cache)}),
                 "checkpoint": self.checkpoint.model_copy(update={"folder": _absolute(self.checkpoint.folder)}),

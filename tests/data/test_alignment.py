@@ -102,7 +102,7 @@ def test_no_action_of_another_episode_enters_a_clip(clock, slot: int, combine: s
     rate, file_fps, fps = clock
     begin, end = Fraction(2 * episode), Fraction(2 * episode + 2)
     rows = np.full((ROWS, 1), np.nan, dtype=np.float32)
-    spec = SignalSpec(columns=("a",), units=("1",), kind="action", combine=combine)
+    spec = SignalSpec.model_validate({"columns": ["a"], "units": ["1"], "kind": "action", "combine": combine})
     span = spec.span(float(begin), float(end), rate_hz=float(rate), rows=ROWS)
     rows[max(0, int(begin * rate)) : int(-(-(end * rate) // 1))] = 1
     own = rows[span.start : span.stop]

@@ -14,6 +14,7 @@ import vjepa
 from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.export.export import export
+from vjepa.methods import feature_cache
 from vjepa.methods.base import Networks, create_method
 from vjepa.methods.dynamics.method import ConditionedClips, Dynamics
 from vjepa.nn.encoder import Encoder
@@ -97,6 +98,11 @@ def trained(rooms: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("dynamics") / "run"
     assert train(make_run(rooms, encoder), folder) == 0
     return folder
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name.startswith("loss")} for line in lines]
 
 
 def clips_of(*, count: int = 4) -> ConditionedClips:
@@ -185,6 +191,22 @@ def test_a_resumed_run_is_the_same_to_the_bit(rooms: Path, encoder: Path, traine
     one, other = (read_weights(folder).tensors for folder in (trained, again))
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def test_cached_features_train_the_same_to_the_bit(
+    rooms: Path, encoder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cold, warm, and under another encoder in the same folder."""
+    monkeypatch.setattr(feature_cache, "RESERVED_BYTES", 0)
+    cached = {"feature_cache": str(tmp_path / "cache")}
+    for name in ("cold", "warm"):
+        assert train(make_run(rooms, encoder, **cached), tmp_path / name) == 0
+        assert losses(tmp_path / name) == losses(trained)
+    assert len(list((tmp_path / "cache").glob("*/*.features"))) == 1
+    other = write_encoder(tmp_path / "other", seed=1)
+    assert train(make_run(rooms, other, **cached), tmp_path / "b") == 0
+    assert len(list((tmp_path / "cache").glob("*/*.features"))) == 2
+    assert losses(tmp_path / "b") != losses(trained)
 
 
 def test_another_encoder_file_is_refused(rooms: Path, trained: Path, tmp_path: Path):

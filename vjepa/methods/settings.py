@@ -33,6 +33,9 @@ class RunSettings(Protocol):
     def model(self) -> Model: ...
 
     @property
+    def precision(self) -> str: ...
+
+    @property
     def accumulate(self) -> int:
         """Micro-batches per step on each rank."""
         ...
@@ -43,6 +46,10 @@ class MethodSettings(Settings):
 
     name: Any
     """Name under which the method is registered, as a `Literal` in each subclass."""
+
+    def with_absolute_paths(self) -> "MethodSettings":
+        """Return the same settings with absolute paths, which mean the same in every working folder."""
+        return self
 
     @property
     def mask_kinds(self) -> tuple[Mask, ...]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vjepa.methods.actions import CorpusScale, actions_of_next_slot, check_channels
 from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
 from vjepa.methods.dynamics.settings import DynamicsSettings
+from vjepa.methods.feature_cache import FeatureCache, frame_keys
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.frame_dynamics import FrameDynamics, normed
@@ -49,6 +50,8 @@ class ConditionedClips:
     valid: Bool[Tensor, "B U"]
     step: int
     slots: tuple[int, ...]
+    keys: tuple[bytes, ...] = ()
+    """Keys of the B T frames in the feature cache, if there is one."""
 
 
 class FrozenEncoder(Encoder):
@@ -133,6 +136,7 @@ class Dynamics(Method):
     """Prediction of the features of the next frame under actions, on a frozen encoder."""
 
     settings: DynamicsSettings
+    _cache: FeatureCache | None = None
 
     def build(self, attention: Backend = "sdpa") -> Networks:
         """Return the frozen encoder and the predictor."""
@@ -179,7 +183,8 @@ class Dynamics(Method):
             valid = valid & state.valid[:, :-1]
         pixels = send(clips.frames, device)
         frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
-        return ConditionedClips(frames, send(conditions, device), send(valid, device), batch.step, clips.slots)
+        keys = tuple(frame_keys(clips.frames.flatten(0, 1))) if settings.feature_cache else ()
+        return ConditionedClips(frames, send(conditions, device), send(valid, device), batch.step, clips.slots, keys)
 
     def loss(self, networks: Networks, inputs: ConditionedClips, *, step: int) -> Loss:
         """Return the teacher-forced error plus the weighted error of the rollout."""
@@ -187,9 +192,7 @@ class Dynamics(Method):
         reference = networks["encoder_file"]
         assert isinstance(reference, EncoderFile)
         reference.check()
-        with torch.no_grad():
-            alone = inputs.frames.flatten(0, 1)[:, :, None].expand(-1, -1, run.model.tubelet_frames, -1, -1)
-            features = normed(networks["encoder"]([View(alone)])[0].unflatten(0, size[:2]))
+        features = self._features(networks, inputs)
         conditions = networks["dynamics.scales"](inputs.conditions)
         others = actions_of_next_slot(conditions[..., : settings.action_channels], inputs.slots, run.batch_size)
         grid, steps = clip_grid(1, size[-1], run.model), settings.rollout_steps
@@ -220,6 +223,36 @@ class Dynamics(Method):
             tokens=TokenCounts(total=features.shape[:3].numel(), visible=features.shape[:3].numel()),
             ratios={"copy_ratio": ("prediction", "copy_last"), "action_gain": ("shuffled_actions", "prediction")},
         )
+
+    @torch.no_grad()
+    def _features(self, networks: Networks, inputs: ConditionedClips) -> Float[Tensor, "B T N D"]:
+        """Return the features of all frames, each encoded alone, after the layer norm."""
+        frames = inputs.frames.flatten(0, 1)[:, :, None].expand(-1, -1, self.run.model.tubelet_frames, -1, -1)
+
+        def encode(numbers: list[int] | slice) -> Float[Tensor, "M N D"]:
+            return networks["encoder"]([View(frames[numbers])])[0]
+
+        if inputs.keys:
+            cache = self._open_cache(networks["encoder_file"], frames.device)
+            features = cache.features(inputs.keys, encode, device=frames.device)
+        else:
+            features = encode(slice(None))
+        return normed(features.unflatten(0, inputs.frames.shape[:2]))
+
+    def _open_cache(self, encoder: nn.Module, device: torch.device) -> FeatureCache:
+        """Return the cache of the features of this encoder, which is opened once."""
+        if self._cache is None:
+            assert isinstance(encoder, EncoderFile)
+            assert self.settings.feature_cache is not None
+            of_predictor = {"predictor", "window", "condition"}
+            identity = {
+                "encoder_sha256": bytes(encoder.sha256.tolist()).hex(),
+                "model": self.run.model.model_dump(mode="json", exclude=of_predictor),
+                "precision": self.run.precision,
+                "device": device.type,
+            }
+            self._cache = FeatureCache(Path(self.settings.feature_cache), identity)
+        return self._cache
 
     def _prefix(self, step: int, *, intervals: int) -> int:
         """Return the number of true frames before the rollout, a function of the seed and the step."""

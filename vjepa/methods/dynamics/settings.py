@@ -1,5 +1,6 @@
 """Settings of the dynamics method. Never imports torch."""
 
+import os
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +16,10 @@ class DynamicsSettings(MethodSettings):
     encoder: str
     """Native export whose encoder is used (`vjepa export --format native`). Checkpoints hold its path and sha256, and
     none of its weights."""
+
+    feature_cache: str | None = None
+    """Folder in which features of frames are kept, so that later epochs do not compute them again. It changes only the
+    speed. Several encoders, corpora and runs may share it."""
 
     action: str = "action"
     """Signal that acts between frames. It must be among `data.signals`."""
@@ -46,6 +51,11 @@ class DynamicsSettings(MethodSettings):
 
     detach: bool = False
     """Let no gradient flow from a step of the rollout into the steps before it (jepa-wms)."""
+
+    def with_absolute_paths(self) -> "DynamicsSettings":
+        """Return the same settings with absolute paths."""
+        cache = self.feature_cache and os.path.abspath(self.feature_cache)
+        return self.model_copy(update={"encoder": os.path.abspath(self.encoder), "feature_cache": cache})
 
     def check(self, run: RunSettings) -> None:
         """Reject clips without actions or with mixed lengths."""
