@@ -100,6 +100,9 @@ def embed(
     short: Literal["leave_out", "hold"] | None = None,
     clip_s: Amount | None = None,
     every_s: Amount | None = None,
+    stream: bool = False,
+    window: Count | None = None,
+    every: str | None = None,
     part: Part = "target",
     device: str | None = None,
     batch: Count = 8,
@@ -111,7 +114,7 @@ def embed(
 
     Args:
         model: A run, a checkpoint, or an export.
-        videos: Files and folders, or a corpus.
+        videos: Files and folders, or a corpus. With --stream also pipes; - is standard input.
         out: File: .parquet, .npy or .safetensors.
         what: Write a vector per clip, per time step, or per token.
         split: Split of a corpus.
@@ -120,11 +123,34 @@ def embed(
         short: Leave out videos shorter than a clip, or hold their last frame. By default as the model was trained.
         clip_s: Seconds of video that a clip spans. By default as the model was trained.
         every_s: Seconds from the start of a clip to the next, instead of a number of clips. Clips may overlap.
+        stream: Go through whole videos with a causal model: a row per tubelet, in flat memory.
+        window: Tubelets of a stream that a token attends to. By default as the model was trained.
+        every: Time from row to row of a stream: 1s, 500ms. By default every tubelet has a row.
         device: Device to compute on. By default a GPU, if any.
         batch: Clips that are encoded together.
         workers: Processes that decode files.
         timeout_s: Seconds after which a file is given up.
     """
+    from vjepa_data.errors import BadInput
+
+    if stream:
+        from vjepa.evals.embed_stream import embed_stream
+
+        unfit = {"--clips-per-video": clips_per_video > 1, "--views": views > 1, "--short": short is not None}
+        unfit["--every-s"] = every_s is not None
+        if given := [name for name, is_given in unfit.items() if is_given]:
+            raise BadInput(
+                f"{', '.join(given)} cannot be combined with --stream, which has no clips; leave it out (--every 1s sets the pace of rows)"
+            )
+        embed_stream(
+            model, videos, out, window=window, every=every, what=what, split=split, clip_s=clip_s, part=part,
+            device=usable_device(device), timeout_s=timeout_s, overwrite=overwrite,
+        )  # fmt: skip
+        return
+    if window is not None or every is not None:
+        raise BadInput(
+            f"{'--every' if window is None else '--window'} belongs to streams; add --stream, or leave it out"
+        )
     from vjepa.evals.embed import embed
 
     embed(

@@ -130,8 +130,7 @@ def embed(
     if every_s is not None and clips_per_video != 1:
         raise BadInput(f"--clips-per-video {clips_per_video} and --every-s {every_s:g} exclude each other; give one")
     check_free(out, overwrite=overwrite)
-    if out.suffix not in WRITERS:
-        raise BadInput(f"unsupported feature format {out.suffix!r} of {out}; use {', '.join(WRITERS)}")
+    check_suffix(out)
     encoder = load_encoder(model, part)
     if clip_s is not None:
         encoder.fps = encoder.frames / clip_s
@@ -151,6 +150,16 @@ def embed(
         request = EmbedRequest(found, what, printable(model), clips_per_video, views, form["short"], batch, every_s)
         parts = embed_parts(world, encoder, request, out, overwrite=overwrite)
         return world.first(lambda: parts.write(out, overwrite=overwrite))
+
+
+def check_suffix(out: Path) -> None:
+    """Check that the suffix of a file names a format of features.
+
+    Raises:
+        BadInput: it does not.
+    """
+    if out.suffix not in WRITERS:
+        raise BadInput(f"unsupported feature format {out.suffix!r} of {out}; use {', '.join(WRITERS)}")
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,8 @@ class EmbeddedParts:
     def write(self, out: Path, *, overwrite: bool = False) -> EmbedSummary:
         """Join the parts to a file and remove them."""
         counts = [_count(file) for file in self.files]
-        clips, videos, broken = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+        clips, broken = sum(count[0] for count in counts), sum(count[2] for count in counts)
+        videos = len(set().union(*(count[1] for count in counts)))
         WRITERS[out.suffix](self, out, overwrite)
         shutil.rmtree(self.folder, ignore_errors=True)
         log.info("%s: %d clips of %d videos, %d videos broken", out, clips, videos, broken)
@@ -215,7 +225,7 @@ def embed_parts(
         rows = list(_rows(encoder, request, videos, advance))
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
 
-    folder = world.first(lambda: _open_parts(out, facts, overwrite=overwrite))
+    folder = world.first(lambda: open_parts(out, facts, overwrite=overwrite))
     files = write_parts(world, folder, len(keys), ".parquet", write, text=f"embed {len(keys)} videos")
     return EmbeddedParts(folder, files, facts)
 
@@ -273,7 +283,7 @@ def _with_features(
         yield row if "error" in row else {**row, "features": next(found)}
 
 
-def _open_parts(out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> Path:
+def open_parts(out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> Path:
     """Return the folder of the parts that exist so far, which must be of the same command."""
     parts = out.with_name(f".{out.name}.parts")
     file = parts / "plan.json"
@@ -298,11 +308,11 @@ def _open_parts(out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> Path
 # ---- the file
 
 
-def _count(file: Path) -> tuple[int, int, int]:
-    """Count the clips with features, the videos, and the videos without features of a part."""
+def _count(file: Path) -> tuple[int, set[str], int]:
+    """Return the number of clips with features, the videos, and the number of broken videos of a part."""
     table = pq.read_table(file, columns=["key", "error"])
     broken = len(table) - table["error"].null_count
-    return len(table) - broken, len(table["key"].unique()), broken
+    return len(table) - broken, set(table["key"].unique().to_pylist()), broken
 
 
 def _write_parquet(parts: EmbeddedParts, out: Path, overwrite: bool) -> None:

@@ -39,7 +39,7 @@ def check_streamable(model: Model) -> None:
     Raises:
         BadInput: they do not. The text says what to train instead.
     """
-    remedy = "train with model.causal: true and model.rope: interleaved, as configs/vjepa2_stream_vitb16_224px_16f.yaml"
+    remedy = "train with model.causal: true and model.rope: interleaved, as configs/vjepa2_causal_vitb16_224px_32f.yaml"
     if not model.causal:
         raise BadInput(f"this model cannot stream: its tokens attend to later tubelets as well; {remedy}")
     if model.rope != "interleaved":

@@ -89,3 +89,8 @@ def file_orientation(video: bytes) -> Orientation:
         stream = container.streams.best("video")
         frame = next(container.decode(stream), None) if stream else None
         return orientation(frame) if isinstance(frame, av.VideoFrame) else Orientation()
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """Convert a decoded frame to RGB [H W 3] as it is displayed."""
+    return np.ascontiguousarray(orientation(frame).apply(frame.to_ndarray(format="rgb24")))

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from vjepa_data.decoding.orientation import orientation
+from vjepa_data.decoding.orientation import upright
 from vjepa_data.evaluation.clips import Short, square_views, start_times, too_many
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.pool import WorkerPool
@@ -188,7 +188,7 @@ def _pictures(
 
     timed = noted(read_frames(path, info, start_s=start_s))
     resampled = resample_frames(timed, start_s=start_s, seconds=frames / fps, rate=rate)
-    pictures = [_upright(frame) for frame in itertools.islice(resampled, frames)]
+    pictures = [upright(frame) for frame in itertools.islice(resampled, frames)]
     end_s = last_s + 0.5 / info.fps
     if start_s + (frames - 1) / fps + 1e-6 >= end_s:
         pictures = pictures[: max(1, math.ceil((end_s - start_s) * fps - 1e-6))]
@@ -197,7 +197,3 @@ def _pictures(
     if len(pictures) < frames:
         raise Refused(Reason.TOO_SHORT, f"{len(pictures)} frames at {fps:g} per second, a clip has {frames}")
     return np.stack(pictures)
-
-
-def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
-    return np.ascontiguousarray(orientation(frame).apply(frame.to_ndarray(format="rgb24")))

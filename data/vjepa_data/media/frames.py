@@ -10,14 +10,16 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import av.container
 from av.error import FFmpegError
+from av.video.stream import VideoStream
 
 from vjepa_data.child_process import heartbeat
-from vjepa_data.media.timeline import BROADCAST, RAW, SLOTTED, PacketClock, is_flush
-from vjepa_data.media.video import Reason, Refused, SeekPoint, VideoInfo, open_video, video_stream
+from vjepa_data.media.timeline import BROADCAST, RAW, SLOTTED, PacketClock, declared_rate, is_flush
+from vjepa_data.media.video import FORMATS, Reason, Refused, SeekPoint, VideoInfo, open_video, video_stream
 
 STEPS_BACK_S = (0, 1, 2, 4, 8, 16, 32)
 """How much earlier to seek, in seconds, until a pass begins early enough. The last attempt begins at the start."""
@@ -61,6 +63,41 @@ def read_frames(path: Path, info: VideoInfo, *, start_s: float = 0.0, skip: int 
             return
 
 
+def read_pipe(file: BinaryIO) -> Iterator[Timed]:
+    """Decode a video that is read once from its start, such as standard input, as its bytes arrive.
+
+    Its properties come from its header alone. A container that can be cut anywhere (MPEG-TS, Matroska) is best; an MP4
+    must be fragmented or have its index in front.
+
+    Args:
+        file: a pipe, opened for reading bytes.
+
+    Yields:
+        The time of each frame in seconds from the first frame, and the frame.
+
+    Raises:
+        Refused: the bytes are not a video, or are damaged.
+    """
+    try:
+        container = av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace")
+    except FFmpegError as error:
+        raise Refused(Reason.NOT_VIDEO, error.strerror or "") from None
+    with container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream):
+            raise Refused(Reason.NO_VIDEO_STREAM, f"none of {len(container.streams)} streams is a video")
+        rate = declared_rate(stream)
+        header = VideoInfo(
+            bytes=0, container=container.format.name, codec=stream.codec_context.name, pixel_format="", width=0,
+            height=0, rate=(rate.numerator, rate.denominator), duration_s=0.0, frames=0, start_s=0.0, audio=False,
+            stream=stream.index,
+        )  # fmt: skip
+        start: Fraction | None = None
+        for time, frame in Pass(Path(), header, None).frames_of(container):
+            start = time if start is None else start
+            yield time - start, frame
+
+
 def _starts(info: VideoInfo, start_s: float) -> Iterator[SeekPoint | float | None]:
     """Yield places where a pass may begin, from the latest to the start of the file (None)."""
     if info.container in BROADCAST | RAW:
@@ -96,13 +133,16 @@ class Pass:
     def frames(self) -> Iterator[Timed]:
         """Decode to the end of the file."""
         with open_video(self._path) as container:
-            self._open(container)
-            yield from self._all(container)
+            yield from self.frames_of(container)
         if not self._number and self._start is None and self._needs_key:
             self._needs_key = False  # nothing is marked as a key frame
             with open_video(self._path) as container:
-                self._open(container)
-                yield from self._all(container)
+                yield from self.frames_of(container)
+
+    def frames_of(self, container: av.container.InputContainer) -> Iterator[Timed]:
+        """Decode an open container to its end."""
+        self._open(container)
+        yield from self._all(container)
 
     def _open(self, container: av.container.InputContainer) -> None:
         info = self._info

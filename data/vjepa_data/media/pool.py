@@ -132,7 +132,11 @@ class WorkerPool(Generic[Task, Answer]):
 
 def task_service(module: str) -> Callable[[Any], Any]:
     """Make the function that answers tasks in a child."""
-    work = importlib.import_module(module).work
+    return guarded(importlib.import_module(module).work)
+
+
+def guarded(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a function that answers with the exceptions of `work`, named as reasons, instead of raising them."""
 
     def answer(task: Any) -> Any:
         try:
