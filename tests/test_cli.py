@@ -118,7 +118,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("estimate demo --nodes 0", "--nodes: '0' is not a whole number of at least 1"),
         ("show demo --step -1", "--step: '-1' is not a whole number of at least 0"),
         ("embed model videos --out f.npy --timeout-s nan", "--timeout-s: nan must be > 0"),
-        ("export model --out x --format pt", "--format: 'pt' is not one of hf, native, pt2"),
+        ("export model --out x --format pt", "--format: 'pt' is not one of hf, native, pt2, onnx"),
         ("import x.pt --out x --mask-tokens 0 -1", "--mask-tokens: '-1' is not a whole number of at least 0"),
     ],
 )

@@ -1,6 +1,7 @@
 """Exports give the same numbers in other programs, and models that they would compute differently are rejected."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,6 +255,48 @@ def test_an_exported_program_needs_none_of_our_code(make_trained: Callable[..., 
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     frames = torch.arange(2 * 4 * 32 * 32 * 3).remainder(251).to(torch.uint8).view(2, 4, 32, 32, 3)
     torch.testing.assert_close(torch.load(tmp_path / "features.pt"), load_encoder(run)(frames), rtol=0, atol=1e-5)
+
+
+def test_a_step_of_a_stream_is_exported_with_its_cache(make_trained: Callable[..., Path], tmp_path: Path) -> None:
+    encoder = {"name": "custom", "width": 24, "depth": 1, "heads": 2}
+    run = make_trained(tmp_path / "run", encoder=encoder, causal=True, rope="interleaved")
+    # In a separate process, because the signature checks of tests cannot be traced.
+    trace = (
+        "import json, pathlib, sys; from vjepa.export.export import export\n"
+        "run, out = map(pathlib.Path, sys.argv[1:])\n"
+        "for format in ('pt2', 'onnx'):\n"
+        "    print(json.dumps(export(run, out / format, format=format, stream=True, window=3)['check']))"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", trace, str(run), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    frames = torch.randint(0, 256, (1, 10, 32, 32, 3), dtype=torch.uint8)
+    expected = load_encoder(run).stream(3)(frames)[0].flatten(1, 2)
+    for text, name in zip(done.stdout.splitlines()[-2:], ("pt2", "onnx"), strict=True):
+        check = json.loads(text)
+        assert check["features_max_abs_difference"] < 1e-5
+        assert (check["window"], check["cache"]) == (3, [1, "B", 2, 48, 12])
+        # The usage of the card gives a stream's features.
+        card = (tmp_path / name / "README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0].replace("THIS FOLDER", str(tmp_path / name))
+        code = re.sub(r"(for frames in )[^:]*(dtype=torch.uint8\)|\"u1\"\)):", r"\1FRAMES:", code)
+        inputs = frames.unflatten(1, (5, 2)).transpose(0, 1)
+        names = {"FRAMES": inputs if name == "pt2" else inputs.numpy()}
+        exec(code, names)
+        torch.testing.assert_close(torch.as_tensor(names["features"])[0], expected[-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"format": "pt2", "stream": True}, "cannot stream: its tokens attend to later tubelets"),
+        ({"format": "hf", "stream": True}, "a stream is exported as a program, not as hf; use --format pt2 or onnx"),
+        ({"format": "pt2", "window": 3}, "--window belongs to streams"),
+    ],
+)
+def test_streams_that_cannot_be_exported_are_refused(trained: Path, tmp_path: Path, options: dict, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        export(trained, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_levels_go_native(make_trained: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ def export(
     /,
     *,
     out: Path,
-    format: Literal["hf", "native", "pt2"] = "hf",
+    format: Literal["hf", "native", "pt2", "onnx"] = "hf",
     part: Part = "target",
     mask_kind: Number | None = None,
     probe: Path | None = None,
     results: Files = (),
     licence: str = "other",
+    stream: bool = False,
+    window: Count | None = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model for other programs. It is loaded back and compared.
@@ -28,18 +30,20 @@ def export(
     Args:
         run: A run folder, a checkpoint, or another export.
         out: New folder.
-        format: For transformers (hf), our own format (native), or torch.export (pt2).
+        format: For transformers (hf), our own format (native), torch.export (pt2), or ONNX (onnx).
         mask_kind: Kind of mask whose token an hf export's predictor uses.
         probe: A probe from `vjepa eval attentive`: export a classifier.
         results: Files from `vjepa eval`, for the model card.
         licence: Licence of the weights, for the model card.
+        stream: Export a step of a stream with its cache (pt2, onnx), of a causal model.
+        window: Tubelets that a token of the stream attends to. By default as the model was trained.
     """
     from vjepa.export.export import export
 
     with progress("exporting"):
         export(
             run, out, format=format, part=part, mask_kind=mask_kind, probe=probe, results=results, licence=licence,
-            overwrite=overwrite,
+            stream=stream, window=window, overwrite=overwrite,
         )  # fmt: skip
 
 
@@ -139,9 +143,8 @@ def embed(
         unfit = {"--clips-per-video": clips_per_video > 1, "--views": views > 1, "--short": short is not None}
         unfit["--every-s"] = every_s is not None
         if given := [name for name, is_given in unfit.items() if is_given]:
-            raise BadInput(
-                f"{', '.join(given)} cannot be combined with --stream, which has no clips; leave it out (--every 1s sets the pace of rows)"
-            )
+            hint = "leave it out, or write --every 1s" if every_s is not None else "leave it out"
+            raise BadInput(f"{', '.join(given)} cannot be combined with --stream, which has no clips; {hint}")
         embed_stream(
             model, videos, out, window=window, every=every, what=what, split=split, clip_s=clip_s, part=part,
             device=usable_device(device), timeout_s=timeout_s, overwrite=overwrite,

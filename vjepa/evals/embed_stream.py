@@ -135,7 +135,7 @@ def embed_stream(
     encoder = load_encoder(model, part)
     if clip_s is not None:
         encoder.fps = encoder.frames / clip_s
-    pace, window = read_pace(every, encoder), encoder.stream(window).window
+    pace, trained = read_pace(every, encoder), encoder.stream(window)
     reader = _reader(videos, encoder, split, timeout_s)
     side = encoder.px // encoder.model.patch_px
     shape = {"clip": (), "time": (1,), "token": (1, side, side)}[what]
@@ -146,14 +146,14 @@ def embed_stream(
         "shape": [*shape, encoder.width],
         "fps": encoder.fps,
         "px": encoder.px,
-        "window": window,
+        "window": trained.window,
         "every": every,
         "videos": hashlib.sha256("\n".join(reader.keys).encode()).hexdigest(),
     }
     with join(PATIENT) as world:
         encoder.to(device or world.device)
         folder = world.first(lambda: open_parts(out, facts, overwrite=overwrite))
-        files = _write_all(world, Streaming(encoder, reader, window, pace, what, folder))
+        files = _write_all(world, Streaming(encoder, reader, trained.window, pace, what, folder))
         parts = EmbeddedParts(folder, files, facts)
         return world.first(lambda: parts.write(out, overwrite=overwrite))
 

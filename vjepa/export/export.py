@@ -3,6 +3,7 @@
     vjepa export RUN --out DIR --format hf        loads with `transformers.AutoModel.from_pretrained(DIR)`
     vjepa export RUN --out DIR --format native    loads with `vjepa.load(DIR)`
     vjepa export RUN --out DIR --format pt2       loads with `torch.export.load("DIR/model.pt2")`, without our code
+    vjepa export RUN --out DIR --format onnx      loads with `onnxruntime.InferenceSession("DIR/model.onnx")`
 
 Every export is loaded again by the program that it is meant for. It must give the same features and predictions, bit
 for bit, in fp32 on the CPU; otherwise the export fails. Tensors are read, written and freed one at a time.
@@ -26,7 +27,7 @@ from vjepa.atomic import check_free, new_folder
 from vjepa.evals.base import Result
 from vjepa.evals.results import find_results, read_result
 from vjepa.export.model_card import model_card
-from vjepa.export.torch_export import write_program
+from vjepa.export.torch_export import require_onnx, write_program, write_stream_step
 from vjepa.export.verify import check_classifier, check_hf, check_native
 from vjepa.nn.attentive_probe import Classifier, hf_probe_tensors, load_classifier
 from vjepa.nn.predictor import Predictor
@@ -40,7 +41,10 @@ from vjepa_data.errors import BadInput
 
 log = logging.getLogger(__name__)
 
-Format = Literal["hf", "native", "pt2"]
+PROGRAMS = ("pt2", "onnx")
+"""Formats that hold a traced program of the encoder."""
+
+Format = Literal["hf", "native", "pt2", "onnx"]
 
 
 def export(
@@ -53,6 +57,8 @@ def export(
     probe: Path | None = None,
     results: Sequence[Path] = (),
     licence: str = "other",
+    stream: bool = False,
+    window: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a model to a new folder, load it back, and compare features and predictions.
@@ -60,8 +66,8 @@ def export(
     Args:
         source: a run, a checkpoint, or an earlier export.
         out: the new folder.
-        format: `hf` for stock transformers, `native` for any model, `pt2` for a program of the encoder alone: uint8
-            frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
+        format: `hf` for stock transformers, `native` for any model, `pt2` and `onnx` for a program of the encoder
+            alone: uint8 frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
         part: encoder to export: `target` (the moving average, as V-JEPA 2 evaluates) or `encoder`.
         mask_kind: kind of mask that the predictor of an `hf` export uses. `VJEPA2Model` uses only the mask token at
             index 1, so the token of this kind is stored there. By default kind 1 (the large blocks of the usual
@@ -70,6 +76,8 @@ def export(
             `VJEPA2ForVideoClassification`, from which `AutoModel` still loads the encoder.
         results: files that `vjepa eval` wrote about this model, for the card, beside those in the folder of a run.
         licence: licence of the weights for the model card; the choice is yours.
+        stream: export a step of a stream, with the cache as inputs and outputs, instead of a pass over clips.
+        window: tubelets that a token of the stream attends to; the default is that of `model.stream()`.
         overwrite: replace an earlier export.
 
     Returns:
@@ -80,6 +88,12 @@ def export(
         ValueError: the loaded export does not give the same features; nothing is written.
     """
     check_free(out, overwrite=overwrite)
+    if format not in PROGRAMS and (stream or window is not None):
+        raise BadInput(f"a stream is exported as a program, not as {format}; use --format pt2 or onnx")
+    if window is not None and not stream:
+        raise BadInput("--window belongs to streams; add --stream, or leave it out")
+    if format == "onnx":
+        require_onnx()
     weights = read_weights(source, part)
     classifier = None if probe is None else _read_probe(probe, weights, format)
     if format == "hf":
@@ -108,8 +122,11 @@ def export(
             if classifier is not None:
                 provenance["classes"] = list(classifier.classes)
                 provenance["check"] |= check_classifier(folder, weights, classifier)
-        elif format == "pt2":
-            provenance["check"] = write_program(folder / "model.pt2", weights)
+        elif format in PROGRAMS:
+            program = folder / f"model.{format}"
+            provenance["check"] = (
+                write_stream_step(program, weights, window) if stream else write_program(program, weights)
+            )
         else:
             write_safetensors(folder / "model.safetensors", weights.tensors.items())
             _write_json(folder / "model.json", _model_json(weights))

@@ -14,12 +14,15 @@ def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> st
     """Return the README.md of an export."""
     table = "\n".join(f"| {name} | {value} |" for name, value in card_rows(weights, provenance))
     library = "transformers" if provenance["layout"] == "hf" else "vjepa"
-    usage = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE}[provenance["layout"]]
+    usage = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE, "onnx": _ONNX_USAGE}[provenance["layout"]]
+    cache = str(provenance["check"].get("cache")).replace("'B'", "1")
+    if "cache" in provenance["check"]:
+        usage = {"pt2": _STREAM_USAGE, "onnx": _ONNX_STREAM_USAGE}[provenance["layout"]]
     return _CARD.format(
         licence=licence,
         library=library,
         table=table,
-        usage=usage.format(frames=weights.frames, px=weights.px),
+        usage=usage.format(frames=weights.frames, px=weights.px, tubelet=weights.model.tubelet_frames, cache=cache),
         objective="predicting the features of hidden tokens" if weights.mask_tokens else "self-supervision",
         measured=_measured([Result.from_json(content) for content in provenance.get("results", ())]),
         limitations=_limitations(weights, provenance),
@@ -69,7 +72,12 @@ def _measured(results: Sequence[Result]) -> str:
 
 
 def _limitations(weights: Weights, where: dict[str, Any]) -> str:
-    if where["layout"] == "pt2":
+    if "cache" in where["check"]:
+        return (
+            f"- The program encodes one tubelet ({weights.model.tubelet_frames} frames of {weights.px} x {weights.px} "
+            f"pixels) and sees {where['check']['window']} tubelets. The number of videos side by side is free."
+        )
+    if where["layout"] in ("pt2", "onnx"):
         return f"- Clips must have {weights.frames} frames of {weights.px} x {weights.px} pixels; their number is free."
     notes = [
         f"Frames must be {weights.px} x {weights.px}: `VJEPA2Model` computes positions from `crop_size` and gives "
@@ -139,3 +147,26 @@ _PROGRAM_USAGE = """import torch
 encoder = torch.export.load("THIS FOLDER/model.pt2").module()
 frames = torch.randint(0, 256, (2, {frames}, {px}, {px}, 3), dtype=torch.uint8)  # B T H W C, RGB
 features = encoder(frames)  # [B t h w D]"""
+
+_ONNX_USAGE = """import numpy
+import onnxruntime
+
+encoder = onnxruntime.InferenceSession("THIS FOLDER/model.onnx")
+frames = numpy.zeros((2, {frames}, {px}, {px}, 3), numpy.uint8)  # B T H W C, RGB
+(features,) = encoder.run(None, {{"frames": frames}})  # [B t h w D]"""
+
+_STREAM_USAGE = """import torch
+
+step = torch.export.load("THIS FOLDER/model.pt2").module()
+keys, values, time = torch.zeros({cache}), torch.zeros({cache}), torch.zeros(1, dtype=torch.int64)
+for frames in torch.zeros(9, 1, {tubelet}, {px}, {px}, 3, dtype=torch.uint8):  # one tubelet after another
+    features, keys, values, time = step(frames, keys, values, time)  # [B tokens D]"""
+
+_ONNX_STREAM_USAGE = """import numpy
+import onnxruntime
+
+step = onnxruntime.InferenceSession("THIS FOLDER/model.onnx")
+keys, values, time = numpy.zeros({cache}, "f4"), numpy.zeros({cache}, "f4"), numpy.zeros(1, "i8")
+for frames in numpy.zeros((9, 1, {tubelet}, {px}, {px}, 3), "u1"):  # one tubelet after another
+    inputs = {{"frames": frames, "keys": keys, "values": values, "time": time}}
+    features, keys, values, time = step.run(None, inputs)  # [B tokens D]"""

@@ -79,7 +79,7 @@ def read_pipe(file: BinaryIO) -> Iterator[Timed]:
         Refused: the bytes are not a video, or are damaged.
     """
     try:
-        container = av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace")
+        container = av.open(file, "r", options={"format_whitelist": FORMATS}, metadata_errors="replace")
     except FFmpegError as error:
         raise Refused(Reason.NOT_VIDEO, error.strerror or "") from None
     with container:
