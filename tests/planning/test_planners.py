@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vjepa.planning.costs import TIME_PRICE, cost_of
+from vjepa.planning.costs import HOLD, TIME_PRICE, cost_of
 from vjepa.planning.draws import Draws, coloured
 from vjepa.planning.planners import DEFAULT_EFFORT, PLANNERS, Box, Effort, PlannerName
 from vjepa_data.errors import BadInput
@@ -19,10 +19,10 @@ HORIZON = 6
 EACH = pytest.mark.parametrize("name", list(PLANNERS))
 
 LONG: dict[PlannerName, Effort] = {
-    "cem": Effort(samples=200, elites=20, iterations=20),
+    "cem": Effort(samples=200, elites=20, iterations=20, colour=0.0),
     "icem": Effort(samples=200, elites=20, iterations=20, colour=0.5),
-    "mppi": Effort(samples=100, iterations=20),
-    "sampling": Effort(samples=100, iterations=40),
+    "mppi": Effort(samples=200, iterations=20, colour=0.0),
+    "sampling": Effort(samples=100, iterations=40, colour=0.0),
     "adam": Effort(samples=4, elites=1, iterations=80),
 }
 
@@ -141,5 +141,5 @@ def test_costs_are_their_formulas():
     distances, start = torch.tensor([[[3.0, 1.0, 2.0]]]), torch.tensor([4.0])
     assert cost_of("last", distances, start).item() == 2
     assert cost_of("sum", distances, start).item() == 2
-    assert cost_of("min", distances, start).item() == pytest.approx(1 + 2 * TIME_PRICE * 4)
-    assert cost_of("temporal", distances, start).item() == 1 + 2
+    assert cost_of("min", distances, start).item() == pytest.approx(1 + 2 * TIME_PRICE * 4 + HOLD * 2)
+    assert cost_of("temporal", distances, start).item() == pytest.approx(1 + 2 + HOLD * 2)

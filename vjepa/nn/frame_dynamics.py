@@ -123,10 +123,15 @@ class FrameDynamics(DynamicsPredictor):
         Raises:
             BadInput: the actions have another number of channels, or there are too few.
         """
-        split = self._split(self.scales.for_rollout(actions, known=frames.shape[1], states=self.states))
-        grid = self._grid(frames)
-        found = self.predict_steps(self.latents(encoder, frames).flatten(2, 3), *split, grid=grid, transform=normed)
-        return found.unflatten(2, grid)
+        return self.rollout_from(self.latents(encoder, frames), actions)
+
+    def rollout_from(
+        self, latents: Float[Tensor, "B T h w D"], actions: Float[Tensor, "B V AC"]
+    ) -> Float[Tensor, "B S h w D"]:
+        """Predict the features of the frames that follow given latents. Arguments and errors are those of `rollout`."""
+        split = self._split(self.scales.for_rollout(actions, known=latents.shape[1], states=self.states))
+        grid = (latents.shape[2], latents.shape[3])
+        return self.predict_steps(latents.flatten(2, 3), *split, grid=grid, transform=normed).unflatten(2, grid)
 
     def _grid(self, frames: Tensor) -> tuple[int, int]:
         patch = self.settings.patch_px

@@ -197,5 +197,11 @@ class LatentDynamics(DynamicsPredictor):
         Raises:
             BadInput: the actions have another number of channels, or there are too few.
         """
-        scaled = self.actions.for_rollout(actions, known=frames.shape[1])
-        return self.predict_steps(self.latents(encoder, frames).flatten(2, 3), scaled)[:, :, None]
+        return self.rollout_from(self.latents(encoder, frames), actions)
+
+    def rollout_from(
+        self, latents: Float[Tensor, "B T 1 1 E"], actions: Float[Tensor, "B V A"]
+    ) -> Float[Tensor, "B S 1 1 E"]:
+        """Predict the latents of the frames that follow given latents. Arguments and errors are those of `rollout`."""
+        scaled = self.actions.for_rollout(actions, known=latents.shape[1])
+        return self.predict_steps(latents.flatten(2, 3), scaled)[:, :, None]

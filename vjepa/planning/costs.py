@@ -2,11 +2,11 @@
 
     last      distance after the last step
     sum       mean distance over the steps
-    min       least over the steps of (distance + price * step)
-    temporal  `min` of a learned distance that counts steps, at a price of 1 per step: the step of arrival
+    min       least over the steps of (distance + price * step + HOLD * mean distance over the later steps)
+    temporal  `min` of a learned distance that counts steps, at a price of 1 per step
 
 `last` with replanning puts the arrival off: a plan that arrives at its last step is never carried out to its end. `sum`
-refuses detours. `min` does neither.
+refuses detours. `min` does neither. Its last term keeps a plan at the goal.
 
 Letters: E episodes, N samples, H steps of a plan.
 """
@@ -23,6 +23,10 @@ COSTS: tuple[CostName, ...] = get_args(CostName)
 
 TIME_PRICE = 0.01
 """Price of a step, as a share of the distance at the start. Tuned by hand with the true dynamics of two rooms."""
+
+HOLD = 0.3
+"""Weight of the distance after the arrival. Two rooms, true dynamics, 100 tasks each with a fixed and a held-out door: at
+the goal when time is up 18 and 16 % without it, 69 and 55 % with it; reached 99 and 99 % either way."""
 
 Cost = Callable[[Tensor], Tensor]
 """Actions [E N H A] to costs [E N]."""
@@ -41,5 +45,7 @@ def cost_of(name: CostName, distances: Float[Tensor, "E N H"], start: Float[Tens
     if name == "sum":
         return distances.cumsum(-1)[..., -1] / distances.shape[-1]  # `cumsum` adds in order, `mean` in parts
     price = torch.ones_like(start) if name == "temporal" else TIME_PRICE * start
-    steps = torch.arange(1, distances.shape[-1] + 1, device=distances.device, dtype=distances.dtype)
-    return (distances + price[:, None, None] * steps).amin(-1)
+    horizon, total = distances.shape[-1], distances.cumsum(-1)
+    steps = torch.arange(1, horizon + 1, device=distances.device, dtype=distances.dtype)
+    later = (total[..., -1:] - total) / (horizon - steps).clamp_min(1)
+    return (distances + price[:, None, None] * steps + HOLD * later).amin(-1)

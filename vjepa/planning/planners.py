@@ -30,7 +30,7 @@ class Effort:
     """How much a planner computes, and how widely it searches. A planner ignores the fields that it does not name."""
 
     samples: int = 64
-    """Plans that are evaluated in an iteration. `adam`: plans that are improved."""
+    """Random plans in an iteration. `adam`: random starts. Two more are evaluated: the first guess and rest."""
 
     elites: int = 8
     """Best plans of an iteration, to which `cem` and `icem` fit their distribution."""
@@ -43,8 +43,8 @@ class Effort:
     floor: float = 0.02
     """Least standard deviation of samples, relative to the width of the box."""
 
-    colour: float = 0.0
-    """Exponent of the noise over time of all planners that sample; 0 is white noise."""
+    colour: float = 2.0
+    """Exponent of the noise over time; 0 is white noise."""
 
     temperature: float = 0.3
     """`mppi`: cost that lowers the weight of a plan by a factor e, in standard deviations of the cost."""
@@ -70,7 +70,7 @@ class Effort:
 
 DEFAULT_EFFORT: dict[PlannerName, Effort] = {
     "cem": Effort(),
-    "icem": Effort(colour=2.0),
+    "icem": Effort(),
     "mppi": Effort(),
     "sampling": Effort(),
     "adam": Effort(samples=8, elites=1, iterations=40),
@@ -88,6 +88,11 @@ class Box(NamedTuple):
     def width(self) -> Float[Tensor, " A"]:
         """Width of the box along each column."""
         return self.high - self.low
+
+    @property
+    def middle(self) -> Float[Tensor, " A"]:
+        """The action in the middle of the box, which is rest where actions are displacements or forces."""
+        return (self.low + self.high) / 2
 
     def clip(self, actions: Float[Tensor, "*_ A"]) -> Float[Tensor, "*_ A"]:
         """Move actions to the nearest ones in the box."""
@@ -138,7 +143,7 @@ def icem(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Effort) -> T
 def _cross_entropy(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Effort) -> Tensor:
     best, mean = _Best(), box.clip(start)
     std = (effort.spread * box.width).expand_as(mean)
-    kept = mean[:, None]  # the first guess, then the best plan and the elites that are kept
+    kept = _guesses(mean, box)  # later the mean and the elites that are kept
     for iteration in range(effort.iterations):
         count = max(2 * effort.elites, round(effort.samples / effort.shrink**iteration))
         plans = _samples(mean, std, box, draws, effort, iteration, count=min(count, effort.samples))
@@ -164,7 +169,7 @@ def mppi(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Effort) -> T
     best, mean = _Best(), box.clip(start)
     std = (effort.spread * box.width).expand_as(mean)
     for iteration in range(effort.iterations):
-        plans = torch.cat((mean[:, None], _samples(mean, std, box, draws, effort, iteration)), dim=1)
+        plans = torch.cat((_guesses(mean, box), _samples(mean, std, box, draws, effort, iteration)), dim=1)
         costs = cost(plans)
         best.add(plans, costs)
         weights = _weights(costs, effort.temperature)[..., None, None]
@@ -181,7 +186,7 @@ def sampling(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Effort) 
     best, centre = _Best(), box.clip(start)
     for iteration in range(effort.iterations):
         std = (effort.spread * effort.decay**iteration * box.width).expand_as(centre)
-        plans = torch.cat((centre[:, None], _samples(centre, std, box, draws, effort, iteration)), dim=1)
+        plans = torch.cat((_guesses(centre, box), _samples(centre, std, box, draws, effort, iteration)), dim=1)
         best.add(plans, cost(plans))
         centre = best.plan
     return centre
@@ -191,8 +196,8 @@ def adam(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Effort) -> T
     """Follow the gradient of the cost with Adam, from several starts. Each update ends in the box."""
     best, mean = _Best(), box.clip(start)
     std = (effort.spread * box.width).expand_as(mean)
-    starts = _samples(mean, std, box, draws, effort, 0, count=effort.samples - 1)
-    plans = torch.cat((mean[:, None], starts), dim=1)
+    starts = _samples(mean, std, box, draws, effort, 0, count=effort.samples)
+    plans = torch.cat((_guesses(mean, box), starts), dim=1)
     scaled = ((plans - box.low) / box.width).requires_grad_()  # a step has the same meaning in all columns
     optimizer = torch.optim.Adam([scaled], lr=effort.step_size)
     for _ in range(effort.iterations):
@@ -218,6 +223,11 @@ PLANNERS: dict[PlannerName, Planner] = {
     "adam": adam,
 }
 assert tuple(PLANNERS) == get_args(PlannerName)
+
+
+def _guesses(mean: Float[Tensor, "E H A"], box: Box) -> Float[Tensor, "E N H A"]:
+    """Return a plan and rest: random samples hardly ever propose to stay."""
+    return torch.stack((mean, box.middle.expand_as(mean)), dim=1)
 
 
 def _samples(

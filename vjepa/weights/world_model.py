@@ -271,6 +271,16 @@ class WorldModel(nn.Module):
         """
         return self._require("rollout").rollout(self.encoder, frames, actions)
 
+    def rollout_from(
+        self, latents: Float[Tensor, "B T h w D"], actions: Float[Tensor, "B V A"]
+    ) -> Float[Tensor, "B S h w D"]:
+        """Predict as `rollout` does, from the latents of the known frames: a planner encodes a frame once.
+
+        Raises:
+            BadInput: the model has no dynamics predictor, or the actions do not fit.
+        """
+        return self._require("rollout").rollout_from(latents, actions)
+
     def latents(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B T h w D"]:
         """Encode each frame alone, to the latents that `rollout` predicts.
 

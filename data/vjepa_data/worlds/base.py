@@ -64,6 +64,10 @@ class World(ABC):
         """Return an action that leads towards the goal, around obstacles."""
 
     @abstractmethod
+    def straight(self, states: States, goals: States) -> Actions:
+        """Return an action in the direction of the goal, whatever lies between."""
+
+    @abstractmethod
     def render(self, states: States, layouts: Layouts, px: int) -> UInt8[ndarray, "E P P 3"]:
         """Draw each state with smooth edges."""
 

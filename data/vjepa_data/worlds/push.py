@@ -99,6 +99,10 @@ class Push(World):
             limit_length(target - pusher, self.max_action) * np.minimum(1, 0.25 + remaining / self.max_action)[:, None]
         )
 
+    def straight(self, states: States, goals: States) -> Actions:
+        """Move the pusher in a straight line towards the object's goal."""
+        return limit_length(goals[:, 2:] - states[:, :2], self.max_action)
+
     def render(self, states: States, layouts: Layouts, px: int) -> UInt8[ndarray, "E P P 3"]:
         """Draw the object and the pusher."""
         frames = np.empty((len(states), px, px, 3), dtype=np.uint8)

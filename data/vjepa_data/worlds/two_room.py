@@ -105,6 +105,10 @@ class TwoRoom(World):
         target = np.where((side == goal_side)[:, None], goals, waypoint)
         return limit_length(target - states, self.max_action)
 
+    def straight(self, states: States, goals: States) -> Actions:
+        """Move in a straight line towards the goal."""
+        return limit_length(goals - states, self.max_action)
+
     def render(self, states: States, layouts: Layouts, px: int) -> UInt8[ndarray, "E P P 3"]:
         """Draw the wall and the disc."""
         distinct, number = np.unique(layouts, axis=0, return_inverse=True)

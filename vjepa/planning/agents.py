@@ -1,0 +1,143 @@
+"""Agents: everything that chooses actions in a world, from the planner under test to the controls.
+
+Letters: E episodes, X steps that are carried out, H steps of a plan, A columns of an action.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from vjepa.planning.costs import Cost
+from vjepa.planning.draws import Draws
+from vjepa.planning.planners import PLANNERS, Box, Effort, PlannerName
+from vjepa.planning.scoring import Scorer
+from vjepa.planning.worlds import Simulator, View, World
+from vjepa_data.errors import BadInput
+from vjepa_data.rng import generator
+
+
+@dataclass
+class Counts:
+    """What an agent has computed."""
+
+    plans: int = 0
+    calls: int = 0
+    """Steps of dynamics: one for each step of each plan that was evaluated."""
+
+
+class Agent(Protocol):
+    """Chooses actions for episodes in lock step."""
+
+    counts: Counts
+
+    def act(self, view: View, step: int) -> Float[ndarray, "E X A"]:
+        """Return the actions to carry out next, one step or several.
+
+        Args:
+            view: the episodes.
+            step: steps that were carried out; 0 begins new episodes.
+        """
+        ...
+
+
+class RandomAgent:
+    """Uniform actions, each a function of (seed, episode, step)."""
+
+    def __init__(self, world: World, *, seed: int) -> None:
+        self.counts, self._world, self._seed = Counts(), world, seed
+
+    def act(self, view: View, step: int) -> Float[ndarray, "E 1 A"]:
+        """Draw an action for each episode."""
+        low, high = self._world.low, self._world.high
+        u = [generator(self._seed, "random agent", int(n), step).random(len(low)) for n in view.tasks.numbers]
+        return (low + np.stack(u) * (high - low))[:, None]
+
+
+class StraightAgent:
+    """Towards the goal in a straight line, from true states."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.counts, self._simulator = Counts(), simulator
+
+    def act(self, view: View, step: int) -> Float[ndarray, "E 1 A"]:
+        """Return the direction of each goal."""
+        return self._simulator.straight(view.states, view.tasks.goals)[:, None]
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How to plan."""
+
+    planner: PlannerName
+    effort: Effort
+    horizon: int
+    """Steps of a plan, H."""
+
+    execute: int
+    """Steps that are carried out before the next plan, X."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.execute <= self.horizon:
+            raise BadInput(f"execute ({self.execute}) must be from 1 to the horizon ({self.horizon})")
+
+
+class PlannerAgent:
+    """Plans to the horizon, carries out the first steps, and plans again from the rest of the plan."""
+
+    def __init__(self, scorer: Scorer, world: World, planning: Planning, *, device: torch.device | str = "cpu") -> None:
+        if planning.planner == "adam" and not scorer.has_gradient:
+            raise BadInput("adam follows the gradient of the cost, and this cost has none; choose cem or another planner")
+        self.counts, self._scorer, self._planning = Counts(), scorer, planning
+        self._device = torch.device(device)
+        self._box = make_box(world.low, world.high, self._device)
+        self._plans: Float[Tensor, "E H A"] | None = None
+
+    def act(self, view: View, step: int) -> Float[ndarray, "E X A"]:
+        """Plan for each episode."""
+        start = self._first_guess(len(view), step)
+        alone = not self._scorer.is_elementwise and self._device.type == "cpu"
+        rows = [slice(e, e + 1) for e in range(len(view))] if alone else [slice(None)]
+        self._plans = torch.cat([self._plan(view.take(part), start[part], step) for part in rows])
+        self.counts.plans += len(view)
+        return self._plans[:, : self._planning.execute].double().cpu().numpy()
+
+    def _first_guess(self, episodes: int, step: int) -> Float[Tensor, "E H A"]:
+        """Return the rest of the last plans, or the middle of the box."""
+        planning = self._planning
+        middle = (self._box.low + self._box.high) / 2
+        rest = middle.expand(episodes, planning.horizon, -1)
+        if self._plans is None or step == 0:
+            return rest
+        return torch.cat((self._plans[:, planning.execute :], rest[:, : planning.execute]), dim=1)
+
+    def _plan(self, view: View, start: Float[Tensor, "E H A"], step: int) -> Float[Tensor, "E H A"]:
+        planning = self._planning
+        draws = Draws(planning.seed, [int(n) for n in view.tasks.numbers], step, self._device)
+        cost = self._counted(self._scorer.cost(view))
+        return PLANNERS[planning.planner](cost, start, self._box, draws, planning.effort)
+
+    def _counted(self, cost: Cost) -> Callable[[Tensor], Tensor]:
+        def score(actions: Tensor) -> Tensor:
+            self.counts.calls += actions.shape[:3].numel()
+            return cost(actions)
+
+        return score
+
+
+def make_box(low: ndarray, high: ndarray, device: torch.device) -> Box:
+    """Return the box of a world's actions.
+
+    Raises:
+        BadInput: a bound is infinite, or no action is between the bounds.
+    """
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+        raise BadInput(f"actions need finite bounds, low below high, got {low.tolist()} to {high.tolist()}")
+    return Box(*(torch.from_numpy(np.asarray(bound, np.float32)).to(device) for bound in (low, high)))
