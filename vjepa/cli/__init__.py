@@ -1,8 +1,8 @@
 """The command line: `vjepa VERB THING [--options] [name=value ...]`.
 
-Each kind of user has a file of verbs: `datasets` for dataset builders, `runs` for people who train, `models` and
-`evals` for users of trained models. `app` declares verbs and reads command lines. To add a verb, add a function to any
-of these files, or a file of its own to `VERB_FILES`.
+Each kind of user has a file of verbs: `datasets` for dataset builders, `runs` for people who train, `models`,
+`evals` and `planning` for users of trained models. `app` declares verbs and reads command lines. To add a verb, add a
+function to any of these files, or a file of its own to `VERB_FILES`.
 
 Each verb imports heavy modules only when it is called, so `vjepa show` answers at once and `vjepa launch` works on a
 login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 saved and stopped; requeue to resume.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from vjepa.cli.app import APP, CommandLineError, read_command
 from vjepa.distributed import failure
 
-VERB_FILES = ("runs", "datasets", "models", "evals")
+VERB_FILES = ("runs", "datasets", "models", "evals", "planning")
 """Modules of this package that declare verbs, in the order of `vjepa --help`."""
 
 LITTLE_BYTES = 1 << 20

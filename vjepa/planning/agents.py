@@ -94,7 +94,9 @@ class PlannerAgent:
 
     def __init__(self, scorer: Scorer, world: World, planning: Planning, *, device: torch.device | str = "cpu") -> None:
         if planning.planner == "adam" and not scorer.has_gradient:
-            raise BadInput("adam follows the gradient of the cost, and this cost has none; choose cem or another planner")
+            raise BadInput(
+                "adam follows the gradient of the cost, and this cost has none; choose cem or another planner"
+            )
         self.counts, self._scorer, self._planning = Counts(), scorer, planning
         self._device = torch.device(device)
         self._box = make_box(world.low, world.high, self._device)

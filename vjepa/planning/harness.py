@@ -1,4 +1,4 @@
-"""The evaluation of planning: the same tasks for every agent, in lock step, resumable, with the counts behind each share.
+"""The evaluation of planning: the same tasks for every agent, in lock step, resumable.
 
     tasks   numbers 0, 1, 2, ... are drawn and sorted into three kinds
               solved     already at the goal: counted and never played
