@@ -191,7 +191,7 @@ def merge(
 
 @verb("synthesize", example="synthesize two_room --out videos --videos 100 --policy mixed")
 def synthesize(
-    kind: Literal["physics", "two_room", "push"] = "physics",
+    kind: Literal["physics", "violations", "two_room", "push"] = "physics",
     /,
     *,
     out: Path,
@@ -205,10 +205,11 @@ def synthesize(
     """Write generated scenes with known truth as labelled mp4 files; a world with actions also writes its signals.
 
     Args:
-        kind: World to generate: `physics`, shapes that fall, bounce and hide; `two_room`, a disc that moves through a
-            door; `push`, a disc that pushes another.
+        kind: World to generate: `physics`, shapes that fall, bounce and hide; `violations`, possible and impossible
+            films for `vjepa eval surprise`; `two_room`, a disc that moves through a door; `push`, a disc that pushes
+            another.
         out: Folder for the videos and their labels.
-        videos: Number of videos.
+        videos: Number of videos; of `violations`, number of quadruplets of films.
         seed: Another seed gives other videos.
         policy: Who acts in a world with actions: at random, towards goals, or half of the episodes each (default).
         layout: One layout for all episodes (default), random ones, or those that `random` never draws.
@@ -220,16 +221,20 @@ def synthesize(
     given = {"policy": policy, "layout": layout, "px": px, "frames": frames}
     chosen = {name: value for name, value in given.items() if value is not None}
     with progress("writing videos") as advance:
-        if kind == "physics":
+        if kind in ("physics", "violations"):
             from vjepa_data.synthetic.physics import write_corpus
+            from vjepa_data.synthetic.violations import write_violations
 
             if chosen:
-                raise BadInput(f"--{min(chosen)} is for two_room and push; physics takes --out, --videos and --seed")
-            write_corpus(out, videos=videos, seed=seed, advance=advance)
+                raise BadInput(f"--{min(chosen)} is for two_room and push; {kind} takes --out, --videos and --seed")
+            if kind == "physics":
+                write_corpus(out, videos=videos, seed=seed, advance=advance)
+            else:
+                write_violations(out, quadruplets=videos, seed=seed, advance=advance)
         else:
             from vjepa_data.worlds.episodes import WORLDS
             from vjepa_data.worlds.files import write_episodes
 
             write_episodes(WORLDS[kind], out, episodes=videos, seed=seed, advance=advance, **chosen)
-    if kind != "physics":
+    if kind not in ("physics", "violations"):
         print(f"{out}: {videos} episodes; shard them with `vjepa shard {out} --spec {out / 'spec.yaml'} --out corpus`")

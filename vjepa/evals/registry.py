@@ -40,6 +40,12 @@ EVALUATIONS: dict[str, EvaluationEntry] = {
         "Attentive probe",
     ),
     "knn": EvaluationEntry("vjepa.evals.knn", "KnnSettings", "a vote of nearest neighbours", "Nearest neighbours"),
+    "surprise": EvaluationEntry(
+        "vjepa.evals.surprise",
+        "SurpriseSettings",
+        "violation of expectation, on generated films, IntPhys, GRASP, InfLevel or IntPhys 2",
+        "Violation of expectation",
+    ),
 }
 
 

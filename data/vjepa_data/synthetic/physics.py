@@ -23,7 +23,7 @@ from typing import Any
 
 import av
 import numpy as np
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 
 from vjepa_data.rng import generator
@@ -216,8 +216,8 @@ def draw_frames(scene: Scene, px: int) -> UInt8[ndarray, "F P P 3"]:
         centre = scene.centres[:, k, :, None, None].astype(np.float32)
         cos, sin = (f(scene.angles[:, k, None, None]).astype(np.float32) for f in (np.cos, np.sin))
         right, down = x - centre[:, 0], y - centre[:, 1]
-        outside = _distance(shape, cos * right + sin * down, cos * down - sin * right, float(scene.sizes[k]))
-        cover = np.clip(0.5 - outside * px, 0, 1)[..., None]
+        right, down = cos * right + sin * down, cos * down - sin * right
+        cover = draw_shape(shape, right, down, float(scene.sizes[k]), px)[..., None]
         picture += cover * (np.array(COLOURS[colour], dtype=np.float32) - picture)
     if scene.pillar:
         left, right = scene.pillar
@@ -227,9 +227,14 @@ def draw_frames(scene: Scene, px: int) -> UInt8[ndarray, "F P P 3"]:
     return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
-def _distance(
-    shape: str, x: Float32[ndarray, "F P P"], y: Float32[ndarray, "F P P"], radius: float
-) -> Float32[ndarray, "F P P"]:
+def draw_shape(
+    shape: str, right: Float[ndarray, "..."], down: Float[ndarray, "..."], radius: float, px: int
+) -> Float[ndarray, "..."]:
+    """Return how much of each pixel a shape covers, given the place of the pixels relative to its centre."""
+    return np.clip(0.5 - _distance(shape, right, down, radius) * px, 0, 1)
+
+
+def _distance(shape: str, x: Float[ndarray, "..."], y: Float[ndarray, "..."], radius: float) -> Float[ndarray, "..."]:
     """Compute the signed distance of points to a shape, negative inside. Its circumcircle has about this `radius`."""
     match shape:
         case "disc":
