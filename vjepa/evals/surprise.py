@@ -1,13 +1,14 @@
 """Violation of expectation: does a film that breaks a law of physics surprise the model more than one that obeys it?
 
-    vjepa eval surprise MODEL FOLDER --out surprise.json
+    vjepa eval surprise MODEL FOLDER --out surprise.json      writes surprise.html too
 
 A window of a film is split in time. The model sees the first C frames and predicts the features of all later tokens.
 The surprise of the window is the mean L1 distance between prediction and layer-normed features, and that of a film is
 the mean, or the maximum, over its windows. A pair counts if the impossible film surprises strictly more. Ties and
 values that are no numbers count as wrong.
 
-Nothing is chosen on the films: all context lengths are reported, and the row `all contexts` is their mean.
+Nothing is chosen on the films. The scores are those of the mean over all context lengths, and each context length is
+reported beside them (`by_context`).
 
 Letters: B windows, F frames of a film, T frames of a window, N tokens of a window, V tokens that are seen, C contexts.
 
@@ -29,12 +30,14 @@ from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
+from vjepa.atomic import new_file
 from vjepa.evals import shortcuts
 from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.features import fingerprint
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.evals.ridge import wilson
 from vjepa.evals.surprise_baselines import PIXEL_BASELINES, copy_last_features, oracle_surprise
+from vjepa.evals.surprise_page import surprise_page
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.predictor import Predictor
 from vjepa.weights.tensors import InMemory
@@ -45,6 +48,8 @@ from vjepa_data.settings import BadInput
 
 Score = Callable[[UInt8[Tensor, "B T H W 3"], Sequence[int]], Float[ndarray, "B C"]]
 """Surprise of windows at each context length, in frames."""
+
+RANDOM = "random init"
 
 THRESHOLD_QUANTILE = 0.9  # of the surprise of possible films, as published
 
@@ -91,10 +96,8 @@ def evaluate(model: WorldModel, data: Path, settings: SurpriseSettings, context:
         row
         for condition in ["all", *dict.fromkeys(film.condition for film in films.films)]
         for name in names
-        for row in score_rows(films, condition, name, found[name], windows.contexts)
+        for row in score_rows(films, condition, name, found[name])
     ]
-    if not films.pairs and context.out is not None and context.world.is_first:
-        write_submission(context.out.with_suffix(".jsonl"), films, found["pretrained"])
     protocol = {
         "films": f"{len(films.films)} of {films.name}",
         "pairs": len(films.pairs),
@@ -106,10 +109,18 @@ def evaluate(model: WorldModel, data: Path, settings: SurpriseSettings, context:
     }
     details = {
         "shortcuts": shortcuts.audit(films, hints) if films.pairs else [],
+        "by_context": by_context(films, found, windows.contexts),
         "by_dose": by_dose(films, found),
         "films": film_scores(films, found),
     }
-    return Result(protocol, rows, details)
+    result = Result(protocol, join_seeds(rows), details)
+    if context.out is not None and context.world.is_first:
+        if films.pairs:
+            with new_file(context.out.with_suffix(".html"), overwrite=True) as page:
+                page.write_text(surprise_page(films, result, model, windows.frame_step))
+        else:
+            write_submission(context.out.with_suffix(".jsonl"), films, found["pretrained"])
+    return result
 
 
 # ---- what is scored
@@ -189,7 +200,7 @@ def _scores(model: WorldModel, settings: SurpriseSettings, context: EvaluationCo
     half = untrained_model(model, settings.seed, encoder=False).to(device)
     return {
         "pretrained": masked_surprise(model, settings.mask_kind),
-        **{f"random init {number}": masked_surprise(one, settings.mask_kind) for number, one in enumerate(random)},
+        **{f"{RANDOM} {number}": masked_surprise(one, settings.mask_kind) for number, one in enumerate(random)},
         "random predictor": masked_surprise(half, settings.mask_kind),
         "copy features": lambda frames, contexts: copy_last_features(model, frames, contexts),
         **PIXEL_BASELINES,
@@ -270,35 +281,60 @@ def film_surprise(windows: Float[ndarray, "B C"], how: str) -> Float[ndarray, " 
 
 
 def score_rows(
-    films: ViolationSet, condition: str, name: str, windows: Sequence[Float[ndarray, "B C"]], contexts: Sequence[int]
+    films: ViolationSet, condition: str, name: str, windows: Sequence[Float[ndarray, "B C"]]
 ) -> list[ScoreRow]:
     """Return the scores of a condition for one kind of surprise.
 
-    Pair accuracy at each context length and for their mean, with the mean and the maximum over windows; area under the
-    curve and absolute accuracy over single films.
+    `pairs` is the pair accuracy of the mean over windows and contexts. For all conditions together there are also the
+    pair accuracy of the maximum over windows, the area under the curve, and the accuracy of a threshold for single
+    films.
     """
-    pairs = [pair for pair in films.pairs if condition in ("all", films.films[pair[0]].condition)]
+    pairs = pairs_of(films, condition)
     if not pairs:
         return []
     groups = len({films.films[pair[0]].group for pair in pairs})
-    rows = []
-    for how in ("mean", "max"):
-        surprise = np.stack([film_surprise(one, how) for one in windows])
-        kinds = {"all contexts": surprise.mean(1)} | {
-            f"context {frames}": column for frames, column in zip(contexts, surprise.T, strict=True)
-        }
-        for kind, values in kinds.items():
-            right = np.mean([values[impossible] > values[possible] for possible, impossible in pairs])
-            row = ScoreRow.accuracy(condition, name, float(right), groups)
-            rows.append(replace(row, metric=f"pairs, {how}, {kind}"))
+    values = {how: np.array([film_surprise(one, how).mean() for one in windows]) for how in ("mean", "max")}
+    rows = [
+        replace(ScoreRow.accuracy(condition, name, pair_accuracy(surprise, pairs), groups), metric=metric)
+        for metric, surprise in {"pairs": values["mean"], "pairs, max": values["max"]}.items()
+    ]
+    if condition != "all":
+        return rows[:1]
     used = sorted({film for pair in pairs for film in pair})
     labels = np.array([not films.films[film].possible for film in used])
-    values = np.stack([film_surprise(windows[film], "max") for film in used]).mean(1)
-    rows.append(ScoreRow(condition, "AUROC, max", name, *auroc(values, labels), len(used)))
-    threshold = np.quantile(values[~labels], THRESHOLD_QUANTILE) if np.isfinite(values).all() else np.inf
-    single = float(((values > threshold) == labels).mean())
-    rows.append(replace(ScoreRow.accuracy(condition, name, single, len(used)), metric="single films, max"))
-    return rows
+    surprise = values["max"][used]
+    rows.append(ScoreRow(condition, "AUROC", name, *auroc(surprise, labels), len(used)))
+    threshold = np.quantile(surprise[~labels], THRESHOLD_QUANTILE) if np.isfinite(surprise).all() else np.inf
+    single = ScoreRow.accuracy(condition, name, float(((surprise > threshold) == labels).mean()), len(used))
+    return [*rows, replace(single, metric="single films")]
+
+
+def pairs_of(films: ViolationSet, condition: str) -> list[tuple[int, int]]:
+    """Return the pairs of a condition, or of `all`."""
+    return [pair for pair in films.pairs if condition in ("all", films.films[pair[0]].condition)]
+
+
+def pair_accuracy(surprise: Float[ndarray, " n"], pairs: Sequence[tuple[int, int]]) -> float:
+    """Return the share of pairs whose impossible film surprises strictly more."""
+    return float(np.mean([surprise[impossible] > surprise[possible] for possible, impossible in pairs]))
+
+
+def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
+    """Make one row of those that untrained models of several seeds have for a score: their mean, and all of them."""
+    joined: dict[tuple[str, str, str], list[ScoreRow]] = {}
+    for row in rows:
+        features = RANDOM if row.features.startswith(RANDOM) else row.features
+        joined.setdefault((row.task, row.metric, features), []).append(row)
+    result = []
+    for (_, _, features), same in joined.items():
+        if features != RANDOM:
+            result += same
+            continue
+        values = [row.value for row in same]
+        bounds = {"low": min(row.low for row in same), "high": max(row.high for row in same)}
+        mean = float(np.mean(values))
+        result.append(replace(same[0], features=features, value=mean, extra={"seeds": values}, **bounds))
+    return result
 
 
 def auroc(values: Float[ndarray, " n"], labels: ndarray) -> tuple[float, float, float]:
@@ -314,6 +350,26 @@ def auroc(values: Float[ndarray, " n"], labels: ndarray) -> tuple[float, float, 
     spread += (len(negative) - 1) * (2 * area**2 / (1 + area) - area**2)
     half = 1.96 * float(np.sqrt(max(0.0, spread) / (len(positive) * len(negative))))
     return area, max(0.0, area - half), min(1.0, area + half)
+
+
+def by_context(
+    films: ViolationSet, found: Mapping[str, Sequence[Float[ndarray, "B C"]]], contexts: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return the pair accuracy at each context length, for the mean and the maximum over windows."""
+    rows = []
+    for name, windows in found.items():
+        if not any(len(one) for one in windows):
+            continue
+        for how in ("mean", "max"):
+            surprise = np.stack([film_surprise(one, how) for one in windows])
+            for condition in ("all", *dict.fromkeys(film.condition for film in films.films)):
+                if pairs := pairs_of(films, condition):
+                    rows += [
+                        {"features": name, "condition": condition, "windows": how, "context_frames": frames}
+                        | {"accuracy": pair_accuracy(values, pairs), "pairs": len(pairs)}
+                        for frames, values in zip(contexts, surprise.T, strict=True)
+                    ]
+    return rows
 
 
 def by_dose(films: ViolationSet, found: Mapping[str, Sequence[Float[ndarray, "B C"]]]) -> list[dict[str, Any]]:
