@@ -45,3 +45,12 @@ def test_the_commands_of_the_worlds_page_work(page_folder: Path) -> None:
     run_page(ROOT / "docs/worlds.md", page_folder, smaller=smaller)
     assert (page_folder / "rollout.png").exists()
     assert len((page_folder / "runs/dynamics_two_room/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_commands_of_the_physics_page_work(page_folder: Path) -> None:
+    quick = "steps=2 batch_size=4 optim.warmup_steps=0"
+    smaller = {"--videos 112": "--videos 7", "--videos 448": "--videos 4", "train surprise": f"train surprise {quick}"}
+    smaller |= {"--out surprise.json": "--out surprise.json --untrained 1 --slide 8"}
+    run_page(ROOT / "docs/physics.md", page_folder, smaller=smaller)
+    assert json.loads((page_folder / "surprise.json").read_text())["kind"] == "surprise"
+    assert (page_folder / "surprise.html").exists()
