@@ -5,7 +5,7 @@
 A window of a film is split in time. The model sees the first C frames and predicts the features of all later tokens.
 The surprise of the window is the mean L1 distance between prediction and layer-normed features, and that of a film is
 the mean, or the maximum, over its windows. A pair counts if the impossible film surprises strictly more. Ties and
-values that are no numbers count as wrong.
+NaN count as wrong.
 
 Nothing is chosen on the films. The scores are those of the mean over all context lengths, and each context length is
 reported beside them (`by_context`).
@@ -84,7 +84,7 @@ def evaluate(model: WorldModel, data: Path, settings: SurpriseSettings, context:
     """Compare the surprise at possible and at impossible films.
 
     Raises:
-        BadInput: the model has no masked predictor, or the folder is no benchmark, or its films are too short.
+        BadInput: the model has no masked predictor, or the folder is not a benchmark, or its films are too short.
     """
     films = read_violations(data)
     windows = _Windows.choose(model, films, settings)
@@ -340,7 +340,7 @@ def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
 def auroc(values: Float[ndarray, " n"], labels: ndarray) -> tuple[float, float, float]:
     """Return the area under the curve of surprise against being impossible, and its 95 % interval.
 
-    Ties count half, and values that are no numbers as the least surprise of impossible and the most of possible films.
+    Ties count half, and NaN as the least surprise of impossible and the most of possible films.
     The interval is that of Hanley and McNeil (1982).
     """
     values = np.where(np.isfinite(values), values, np.where(labels, -np.inf, np.inf))

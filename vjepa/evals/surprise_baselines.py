@@ -1,4 +1,4 @@
-"""What surprise is worth without a world model: pixels that are copied or extrapolated, and a tracker that knows all.
+"""Surprise without a world model: pixels that are copied or extrapolated, and a tracker that knows all.
 
 Letters: B windows, F frames of a film, T frames of a window, C contexts, H W pixels.
 """

@@ -24,7 +24,7 @@ from vjepa_data.rng import generator
 
 @dataclass
 class Counts:
-    """What an agent has computed."""
+    """Work of an agent so far."""
 
     plans: int = 0
     calls: int = 0

@@ -90,7 +90,7 @@ def find_lag(changes: Float[ndarray, "B U"], sizes: Float[ndarray, "B U"]) -> La
 def describe_lags(run: Run, *, step: int = 0) -> list[str]:
     """Describe for each action of a run whether the picture follows it, row by row.
 
-    The clips are cut anew with every frame of the files, so that a shift by a row is seen.
+    The clips are cut again with every frame of the files, so that a shift by a row is seen.
     """
     texts = []
     for source in run.data.sources:

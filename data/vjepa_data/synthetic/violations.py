@@ -12,7 +12,7 @@ Seven laws are broken:
     continuity  it comes out in another lane
     colour      it comes out with another colour
     shape       it comes out with another shape
-    solidity    it passes a wall behind the screen, or is thrown back where there is no wall
+    solidity    it passes a wall behind the screen, or is thrown back without a wall
     gravity     it falls before the screen and flies straight on after it, or the reverse
     inertia     it turns behind the screen without contact
 
@@ -217,7 +217,7 @@ def write_violations(
         Paths of the films.
 
     Raises:
-        BadInput: there are no quadruplets to write, or the size is odd or too small.
+        BadInput: the number of quadruplets is below 1, or the size is odd or too small.
     """
     if quadruplets < 1:
         raise BadInput(f"videos ({quadruplets}) must be at least 1; try {8 * len(LAWS)}")
