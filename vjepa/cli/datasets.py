@@ -191,7 +191,7 @@ def merge(
 
 @verb("synthesize", example="synthesize two_room --out videos --videos 100 --policy mixed")
 def synthesize(
-    kind: Literal["physics", "violations", "two_room", "push"] = "physics",
+    kind: Literal["physics", "violations", "curtain", "two_room", "push"] = "physics",
     /,
     *,
     out: Path,
@@ -206,14 +206,14 @@ def synthesize(
 
     Args:
         kind: World to generate: `physics`, shapes that fall, bounce and hide; `violations`, possible and impossible
-            films for `vjepa eval surprise`; `two_room`, a disc that moves through a door; `push`, a disc that pushes
-            another.
+            films for `vjepa eval surprise`; `curtain`, shapes behind a curtain that closes for up to 30 s; `two_room`,
+            a disc that moves through a door; `push`, a disc that pushes another.
         out: Folder for the videos and their labels.
         videos: Number of videos; of `violations`, number of quadruplets of films.
         seed: Another seed gives other videos.
         policy: Who acts in a world with actions: at random, towards goals, or half of the episodes each (default).
         layout: One layout for all episodes (default), random ones, or those that `random` never draws.
-        px: Height and width of a frame in pixels. Default: 64.
+        px: Height and width of a frame in pixels. Default: 64, for `curtain` 48.
         frames: Length of an episode. Default: 33 frames at 10 per second.
     """
     from vjepa_data.errors import BadInput
@@ -231,10 +231,16 @@ def synthesize(
                 write_corpus(out, videos=videos, seed=seed, advance=advance)
             else:
                 write_violations(out, quadruplets=videos, seed=seed, advance=advance)
+        elif kind == "curtain":
+            from vjepa_data.synthetic.curtain import write_curtains
+
+            if unfit := sorted(chosen.keys() - {"px"}):
+                raise BadInput(f"--{unfit[0]} is for two_room and push; curtain takes --out, --videos, --seed and --px")
+            write_curtains(out, videos=videos, seed=seed, advance=advance, **chosen)
         else:
             from vjepa_data.worlds.episodes import WORLDS
             from vjepa_data.worlds.files import write_episodes
 
             write_episodes(WORLDS[kind], out, episodes=videos, seed=seed, advance=advance, **chosen)
-    if kind not in ("physics", "violations"):
+    if kind in ("two_room", "push"):
         print(f"{out}: {videos} episodes; shard them with `vjepa shard {out} --spec {out / 'spec.yaml'} --out corpus`")
