@@ -137,11 +137,12 @@ def _count(run: Run, frames: int) -> StepCounts:
 
 
 def _batch(run: Run, method: Method, frames: int) -> Batch:
-    px, slots = run.data.crop.px, tuple(range(COUNTED_CLIPS))
-    pixels = torch.empty(COUNTED_CLIPS, frames, px, px, 3, dtype=torch.uint8, device=META)
+    px, sequence = run.data.crop.px, run.data.clip.sequence
+    slots = tuple(slot for slot in range(COUNTED_CLIPS) for _ in range(sequence))
+    pixels = torch.empty(len(slots), frames, px, px, 3, dtype=torch.uint8, device=META)
     signals = method.example_signals(len(slots), frames, META)
     names = {"keys": ("",) * len(slots), "sources": (0,) * len(slots), "start_s": (0.0,) * len(slots)}
-    clips = Clips(pixels, slots=slots, signals=signals, **names)
+    clips = Clips(pixels, slots=slots, signals=signals, sequence=sequence, **names)
     return Batch(0, (clips,))
 
 

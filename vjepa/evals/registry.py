@@ -39,6 +39,12 @@ EVALUATIONS: dict[str, EvaluationEntry] = {
         "V-JEPA 2's attentive probe over a grid of learning rates, selected on separate videos",
         "Attentive probe",
     ),
+    "memory": EvaluationEntry(
+        "vjepa.evals.memory",
+        "MemoryEvalSettings",
+        "recall against delay behind a curtain, compared with memories that need no training",
+        "Recall against delay",
+    ),
     "knn": EvaluationEntry("vjepa.evals.knn", "KnnSettings", "a vote of nearest neighbours", "Nearest neighbours"),
     "surprise": EvaluationEntry(
         "vjepa.evals.surprise",

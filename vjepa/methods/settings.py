@@ -94,6 +94,7 @@ METHODS: dict[str, MethodEntry] = {
     "dynamics": MethodEntry(
         "vjepa.methods.dynamics.settings:DynamicsSettings", "vjepa.methods.dynamics.method:Dynamics"
     ),
+    "memory": MethodEntry("vjepa.methods.memory.settings:MemorySettings", "vjepa.methods.memory.method:Memory"),
     "lewm": MethodEntry("vjepa.methods.lewm.settings:LeWMSettings", "vjepa.methods.lewm.method:LeWM"),
 }
 """All methods by name. A program may add its own entry before it loads a run."""

@@ -13,6 +13,7 @@ from vjepa import config
 from vjepa.checkpoints import checkpoint, storage
 from vjepa.checkpoints.safe_unpickle import check_metadata
 from vjepa.methods.dynamics.settings import DynamicsSettings
+from vjepa.methods.memory.settings import MemorySettings
 from vjepa.weights.tensors import Joined, Renamed, SafeTensors, Tensors
 from vjepa.weights.weights import Part, Weights
 from vjepa.weights.world_model import part_kinds
@@ -61,7 +62,8 @@ def read_frozen_encoder(path: Path, run: config.Run, tensors: Tensors) -> Tensor
     Raises:
         BadInput: it is missing, or not the file that the run was trained with.
     """
-    assert isinstance(run.objective, DynamicsSettings), f"{run.objective.name} saves its encoder"
+    assert isinstance(run.objective, DynamicsSettings | MemorySettings), f"{run.objective.name} saves its encoder"
+    assert run.objective.encoder is not None
     folder = Path(run.objective.encoder)
     try:
         with (folder / "model.safetensors").open("rb") as file:

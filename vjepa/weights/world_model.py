@@ -4,6 +4,7 @@
     model.encode(frames)                          every model
     model.predict(frames, visible, hidden)        models with a masked predictor (V-JEPA 2 and 2.1)
     model.rollout(frames, actions)                models with a dynamics predictor
+    model.remember(frames)                        models with a memory
     model.stream(window=16)                       causal models with true rotary positions
 
 The networks other than the encoder are listed in `PARTS`. Each is recognized by the names of its tensors and never by
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from vjepa.nn.frame_dynamics import FrameDynamics
 from vjepa.nn.grid import Grid, clip_grid
 from vjepa.nn.latent_dynamics import LatentDynamics
+from vjepa.nn.memory import ClipMemory, pool_cells
 from vjepa.nn.predictor import Predictor, PredictorInput
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
@@ -33,7 +35,7 @@ from vjepa.weights.video_encoder import VideoEncoder, check_frames
 from vjepa.weights.video_stream import VideoStream
 from vjepa_data.errors import BadInput
 
-Capability = Literal["encode", "predict", "rollout"]
+Capability = Literal["encode", "predict", "rollout", "remember"]
 
 Shape = Callable[[str], tuple[int, ...]]
 """Shape of a tensor, by its full name."""
@@ -80,6 +82,13 @@ PARTS = (
         build=FrameDynamics.of_shapes,
         capability="rollout",
         methods=("dynamics",),
+    ),
+    PartKind(
+        name="memory",
+        marker="memory.gate_state.weight",
+        build=ClipMemory.of_shapes,
+        capability="remember",
+        methods=("memory",),
     ),
 )
 
@@ -146,7 +155,7 @@ class WorldModel(nn.Module):
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """The subset of `encode`, `predict` and `rollout` that this model supports."""
+        """The subset of `encode`, `predict`, `rollout` and `remember` that this model supports."""
         return frozenset(("encode", *(kind.capability for kind in self._kinds)))
 
     def encode(self, frames: UInt8[Tensor, "B T H W C"], *, levels: bool = False) -> Float[Tensor, "B t h w LD"]:
@@ -288,6 +297,25 @@ class WorldModel(nn.Module):
             BadInput: the model has no dynamics predictor, or the frames have another form.
         """
         return self._require("rollout").latents(self.encoder, frames)
+
+    def remember(
+        self, frames: UInt8[Tensor, "B K T H W C"], state: Float[Tensor, "B m D"] | None = None
+    ) -> Float[Tensor, "B K m D"]:
+        """Return the memory after each of K consecutive clips of B videos.
+
+        Args:
+            frames: the clips, in order, at the rate of the model's clips.
+            state: the memory before them, `remember(earlier)[:, -1]`. By default nothing has been seen.
+
+        Returns:
+            A vector for each cell of a coarse grid, row by row.
+
+        Raises:
+            BadInput: the model has no memory, or the frames have another form.
+        """
+        memory = self._require("remember")
+        cells = pool_cells(self.encode(frames.flatten(0, 1)), memory.side)
+        return memory.remember(cells.unflatten(0, frames.shape[:2]), state)
 
     def _find(self, capability: Capability) -> nn.Module | None:
         return next((self.parts[kind.name] for kind in self._kinds if kind.capability == capability), None)

@@ -132,8 +132,9 @@ class CorpusFrames:
         Raises:
             BadInput: the corpus or split does not exist.
         """
-        self._index, self._px, self._fps = Index(shards, split), px, fps
-        self.keys: Sequence[str] = [self._index.key(video) for video in range(len(self._index))]
+        self.index = Index(shards, split)
+        self._px, self._fps = px, fps
+        self.keys: Sequence[str] = [self.index.key(video) for video in range(len(self.index))]
         self._worker: DecodeWorker | None = None
 
     def frames(self, video: int, skip: int = 0) -> Iterator[UInt8[Tensor, "T px px C"]]:
@@ -142,7 +143,8 @@ class CorpusFrames:
         Raises:
             Unreadable: the sample cannot be read or decoded.
         """
-        index, frames, rate = self._index, int(self._index.frames[video]), float(self._index.fps[video])
+        index = self.index
+        frames, rate = int(index.frames[video]), float(index.fps[video])
         sample, expect = index.read(video), Expect(frames, int(index.width[video]), int(index.height[video]))
         if self._worker is None:
             self._worker = DecodeWorker("pyav")

@@ -1,0 +1,356 @@
+"""Recall against delay: what features know about an object behind a curtain, just before the curtain opens.
+
+    vjepa eval memory MODEL SHARDS --out memory.json        SHARDS: scenes of `vjepa synthesize curtain`
+
+Videos are read as consecutive clips, from start to end. At the last clip before a curtain opens, ridge regression reads
+
+    retention      the shape of the object behind it, one of four
+    evolution      the place of an object that went on moving
+    interference   the number of distractors that passed
+
+from the memory and from features that need no training: the encoder's own (its window is a clip, which shows a curtain
+alone, so it must be at chance: otherwise the scenes leak), exponential averages, raw context of as many numbers as the
+memory has, and memories with random weights. A memory of the same form that is trained with the labels bounds what the
+features allow. The gain of memory needs no labels: 1 - error with the memory / error from the last clip alone, at
+openings and at clips behind the curtain.
+
+Letters: N clips of a video (_N: of each its own), M cells, F channels of a feature, D width of the memory, A acts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from vjepa.config import Model
+from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, ScoreRow
+from vjepa.evals.ridge import Kind, Table, prior_score, ridge_score
+from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
+from vjepa.weights.world_model import WorldModel
+from vjepa_data.errors import BadInput, Unreadable
+from vjepa_data.evaluation.frame_stream import CorpusFrames
+
+DECAYS = (0.5, 0.8, 0.95)
+"""Shares of an exponential average that stay with each clip. Readouts see all three averages."""
+
+BATCH = 64
+RESAMPLED = 1000
+
+
+class MemoryEvalSettings(EvaluationSettings):
+    """Settings of the curve of recall against delay."""
+
+    train_split: str = "train"
+    """Split on which readouts are fitted."""
+
+    seeds: int = Field(default=3, ge=1)
+    """Number of random memories and of memories that are trained with the labels."""
+
+    supervised_steps: int = Field(default=300, ge=0)
+    """Steps of the memory that is trained with the labels. 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """An act of a video, at the last clip before its curtain opens."""
+
+    video: int
+    clip: int
+    returned: int
+    """First clip after the opening."""
+    gap_s: float
+    shape: str
+    place: tuple[float, float]
+    moves: bool
+    count: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Pooled features of the consecutive clips of a split's videos, and the questions about them."""
+
+    clips: Sequence[Float[Tensor, "_N M F"]]
+    """Features of each video."""
+    questions: Sequence[Question]
+
+
+def evaluate(model: WorldModel, data: Path, settings: MemoryEvalSettings, context: EvaluationContext) -> Result:
+    """Measure recall by delay, with its baselines, and the gain of memory.
+
+    Raises:
+        BadInput: the model has no memory, or the corpus no curtains.
+    """
+    memory = dict(model.parts.items()).get("memory")
+    if not isinstance(memory, ClipMemory):
+        raise BadInput("this model has no memory; train one with objective memory, see configs/memory_curtain.yaml")
+    fit, report = (
+        record(model, memory.side, data, split, settings.max_videos, context)
+        for split in (settings.train_split, settings.split)
+    )
+    rows = score_memories([memory], model.model, fit, report, settings, context)
+    protocol = {
+        "shards": str(data),
+        "fit": settings.train_split,
+        "report": settings.split,
+        "clip_s": model.frames / model.fps,
+        "acts": len(report.questions),
+        "memory_numbers": memory.cells * memory.size.width,
+        "interval": "95 % over resampled videos",
+        "seed": settings.seed,
+    }
+    return Result(protocol, rows, {"retention_by_gap_s": curve(rows)})
+
+
+def score_memories(
+    trained: Sequence[ClipMemory], model: Model, fit: Recording, report: Recording, settings: MemoryEvalSettings,
+    context: EvaluationContext,
+) -> list[ScoreRow]:  # fmt: skip
+    """Return the scores of trained memories (of several seeds) and of everything that they are compared with."""
+    memory = trained[0]
+    device, seeds = next(memory.parameters()).device, range(settings.seed, settings.seed + settings.seeds)
+    random = [ClipMemory(model, cells=memory.cells, seed=seed).to(device).requires_grad_(False) for seed in seeds]
+    kinds: dict[str, list[_Reader]] = {
+        "trained memory": [_states(each) for each in trained],
+        "random memory": [_states(each) for each in random],
+        "raw context": [_context(max(1, memory.size.width // model.encoder.width))],
+        "average": [_averages],
+        "window": [lambda clips: clips],
+    }
+    if settings.supervised_steps:
+        taught = (_train_with_labels(model, memory, fit, settings.supervised_steps, seed) for seed in seeds)
+        kinds["supervised"] = [_states(each) for each in taught]
+    rows: list[ScoreRow] = []
+    for name, readers in context.track(list(kinds.items()), "readouts"):
+        tables = [(_features(reader, fit), _features(reader, report)) for reader in readers]
+        rows += _score(name, tables, fit.questions, report.questions, settings.seed)
+    rows += _score("prior", None, fit.questions, report.questions, settings.seed)
+    return rows + _gains(trained, report, settings.seed)
+
+
+def curve(rows: Sequence[ScoreRow]) -> dict[str, dict[str, float]]:
+    """Return the accuracy of retention by seconds behind the curtain, for each kind of features."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.task.startswith("retention"):
+            found.setdefault(row.features, {})[f"{row.extra['gap_s']:g}"] = row.value
+    return found
+
+
+# ---- features and questions
+
+
+def record(
+    model: WorldModel, side: int, data: Path, split: str, max_videos: int | None, context: EvaluationContext
+) -> Recording:
+    """Encode all consecutive clips of a split, shared among the ranks.
+
+    Raises:
+        BadInput: the corpus has no curtains, or too short ones.
+    """
+    reader = CorpusFrames(data, split=split, px=model.px, fps=model.fps)
+    videos = range(len(reader.keys))[:max_videos]
+
+    def read(video: int) -> tuple[np.ndarray, list[Mapping[str, Any]]] | None:
+        labels = reader.index.read_labels(video)
+        if "acts" not in labels:
+            raise BadInput(f"{data}: {reader.keys[video]} has no acts; make curtains with `vjepa synthesize curtain`")
+        try:
+            frames = torch.cat(list(reader.frames(video)))
+        except Unreadable:
+            return None
+        clips = frames[: len(frames) // model.frames * model.frames].unflatten(0, (-1, model.frames))
+        fps = float(reader.index.fps[video])
+        return _encode(model, clips, side).numpy(), [{**act, "fps": fps} for act in labels["acts"]]
+
+    found = [each for each in context.share(read, videos, f"encode {split}") if each is not None]
+    clip_s = model.frames / model.fps
+    questions = [
+        question
+        for video, (clips, acts) in enumerate(found)
+        for act in acts
+        if (question := _question(video, act, clip_s, len(clips))) is not None
+    ]
+    if not questions:
+        raise BadInput(f"{data}, split {split!r}: no curtain is closed for a clip of {clip_s:g} s; add videos")
+    return Recording([torch.from_numpy(clips) for clips, _ in found], questions)
+
+
+@torch.no_grad()
+def _encode(model: WorldModel, clips: Tensor, side: int) -> Float[Tensor, "N M F"]:
+    device = next(model.parameters()).device
+    return torch.cat([pool_cells(model.encode(part.to(device)), side).cpu() for part in clips.split(BATCH)])
+
+
+def _question(video: int, act: Mapping[str, Any], clip_s: float, clips: int) -> Question | None:
+    """Return the question about an act; None if no clip fits behind the curtain or after its opening."""
+    fps = act["fps"]
+    last, returned = int(act["open"] / fps / clip_s + 1e-6) - 1, -int(-act["opened"] / fps // clip_s)
+    if last * clip_s < act["closed"] / fps - 1e-6 or returned >= clips or (returned + 1) * clip_s > act["end"] / fps:
+        return None
+    place = (float(act["place"][0]), float(act["place"][1]))
+    return Question(video, last, returned, act["gap_s"], act["shape"], place, act["moves"], act["count"])
+
+
+# ---- readouts
+
+_Reader = Callable[[Float[Tensor, "N M F"]], Float[Tensor, "N M D"]]
+"""From the clips of a video so far to what is known at each of them."""
+
+
+@torch.no_grad()
+def _features(reader: _Reader, recording: Recording) -> Float[Tensor, "A d"]:
+    """Return the features at each question: those of all cells, and their mean."""
+    known = [reader(clips) for clips in recording.clips]
+    at = torch.stack([known[question.video][question.clip] for question in recording.questions])
+    return torch.cat((at.flatten(1), at.mean(1)), dim=1).float()
+
+
+def _states(memory: ClipMemory) -> _Reader:
+    device = next(memory.parameters()).device
+    return lambda clips: memory.remember(clips[None].to(device))[0].cpu()
+
+
+def _averages(clips: Float[Tensor, "N M F"]) -> Float[Tensor, "N M D"]:
+    found = []
+    for decay in DECAYS:
+        average, each = torch.zeros_like(clips[0]), []
+        for clip in clips:
+            average = decay * average + (1 - decay) * clip
+            each.append(average)
+        found.append(torch.stack(each))
+    return torch.cat(found, dim=-1)
+
+
+def _context(count: int) -> _Reader:
+    """Return the features of the last `count` clips."""
+
+    def read(clips: Float[Tensor, "N M F"]) -> Float[Tensor, "N M D"]:
+        padded = torch.cat((clips[:1].expand(count - 1, -1, -1), clips))
+        return torch.cat([padded[shift : shift + len(clips)] for shift in range(count)], dim=-1)
+
+    return read
+
+
+def _score(
+    name: str, tables: Sequence[tuple[Tensor, Tensor]] | None, fit: Sequence[Question], report: Sequence[Question],
+    seed: int,
+) -> list[ScoreRow]:  # fmt: skip
+    """Return the rows of a kind of features: the mean over its seeds, by task and gap."""
+    rows = []
+    for task, kind, metric, value, keep in TASKS:
+        chosen = np.array([keep(question) for question in fit])
+        for gap_s in sorted({question.gap_s for question in report}):
+            asked = np.array([keep(question) and question.gap_s == gap_s for question in report])
+            targets = [np.array([value(question) for question in part]) for part in (fit, report)]
+            videos = [np.array([question.video for question in part]) for part in (fit, report)]
+            if not asked.any() or min(len(np.unique(each[chosen], axis=0)) for each in (targets[0], videos[0])) < 2:
+                continue
+            score = prior_score if tables is None else ridge_score
+            empty = (torch.zeros(len(fit), 1), torch.zeros(len(report), 1))
+            scores = [
+                score(
+                    Table(train, targets[0], videos[0]).rows(np.flatnonzero(chosen)),
+                    Table(test, targets[1], videos[1]).rows(np.flatnonzero(asked)),
+                    kind,
+                    seed=seed,
+                )
+                for train, test in (tables or [empty])
+            ]
+            value_, low, high = (
+                float(np.mean([getattr(score, part) for score in scores])) for part in ("value", "low", "high")
+            )
+            extra: dict[str, Any] = {"gap_s": gap_s, "acts": int(asked.sum())}
+            if len(scores) > 1:
+                extra["seeds"] = [score.value for score in scores]
+            rows.append(ScoreRow(f"{task}, {gap_s:g} s", metric, name, value_, low, high, scores[0].clips, extra))
+    return rows
+
+
+TASKS: tuple[tuple[str, Kind, str, Callable[[Question], Any], Callable[[Question], bool]], ...] = (
+    ("retention", "class", "accuracy", lambda question: question.shape, lambda question: True),
+    ("evolution", "number", "R2", lambda question: question.place, lambda question: question.moves),
+    ("interference", "number", "R2", lambda question: question.count, lambda question: True),
+)
+
+
+def _train_with_labels(model: WorldModel, like: ClipMemory, fit: Recording, steps: int, seed: int) -> ClipMemory:
+    """Train a memory of the same form to tell the shape behind the curtain, by cross-entropy on the labels."""
+    device = next(like.parameters()).device
+    memory = ClipMemory(model, cells=like.cells, seed=seed).to(device)
+    head = nn.Linear(memory.size.width, len(shapes := sorted({question.shape for question in fit.questions})))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    head.to(device)
+    optimizer = torch.optim.AdamW([*memory.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    order, longest = np.random.default_rng(seed), max(len(clips) for clips in fit.clips)
+    by_video = {video: [q for q in fit.questions if q.video == video] for video in {q.video for q in fit.questions}}
+    for _ in range(steps):
+        some = order.choice(sorted(by_video), min(32, len(by_video)), replace=False)
+        clips = torch.stack([F.pad(fit.clips[v], (0, 0, 0, 0, 0, longest - len(fit.clips[v]))) for v in some]).to(
+            device
+        )
+        states = memory.remember(clips).mean(2)
+        asked = [(row, question) for row, video in enumerate(some) for question in by_video[video]]
+        at = torch.stack([states[row, question.clip] for row, question in asked])
+        wanted = torch.tensor([shapes.index(question.shape) for _, question in asked], device=device)
+        optimizer.zero_grad()
+        F.cross_entropy(head(at), wanted).backward()
+        nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return memory.requires_grad_(False)
+
+
+# ---- gain
+
+
+@torch.no_grad()
+def _gains(trained: Sequence[ClipMemory], report: Recording, seed: int) -> list[ScoreRow]:
+    """Return the gain of memory for clips after an opening, and for the last clip behind the curtain."""
+    errors: dict[str, list[tuple[int, float, float]]] = {"openings": [], "elsewhere": []}
+    for memory in trained:
+        draw = np.random.default_rng(seed)
+        for question in report.questions:
+            clips, distance = report.clips[question.video], question.returned - question.clip
+            pairs = {"openings": (question.clip, question.returned)}
+            if question.clip - distance >= 0:
+                pairs["elsewhere"] = (question.clip - distance, question.clip)
+            for name, (earlier, later) in pairs.items():
+                shown = np.isin(np.arange(memory.cells), draw.permutation(memory.cells)[: max(1, memory.cells // 8)])
+                errors[name].append((question.video, *_errors(memory, clips, earlier, later, torch.from_numpy(shown))))
+    return [_gain_row(f"memory gain, {name}", np.array(each), seed) for name, each in errors.items() if each]
+
+
+def _errors(
+    memory: ClipMemory, clips: Float[Tensor, "N M F"], earlier: int, later: int, shown: Bool[Tensor, " M"]
+) -> tuple[float, float]:
+    """Return the error of the prediction of a clip with the memory and from the earlier clip alone."""
+    device = next(memory.parameters()).device
+    video, pair = clips[None].to(device), [torch.tensor([[clip]], device=device) for clip in (0, later - earlier)]
+    rest = video[:, earlier:]
+    found = []
+    for start in (0, earlier):
+        state = memory.remember(video[:, start : earlier + 1])[:, -1:]
+        forecast = memory.forecast(state, rest, rest, Pairs(pair[0], pair[1], shown[None, None].to(device)))[0, 0]
+        found.append(float((forecast - video[0, later]).abs()[~shown.to(device)].mean()))
+    return found[0], found[1]
+
+
+def _gain_row(task: str, errors: Float[np.ndarray, "A 3"], seed: int) -> ScoreRow:
+    """Return 1 - summed error with the memory / without it, with its interval over resampled videos."""
+    videos = np.unique(errors[:, 0])
+    sums = np.stack([errors[errors[:, 0] == video][:, 1:].sum(0) for video in videos])
+    again = np.random.default_rng(seed).integers(0, len(videos), (RESAMPLED, len(videos)))
+    totals = sums[again].sum(1)
+    low, high = np.quantile(1 - totals[:, 0] / totals[:, 1], (0.025, 0.975))
+    value = 1 - sums[:, 0].sum() / sums[:, 1].sum()
+    return ScoreRow(task, "gain", "trained memory", float(value), float(low), float(high), len(videos))

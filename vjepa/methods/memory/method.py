@@ -1,0 +1,145 @@
+"""Memory: a later clip of a video is predicted from a recurrent memory of its earlier clips.
+
+    clips 0 .. K-1 of one video, in order, in one slot --encoder--> cells e_0 .. e_{K-1} --core--> states m_0 .. m_{K-1}
+    loss = mean |predictor(m_i, e_i, some cells of y_j) - y_j|  +  the same from a memory that saw e_i alone,   i < j
+
+The second term trains the best prediction without a memory, with the same networks. The gain of memory,
+1 - first / second, therefore is not flattered by an untrained comparison. It is logged by the distance j - i.
+
+No state crosses steps: a sequence begins and ends in its slot, so a run resumes exactly on any number of ranks.
+
+Letters: B videos, K clips, T frames, Y X pixels, M cells, F channels of a feature, P pairs.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vjepa.methods.base import Average, Loss, Method, Networks, TokenCounts, send
+from vjepa.methods.dynamics.method import EncoderFile, FrozenEncoder
+from vjepa.methods.memory.settings import MemorySettings
+from vjepa.nn.attention import Backend
+from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.grid import Grid, clip_grid
+from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
+from vjepa_data.reader.batch import Batch
+from vjepa_data.rng import generator
+
+
+@dataclass(frozen=True)
+class ClipSequences:
+    """Ordered clips on the device, and the pairs of them that are compared."""
+
+    frames: Float[Tensor, "BK C T Y X"]
+    grid: Grid
+    pairs: Pairs
+    videos: int
+
+
+class Memory(Method):
+    """Prediction of later clips from a gated recurrent memory."""
+
+    settings: MemorySettings
+
+    def build(self, attention: Backend = "sdpa") -> Networks:
+        """Return the memory, and the encoder: frozen by reference, or trained with its moving average."""
+        run, settings = self.run, self.settings
+        memory = ClipMemory(run.model, cells=settings.side**2, seed=run.seed)
+        if settings.encoder is not None:
+            folder = Path(settings.encoder)
+            frozen = FrozenEncoder(run.model, folder, attention=attention)
+            return Networks(
+                {"memory": memory}, frozen={"encoder": frozen}, constants={"encoder_file": EncoderFile(folder)}
+            )
+        encoder = Encoder(run.model, seed=run.seed, attention=attention)
+        target = copy.deepcopy(encoder).requires_grad_(False)
+        trained = {"encoder": encoder, "memory": memory}
+        return Networks(trained, averages={"target": Average(target, of="encoder")}, exported="target")
+
+    def prepare(self, batch: Batch, device: torch.device) -> ClipSequences:
+        """Bring sequences to the device and draw the pairs of clips that are compared."""
+        (clips,) = batch.groups  # `check` makes sure that all clips have one length
+        pixels = normalise(send(clips.frames, device))
+        grid = clip_grid(pixels.shape[2], pixels.shape[-1], self.run.model)
+        slots = clips.slots[:: clips.sequence]
+        return ClipSequences(pixels, grid, self.draw_pairs(batch.step, slots, clips.sequence, device), len(slots))
+
+    def draw_pairs(self, step: int, slots: tuple[int, ...], clips: int, device: torch.device) -> Pairs:
+        """Draw pairs of clips and shown cells as functions of (seed, step, slot). Distances are uniform."""
+        count, cells = self.settings.pairs, self.settings.side**2
+        earlier, later, shown = [], [], []
+        for slot in slots:
+            draw = generator(self.run.seed, "memory pairs", step, slot)
+            distance = draw.integers(1, clips, count)
+            first = (draw.random(count) * (clips - distance)).astype(np.int64)
+            earlier.append(first)
+            later.append(first + distance)
+            shown.append(draw.random((count, cells)).argsort(1).argsort(1) < self.settings.shown)
+        return Pairs(*(send(torch.from_numpy(np.stack(each)), device) for each in (earlier, later, shown)))
+
+    def loss(self, networks: Networks, inputs: ClipSequences, *, step: int) -> Loss:
+        """Return the error of predictions with the memory plus that of predictions without it."""
+        settings, run, pairs = self.settings, self.run, inputs.pairs
+        if settings.encoder is not None:
+            reference = networks["encoder_file"]
+            assert isinstance(reference, EncoderFile)
+            reference.check()
+            with torch.no_grad():
+                clips = targets = self._cells(networks["encoder"], inputs)
+        else:
+            clips = self._cells(networks["encoder"], inputs)
+            with torch.no_grad():
+                targets = self._cells(networks["target"], inputs)
+        errors = forecast_errors(networks["memory"], clips, targets, pairs)
+        scale = 1 / (run.batch_size * settings.pairs)
+        metrics = {name: error.sum() * scale for name, error in errors.items()}
+        value = metrics["prediction"] + metrics["alone"]
+        by_gap = self._by_gap(errors, pairs.later - pairs.earlier, scale)
+        every = {name: metric.detach() for name, metric in (metrics | by_gap).items()}
+        tokens = inputs.videos * run.data.clip.sequence * inputs.grid.tokens
+        names = [name.removeprefix("prediction_") for name in by_gap if name.startswith("prediction_")]
+        ratios = {f"memory_ratio_{name}": (f"prediction_{name}", f"alone_{name}") for name in names}
+        return Loss(
+            value=value,
+            metrics=every,
+            features=clips.detach().flatten(0, 2)[:4096],
+            tokens=TokenCounts(total=tokens, visible=tokens),
+            ratios={"memory_ratio": ("prediction", "alone"), **ratios},
+        )
+
+    def _cells(self, encoder: torch.nn.Module, inputs: ClipSequences) -> Float[Tensor, "B K M F"]:
+        """Encode each clip alone and pool its tokens to cells."""
+        grid = inputs.grid
+        tokens = encoder([View(inputs.frames)])[0].unflatten(1, (grid.t, grid.h, grid.w))
+        return pool_cells(tokens, self.settings.side).unflatten(0, (inputs.videos, -1))
+
+    def _by_gap(self, errors: Mapping[str, Tensor], gaps: Tensor, scale: float) -> dict[str, Tensor]:
+        """Sum errors by range of gaps. A range without a pair in a step counts as an error of 0 over nearly 0."""
+        ends = [0, *self.settings.gap_clips, 1 << 30]
+        found = {}
+        for low, high in pairwise(ends):
+            name = f"gap_{low + 1}_{high}" if high < 1 << 30 else f"gap_{low + 1}_up"
+            inside = (gaps > low) & (gaps <= high)
+            for kind, error in errors.items():
+                found[f"{kind}_{name}"] = (error * inside).sum() * scale + 1e-12
+        return found
+
+
+def forecast_errors(
+    memory: torch.nn.Module, clips: Float[Tensor, "B K M F"], targets: Float[Tensor, "B K M F"], pairs: Pairs
+) -> dict[str, Float[Tensor, "B P"]]:
+    """Return the mean absolute error over hidden cells of each later clip: `prediction` with the memory, `alone`."""
+    found = memory(clips, targets, pairs)
+    video = torch.arange(len(targets), device=targets.device)[:, None]
+    aim, hidden = targets[video, pairs.later], ~pairs.shown
+    return {
+        name: ((forecast - aim).abs().mean(-1) * hidden).sum(-1) / hidden.sum(-1)
+        for name, forecast in (("prediction", found.remembered), ("alone", found.alone))
+    }

@@ -1,0 +1,57 @@
+"""Settings of the memory method. Never imports torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from vjepa.methods.settings import MethodSettings, RunSettings
+
+
+class MemorySettings(MethodSettings):
+    """Predict a later clip of a video from a recurrent memory of its earlier clips. Requires `data.clip.sequence`."""
+
+    name: Literal["memory"] = "memory"
+
+    encoder: str | None = None
+    """Native export whose encoder is used and stays frozen (`vjepa export --format native`). By default the encoder is
+    trained with the memory, and predictions aim at its moving average."""
+
+    side: int = Field(default=4, ge=1)
+    """Rows and columns of the cells to which the tokens of a clip are averaged."""
+
+    pairs: int = Field(default=8, ge=1)
+    """Pairs of an earlier and a later clip of each sequence that are compared in a step."""
+
+    shown: int = Field(default=2, ge=0)
+    """Cells of the later clip that the predictor sees, so that it can tell what is in sight again. The others are
+    predicted."""
+
+    gap_clips: tuple[int, ...] = (2, 8)
+    """Ends of the ranges of gaps, in clips, for which the gain of memory is logged: 1-2, 3-8, and more."""
+
+    def check(self, run: RunSettings) -> None:
+        """Reject runs without sequences, clips of mixed length, and settings that the encoder would ignore."""
+        clip = run.data.clip
+        if clip.sequence < 2:
+            raise ValueError(
+                f"objective memory learns from several clips of a video, and data.clip.sequence is {clip.sequence}; "
+                "try 16"
+            )
+        lengths = sorted({source.frames or clip.frames for source in run.data.sources})
+        if len(lengths) > 1 or lengths[0] % run.model.tubelet_frames:
+            raise ValueError(
+                f"objective memory needs clips of one length, a multiple of model.tubelet_frames "
+                f"({run.model.tubelet_frames}); the sources have {lengths}"
+            )
+        side = run.data.crop.px // run.model.patch_px
+        if self.side > side:
+            raise ValueError(f"objective.side ({self.side}) exceeds the {side} x {side} tokens of a frame")
+        if self.shown >= self.side**2:
+            raise ValueError(f"objective.shown ({self.shown}) must be below objective.side squared ({self.side**2})")
+        if list(self.gap_clips) != sorted(set(self.gap_clips)) or not all(gap >= 1 for gap in self.gap_clips):
+            raise ValueError(f"objective.gap_clips {list(self.gap_clips)} must ascend from at least 1")
+        if run.model.class_token or run.model.levels or run.model.predict_context:
+            raise ValueError(
+                "objective memory pools the tokens of the last block; remove model.class_token, model.levels and "
+                "model.predict_context"
+            )

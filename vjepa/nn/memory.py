@@ -1,0 +1,162 @@
+"""A memory of a video: one vector per cell of a coarse grid, updated by every clip through gates.
+
+    clip i  --encoder-->  tokens  --mean over time, m x m cells-->  e_i
+    u, r   = sigmoid(W e_i + V m_{i-1})                              one number per channel: update, read
+    m_i    = (1 - u) * m_{i-1} + u * norm(Tx(e_i, r * m_{i-1}))      Tx: transformer blocks over both
+    z      = predictor(m_i, e_i, some cells of clip i + d)           the other cells of clip i + d
+
+Source: gates around transformer blocks, RVM (arXiv:2512.13684). There, the state has a vector per patch.
+
+This module imports torch and our networks alone, so that a native export loads without our other dependencies.
+
+Letters: B videos, K clips, T frames, H W pixels, M cells, F channels of a feature, D width, P pairs of clips.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjepa.nn.attention import Segments
+from vjepa.nn.blocks import NORM_EPS, Block
+from vjepa.nn.init import init_weights
+from vjepa.nn.positions import Rotation
+from vjepa.nn.shapes import Bool, Float, Int, Model
+
+SHUT = -2.0
+"""Added to the update gate, so that an untrained memory moves by 0.12 of the way with each clip."""
+
+
+class Pairs(NamedTuple):
+    """Pairs of an earlier and a later clip of a video."""
+
+    earlier: Int[Tensor, "B P"]
+    later: Int[Tensor, "B P"]
+    shown: Bool[Tensor, "B P M"]
+    """Cells of the later clip that the predictor sees. It predicts the others."""
+
+
+class Forecasts(NamedTuple):
+    """Predictions of the cells of later clips."""
+
+    remembered: Float[Tensor, "B P M F"]
+    """From the memory after the earlier clip."""
+
+    alone: Float[Tensor, "B P M F"]
+    """From a memory that has seen the earlier clip alone."""
+
+
+def pool_cells(tokens: Float[Tensor, "B t h w F"], side: int) -> Float[Tensor, "B M F"]:
+    """Average tokens over time and over `side` x `side` cells, and layer-norm them without parameters, in fp32."""
+    cells = F.adaptive_avg_pool2d(tokens.float().mean(1).movedim(-1, 1), side).flatten(2).transpose(1, 2)
+    return F.layer_norm(cells, cells.shape[-1:])
+
+
+class ClipMemory(nn.Module):
+    """The recurrent core and the predictor that trains it."""
+
+    def __init__(self, settings: Model, *, cells: int, seed: int = 0):
+        """Build the networks and initialize them, unless on the meta device.
+
+        Args:
+            settings: `encoder.width` for the features, `predictor` for the size of core and predictor.
+            cells: cells of a clip.
+            seed: determines the initial weights, independently of device and sharding.
+        """
+        super().__init__()
+        size, features = settings.predictor, settings.encoder.width
+        self.settings, self.cells, self.size = settings, cells, size
+        self.embed = nn.Linear(features, size.width)
+        self.place = nn.Parameter(torch.empty(cells, size.width))
+        self.gate_new = nn.Linear(size.width, 2 * size.width)
+        self.gate_state = nn.Linear(size.width, 2 * size.width, bias=False)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.distance_embed = nn.Linear(1, size.width)
+        self.predictor_embed = nn.Linear(features, size.width)
+        self.predictor_blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.predictor_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.predictor_proj = nn.Linear(size.width, features)
+        if not self.place.is_meta:
+            self.init_weights(seed)
+
+    @classmethod
+    def of_shapes(cls, settings: Model, shape: Callable[[str], tuple[int, ...]]) -> "ClipMemory":
+        """Build the networks for tensors of these shapes."""
+        return cls(settings, cells=shape("memory.place")[0])
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialize all parameters. Call it after `to_empty` if the memory was built on the meta device."""
+        init_weights(self, seed=seed, name="memory", std=self.settings.init_std)
+
+    @property
+    def side(self) -> int:
+        """Cells of a row."""
+        return round(self.cells**0.5)
+
+    def empty(self, clips: Tensor) -> Float[Tensor, "B M D"]:
+        """Return the state before the first clip."""
+        return clips.new_zeros(len(clips), self.cells, self.size.width)
+
+    def remember(
+        self, clips: Float[Tensor, "B K M F"], state: Float[Tensor, "B M D"] | None = None
+    ) -> Float[Tensor, "B K M D"]:
+        """Return the state after each clip.
+
+        Args:
+            clips: pooled features, see `pool_cells`.
+            state: the state before them. By default nothing has been seen.
+        """
+        inputs = self.embed(clips.to(self.place.dtype)) + self.place
+        state = self.empty(inputs) if state is None else state
+        states = []
+        for new in inputs.unbind(1):
+            update, read = (self.gate_new(new) + self.gate_state(state)).chunk(2, dim=-1)
+            both = _transform(self.blocks, torch.cat((new, read.sigmoid() * state), dim=1))
+            state = torch.lerp(state, self.norm(both[:, : self.cells]), (update + SHUT).sigmoid())
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def forecast(
+        self, states: Float[Tensor, "B K M D"], clips: Float[Tensor, "B K M F"], later: Float[Tensor, "B K M F"],
+        pairs: Pairs,
+    ) -> Float[Tensor, "B P M F"]:  # fmt: skip
+        """Predict the cells of later clips from states and the earlier clips.
+
+        Args:
+            states: memory after each clip.
+            clips: pooled features of the clips.
+            later: pooled features of the clips as targets, of which the predictor sees `pairs.shown`.
+            pairs: clips to predict.
+        """
+        video = torch.arange(len(clips), device=clips.device)[:, None]
+        distance = (pairs.later - pairs.earlier).to(self.place.dtype).log1p()[..., None, None]
+        given = self.predictor_embed(later[video, pairs.later].to(self.place.dtype)) * pairs.shown[..., None]
+        queries = self.place + self.distance_embed(distance) + given
+        newest = self.embed(clips[video, pairs.earlier].to(self.place.dtype)) + self.place
+        x = torch.cat((queries, states[video, pairs.earlier], newest), dim=2).flatten(0, 1)
+        found = _transform(self.predictor_blocks, x)[:, : self.cells]
+        return self.predictor_proj(self.predictor_norm(found)).unflatten(0, pairs.earlier.shape).float()
+
+    def forward(self, clips: Float[Tensor, "B K M F"], later: Float[Tensor, "B K M F"], pairs: Pairs) -> Forecasts:
+        """Predict later clips with the memory and without it, in one call, since FSDP2 gathers parameters around it."""
+        single = self.remember(clips.flatten(0, 1)[:, None]).unflatten(0, clips.shape[:2])[:, :, 0]
+        return Forecasts(
+            self.forecast(self.remember(clips), clips, later, pairs), self.forecast(single, clips, later, pairs)
+        )
+
+
+def _transform(blocks: nn.ModuleList, x: Float[Tensor, "B _N D"]) -> Float[Tensor, "B _N D"]:
+    """Pass sequences through blocks without rotary positions."""
+    count, length, _ = x.shape
+    segments = Segments.of([(count, length)], device=x.device)
+    first = blocks[0]
+    assert isinstance(first, Block)
+    still = torch.ones(count * length, 1, 1, x.shape[-1] // first.attn.heads, device=x.device)
+    rotation = Rotation(still, torch.zeros_like(still))
+    x = x.flatten(0, 1)
+    for block in blocks:
+        x = block(x, rotation, segments)
+    return x.unflatten(0, (count, length))
