@@ -24,7 +24,7 @@ from vjepa_data.errors import BadInput
 from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.settings import Loader
 from vjepa_data.spec import Spec
-from vjepa_data.synthetic.curtain import write_corpus
+from vjepa_data.synthetic.curtain import write_curtains
 
 CLIPS, PX = 5, 32
 
@@ -61,7 +61,7 @@ def make_run(corpus: Path | str, **changes: Any) -> Run:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("curtain")
-    write_corpus(folder / "in", videos=6, seed=0, seconds=8, px=PX)
+    write_curtains(folder / "in", videos=6, seed=0, seconds=8, px=PX)
     spec = Spec.model_validate({"encode": {"short_side_px": PX}, "split": {"val_share": 0.3}})
     shard([str(folder / "in")], folder / "shards", spec=spec, workers=1)
     return folder / "shards"
