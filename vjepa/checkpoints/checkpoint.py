@@ -225,7 +225,7 @@ def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
         BadInput: on every rank, if the checkpoint holds other tensors.
         OSError: on every rank, if one rank cannot read it.
     """
-    check_metadata(path)
+    world.first(lambda: check_metadata(path))  # all ranks read the same file, of 100 MB at 512 ranks
     try:
         load(dict(tensors), storage_reader=storage.open_reader(path), process_group=world.storage)
     except CheckpointException as error:

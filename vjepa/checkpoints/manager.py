@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from vjepa.checkpoints import storage
@@ -104,11 +105,11 @@ class CheckpointManager:
             self.world.first(lambda: _fresh(part))
         if not self.settings.background:
             with _failing_plainly(part):
-                save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
+                save(dict(tensors), checkpoint_id=part, planner=_planner(), process_group=self.world.storage)
             self._commit(part, path, facts)
             self._on_saved(path)
             return
-        done = async_save(dict(tensors), checkpoint_id=part, process_group=self.world.storage)
+        done = async_save(dict(tensors), checkpoint_id=part, planner=_planner(), process_group=self.world.storage)
 
         def finish() -> None:
             try:
@@ -248,6 +249,15 @@ def _failing_plainly(part: Path) -> Iterator[None]:
         if shutil.disk_usage(part).free < LITTLE_BYTES:
             raise OSError(errno.ENOSPC, what + os.strerror(errno.ENOSPC), str(part)) from error
         raise OSError(f"{what}{cause}") from error
+
+
+def _planner() -> DefaultSavePlanner:
+    """Return a planner that keeps the plan of the last save.
+
+    While no shard changes its place, ranks then send empty plans. Otherwise rank 0 would read, merge and write the
+    plans of all ranks in every save: 40 CPU seconds for a ViT-L on 128 ranks, and linear in the ranks.
+    """
+    return DefaultSavePlanner(enable_plan_caching=True)
 
 
 def _fresh(part: Path) -> None:
