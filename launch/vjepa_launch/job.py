@@ -147,8 +147,9 @@ class Job:
                  info.attempt, list(ranks), info.world, info.node, address, port, " ".join(command))  # fmt: skip
         started = supervisor.start(command, environments, logs)
         stall_s = self.restart.stall_min * 60 if self.makes_steps else math.inf
+        heartbeat = run / "metrics.jsonl" if 0 in ranks else None  # written by rank 0: one supervisor asks its disk
         exits = supervisor.supervise(
-            started, received, heartbeat=run / "metrics.jsonl", stall_s=stall_s, handles_usr2=self.makes_steps
+            started, received, heartbeat=heartbeat, stall_s=stall_s, handles_usr2=self.makes_steps
         )
         if info.restart == 0:
             return exits

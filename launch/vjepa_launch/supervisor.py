@@ -33,6 +33,10 @@ REPEAT_S = 2.0
 GRACE_S = 10.0
 """Time that the other ranks get to end by themselves after a failure. Then they get ABRT, and later KILL."""
 
+LOOK_S = 20.0
+"""Time between two looks at the heartbeat file. It lies on a disk that all nodes share, and another node writes it, so
+that every look asks the file server, on Lustre also the writer."""
+
 LONGEST_POLL_S = 1.0
 """The time between two polls counts as at most this much. If the supervisor was suspended or starved together with its
 ranks (a sleeping laptop, `scontrol suspend`), the ranks are not considered stalled."""
@@ -114,7 +118,7 @@ def supervise(
     ranks: Sequence[RankProcess],
     received: Collection[int],
     *,
-    heartbeat: Path,
+    heartbeat: Path | None,
     stall_s: float,
     handles_usr2: bool = True,
 ) -> list[RankExit]:
@@ -127,13 +131,14 @@ def supervise(
     Args:
         ranks: the ranks of this supervisor.
         received: stop signals that this process has received; signal handlers add to it.
-        heartbeat: a file that changes while the run makes progress.
+        heartbeat: a file that changes while the run makes progress. None if another supervisor watches it: when it ends
+            its rank, the scheduler ends the others.
         stall_s: seconds without a change of `heartbeat` after which the run counts as stalled.
         handles_usr2: the command handles USR2 once it has started.
     """
     exits: dict[int, RankExit] = {}
     signalled_at, failed_at = -math.inf, None
-    clock = _ProgressClock(heartbeat)
+    clock = _ProgressClock(heartbeat, stall_s)
     while len(exits) < len(ranks):
         time.sleep(POLL_S)
         now = time.monotonic()
@@ -197,24 +202,35 @@ def _end_if_stalled(rank: RankProcess, *, now: float, quiet_s: float, stall_s: f
 
 
 class _ProgressClock:
-    """Measure for how long a file has not changed, leaving out the time when this process was suspended."""
+    """Measure for how long a file has not changed, leaving out the time when this process was suspended.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    The file is looked at every `LOOK_S`, or four times in `stall_s` if that is shorter.
+    """
+
+    def __init__(self, path: Path | None, stall_s: float) -> None:
+        self._path, self._stall_s, self._every_s = path, stall_s, min(LOOK_S, stall_s / 4)
         self._polled_at, self._modified, self._quiet_s = time.monotonic(), _modification_time(path), 0.0
+        self._until_look_s = self._every_s
 
     def quiet_s(self, now: float) -> float:
-        """Return the seconds since the last change of the file. Call it at every poll."""
-        modified = _modification_time(self._path)
+        """Return the seconds since the last change of the file that was seen. Call it at every poll."""
+        if self._path is None:
+            return 0.0
         elapsed_s = min(now - self._polled_at, LONGEST_POLL_S)
-        self._quiet_s = self._quiet_s + elapsed_s if modified == self._modified else 0.0
-        self._polled_at, self._modified = now, modified
+        self._polled_at = now
+        self._quiet_s += elapsed_s
+        self._until_look_s -= elapsed_s
+        if self._until_look_s <= 0 or self._quiet_s > self._stall_s:  # never a verdict without a look
+            self._until_look_s = self._every_s
+            modified = _modification_time(self._path)
+            if modified != self._modified:
+                self._modified, self._quiet_s = modified, 0.0
         return self._quiet_s
 
 
-def _modification_time(path: Path) -> float:
+def _modification_time(path: Path | None) -> float:
     """Return the modification time by the clock of the file server, which may differ from the clock of this node."""
     try:
-        return path.stat().st_mtime
+        return path.stat().st_mtime if path is not None else 0.0
     except OSError:
         return 0.0

@@ -39,3 +39,27 @@ def test_a_stalled_rank_that_ignores_abort_is_killed(tmp_path: Path, monkeypatch
     (rank_exit,) = supervisor.supervise([rank], set(), heartbeat=heartbeat, stall_s=0.5)
     assert rank_exit.code == -9
     assert "no progress" in rank_exit.reason
+
+
+def test_the_heartbeat_is_looked_at_rarely_and_before_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat, looks, now = tmp_path / "metrics.jsonl", [], 0.0
+    heartbeat.touch()
+    honest = supervisor._modification_time
+    monkeypatch.setattr(supervisor, "_modification_time", lambda path: looks.append(now) or honest(path))
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    clock, watched_elsewhere = supervisor._ProgressClock(heartbeat, 100.0), supervisor._ProgressClock(None, 100.0)
+    looks.clear()
+    while now < 200:
+        now += supervisor.POLL_S
+        if abs(now - 99.0) < supervisor.POLL_S / 2:  # after the last regular look before the verdict
+            os.utime(heartbeat, (1.0, 1.0))
+        assert clock.quiet_s(now) <= 101
+        assert watched_elsewhere.quiet_s(now) == 0
+    assert 9 <= len(looks) <= 12
+    now += 101
+    for _ in range(101):
+        now += 1
+        quiet_s = clock.quiet_s(now)
+    assert quiet_s > 100

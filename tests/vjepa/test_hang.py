@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._C import _distributed_c10d as c10d
 from vjepa.compat import flight_records
 from vjepa.config import Health, Run
 from vjepa.distributed.world import World
+from vjepa.monitoring import stall_watchdog
 from vjepa.monitoring.stall_watchdog import StallWatchdog, name_the_late
 
 MakeRun = Callable[..., Run]
@@ -43,6 +45,20 @@ def test_a_stall_is_dumped_once_with_stacks_and_collectives(world: World, tmp_pa
         dog.beat("making step 9", step=8)
     waiting.set()
     thread.join()
+
+
+def test_one_rank_of_many_reads_the_recorders(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the files read nor their size grow with the square of the world."""
+    reads: list[int] = []
+    monkeypatch.setattr(stall_watchdog, "name_the_late", lambda folder, size: reads.append(size) or "rank 3 is late")
+    for number in range(200):
+        world.sum(torch.ones(number % 7 + 1))
+    for rank in range(16):
+        with closing(StallWatchdog(Health(), tmp_path, replace(world, rank=rank, size=16))) as dog:
+            dog._dump(60.0)
+            dog._name_the_late(60.0)
+    assert reads == [16]
+    assert sum(file.stat().st_size for file in (tmp_path / "stacks").glob("*.json")) < 16 * 10_000
 
 
 def test_the_first_step_may_take_ten_times_as_long(world: World, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Stall detection: stacks of all threads, the collective in which ranks wait, and the ranks that have not joined it.
 
     stacks/rank_00003.txt    stacks of all threads of a rank, at every stall
-           rank_00003.json   torch's flight recorders: the last collectives that it joined
+           rank_00003.json   from torch's flight recorders: the last collective of each group that it joined
 
 NCCL and gloo have a recorder each, and a rank with a GPU uses both. A rank that is stopped or dead
-writes no file and is reported for that.
+writes no file and is reported for that. A rank writes some kilobytes, and the first rank that responds reads them all:
+whole recorders have 10 to 25 MB, and every rank reading every file would stop a job of 500 ranks for minutes.
 """
 
 import faulthandler
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """Ranks detect a stall by their own clocks. After this many seconds all responsive ranks have written their files."""
+
+
+LATER_TURNS = 2
+"""Ranks after rank 0 that name the late ranks in its place, if it does not respond."""
 
 
 class StallWatchdog:
@@ -50,7 +55,9 @@ class StallWatchdog:
     def _alarms(self, stall_s: float) -> list[Alarm]:
         grace_s = min(GRACE_S, self._settings.stall_s)
         end = Alarm(max(self._settings.hang_s, stall_s), self._end)
-        return [Alarm(stall_s, self._dump), Alarm(stall_s + grace_s, self._name_the_late), end]
+        # The ranks after rank 0 look later, and only if nobody has reported by then.
+        turn = 1 + min(self._rank, LATER_TURNS)
+        return [Alarm(stall_s, self._dump), Alarm(stall_s + turn * grace_s, self._name_the_late), end]
 
     def _dump(self, quiet_s: float) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +70,17 @@ class StallWatchdog:
             "rank %d: no step for %.0f s while %s; stacks are in %s", self._rank, quiet_s, self._doing, file
         )  # fmt: skip
         beside = self._folder / f".rank_{self._rank:05d}.part"
-        beside.write_text(json.dumps({"time": time.time(), "entries": flight_records()}))
+        last = list(_last_of_each_group(flight_records()).values())
+        beside.write_text(json.dumps({"time": time.time(), "entries": last}))
         os.replace(beside, file.with_suffix(".json"))
 
     def _name_the_late(self, quiet_s: float) -> None:
-        log.warning("rank %d: %s", self._rank, name_the_late(self._folder, self._size))
+        report = self._folder / "report.txt"
+        if self._rank > LATER_TURNS or (report.is_file() and time.time() - report.stat().st_mtime < quiet_s):
+            return  # a rank before this one has reported this stall
+        text = name_the_late(self._folder, self._size)
+        report.write_text(text + "\n")
+        log.warning("rank %d: %s", self._rank, text)
 
     def _end(self, quiet_s: float) -> None:
         log.error("rank %d: no step for %.0f s while %s; ending", self._rank, quiet_s, self._doing)
