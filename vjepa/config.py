@@ -72,8 +72,9 @@ class Parallel(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per step on each rank."""
 
-    replicate: int = Field(default=1, ge=1)
-    """Copies of the sharded model (HSDP): 1 shards over all ranks, the number of nodes shards inside each node."""
+    replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Copies of the sharded model (HSDP): 1 shards over all ranks. `auto` makes a copy for each node, so that weights
+    travel inside nodes only, and gradients between them once. `vjepa estimate` says whether a copy fits into a node."""
 
     recompute: Literal["off", "selective", "full"] = "off"
     """Activation checkpointing: keep all activations, recompute cheap activations, or recompute every block."""
@@ -99,6 +100,12 @@ class Parallel(Settings):
     collect_every_steps: int = Field(default=100, ge=1)
     """Steps between collections of Python's garbage, at the same step on all ranks: a rank that collects alone makes
     all ranks wait."""
+
+    def copies(self, ranks: int, ranks_per_node: int) -> int:
+        """Return the copies of the sharded model for a number of ranks."""
+        if self.replicate != "auto":
+            return self.replicate
+        return max(1, ranks // ranks_per_node) if ranks % ranks_per_node == 0 else 1
 
 
 class Checkpoint(Settings):
@@ -286,6 +293,12 @@ class Run(Settings):
         lanes = self.data.lanes
         if lanes and self.batch_size % lanes:
             raise ValueError(f"batch_size ({self.batch_size}) must be divisible by data.lanes ({lanes})")
+        for mask in self.objective.mask_kinds:
+            if mask.mode == "reference" and mask.groups and mask.groups * mask.batch != self.batch_size:
+                raise ValueError(
+                    f"a reference mask has {mask.groups} groups of {mask.batch} slots, and batch_size is "
+                    f"{self.batch_size}; set groups to batch_size / batch, or leave it out"
+                )
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
         self.objective.check(self)
@@ -295,6 +308,12 @@ class Run(Settings):
     def accumulate(self) -> int:
         """Micro-batches per step on each rank."""
         return self.parallel.accumulate
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether all clips have the same number of frames, and all masks the same number of tokens."""
+        lengths = {source.frames or self.data.clip.frames for source in self.data.sources}
+        return len(lengths) == 1 and not any(mask.mode == "reference" for mask in self.objective.mask_kinds)
 
     def check_ranks(self, ranks: int) -> None:
         """Check that a number of ranks can share the work, which only a launcher or the process group knows.
@@ -311,7 +330,7 @@ class Run(Settings):
                 f"parallel.accumulate ({parts}) must divide the {size // ranks} clips of each of {ranks} ranks; set it "
                 f"to a divisor, or change batch_size ({size})"
             )
-        if ranks % self.parallel.replicate:
+        if self.parallel.replicate != "auto" and ranks % self.parallel.replicate:
             raise BadInput(
                 f"parallel.replicate ({self.parallel.replicate}) must divide the number of ranks ({ranks}); "
                 f"1 shards over all of them"

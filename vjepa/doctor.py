@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from vjepa.config import Run
+from vjepa.distributed.world import choose_interface
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import BadInput
 from vjepa_data.reader.bench import measure_stages
@@ -133,14 +134,17 @@ def decode_clips(run: Run) -> list[Finding]:
 
 
 def main() -> None:
-    """Run a rank of the all-reduce, as started by torchrun or the launcher."""
+    """Run a rank of the all-reduce, over NCCL on GPUs and gloo everywhere, as started by torchrun or the launcher."""
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"]) if torch.cuda.device_count() > 1 else 0
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
+    choose_interface()
     dist.init_process_group(backend, timeout=timedelta(seconds=WAIT_S), device_id=device if on_gpu else None)
+    # Training uses gloo beside NCCL, on an interface of its own choice: see `vjepa.distributed.world`.
+    dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_S)))
     rate = measure_all_reduce(GPU_MIB if on_gpu else CPU_MIB, device)
     if os.environ["LOCAL_RANK"] == "0":
         print(json.dumps({"gb_per_s": rate, "ranks": dist.get_world_size(), "backend": backend}))

@@ -70,7 +70,8 @@ def test_packed_attention_equals_one_call_per_sequence(
     runs: list[tuple[int, int]],
 ) -> None:
     segments = Segments.of(runs, backend=backend, device=device)
-    drawn = torch.randn(4, segments.tokens, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = sum(count * length for count, length in runs)
+    drawn = torch.randn(4, tokens, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     results = []
     for compute, cast in ((attention, dtype), (expected, torch.float32)):
@@ -112,7 +113,7 @@ def test_varlen_accepts_our_tensors() -> None:
     """The real operator and its registered derivative run on fake tensors, forward and backward."""
     with FakeTensorMode():
         segments = Segments.of([(2, 24), (1, 17)], backend="varlen", device=CPU)
-        qkv = torch.randn(segments.tokens, 3, 2, 88, dtype=torch.bfloat16, requires_grad=True)
+        qkv = torch.randn(65, 3, 2, 88, dtype=torch.bfloat16, requires_grad=True)
         q, k, v = qkv.unbind(1)
         out = attention(q, k, v, segments)
         assert (out.shape, out.dtype) == ((65, 2, 88), torch.bfloat16)
@@ -140,7 +141,7 @@ def test_xformers_is_called_with_the_right_arguments(monkeypatch: pytest.MonkeyP
 def test_xformers_rejects_only_the_cpu(width: int) -> None:
     fmha = pytest.importorskip("xformers.ops.fmha")
     segments = Segments.of([(2, 24), (1, 17)], backend="xformers", device=CPU)
-    qkv = torch.randn(segments.tokens, 3, 2, width, dtype=torch.bfloat16)
+    qkv = torch.randn(65, 3, 2, width, dtype=torch.bfloat16)
     asked = fmha.common.Inputs(*(x[None] for x in qkv.unbind(1)), segments.blocks)
     for operator in (fmha.flash.FwOp, fmha.flash.BwOp, fmha.cutlass.FwOp, fmha.cutlass.BwOp):
         for reason in operator.not_supported_reasons(asked):

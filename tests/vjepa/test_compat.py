@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._C import _distributed_c10d as c10d
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vjepa import compat
 from vjepa.distributed.world import World
@@ -73,14 +75,34 @@ def test_attention_operations_exist(name: str) -> None:
 
 @pytest.mark.parametrize("is_finite", [True, False])
 def test_a_fused_step_is_skipped_with_its_counter(is_finite: bool) -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([parameter], fused=True)
-    parameter.grad = torch.ones(3)
-    optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
-    compat.skip_step_if(optimizer, torch.tensor(not is_finite))
-    optimizer.step()
-    assert (parameter != 1).all() == is_finite
-    assert optimizer.state[parameter]["step"] == int(is_finite)
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+    tensors = {name: [torch.full((3,), float(name in ("params", "grads")))] for name in names}
+    tensors["state_steps"] = [torch.zeros(())]
+    rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8}
+    compat.adamw_(tensors, skip=torch.tensor(not is_finite), **rates)
+    assert (tensors["params"][0] != 1).all() == is_finite
+    assert tensors["state_steps"][0] == int(is_finite)
+
+
+def test_tensors_are_scaled_by_a_number_on_the_device() -> None:
+    tensors = [torch.ones(2), torch.full((1,), 3.0)]
+    compat.scale_(tensors, torch.tensor(0.5))
+    assert [tensor.tolist() for tensor in tensors] == [[0.5, 0.5], [1.5]]
+
+
+def test_a_forward_pass_without_a_backward_pass_leaves_no_record(world: World) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).requires_grad_(False)
+    for layer in network:
+        fully_shard(layer, mesh=world.mesh)
+    root = fully_shard(network, mesh=world.mesh, reshard_after_forward=True)
+    context = root._get_fsdp_state()._comm_ctx
+    for _ in range(3):
+        root(torch.ones(1, 2))
+        assert len(context.post_forward_order) > 0
+        compat.forget_forward(root)
+        assert len(context.post_forward_order) == 0
+    assert isinstance(root[0].weight, DTensor)
+    assert compat.local(root[0].weight).data_ptr() == root[0].weight.to_local().data_ptr()
 
 
 def test_tensors_move_towards_goals() -> None:

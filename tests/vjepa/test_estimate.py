@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from vjepa.compat import TorchDispatchMode, storage_key, tree_leaves
-from vjepa.config import EncoderSize, Run, load
+from vjepa.config import EncoderSize, Parallel, Run, load
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import World, join
 from vjepa.engine.optimizer import build_optimizer
@@ -277,6 +277,26 @@ def test_a_run_that_does_not_fit_is_told_a_setting_that_helps(tiny_run: MakeRun)
     parallel = run.parallel.model_copy(update={"accumulate": int(value)})
     assert estimate(run.model_copy(update={"parallel": parallel}), gpus=8, counts=found.counts).fits
     assert "Does not fit" not in estimate(run, gpus=64, counts=found.counts).text()
+
+
+def test_a_run_that_fits_is_told_which_settings_it_does_not_need(tiny_run: MakeRun) -> None:
+    run = tiny_run(batch_size=64, parallel={"recompute": "full", "accumulate": 2})
+    counts = count_step(run)
+    found = estimate(run, gpus=16, counts=counts, network_gb_s=50.0)
+    assert [advice.split()[0] for advice in found.advice()] == [
+        "parallel.replicate=auto", "parallel.accumulate=1", "parallel.recompute=off",
+    ]  # fmt: skip
+    assert "It would also run" in found.text()
+    assert found.network_bytes == sum(found.communication.values())
+    inside = estimate(tiny_run(batch_size=64, parallel={"replicate": "auto"}), gpus=16, counts=counts)
+    assert inside.network_bytes == inside.communication["sum between copies"] < found.network_bytes
+    assert inside.advice() == []
+
+
+def test_auto_makes_a_copy_for_each_node() -> None:
+    auto = Parallel(replicate="auto")
+    assert [auto.copies(ranks, 8) for ranks in (1, 8, 16, 512, 12)] == [1, 1, 2, 64, 1]
+    assert Parallel(replicate=4).copies(512, 8) == 4
 
 
 def test_numbers_that_do_not_divide_are_refused(tiny_run: MakeRun) -> None:

@@ -166,6 +166,17 @@ def test_reference_truncates_whole_groups_across_ranks() -> None:
     assert torch.equal(part[2].hidden, everything[2].hidden[1:2])
 
 
+def test_reference_groups_may_lie_on_one_rank() -> None:
+    """With `groups`, a rank of as many ranks draws one group, and its clips have the masks that they have elsewhere."""
+    kind = ReferenceMask(blocks=2, spatial_scale=(0.2, 0.4), batch=3, groups=4)
+    whole = sample_masks([kind], PLAIN, seed=0, step=5, slots=range(12))
+    assert [mask.rows for mask in whole] == [(group, group + 4, group + 8) for group in range(4)]
+    for rank in range(4):
+        (mask,) = sample_masks([kind], PLAIN, seed=0, step=5, slots=range(rank, 12, 4))
+        assert torch.equal(mask.visible, whole[rank].visible)
+        assert torch.equal(mask.hidden, whole[rank].hidden)
+
+
 def test_reference_has_the_shares_and_bias_of_v_jepa_2() -> None:
     """At 24 clips of 16 frames and 256 px: 24.5 and 6.3 % visible, 28 and 23 % used by neither, late frames starved."""
     shares, seen = [], []

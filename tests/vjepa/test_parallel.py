@@ -1,6 +1,8 @@
 """Models are sharded, recomputed and offloaded, in a single process. tests/distributed has several ranks."""
 
 import operator
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +15,10 @@ from torch.nn.attention import varlen  # registers its operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.config import Run
+from vjepa.distributed import world as worlds
 from vjepa.distributed.sharding import PRODUCTS, shard
-from vjepa.distributed.world import join
+from vjepa.distributed.world import interface_addresses, join
+from vjepa.engine.open_files import allow_open_files
 from vjepa.engine.trainer import open_clips
 from vjepa.methods.base import MaskedClips, create_method
 from vjepa.methods.masking import sample_masks
@@ -86,3 +90,26 @@ def test_the_loader_is_told_how_many_ranks_share_this_machine(
         plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size)
         with pytest.raises(BadInput, match="1000000000 ranks of 1 workers"):
             open_clips(run, plan, tmp_path, replace(world, ranks_here=10**9), 0)
+
+
+def test_gloo_gets_the_interface_to_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert interface_addresses()["127.0.0.1"] == "lo"
+    monkeypatch.setattr(worlds, "interface_addresses", lambda: {"127.0.0.1": "lo", "10.0.0.7": "ib0"})
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)  # the first node's own name is often a loopback address
+    worlds.choose_interface()
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "ib0"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    worlds.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth9"
+
+
+def test_open_files_grow_with_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    allow_open_files(4, ranks=512)
+    assert given == [(4096, 4096)]
+    with pytest.raises(BadInput, match="1023 other ranks needs up to 4316 open files, and the limit is 4096"):
+        allow_open_files(4, ranks=1024)

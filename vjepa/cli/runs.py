@@ -88,6 +88,7 @@ def estimate(
     gpus_per_node: Count = 8,
     gpu: str = "h100",
     mfu: float = 0.4,
+    network_gb_s: Amount | None = None,
     settings: Settings,
 ) -> None:
     """Estimate memory, FLOPs, communication and hours, before you queue.
@@ -97,6 +98,8 @@ def estimate(
         gpus_per_node: GPUs of each node.
         gpu: a100, h100, h200, b200 or l40s.
         mfu: Share of the GPU's peak FLOPs that you reach.
+        network_gb_s: GB/s of a GPU to other nodes, as `vjepa doctor` measures it, to get the seconds of a step on the
+            network.
     """
     from vjepa.config import load
     from vjepa.estimate.estimate import ACCELERATORS, estimate
@@ -105,7 +108,8 @@ def estimate(
     if gpu not in ACCELERATORS:
         raise BadInput(f"--gpu {gpu}: unknown GPU; give one of {', '.join(ACCELERATORS)}")
     run = load(config, settings).settings
-    print(estimate(run, gpus=nodes * gpus_per_node, accelerator=ACCELERATORS[gpu], mfu=mfu).text())
+    gpus, kind = nodes * gpus_per_node, ACCELERATORS[gpu]
+    print(estimate(run, gpus=gpus, accelerator=kind, mfu=mfu, per_node=gpus_per_node, network_gb_s=network_gb_s).text())
 
 
 @verb("train", example="train demo --out runs/demo steps=100")
@@ -119,7 +123,7 @@ def train(config: Config, /, *, out: Path | None = None, settings: Settings) -> 
     from vjepa.engine.open_files import allow_open_files
 
     run = load(config, settings).settings
-    allow_open_files(run.loader.workers)
+    allow_open_files(run.loader.workers, ranks=int(os.environ.get("WORLD_SIZE", 1)))
     if os.environ.get("RANK", "0") == "0":
         log.info("starting %s; loading torch takes a while", run.name)
     from vjepa.engine.trainer import train

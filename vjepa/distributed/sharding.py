@@ -1,14 +1,15 @@
 """Networks on the mesh: recomputation, compilation and sharding, block by block (FSDP2).
 
-Each block of a network is a unit of sharding. Its parameters are kept in a shard on each rank, gathered just before the
-block runs and freed afterwards. Optimizer state and averages are sharded alike. With `replicate` there are several such
-sharded copies (HSDP): shards travel inside a copy, gradients between copies. A single rank that computes in the stored
-type nothing is sharded.
+A few neighbouring blocks of a network are a unit of sharding. Its parameters are kept in a shard on each rank, gathered
+just before the blocks run and freed afterwards. Optimizer state and averages are sharded alike. With `replicate` there
+are several such sharded copies (HSDP): shards travel inside a copy, gradients between copies. A single rank that
+computes in the stored type shards nothing.
 
     replicate=1   [ r0 r1 r2 r3 ]            replicate=2   [ r0 r1 ]  a copy, on one node
                   a copy in four shards                    [ r2 r3 ]  another copy
 """
 
+import math
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vjepa.compat import ATTENTION_OPERATIONS, keep_compiled_variants
+from vjepa.compat import ATTENTION_OPERATIONS, forget_forward, keep_compiled_variants
 from vjepa.config import Parallel
 from vjepa.methods.base import Networks
 
@@ -29,7 +30,14 @@ from vjepa.methods.base import Networks
 COMPILED_VARIANTS = 64
 
 
-def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+UNIT_PARAMETERS = 50_000_000
+"""Parameters of a unit of sharding, at most, unless a single block has more. Each unit costs the host about 5 ms a step
+(one slow core, torch 2.13) and a message its latency. 100 MB in bf16 keep a network of 50 GB/s busy for 2 ms."""
+
+
+def shard(
+    networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: torch.dtype, fixed_shapes: bool = False
+) -> None:
     """Recompute, compile and shard networks over the mesh in place, block by block and then the rest.
 
     Args:
@@ -37,6 +45,8 @@ def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: to
         settings: `recompute`, `compile` and `offload`.
         mesh: one-dimensional, or two-dimensional (replicate, shard).
         dtype: type of parameters and activations in computation. Shards, averages and gradient sums are fp32.
+        fixed_shapes: whether every step has tensors of the same shapes. Each network is then compiled for its own
+            shapes. Otherwise torch would take the difference between networks for sizes that change.
     """
     half = dtype != torch.float32
     # Inputs are not cast: rotary angles must stay fp32 (in bf16 they are off by 0.07 rad at 64 frames).
@@ -49,6 +59,7 @@ def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: to
         keep_compiled_variants(COMPILED_VARIANTS)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
     is_sharded = mesh.size() > 1 or half or settings.offload
+    is_whole = mesh.size(mesh.ndim - 1) == 1 and not settings.offload
     for name, network in networks.items():
         if name in networks.constants:
             continue
@@ -57,20 +68,39 @@ def shard(networks: Networks, settings: Parallel, *, mesh: DeviceMesh, dtype: to
             if is_trained:
                 _recompute(block, settings.recompute)
             if settings.compile:
-                block.compile()
-            if is_sharded:
-                fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+                # Not the module: the hooks of FSDP2 stay outside, so that they are neither traced nor guarded.
+                block.forward = torch.compile(block.forward, dynamic=False if fixed_shapes else None)
         # The root of a network without a backward pass would stay gathered after its forward pass. An average would be
         # written to its shards while the next forward reads the stale gathered copy, so it is resharded explicitly.
-        if is_sharded:
-            reshard = None if is_trained else True
-            fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+        # What little a small trained network has stays gathered until its backward pass, and so does everything where
+        # a rank holds all shards, since it would only be cast again.
+        units = units_of(network)
+        stays = is_trained and (is_whole or len(units) == 1)
+        for unit in [*units, network] if is_sharded else ():
+            reshard = not (stays or (is_trained and unit is network))
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
     """Return the modules that are units of sharding: the entries of every child list named `*blocks`."""
     lists = [child for name, child in network.named_children() if name.endswith("blocks")]
     return [block for child in lists if isinstance(child, nn.ModuleList) for block in child]
+
+
+def units_of(network: nn.Module) -> list[list[nn.Module]]:
+    """Return the units of sharding: neighbouring blocks of a list, of together at most `UNIT_PARAMETERS`."""
+    units: list[list[nn.Module]] = []
+    lists = [child for name, child in network.named_children() if name.endswith("blocks")]
+    for blocks in lists:
+        size = math.inf
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            own = sum(p.numel() for p in block.parameters())
+            if size + own > UNIT_PARAMETERS:
+                units.append([])
+                size = 0
+            units[-1].append(block)
+            size += own
+    return units
 
 
 def materialise(networks: Networks, device: torch.device, *, seed: int) -> None:
@@ -110,6 +140,24 @@ def synchronise_gradients(networks: Networks, *, now: bool) -> None:
     for network in networks.trained.values():
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(now)
+
+
+def free_gathered(network: nn.Module) -> None:
+    """Free the gathered weights of a network after a forward pass that no backward pass follows.
+
+    Trained networks keep some of them for their backward pass. While gathered, their parameters are not the shards that
+    the optimizer and the checkpoints know.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def forget_forwards(networks: Networks) -> None:
+    """Clear what FSDP2 records of the forward passes of averages and frozen networks. Call it once per step."""
+    for name, network in networks.items():
+        if name not in networks.trained and isinstance(network, FSDPModule):
+            forget_forward(network)
 
 
 def _recompute(block: nn.Module, mode: str) -> None:

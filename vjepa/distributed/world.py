@@ -1,8 +1,11 @@
 """The process group of a run: this rank, the device, the mesh, and small messages between ranks."""
 
+import contextlib
+import fcntl
 import os
 import socket
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +25,13 @@ T = TypeVar("T")
 # Variables that other launchers export to each of several tasks. Two such tasks that did not form one group would each
 # train alone and overwrite the other's checkpoints, so the process stops instead.
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+DEFAULTS = {
+    "TORCH_FR_BUFFER_SIZE": "2000",  # collectives kept in the flight recorder
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+}
+"""Environment of a rank that `vjepa launch` did not start."""
 
 STORAGE_TIMEOUT_S = 1800.0
 """A checkpoint of a large model on a slow disk takes longer than any step."""
@@ -54,6 +64,13 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of all ranks on every rank. The message is one tensor, on the device. Waits for it."""
+        own = torch.tensor(numbers, dtype=torch.float32, device=self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own)
+        return torch.stack(everyone).tolist()
 
     def first(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0 only and return its result on all ranks.
@@ -95,16 +112,22 @@ def join(settings: Parallel) -> Iterator[World]:
         torch.distributed.DistError: other ranks did not join within `parallel.timeout_s`.
     """
     _make_exact(settings)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives kept in the flight recorder
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
     rank, size, local = _place()
-    if size % settings.replicate:
+    here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    copies = settings.copies(size, here)
+    ranks_here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if size % copies:
         raise BadInput(
-            f"parallel.replicate ({settings.replicate}) must divide the number of ranks ({size}); "
-            f"1 shards over all of them"
+            f"parallel.replicate ({copies}) must divide the number of ranks ({size}); 1 shards over all of them"
         )
     _check_loopback()
     device = _device(local)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    choose_interface()
+    # Gloo connects every pair of ranks in every group. Only gradients on the host need it beside NCCL.
+    on_host = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"
+    backend = on_host if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.timeout_s)
     store = local_store() if size == 1 else None
     dist.init_process_group(
@@ -117,16 +140,15 @@ def join(settings: Parallel) -> Iterator[World]:
     )
     is_over = size == 1
     try:
-        shape = (settings.replicate, size // settings.replicate)
+        shape = (copies, size // copies)
         names = ("replicate", "shard")
-        flat = settings.replicate == 1
+        flat = copies == 1
         mesh = init_device_mesh(device.type, shape[flat:], mesh_dim_names=names[flat:])
         control = dist.new_group(backend="gloo", timeout=timeout)
         storage = dist.new_group(backend="gloo", timeout=max(timeout, timedelta(seconds=STORAGE_TIMEOUT_S)))
         assert isinstance(control, dist.ProcessGroup)
         assert isinstance(storage, dist.ProcessGroup)
-        here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        yield World(rank, size, device, mesh, control=control, storage=storage, ranks_here=here)
+        yield World(rank, size, device, mesh, control=control, storage=storage, ranks_here=ranks_here)
         is_over = True
     finally:
         if is_over:
@@ -176,6 +198,42 @@ def _check_loopback() -> None:
             f"this machine has no network interface, not even loopback (127.0.0.1: {error.strerror}); bring it up: "
             f"ip link set lo up"
         ) from None
+
+
+def choose_interface() -> None:
+    """Let gloo use the interface by which this node reaches the first, unless the user has chosen one.
+
+    By default gloo takes the address of the host's own name. On Debian that is 127.0.1.1, elsewhere perhaps a network
+    for management.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if "GLOO_SOCKET_IFNAME" in os.environ or size <= int(os.environ.get("LOCAL_WORLD_SIZE", size)):
+        return
+    addresses = interface_addresses()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", ""), 9))  # nothing is sent; the call only looks up a route
+        except OSError:
+            return  # IPv6 or an unknown name: gloo's own choice
+        own = probe.getsockname()[0]
+    if own.startswith("127."):  # the first node's own name
+        own = next((address for address in addresses if not address.startswith("127.")), own)
+    if own in addresses:
+        os.environ["GLOO_SOCKET_IFNAME"] = addresses[own]
+
+
+def interface_addresses() -> dict[str, str]:
+    """Return the name of the network interface of every IPv4 address of this machine."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            asked = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):  # an interface without an address
+                found[socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24])] = name
+    return found
+
+
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def _device(local_rank: int) -> torch.device:

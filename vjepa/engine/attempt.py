@@ -88,6 +88,8 @@ class Attempt:
             self.write()
         if step % run.parallel.collect_every_steps == 0:
             gc.collect()
+            # What is left stays for good (modules, compiled code), and would take a second to look through each time.
+            gc.freeze()
 
     def monitor(self, losses: Sequence[Loss]) -> dict[str, Tensor]:
         """Measure the spread of the features, and how far the averages are from their networks."""

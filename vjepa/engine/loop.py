@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vjepa.config import Run
-from vjepa.distributed.sharding import synchronise_gradients
+from vjepa.distributed.sharding import forget_forwards, synchronise_gradients
 from vjepa.distributed.world import World
 from vjepa.engine.attempt import Attempt
 from vjepa.engine.optimizer import update_weights
@@ -34,7 +34,8 @@ def train_steps(run: Run, attempt: Attempt, stop: Stop) -> int:
                 synchronise_gradients(networks, now=len(losses) + 1 == run.parallel.accumulate)
                 (loss.value * world.size).backward()  # FSDP2 averages over ranks, and our loss is a sum
             losses.append(loss)
-        metrics = sum_metrics(losses, world)
+        forget_forwards(networks)
+        metrics = sum_metrics(losses, world, stop)
         with timer.part("optimizer"):
             update = update_weights(attempt.optimizer, metrics["total"], rates, clip_norm=run.optim.clip_norm)
             method.after_update(networks, ema=rates.ema, applied=update.applied)
@@ -46,8 +47,8 @@ def train_steps(run: Run, attempt: Attempt, stop: Stop) -> int:
     return 0 if attempt.step == run.steps else STOPPED
 
 
-def sum_metrics(losses: Sequence[Loss], world: World) -> dict[str, Tensor]:
-    """Sum the loss and its named parts over micro-batches and ranks, in one message.
+def sum_metrics(losses: Sequence[Loss], world: World, stop: Stop | None = None) -> dict[str, Tensor]:
+    """Sum the loss and its named parts over micro-batches and ranks, and the votes to stop, in one message.
 
     Returns:
         `total` and the names of `Loss.metrics` and `Loss.ratios`. With `baseline`, `explained` is the share that the
@@ -56,7 +57,13 @@ def sum_metrics(losses: Sequence[Loss], world: World) -> dict[str, Tensor]:
     names = ["total", *losses[0].metrics]
     assert all([*loss.metrics] == names[1:] for loss in losses), "micro-batches report different metrics"
     parts = torch.stack([torch.stack([loss.value.detach(), *loss.metrics.values()]) for loss in losses])
-    metrics = dict(zip(names, world.sum(parts.sum(0)), strict=True))
+    numbers = parts.sum(0)
+    if stop is not None and world.size > 1:
+        *sums, votes = world.sum(torch.cat((numbers, numbers.new_full((1,), stop.vote))))
+        stop.count(votes)
+    else:
+        sums = world.sum(numbers)
+    metrics = dict(zip(names, sums, strict=True))
     metrics |= {name: metrics[over] / metrics[under] for name, (over, under) in losses[0].ratios.items()}
     if "baseline" in metrics:
         metrics["explained"] = 1 - metrics["total"] / metrics.pop("baseline")

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from vjepa.compat import skip_step_if
+from vjepa.compat import adamw_, local, scale_
 from vjepa.config import Optim
 from vjepa.engine.schedule import Rates
 from vjepa.methods.base import named_parameters
@@ -51,6 +53,7 @@ def build_optimizer(trained: Mapping[str, nn.Module], optim: Optim) -> torch.opt
     return optimizer
 
 
+@torch.no_grad()
 def update_weights(
     optimizer: torch.optim.AdamW, loss: Float[Tensor, ""], rates: Rates, *, clip_norm: float | None
 ) -> Update:
@@ -65,16 +68,42 @@ def update_weights(
         rates: learning rate and weight decay of this step.
         clip_norm: largest norm of the gradient; None does not clip.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # Everything below works on this rank's shards: as DTensors they would cost the host four times as much.
+    gradients = [local(p.grad) for p in parameters]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(parameters[0], DTensor):
+        norm = _norm_over_shards(norm, parameters[0].device_mesh)
     finite = torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)  # on the host for offloaded weights
     if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+        scale_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grads_with_norm_
     for group in optimizer.param_groups:
         group["lr"] = rates.lr
         group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
-    skip_step_if(optimizer, ~finite)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        members = [p for p in group["params"] if p.grad is not None]
+        if members:
+            adamw_(
+                {
+                    "params": [local(p) for p in members],
+                    "grads": [local(p.grad) for p in members],
+                    "exp_avgs": [local(optimizer.state[p]["exp_avg"]) for p in members],
+                    "exp_avg_sqs": [local(optimizer.state[p]["exp_avg_sq"]) for p in members],
+                    "state_steps": [optimizer.state[p]["step"] for p in members],
+                },
+                skip=~finite,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
+    for parameter in parameters:
+        parameter.grad = None
     return Update(grad_norm=norm, applied=finite.to(torch.float32))
+
+
+def _norm_over_shards(norm: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the norm over all shards, given that of this rank's. Replicas hold the same shards, and count once."""
+    squared = norm.square()
+    dist.all_reduce(squared, group=mesh.get_group(mesh.ndim - 1))
+    return squared.sqrt()

@@ -1,18 +1,19 @@
 """Stop signals: a signal sets a flag, the ranks agree, and the loop ends at the same step on all ranks.
 
-A rank that saved alone after a signal would wait for the others without end. Therefore every rank votes in every step,
-and all ranks read the result one step later, when it has long arrived.
+A rank that saved alone after a signal would wait for the others without end. Therefore every rank votes in every step.
+The votes are summed with the loss, and all ranks read the sum one step later. On a GPU it is two steps later, so that
+the host may be a whole step ahead of the device.
 """
 
 import logging
 import os
 import signal
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from vjepa.distributed.world import World
 
@@ -30,30 +31,38 @@ class Stop:
     def __init__(self, world: World) -> None:
         self._world, self._pid = world, os.getpid()
         self._signal = 0
-        self._vote: tuple[dist.Work, torch.Tensor] | None = None
+        self._sums: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._delay = 2 if world.device.type == "cuda" else 1
 
     def request(self, number: int = signal.SIGTERM) -> None:
         """Request a stop from this rank."""
         self._signal = self._signal or number
 
+    @property
+    def vote(self) -> float:
+        """This rank's vote: 1 to stop, 0 to go on."""
+        return float(bool(self._signal))
+
+    def count(self, votes: torch.Tensor) -> None:
+        """Take the sum of the votes of all ranks in a step, on the device. It is read later."""
+        if votes.is_cuda:
+            votes = torch.empty((), pin_memory=True).copy_(votes, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            event = None
+        self._sums.append((votes, event))
+
     def agreed(self) -> bool:
         """Return whether all ranks stop before the next step. Call it once per step on every rank."""
         if self._world.size == 1:
             return bool(self._signal)
-        answer = self._collect()
-        ballot = torch.tensor([self._signal], dtype=torch.int64)
-        work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-        assert work is not None
-        self._vote = work, ballot
-        return answer
-
-    def _collect(self) -> bool:
-        if self._vote is None:
+        if len(self._sums) < self._delay:
             return False
-        work, ballot = self._vote
-        work.wait()
-        self._vote = None
-        return bool(ballot.item())
+        votes, event = self._sums.popleft()
+        if event is not None:
+            event.synchronize()
+        return bool(votes.item())
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked worker inherited the handler; the scheduler signals every process
@@ -73,8 +82,6 @@ def stop_signals(world: World) -> Iterator[Stop]:
     before = {number: signal.signal(number, stop._on_signal) for number in SIGNALS}
     try:
         yield stop
-        if world.size > 1:
-            stop._collect()  # no message is pending when the group ends
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -171,7 +171,7 @@ def build_networks(run: Run, world: World) -> tuple[Method, Networks]:
     method = create_method(run)
     with torch.device("meta"):
         networks = method.build(attention)
-    shard(networks, run.parallel, mesh=world.mesh, dtype=dtype)
+    shard(networks, run.parallel, mesh=world.mesh, dtype=dtype, fixed_shapes=run.has_fixed_shapes)
     materialise(networks, torch.device("cpu") if run.parallel.offload else world.device, seed=run.seed)
     return method, networks
 
@@ -201,4 +201,5 @@ def manual_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.unfreeze()
         gc.enable()

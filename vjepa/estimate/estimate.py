@@ -1,7 +1,7 @@
 """Memory, communication and hours of a run, by arithmetic on the counts of a step.
 
 step    = FLOPs of a clip * clips per GPU / (peak FLOP/s * MFU)
-memory  = shards of weights, averages, gradients and moments + gathered blocks + activations + transient tensors
+memory  = shards of weights, averages, gradients and moments + gathered units + activations + transient tensors
 """
 
 from collections.abc import Iterator
@@ -56,6 +56,17 @@ class Estimate:
     memory: dict[str, float]
     communication: dict[str, float]
     """Bytes that a GPU receives per step, by kind."""
+    per_node: int = 8
+    """GPUs of a node."""
+    network_gb_s: float | None = None
+    """Measured GB/s of a GPU to other nodes."""
+
+    @property
+    def network_bytes(self) -> float:
+        """Bytes that a GPU exchanges with other nodes per step. Shards of a copy inside a node stay there."""
+        between = self.communication["sum between copies"]
+        is_inside = self.gpus // self.run.parallel.copies(self.gpus, self.per_node) <= self.per_node
+        return between if is_inside else sum(self.communication.values())
 
     @property
     def clips_per_gpu(self) -> float:
@@ -93,34 +104,48 @@ class Estimate:
         return HEADROOM * self.clips_per_gpu / self.step_s * mean_frames(self.run) / FRAMES_PER_CORE_S
 
     def advice(self) -> list[str]:
-        """Changes of settings that make it fit, when it does not. The cheapest comes first."""
-        if self.fits:
-            return []
+        """Changes of settings: those that make it fit when it does not, cheapest first, else those that save time."""
         found: dict[str, str] = {}
-        for name, value in self._remedies():
-            change = {name: value}
-            run = self.run.model_copy(update={"parallel": self.run.parallel.model_copy(update=change)})
-            other = estimate(run, gpus=self.gpus, accelerator=self.accelerator, mfu=self.mfu, counts=self.counts)
+        for name, value, why in self._savings() if self.fits else self._remedies():
+            other = self._with(name, value)
             if other.fits:
-                found.setdefault(name, f"parallel.{name}={value} makes it fit: {other.memory_gib:.0f} GiB")
-        return list(found.values()) or [
-            "no single setting makes it fit; use more GPUs, a smaller batch_size or a smaller model"
-        ]
+                found.setdefault(name, f"parallel.{name}={value} {why}: {other.memory_gib:.0f} GiB")
+        if found or self.fits:
+            return list(found.values())
+        return ["no single setting makes it fit; use more GPUs, a smaller batch_size or a smaller model"]
 
-    def _remedies(self) -> Iterator[tuple[str, int | str]]:
-        settings = self.run.parallel
-        if settings.replicate > 1:
-            yield "replicate", 1
+    def _with(self, name: str, value: int | str) -> "Estimate":
+        """Return the estimate with another value of a setting in `parallel`."""
+        run = self.run.model_copy(update={"parallel": self.run.parallel.model_copy(update={name: value})})
+        return estimate(
+            run, gpus=self.gpus, accelerator=self.accelerator, mfu=self.mfu, counts=self.counts, per_node=self.per_node
+        )
+
+    def _savings(self) -> Iterator[tuple[str, int | str, str]]:
+        """Yield settings that cost less time than those of the run, if they fit. Those that save most come first."""
+        settings, nodes = self.run.parallel, self.gpus // self.per_node
+        if nodes > 1 and settings.copies(self.gpus, self.per_node) == 1:
+            yield "replicate", "auto", "fits too, and keeps the weights inside nodes"
+        for accumulate in range(1, settings.accumulate):
+            if (self.run.batch_size // self.gpus) % accumulate == 0:
+                yield "accumulate", accumulate, "fits too, and gathers the weights less often"
+        for mode in {"full": ("off", "selective"), "selective": ("off",)}.get(settings.recompute, ()):
+            yield "recompute", mode, "fits too, and computes less twice"
+
+    def _remedies(self) -> Iterator[tuple[str, int | str, str]]:
+        settings, fits = self.run.parallel, "makes it fit"
+        if settings.copies(self.gpus, self.per_node) > 1:
+            yield "replicate", 1, fits
         per_gpu = self.run.batch_size // self.gpus
         for accumulate in range(settings.accumulate + 1, per_gpu + 1):
             if per_gpu % accumulate == 0 and self._may_accumulate(accumulate):
-                yield "accumulate", accumulate
+                yield "accumulate", accumulate, fits
         if settings.recompute == "off":
-            yield "recompute", "selective"
+            yield "recompute", "selective", fits
         if settings.recompute != "full":
-            yield "recompute", "full"
+            yield "recompute", "full", fits
         if not settings.offload:
-            yield "offload", True
+            yield "offload", True, fits
 
     def _may_accumulate(self, accumulate: int) -> bool:
         """Return whether the method allows micro-batches."""
@@ -150,6 +175,8 @@ class Estimate:
             + ", ".join(f"{part} {size / GIB:,.1f}" for part, size in self.memory.items() if size >= GIB / 20),
             f"messages per GPU {sum(self.communication.values()) / GIB:10,.2f} GiB  "
             + ", ".join(f"{kind} {size / GIB:,.2f}" for kind, size in self.communication.items() if size),
+            f"between nodes    {self.network_bytes / GIB:10,.2f} GiB  of these"
+            + (f", {self.network_bytes / self.network_gb_s / 1e9:.3f} s a step" if self.network_gb_s else ""),
             f"step             {self.step_s:10,.3f} s    at {self.mfu:.0%} MFU",
             f"loader           {self.run.batch_size / self.step_s:10,.0f} clips/s, "
             f"{self.cores_per_gpu:.1f} cores per GPU with a third to spare",
@@ -158,7 +185,9 @@ class Estimate:
         ]
         if not self.fits:
             lines += ["", f"Does not fit into {USABLE:.0%} of {self.accelerator.memory_gib:g} GiB."]
-            lines += [f"  {advice}" for advice in self.advice()]
+        elif self.advice():
+            lines += ["", "It would also run with other settings:"]
+        lines += [f"  {advice}" for advice in self.advice()]
         return "\n".join(lines)
 
 
@@ -174,6 +203,8 @@ def estimate(
     accelerator: Accelerator = ACCELERATORS["h100"],
     mfu: float = 0.4,
     counts: StepCounts | None = None,
+    per_node: int = 8,
+    network_gb_s: float | None = None,
 ) -> Estimate:
     """Estimate the needs of a run.
 
@@ -183,14 +214,17 @@ def estimate(
         accelerator: their kind.
         mfu: assumed model FLOPs utilization, in (0, 1].
         counts: counts of a step, if they are known. By default a step is counted on the meta device.
+        per_node: GPUs of a node.
+        network_gb_s: measured GB/s of a GPU to other nodes.
 
     Raises:
         BadInput: the GPUs do not divide the batch, or `parallel.replicate` does not divide the GPUs.
     """
     if run.batch_size % gpus:
         raise BadInput(f"batch_size ({run.batch_size}) must be divisible by the number of GPUs ({gpus})")
-    if gpus % run.parallel.replicate:
-        raise BadInput(f"parallel.replicate ({run.parallel.replicate}) must divide the number of GPUs ({gpus})")
+    copies = run.parallel.copies(gpus, per_node)
+    if gpus % copies:
+        raise BadInput(f"parallel.replicate ({copies}) must divide the number of GPUs ({gpus})")
     if not 0 < mfu <= 1:
         raise BadInput(f"MFU must be above 0 and at most 1, got {mfu}; 0.4 is a good run of a large model")
     counts = counts or count_step(run)
@@ -200,8 +234,10 @@ def estimate(
         accelerator=accelerator,
         mfu=mfu,
         counts=counts,
-        memory=count_memory(run, counts, gpus),
-        communication=count_communication(run, counts, gpus),
+        memory=count_memory(run, counts, gpus, copies),
+        communication=count_communication(run, counts, gpus, copies),
+        per_node=per_node,
+        network_gb_s=network_gb_s,
     )
 
 
@@ -210,15 +246,15 @@ def mean_frames(run: Run) -> float:
     return sum(frames * share for frames, share in clip_lengths(run))
 
 
-def count_memory(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
+def count_memory(run: Run, counts: StepCounts, gpus: int, copies: int = 1) -> dict[str, float]:
     """Return the bytes on a GPU, by purpose.
 
     Shards are exact except for padding. Activations are counted in eager mode, so that compiled blocks take less.
     Recomputation keeps the inputs of blocks (`selective`: and the results of products), and restores the blocks in
-    turn. Gathered blocks and transient tensors are upper bounds.
+    turn. Gathered units and transient tensors are upper bounds.
     """
     parallel = run.parallel
-    shards, width = gpus // parallel.replicate, 2 if run.precision == "bf16" else 4
+    shards, width = gpus // copies, 2 if run.precision == "bf16" else 4
     clips = run.batch_size / gpus / parallel.accumulate
     trained = sum(counts.parameters[name] for name in counts.trained)
     averages = sum(counts.parameters[name] for name in counts.averages)
@@ -229,6 +265,8 @@ def count_memory(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
     here = (0 if parallel.offload else 1) / shards
     # Without a reduction after every micro-batch, FSDP2 accumulates gradients that are not sharded, in fp32.
     is_accumulating = parallel.accumulate > 1 and shards > 1
+    # Two units gathered (one computing, one prefetched), the roots, small networks, and their gradients.
+    gathered = 2 * counts.largest_unit + counts.roots + sum(counts.parameters[name] for name in counts.kept_gathered)
     return {
         "weights": 4 * trained * here,
         "averages": 4 * averages * here,
@@ -236,29 +274,28 @@ def count_memory(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
         "gradients": 4 * trained * here,
         "moments": 8 * trained * here,
         "whole gradients": 4.0 * trained * is_accumulating,
-        # Two blocks gathered (one computing, one prefetched), their gradients, and the roots.
-        "gathered": float((2 * counts.largest_block + counts.roots) * (width + 4)),
+        "gathered": float(gathered * (width + 4)),
         "activations": clips * kept,
         "transient": clips * counts.transient,
         "context": CONTEXT_BYTES,
     }
 
 
-def count_communication(run: Run, counts: StepCounts, gpus: int) -> dict[str, float]:
+def count_communication(run: Run, counts: StepCounts, gpus: int, copies: int = 1) -> dict[str, float]:
     """Return the bytes that a GPU receives in a step, by kind.
 
     Inside a copy of the model, weights are gathered in the working type: twice for trained networks (forward and
-    backward), once for other networks of the forward pass. Gradients are scattered in fp32. Between copies, shards of
-    gradients are summed.
+    backward), once for small ones, which stay gathered, and for other networks of the forward pass. Gradients are
+    scattered in fp32. Between copies, shards of gradients are summed.
     """
-    copies = run.parallel.replicate
     shards = gpus // copies
     width = 2 if run.precision == "bf16" else 4
     trained = sum(counts.parameters[name] for name in counts.trained)
     forward_only = sum(counts.parameters[name] for name in counts.evaluated - counts.trained)
+    once = sum(counts.parameters[name] for name in counts.kept_gathered)
     share = (shards - 1) / shards
     return {
-        "gather": share * width * run.parallel.accumulate * (2 * trained + forward_only),
+        "gather": share * width * run.parallel.accumulate * (2 * trained - once + forward_only),
         "scatter": share * 4 * trained,
         "sum between copies": 2 * (copies - 1) / copies * 4 * trained / shards,
     }

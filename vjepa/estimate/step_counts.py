@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vjepa.compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode, storage_key, tree_leaves
 from vjepa.config import Run
-from vjepa.distributed.sharding import PRODUCTS, blocks_of
+from vjepa.distributed.sharding import PRODUCTS, blocks_of, units_of
 from vjepa.methods.base import Method, Networks, create_method
 from vjepa_data.reader.batch import Batch, Clips
 
@@ -46,8 +46,11 @@ class StepCounts:
     evaluated: frozenset[str]
     """Names of the networks that are trained, that are averages, and that the forward pass runs."""
 
-    largest_block: int
-    """Parameters of the largest block of a network."""
+    largest_unit: int
+    """Parameters of the largest unit of sharding: some neighbouring blocks of a network."""
+
+    kept_gathered: frozenset[str]
+    """Names of the trained networks of a single unit, which stay gathered from forward to backward pass."""
 
     roots: int
     """Parameters outside of blocks, of all networks."""
@@ -124,7 +127,8 @@ def _count(run: Run, frames: int) -> StepCounts:
         trained=frozenset(networks.trained),
         averages=frozenset(networks.averages),
         evaluated=frozenset(forward),
-        largest_block=max((_size(block) for _, network in networks.items() for block in blocks_of(network)), default=0),
+        largest_unit=max((sum(map(_size, unit)) for _, one in networks.items() for unit in units_of(one)), default=0),
+        kept_gathered=frozenset(name for name, network in networks.trained.items() if len(units_of(network)) == 1),
         roots=sum(_size(network) - sum(map(_size, blocks_of(network))) for _, network in networks.items()),
         flops={name: count / n for name, count in _by_network(networks, forward, forward_flops, flops).items()},
         tokens=loss.tokens.total / n,

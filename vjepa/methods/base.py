@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from vjepa.compat import move_towards
+from vjepa.compat import local, move_towards
 from vjepa.methods.masking import Mask, sample_masks
 from vjepa.methods.settings import METHODS, MethodSettings, RunSettings, import_class
 from vjepa.nn.attention import Backend
@@ -262,7 +262,7 @@ def _shards(network: nn.Module) -> list[Tensor]:
         # A gathered root would take the update and drop it: see `vjepa.distributed.sharding.shard`.
         assert isinstance(parameter, DTensor) or not is_sharded, f"{name} is gathered; its update would be lost"
         assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, too coarse for a moving average"
-        shards.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+        shards.append(local(parameter))
     return shards
 
 

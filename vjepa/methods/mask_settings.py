@@ -36,6 +36,12 @@ class ReferenceMask(Settings):
     """Slots that are truncated together. In V-JEPA 2 this is the batch size of a GPU, which decides the masking
     ratio."""
 
+    groups: int | None = Field(default=None, ge=1)
+    """How many such groups the global batch has: `batch_size / batch`. Slots `s`, `s + groups`, ... then form a group,
+    as they lie on one rank: with `groups` ranks, each draws and packs a single group. By default neighbouring slots
+    form a group, so that every rank draws many groups and has as many lengths. Either way masks do not depend on the
+    number of ranks."""
+
 
 class RandomMask(Settings):
     """Tokens hidden with equal probability, exact count (LeVJEPA's token drop)."""

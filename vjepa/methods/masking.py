@@ -216,14 +216,15 @@ def _reference(
     kind: ReferenceMask, number: int, grid: Grid, *, seed: int, step: int, slots: Sequence[int]
 ) -> list[Mask]:
     """Mask groups of `kind.batch` slots of the global batch as V-JEPA 2 masks the batch of a GPU."""
+    placed = [divmod(slot, kind.groups)[::-1] if kind.groups else divmod(slot, kind.batch) for slot in slots]
     masks = []
-    for group in sorted({slot // kind.batch for slot in slots}):
+    for group in sorted({group for group, _ in placed}):
         sizes, places = generator(seed, "reference mask", step, group, number).integers(2**63, size=2)
         visible, hidden = reference_masks(
             kind, grid, clips=kind.batch, size_seed=int(sizes), places=torch.Generator().manual_seed(int(places))
         )
-        rows = tuple(row for row, slot in enumerate(slots) if slot // kind.batch == group)
-        own = torch.tensor([slots[row] % kind.batch for row in rows])
+        rows = tuple(row for row, (of, _) in enumerate(placed) if of == group)
+        own = torch.tensor([placed[row][1] for row in rows])
         masks.append(Mask(number, rows, visible[own], hidden[own]))
     return masks
 

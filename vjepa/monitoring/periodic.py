@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vjepa.config import Run
+from vjepa.distributed.sharding import free_gathered
 from vjepa.distributed.world import World
 from vjepa.methods.base import Networks
 from vjepa.monitoring import sample_pictures
@@ -36,10 +37,13 @@ class PeriodicTasks:
         every = self._run.track.pictures_every_steps
         if every and step % every == 0:
             picture = sample_pictures.draw(self._encoder, batch, self._run, self._world.device)
+            free_gathered(self._encoder)
             if self._world.is_first:
                 self._logger.show(sample_pictures.write(picture, self._folder, step), step)
         if self._probe and self._probe.is_due(step):
-            return self._probe.measure(self._encoder)
+            metrics = self._probe.measure(self._encoder)
+            free_gathered(self._encoder)
+            return metrics
         return {}
 
     def close(self) -> None:

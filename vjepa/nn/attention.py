@@ -21,7 +21,7 @@ import importlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -46,7 +46,8 @@ class Segments:
     """The sequences of a packed tensor, prepared for a backend."""
 
     runs: tuple[Run, ...]
-    """(sequences, tokens in each) of neighbours of equal length."""
+    """(sequences, tokens in each) of neighbours of equal length. Empty for `varlen`, whose other fields say it all:
+    torch.compile would compile a block anew for every number of runs."""
 
     backend: Backend = "sdpa"
     """Backend for more than one run. A single run is an ordinary batch and always uses sdpa."""
@@ -104,12 +105,7 @@ class Segments:
             if oldest is not None:
                 limits = zip(masks, keys, _by_run(oldest, joined), strict=True)
                 masks = tuple(mask & (key[:, None, :] >= limit[:, :, None])[:, None] for mask, key, limit in limits)
-        return Segments(tuple(joined), backend, starts, longest, blocks, masks)
-
-    @property
-    def tokens(self) -> int:
-        """Number of packed tokens, S."""
-        return sum(int(count) * length for count, length in self.runs)
+        return Segments(() if starts is not None else tuple(joined), backend, starts, longest, blocks, masks)
 
 
 def _by_run(values: Tensor, runs: Sequence[tuple[int, int]]) -> list[Int[Tensor, "_sequences _length"]]:
@@ -276,11 +272,12 @@ def _disagreement(backend: Backend, device: torch.device, dtype: torch.dtype, wi
     """Return the largest difference from sdpa in fp32, of output and gradients, on three short sequences."""
     generator = torch.Generator().manual_seed(0)
     runs = [(2, 24), (1, 17)]
-    packed = Segments.of(runs, device=device, backend=backend)
-    drawn = torch.randn(packed.tokens, 3, 2, width, generator=generator).to(device, dtype)  # strides as in a block
-    change = torch.randn(packed.tokens, 2, width, generator=generator).to(device, dtype)
+    packed, plain = (Segments.of(runs, device=device, backend=name) for name in (backend, "sdpa"))
+    tokens = sum(count * length for count, length in runs)
+    drawn = torch.randn(tokens, 3, 2, width, generator=generator).to(device, dtype)  # strides as in a block
+    change = torch.randn(tokens, 2, width, generator=generator).to(device, dtype)
     results = []
-    for segments, cast in ((packed, dtype), (replace(packed, backend="sdpa"), torch.float32)):
+    for segments, cast in ((packed, dtype), (plain, torch.float32)):
         q, k, v = (x.detach().to(cast).requires_grad_() for x in drawn.unbind(1))
         out = attention(q, k, v, segments)
         gradients = torch.autograd.grad(out, (q, k, v), change.to(cast))
