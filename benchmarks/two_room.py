@@ -1,12 +1,17 @@
-"""How well does LeWM predict two rooms? Train on one corpus, roll out on held-out episodes, one table.
+"""How well do world models predict two rooms? Train, roll out on held-out episodes, one table.
 
-    python benchmarks/two_room.py --out runs/two_room --seeds 3 [--episodes 2000] [key=value ...]
+    python benchmarks/two_room.py --out runs/two_room --seeds 3 [--episodes 2000] [--only NAME ...] [key=value ...]
 
-A linear readout of the state is fitted on latents of training episodes, by least squares. It reads the predicted
-latents of held-out episodes, 1 to 16 steps after the last frame that was seen. The error is the distance to the true
-position, in pixels of a frame of 64. Beside it: the readout of the true latents (the floor), the same rollout under the
-actions of other episodes, an untrained model with its own readout, and the position of the last frame that was seen
-(copy-last). Corpus and runs that exist are used again.
+    lewm        configs/lewm_two_room.yaml, every seed; beside it the same model untrained, with its own readout
+    no_inverse  lewm without the inverse model, first seed
+    shuffled    lewm trained with the actions of other clips, first seed: the action gain must stay 1
+    vjepa       dynamics on the frozen encoder of a tiny V-JEPA 2, trained on the same videos, first seed
+
+A linear readout of the state is fitted on latents of training episodes. It reads the predicted latents of held-out
+episodes, 1 to 16 steps after the last frame that was seen. The error is the distance to the true position, in pixels of
+a frame of 64. Beside it: the readout of the true latents (the floor), the same rollout under the actions of other
+episodes, and the position of the last frame that was seen (copy-last). The action gain is that of the last 50 steps of
+training. Corpus, runs and results that exist are used again.
 """
 
 import argparse
@@ -39,26 +44,68 @@ HELD_OUT_SEED = 1_000_000
 WORLD = TwoRoom()
 
 
+VARIANTS = {
+    "lewm": [],
+    "no_inverse": ["objective.inverse_weight=0"],
+    "shuffled": ["objective.shuffle_actions=true"],
+}
+
+SMALL = "{name: custom, width: 32, depth: 2, heads: 2, mlp_ratio: 2}"
+VJEPA = [
+    f"model.encoder={SMALL}",
+    "model.rope=sincos",
+    "data.clip={frames: 8, fps: 10}",
+    f"data.crop={{px: {PX}, scale: [1, 1], aspect: [1, 1], flip: 0}}",
+    "steps=600",
+    "name=vjepa_two_room",
+]
+DYNAMICS = [f"model.encoder={SMALL}", "model.tubelet_frames=2", "data.clip.frames=10", "steps=300"]
+"""Settings of the fourth variant over the configs `demo` and `dynamics_two_room`."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=2000)
-    parser.add_argument("--config", default="lewm_two_room")
+    parser.add_argument("--only", nargs="*", default=[*VARIANTS, "vjepa"])
     args, settings = parser.parse_known_args()
     torch.set_num_threads(1)
     corpus = make_corpus(args.out, args.episodes)
     settings = [f"data.sources=[{{shards: {corpus}}}]", "track.wandb=off", *settings]
-    rows = []
     for seed in range(args.seeds):
-        folder = args.out / f"seed_{seed}"
-        seconds = train(args.config, folder, [*settings, f"seed={seed}"])
-        model = vjepa.load(folder)
-        untrained = untrained_model(args.config, [*settings, f"seed={seed}"], model)
-        found = {"trained": evaluate(model), "untrained": evaluate(untrained), "cpu_s": seconds}
-        (args.out / f"seed_{seed}.json").write_text(json.dumps(found, indent=1) + "\n")
-        rows.append(found)
-    print(table(rows))
+        for name in args.only:
+            if name == "lewm" or seed == 0:
+                run_variant(name, args.out / f"{name}_{seed}", [*settings, f"seed={seed}"])
+    print(table(args.out))
+
+
+def run_variant(name: str, folder: Path, settings: list[str]) -> None:
+    """Train a variant and write its errors beside it, unless they exist."""
+    results = folder.with_suffix(".json")
+    if results.exists():
+        return
+    if name == "vjepa":
+        encoder, native = folder.with_name("encoder"), folder.with_name("encoder_native")
+        seconds = train("demo", encoder, [*VJEPA, *settings])
+        if not native.exists():
+            vjepa_command("export", encoder, "--out", native, "--format", "native")
+        seconds += train("dynamics_two_room", folder, [*DYNAMICS, f"objective.encoder={native}", *settings])
+    else:
+        settings = [*VARIANTS[name], *settings]
+        seconds = train("lewm_two_room", folder, settings)
+    model = vjepa.load(folder)
+    found = {"cpu_s": seconds, "action_gain": action_gain(folder), "errors": evaluate(model)}
+    if name == "lewm":
+        found["untrained"] = evaluate(untrained_model("lewm_two_room", settings, model))
+    results.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def action_gain(run: Path, *, steps: int = 50) -> float:
+    """Return the error under the actions of other clips over the error, summed over the last steps of a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss/prediction" in row][-steps:]
+    return sum(row["loss/shuffled_actions"] for row in rows) / sum(row["loss/prediction"] for row in rows)
 
 
 def make_corpus(out: Path, episodes: int) -> Path:
@@ -70,13 +117,12 @@ def make_corpus(out: Path, episodes: int) -> Path:
     return corpus
 
 
-def train(config: str, folder: Path, settings: list[str]) -> float | None:
+def train(config: str, folder: Path, settings: list[str]) -> float:
     """Train unless it is done, and return the CPU seconds of the trainer and its loader."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     vjepa_command("train", config, "--out", folder, *settings)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds if seconds > 30 else None  # a run that was done takes a few seconds
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def vjepa_command(*words: object) -> None:
@@ -90,7 +136,7 @@ def untrained_model(config: str, settings: list[str], like: WorldModel) -> World
     networks = method.build()
     tensors = {
         f"{name}.{path}": parameter.detach()
-        for name in ("encoder", "dynamics", "dynamics.actions")
+        for name in ("encoder", "dynamics", "dynamics.actions", "dynamics.centre")
         for path, parameter in networks[name].named_parameters()
     }
     return WorldModel(like.model, InMemory(tensors), px=PX, frames=like.frames, fps=like.fps, provenance={})
@@ -141,8 +187,16 @@ def latents_of(model: WorldModel, frames: Tensor) -> Tensor:
 
 
 def fit_readout(latents: Tensor, states: Tensor) -> Tensor:
-    """Return the least-squares map from latents and 1 to states."""
-    return torch.linalg.lstsq(with_one(latents), states).solution
+    """Return the linear map from latents and 1 to states, by ridge regression.
+
+    The penalty is 1e-3 of the mean variance of a channel, for token features, which have more channels than there are
+    frames. Beside 32 channels it changes nothing.
+    """
+    x = with_one(latents)
+    gram = x.T @ x
+    penalty = 1e-3 * len(x) * latents.double().var(0).mean() * torch.eye(len(gram), dtype=gram.dtype)
+    penalty[-1, -1] = 0
+    return torch.linalg.solve(gram + penalty, x.T @ states)
 
 
 def read(readout: Tensor, latents: Tensor) -> Tensor:
@@ -154,26 +208,32 @@ def with_one(latents: Tensor) -> Tensor:
     return torch.cat((latents.double(), torch.ones_like(latents[..., :1], dtype=torch.float64)), dim=-1)
 
 
-def table(rows: list[dict]) -> str:
+def table(out: Path) -> str:
     """Return a table in Markdown: mean over seeds, and the range."""
-    lines = [f"| median error, px | {' | '.join(f'{k} steps' for k in HORIZONS)} |", "|---" * (len(HORIZONS) + 1) + "|"]
-    for part, name in (
-        ("trained", "rollout"),
-        ("trained", "true latents"),
-        ("trained", "other actions"),
-        ("untrained", "rollout"),
-        ("untrained", "true latents"),
-        ("trained", "copy last"),
-    ):
-        cells = []
-        for k in HORIZONS:
-            values = [row[part][name][str(k)] for row in rows]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        lines.append(f"| {name}{', untrained model' if part == 'untrained' else ''} | {' | '.join(cells)} |")
-    seconds = [row["cpu_s"] for row in rows if row["cpu_s"]]
-    if seconds:
-        lines.append(f"\nCPU seconds of training with its loader: {', '.join(f'{s:.0f}' for s in seconds)}")
+    head = f"| median error, px | {' | '.join(f'{k} steps' for k in HORIZONS)} | action gain | CPU s |"
+    lines = [head, "|---" * (len(HORIZONS) + 3) + "|"]
+    for variant in (*VARIANTS, "vjepa"):
+        found = [json.loads(path.read_text()) for path in sorted(out.glob(f"{variant}_?.json"))]
+        for part, kinds in (("errors", ("rollout", "true latents", "other actions")), ("untrained", ("rollout",))):
+            for kind in kinds:
+                rows = [each[part][kind] for each in found if part in each]
+                if not rows:
+                    continue
+                cells = [spread([row[str(k)] for row in rows]) for k in HORIZONS]
+                is_first = (part, kind) == ("errors", "rollout")
+                extra = [spread([e["action_gain"] for e in found]), spread([e["cpu_s"] for e in found], digits=0)]
+                name = f"{variant}, {kind}" + (", untrained" if part == "untrained" else "")
+                lines.append(f"| {name} | {' | '.join([*cells, *(extra if is_first else ['', ''])])} |")
+        if found and variant == "lewm":
+            copied = [spread([each["errors"]["copy last"][str(k)] for each in found]) for k in HORIZONS]
+            lines.append(f"| copy-last | {' | '.join(copied)} | | |")
     return "\n".join(lines)
+
+
+def spread(values: list[float], *, digits: int = 2) -> str:
+    """Return the mean, and the range of several values."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ import torch
 from vjepa.config import Run
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import join
+from vjepa.methods.actions import ActedClips
 from vjepa.methods.base import MaskedClips, create_method
-from vjepa.methods.dynamics.method import ConditionedClips
-from vjepa.methods.lewm.method import ActedClips
 from vjepa.methods.masking import sample_masks
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.grid import Grid
@@ -116,14 +115,13 @@ def masked_clips(run: Run, slots: range) -> list[MaskedClips]:
     return found
 
 
-def acted_clips(run: Run, slots: range) -> ActedClips | ConditionedClips:
+def acted_clips(run: Run, slots: range) -> ActedClips:
     """Clips of some slots with actions, one of which is not valid."""
     draws = [generator(0, "acted", slot) for slot in slots]
     frames = np.stack([draw.standard_normal((4, 3, PX, PX), dtype="float32") for draw in draws])
     actions = np.stack([draw.standard_normal((3, 2), dtype="float32") for draw in draws])
     valid = torch.tensor([[True, True, slot != 1] for slot in slots])
-    kind = ActedClips if run.objective.name == "lewm" else ConditionedClips
-    return kind(torch.from_numpy(frames), torch.from_numpy(actions), valid, 0, tuple(slots))
+    return ActedClips(torch.from_numpy(frames), torch.from_numpy(actions), valid, 0, tuple(slots))
 
 
 def write_encoder(folder: Path) -> None:

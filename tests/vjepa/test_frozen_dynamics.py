@@ -15,8 +15,9 @@ from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.export.export import export
 from vjepa.methods import feature_cache
+from vjepa.methods.actions import ActedClips
 from vjepa.methods.base import Networks, create_method
-from vjepa.methods.dynamics.method import ConditionedClips, Dynamics
+from vjepa.methods.dynamics.method import Dynamics
 from vjepa.nn.encoder import Encoder
 from vjepa.weights.load import read_weights
 from vjepa.weights.tensors import write_safetensors
@@ -105,11 +106,11 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name.startswith("loss")} for line in lines]
 
 
-def clips_of(*, count: int = 4) -> ConditionedClips:
+def clips_of(*, count: int = 4) -> ActedClips:
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(count, FRAMES, 3, PX, PX, generator=generator)
     conditions = torch.randn(count, FRAMES - 1, 4, generator=generator)
-    return ConditionedClips(frames, conditions, torch.ones(count, FRAMES - 1, dtype=torch.bool), 0, tuple(range(count)))
+    return ActedClips(frames, conditions, torch.ones(count, FRAMES - 1, dtype=torch.bool), 0, tuple(range(count)))
 
 
 def build(run: Run) -> tuple[Dynamics, Networks]:
@@ -130,7 +131,7 @@ def test_the_loss_is_its_formula(encoder: Path, condition: str, exponent: int):
     plain = vjepa.load(encoder).encoder.encoder
     h = F.layer_norm(plain([_view(doubled)])[0], (24,)).unflatten(0, (4, FRAMES))
     dynamics: Any = networks["dynamics"]
-    actions, states = clips.conditions[..., :2], clips.conditions[..., 2:]
+    actions, states = clips.actions[..., :2], clips.actions[..., 2:]
     grid = (4, 4)
     p = F.layer_norm(dynamics.predict(h[:, :-1], actions, states, grid=grid)[0], (24,))
     one = p[:, :1]
@@ -158,7 +159,7 @@ def test_a_later_frame_or_action_leaves_predictions_unchanged(encoder: Path):
     clips = clips_of()
     changed = clips_of()
     changed.frames[:, 3:] += 1
-    changed.conditions[:, 3:] += 1
+    changed.actions[:, 3:] += 1
     for each in (clips, changed):  # only the first two intervals count
         each.valid[:, 2:] = False
     one, other = (method.loss(networks, each, step=0).metrics["prediction"] for each in (clips, changed))
@@ -249,7 +250,7 @@ def test_a_loaded_model_and_its_export_roll_out_as_in_training(
     (clips,) = batch.groups
     method = create_method(run)
     assert isinstance(method, Dynamics)
-    conditions = method.prepare(batch, torch.device("cpu")).conditions
+    conditions = method.prepare(batch, torch.device("cpu")).actions
     dynamics: Any = model.parts["dynamics"]
     with torch.no_grad():
         latents = model.latents(clips.frames)

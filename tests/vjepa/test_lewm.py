@@ -15,8 +15,9 @@ import vjepa
 from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.export.export import export
+from vjepa.methods.actions import ActedClips
 from vjepa.methods.base import Networks, create_method
-from vjepa.methods.lewm.method import ActedClips, Inverse, LeWM
+from vjepa.methods.lewm.method import Inverse, LeWM
 from vjepa.methods.regularizers import directions, sigreg
 from vjepa.weights.load import read_weights
 from vjepa_data.builder.shard import shard

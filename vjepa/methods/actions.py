@@ -1,18 +1,90 @@
-"""What methods with actions share: reading signals, their scale, and the actions of other clips.
+"""Clips with actions, which the methods that predict under actions read: their signals, scale and loss.
 
-Letters: B clips, U intervals between frames, A channels of an action.
+Letters: B clips, T frames, U = T - 1 intervals between frames, Y X pixels, A channels of an action and perhaps a state.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vjepa.methods.base import send
 from vjepa.methods.regularizers import sum_over_ranks
+from vjepa.nn.encoder import normalise
 from vjepa.nn.latent_dynamics import ActionScale
 from vjepa_data.errors import BadInput
-from vjepa_data.reader.batch import Signal
+from vjepa_data.reader.batch import Batch, Signal
 from vjepa_data.reader.signals import interval_statistics
 from vjepa_data.settings import Data
+
+RATIOS = {"copy_ratio": ("prediction", "copy_last"), "action_gain": ("shuffled_actions", "prediction")}
+"""Ratios to log. A model whose error is not below that of copying the last frame is worthless. The action gain is 1 for
+a model that ignores actions."""
+
+
+@dataclass(frozen=True)
+class ActedClips:
+    """Clips on the device with the actions between their frames, and perhaps the state at each frame."""
+
+    frames: Float[Tensor, "B T C Y X"]
+    """Normalised pixels. The colours of a frame are neighbours in memory, since each frame is encoded alone."""
+
+    actions: Float[Tensor, "B U A"]
+    """Actions after each frame but the last, then the states at these frames, if the method reads states."""
+
+    valid: Bool[Tensor, "B U"]
+    """False where a frame is held, or where the source has no action."""
+
+    step: int
+    slots: tuple[int, ...]
+    keys: tuple[bytes, ...] = ()
+    """Keys of the B T frames in the feature cache, if there is one."""
+
+
+def read_clips(
+    batch: Batch, device: torch.device, action: tuple[str, int], state: tuple[str, int] | None
+) -> ActedClips:
+    """Bring clips of one length and their signals to the device.
+
+    Args:
+        batch: a batch with one group of clips.
+        device: where they go.
+        action, state: name of the signal, and its channels.
+
+    Raises:
+        BadInput: a signal has another number of channels.
+    """
+    (clips,) = batch.groups  # the settings make sure that all clips have one length
+    signal = clips.signals[action[0]]
+    values, valid = check_channels(action[0], signal, action[1]), signal.valid
+    if state is not None:
+        signal = clips.signals[state[0]]
+        values = torch.cat((values, check_channels(state[0], signal, state[1])[:, :-1]), dim=-1)
+        valid = valid & signal.valid[:, :-1]
+    pixels = send(clips.frames, device)
+    frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
+    return ActedClips(frames, send(values, device), send(valid, device), batch.step, clips.slots)
+
+
+def example_signals(
+    clips: int, frames: int, device: torch.device, action: tuple[str, int], state: tuple[str, int] | None = None
+) -> Mapping[str, Signal]:
+    """Return zeros of the shapes that `read_clips` reads.
+
+    Args:
+        clips, frames: number of clips and of their frames.
+        device: where the signals lie.
+        action, state: name of the signal, and its channels.
+    """
+
+    def make(channels: int, length: int) -> Signal:
+        valid = torch.ones(clips, length, dtype=torch.bool, device=device)
+        return Signal(torch.zeros(clips, length, channels, device=device), valid, ("",) * channels, ("",) * channels)
+
+    found = {action[0]: make(action[1], frames - 1)}
+    return found | ({state[0]: make(state[1], frames)} if state else {})
 
 
 class CorpusScale(ActionScale):

@@ -16,20 +16,27 @@ a state.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vjepa.methods.actions import CorpusScale, actions_of_next_slot, check_channels
-from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
+from vjepa.methods.actions import (
+    RATIOS,
+    ActedClips,
+    CorpusScale,
+    actions_of_next_slot,
+    example_signals,
+    read_clips,
+)
+from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens
 from vjepa.methods.dynamics.settings import DynamicsSettings
 from vjepa.methods.feature_cache import FeatureCache, frame_keys
 from vjepa.nn.attention import Backend
-from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.frame_dynamics import FrameDynamics, normed
 from vjepa.nn.grid import clip_grid
 from vjepa.nn.init import assign
@@ -37,21 +44,6 @@ from vjepa.nn.shapes import Model
 from vjepa_data.errors import BadInput
 from vjepa_data.reader.batch import Batch, Signal
 from vjepa_data.rng import generator
-
-
-@dataclass(frozen=True)
-class ConditionedClips:
-    """Clips on the device with the actions between their frames, and perhaps the state at each."""
-
-    frames: Float[Tensor, "B T C Y X"]
-    conditions: Float[Tensor, "B U AC"]
-    """Actions after each frame but the last, then the states at these frames."""
-
-    valid: Bool[Tensor, "B U"]
-    step: int
-    slots: tuple[int, ...]
-    keys: tuple[bytes, ...] = ()
-    """Keys of the B T frames in the feature cache, if there is one."""
 
 
 class FrozenEncoder(Encoder):
@@ -145,9 +137,7 @@ class Dynamics(Method):
         predictor = FrameDynamics(
             run.model, actions=settings.action_channels, states=settings.state_channels, seed=run.seed
         )
-        signals = {settings.action: settings.action_channels}
-        if settings.state is not None:
-            signals[settings.state] = settings.state_channels
+        signals = dict(filter(None, (settings.action_signal, settings.state_signal)))
         scales = CorpusScale(run.data if settings.normalise == "z" else None, signals)
         return Networks(
             {"dynamics": predictor},
@@ -157,43 +147,27 @@ class Dynamics(Method):
 
     def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
         """Return actions between frames, and states at frames."""
-        settings = self.settings
+        return example_signals(clips, frames, device, self.settings.action_signal, self.settings.state_signal)
 
-        def make(channels: int, length: int) -> Signal:
-            valid = torch.ones(clips, length, dtype=torch.bool, device=device)
-            return Signal(torch.zeros(clips, length, channels, device=device), valid, (), ())
-
-        found = {settings.action: make(settings.action_channels, frames - 1)}
-        return found | ({settings.state: make(settings.state_channels, frames)} if settings.state else {})
-
-    def prepare(self, batch: Batch, device: torch.device) -> ConditionedClips:
+    def prepare(self, batch: Batch, device: torch.device) -> ActedClips:
         """Bring clips and signals to the device.
 
         Raises:
             BadInput: a signal has another number of channels than the settings say.
         """
-        settings = self.settings
-        (clips,) = batch.groups  # `check` makes sure that all clips have one length
-        action = clips.signals[settings.action]
-        conditions, valid = check_channels(settings.action, action, settings.action_channels), action.valid
-        if settings.state is not None:
-            state = clips.signals[settings.state]
-            values = check_channels(settings.state, state, settings.state_channels)
-            conditions = torch.cat((conditions, values[:, :-1]), dim=-1)
-            valid = valid & state.valid[:, :-1]
-        pixels = send(clips.frames, device)
-        frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
-        keys = tuple(frame_keys(clips.frames.flatten(0, 1))) if settings.feature_cache else ()
-        return ConditionedClips(frames, send(conditions, device), send(valid, device), batch.step, clips.slots, keys)
+        clips = read_clips(batch, device, self.settings.action_signal, self.settings.state_signal)
+        if not self.settings.feature_cache:
+            return clips
+        return replace(clips, keys=tuple(frame_keys(batch.groups[0].frames.flatten(0, 1))))
 
-    def loss(self, networks: Networks, inputs: ConditionedClips, *, step: int) -> Loss:
+    def loss(self, networks: Networks, inputs: ActedClips, *, step: int) -> Loss:
         """Return the teacher-forced error plus the weighted error of the rollout."""
         settings, run, size = self.settings, self.run, inputs.frames.shape
         reference = networks["encoder_file"]
         assert isinstance(reference, EncoderFile)
         reference.check()
         features = self._features(networks, inputs)
-        conditions = networks["dynamics.scales"](inputs.conditions)
+        conditions = networks["dynamics.scales"](inputs.actions)
         others = actions_of_next_slot(conditions[..., : settings.action_channels], inputs.slots, run.batch_size)
         grid, steps = clip_grid(1, size[-1], run.model), settings.rollout_steps
         prefix = self._prefix(inputs.step, intervals=size[1] - 1)
@@ -221,11 +195,11 @@ class Dynamics(Method):
             metrics={name: metric.detach() for name, metric in metrics.items()},
             features=sample_tokens([found.following.detach().flatten(1, 2)]),
             tokens=TokenCounts(total=features.shape[:3].numel(), visible=features.shape[:3].numel()),
-            ratios={"copy_ratio": ("prediction", "copy_last"), "action_gain": ("shuffled_actions", "prediction")},
+            ratios=RATIOS,
         )
 
     @torch.no_grad()
-    def _features(self, networks: Networks, inputs: ConditionedClips) -> Float[Tensor, "B T N D"]:
+    def _features(self, networks: Networks, inputs: ActedClips) -> Float[Tensor, "B T N D"]:
         """Return the features of all frames, each encoded alone, after the layer norm."""
         frames = inputs.frames.flatten(0, 1)[:, :, None].expand(-1, -1, self.run.model.tubelet_frames, -1, -1)
 

@@ -5,10 +5,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from vjepa.methods.settings import MethodSettings, RunSettings
+from vjepa.methods.action_settings import ActionSettings
+from vjepa.methods.settings import RunSettings
 
 
-class DynamicsSettings(MethodSettings):
+class DynamicsSettings(ActionSettings):
     """Predict the features of the next frame under actions, on a frozen encoder (V-JEPA 2-AC, arXiv:2506.09985)."""
 
     name: Literal["dynamics"] = "dynamics"
@@ -21,29 +22,14 @@ class DynamicsSettings(MethodSettings):
     """Folder in which features of frames are kept, so that later epochs do not compute them again. It changes only the
     speed. Several encoders, corpora and runs may share it."""
 
-    action: str = "action"
-    """Signal that acts between frames. It must be among `data.signals`."""
-
-    action_channels: int = Field(ge=1)
-    """Numbers of an action between two frames: the columns of the signal; with `combine: stack` times the rows."""
-
     state: str | None = None
     """Signal of the state at each frame, such as the pose of an arm. By default the predictor sees none."""
 
     state_channels: int = Field(default=0, ge=0)
     """Columns of the state."""
 
-    normalise: Literal["z", "none"] = "z"
-    """Scale actions and states by their statistics over the train split, or read them as they are (V-JEPA 2-AC)."""
-
     exponent: Literal[1, 2] = 2
     """Power of the absolute error. V-JEPA 2-AC: 1. jepa-wms (arXiv:2512.24497) found 2 better in planning."""
-
-    rollout_steps: int = Field(default=2, ge=0)
-    """Steps that are predicted from prediction to prediction. V-JEPA 2-AC: 2."""
-
-    rollout_weight: float = Field(default=1.0, ge=0)
-    """Weight of the mean error over these steps."""
 
     random_prefix: bool = False
     """Begin the rollout after a random number of true frames, the same for all clips of a step. By default after
@@ -52,6 +38,11 @@ class DynamicsSettings(MethodSettings):
     detach: bool = False
     """Let no gradient flow from a step of the rollout into the steps before it (jepa-wms)."""
 
+    @property
+    def state_signal(self) -> tuple[str, int] | None:
+        """Name and channels of the state, if there is one."""
+        return None if self.state is None else (self.state, self.state_channels)
+
     def with_absolute_paths(self) -> "DynamicsSettings":
         """Return the same settings with absolute paths."""
         cache = self.feature_cache and os.path.abspath(self.feature_cache)
@@ -59,25 +50,11 @@ class DynamicsSettings(MethodSettings):
 
     def check(self, run: RunSettings) -> None:
         """Reject clips without actions or with mixed lengths."""
-        data = run.data
-        for signal in filter(None, (self.action, self.state)):
-            if signal not in data.signals:
-                raise ValueError(f"objective dynamics reads the signal {signal!r}; add it to data.signals")
+        self.check_clips(run, *filter(None, (self.action, self.state)))
         if (self.state is None) != (self.state_channels == 0):
             raise ValueError(
                 f"objective.state is {self.state!r} and objective.state_channels {self.state_channels}; set both or "
                 "none"
-            )
-        lengths = sorted({source.frames or data.clip.frames for source in data.sources})
-        if len(lengths) > 1 or lengths[0] < max(2, 1 + self.rollout_steps):
-            raise ValueError(
-                f"objective dynamics needs clips of one length, at least {max(2, 1 + self.rollout_steps)} frames for "
-                f"objective.rollout_steps {self.rollout_steps}; the sources have {lengths}"
-            )
-        if lengths[0] % run.model.tubelet_frames:
-            raise ValueError(
-                f"data.clip.frames ({lengths[0]}) must be divisible by model.tubelet_frames "
-                f"({run.model.tubelet_frames}), since pictures and reports encode whole clips"
             )
         if run.model.levels or run.model.class_token or run.model.still_tokens:
             raise ValueError(

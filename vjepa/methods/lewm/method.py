@@ -19,19 +19,25 @@ A channels of an action, S steps of the rollout.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from vjepa.methods.actions import CorpusScale, actions_of_next_slot, check_channels
-from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens, send
+from vjepa.methods.actions import (
+    RATIOS,
+    ActedClips,
+    CorpusScale,
+    actions_of_next_slot,
+    example_signals,
+    read_clips,
+)
+from vjepa.methods.base import Loss, Method, Networks, TokenCounts, sample_tokens
 from vjepa.methods.lewm.settings import LeWMSettings
 from vjepa.methods.regularizers import directions, sigreg, sum_over_ranks, world_size
 from vjepa.nn.attention import Backend
-from vjepa.nn.encoder import Encoder, View, normalise
+from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import clip_grid
 from vjepa.nn.init import init_weights
 from vjepa.nn.latent_dynamics import Centre, LatentDynamics
@@ -41,21 +47,6 @@ from vjepa_data.reader.batch import Batch, Signal
 SMALLEST_STD = 0.1
 """Added to the standard deviation of tokens, which a layer norm brought to about 1, so that constant channels stay
 small."""
-
-
-@dataclass(frozen=True)
-class ActedClips:
-    """Clips on the device with the actions between their frames."""
-
-    frames: Float[Tensor, "B T C Y X"]
-    """Normalised pixels. The colours of a frame are neighbours in memory, since each frame is encoded alone."""
-
-    actions: Float[Tensor, "B U A"]
-    valid: Bool[Tensor, "B U"]
-    """False where a frame is held, or where the source has no action."""
-
-    step: int
-    slots: tuple[int, ...]
 
 
 class Inverse(nn.Module):
@@ -120,10 +111,7 @@ class LeWM(Method):
 
     def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
         """Return actions between frames."""
-        channels = self.settings.action_channels
-        values = torch.zeros(clips, frames - 1, channels, device=device)
-        valid = torch.ones(clips, frames - 1, dtype=torch.bool, device=device)
-        return {self.settings.action: Signal(values, valid, ("",) * channels, ("",) * channels)}
+        return example_signals(clips, frames, device, self.settings.action_signal)
 
     def prepare(self, batch: Batch, device: torch.device) -> ActedClips:
         """Bring clips and actions to the device.
@@ -131,12 +119,7 @@ class LeWM(Method):
         Raises:
             BadInput: the actions have another number of channels than the settings say.
         """
-        (clips,) = batch.groups  # `check` makes sure that all clips have one length
-        signal = clips.signals[self.settings.action]
-        actions = check_channels(self.settings.action, signal, self.settings.action_channels)
-        pixels = send(clips.frames, device)
-        frames = normalise(pixels.flatten(0, 1)[:, None]).squeeze(2).unflatten(0, pixels.shape[:2])
-        return ActedClips(frames, send(actions, device), send(signal.valid, device), batch.step, clips.slots)
+        return read_clips(batch, device, self.settings.action_signal)
 
     def loss(self, networks: Networks, inputs: ActedClips, *, step: int) -> Loss:
         """Return the weighted sum of the terms."""
@@ -190,7 +173,7 @@ class LeWM(Method):
             metrics={name: metric.detach() for name, metric in metrics.items()},
             features=sample_tokens([z.detach()]),
             tokens=TokenCounts(total=tokens.shape[:3].numel(), visible=tokens.shape[:3].numel()),
-            ratios={"copy_ratio": ("prediction", "copy_last"), "action_gain": ("shuffled_actions", "prediction")},
+            ratios=RATIOS,
         )
 
     def _encode_frames(self, encoder: nn.Module, frames: Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B T N D"]:

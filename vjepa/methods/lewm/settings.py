@@ -4,23 +4,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from vjepa.methods.settings import MethodSettings, RunSettings
+from vjepa.methods.action_settings import ActionSettings
+from vjepa.methods.settings import RunSettings
 
 
-class LeWMSettings(MethodSettings):
+class LeWMSettings(ActionSettings):
     """Learn an encoder of frames and a predictor of the next frame's latent under actions, end to end (LeWM,
     arXiv:2603.19312). Targets are not detached. SIGReg and an inverse model prevent collapse."""
 
     name: Literal["lewm"] = "lewm"
 
-    action: str = "action"
-    """Signal that acts between frames. It must be among `data.signals`."""
-
     action_channels: int = Field(default=2, ge=1)
     """Numbers of an action between two frames: the columns of the signal; with `combine: stack` times the rows."""
-
-    normalise: Literal["z", "none"] = "z"
-    """Scale actions by their statistics over the train split, which the corpus holds, or read them as they are."""
 
     latent: tuple[int, int] = (256, 32)
     """Hidden channels of the projector, and channels of a latent."""
@@ -28,9 +23,6 @@ class LeWMSettings(MethodSettings):
     rollout_steps: int = Field(default=8, ge=0)
     """Steps that are predicted from the first frame alone, from prediction to prediction; 0 for none. LeWM trains
     without, PLDM with 16."""
-
-    rollout_weight: float = Field(default=1.0, ge=0)
-    """Weight of the mean error over these steps."""
 
     regularizer_weight: float = Field(default=0.09, ge=0)
     """Weight of SIGReg, which is applied to the latents of each frame of the clips separately. LeWM: 0.09."""
@@ -59,24 +51,11 @@ class LeWMSettings(MethodSettings):
 
     def check(self, run: RunSettings) -> None:
         """Reject clips without actions, mixed lengths, several levels, and accumulation."""
-        data = run.data
-        if self.action not in data.signals:
-            raise ValueError(f"objective lewm reads the signal {self.action!r}; set data.signals=[{self.action}]")
-        lengths = sorted({source.frames or data.clip.frames for source in data.sources})
-        if len(lengths) > 1 or data.clip.sequence > 1:
+        self.check_clips(run, self.action)
+        if run.data.clip.sequence > 1:
             raise ValueError(
-                f"objective lewm compares frames of all clips, but sources have {lengths} frames and "
-                f"{data.clip.sequence} clips in a row; give all sources the same frames, and data.clip.sequence=1"
-            )
-        if lengths[0] < max(2, 1 + self.rollout_steps):
-            raise ValueError(
-                f"objective.rollout_steps ({self.rollout_steps}) needs clips of {max(2, self.rollout_steps + 1)} "
-                f"frames, data.clip.frames is {lengths[0]}"
-            )
-        if lengths[0] % run.model.tubelet_frames:
-            raise ValueError(
-                f"data.clip.frames ({lengths[0]}) must be divisible by model.tubelet_frames "
-                f"({run.model.tubelet_frames}), since pictures and reports encode whole clips"
+                f"objective lewm compares frames of all clips, but data.clip.sequence is {run.data.clip.sequence}; set "
+                "it to 1"
             )
         if run.model.levels or run.model.predict_context or run.model.causal:
             raise ValueError(
