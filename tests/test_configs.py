@@ -42,3 +42,19 @@ def test_a_config_states_its_estimated_cost(path: Path) -> None:
     assert cost[1] == f"{teraflops:.{decimals}f}"
     assert cost[2] == f"{found.hours * found.gpus:,.0f}"
     assert found.fits, f"{found.memory_gib:.0f} GiB a GPU"
+
+
+def test_v_jepa_2_ac_has_the_published_numbers() -> None:
+    """Those of configs/train/vitg16/droid-256px-8f.yaml and, for the batch, of arXiv:2506.09985."""
+    epoch, run = 300, load("vjepa2_ac_vitg16_256px_8f").settings
+    clip, crop, model, optim = run.data.clip, run.data.crop, run.model, run.optim
+    objective = run.objective.model_dump()
+    assert (run.steps, run.batch_size, run.seed, run.precision) == ((315 - 15) * epoch, 256, 239, "bf16")
+    assert (clip.frames, clip.fps, crop.px, crop.flip) == (8, 4, 256, 0)
+    assert (model.encoder.name, model.patch_px, model.tubelet_frames, model.rope) == ("vit_giant", 16, 2, "tiled")
+    assert (model.predictor.depth, model.predictor.width, model.predictor.heads) == (24, 1024, 16)
+    assert (model.predictor.mlp_ratio, model.condition, model.window) == (4, "token", None)
+    assert (objective["action_channels"], objective["state_channels"], objective["normalise"]) == (7, 7, "none")
+    assert (objective["rollout_steps"], objective["rollout_weight"], objective["exponent"]) == (2, 1, 1)
+    assert (optim.start_lr, optim.lr, optim.warmup_steps, optim.decay) == (7.5e-5, 4.25e-4, 15 * epoch, "constant")
+    assert (optim.weight_decay, optim.final_weight_decay, optim.clip_norm) == (0.04, None, None)
