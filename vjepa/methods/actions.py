@@ -44,7 +44,7 @@ class ActedClips:
 
 
 def read_clips(
-    batch: Batch, device: torch.device, action: tuple[str, int], state: tuple[str, int] | None
+    batch: Batch, device: torch.device, action: tuple[str, int], state: tuple[str, int] | None = None
 ) -> ActedClips:
     """Bring clips of one length and their signals to the device.
 
