@@ -108,7 +108,7 @@ class Segments:
         return Segments(() if starts is not None else tuple(joined), backend, starts, longest, blocks, masks)
 
 
-def _by_run(values: Tensor, runs: Sequence[tuple[int, int]]) -> list[Int[Tensor, "_sequences _length"]]:
+def _by_run(values: Tensor, runs: Sequence[Run]) -> list[Int[Tensor, "_sequences _length"]]:
     parts = values.split([count * length for count, length in runs])
     return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
 
