@@ -273,3 +273,39 @@ def test_joined_recordings_are_one_video(tmp_path: Path) -> None:
     assert stored(path)[1] == list(range(210))
     assert [number for _, number in shown(path, info, start_s=8.0)][-10:] == list(range(200, 210))
     assert stored(path, start_s=7.9, end_s=8.3)[0].frames == 10
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+@pytest.mark.parametrize("gap_s", [0.4, 3])
+@pytest.mark.parametrize(("end", "begins"), [(None, 0), (-500, 0), (None, 6), (-500, 6)])
+def test_joined_recordings_with_a_gap_are_one_video(
+    codec: str, gap_s: float, end: int | None, begins: int, tmp_path: Path
+) -> None:
+    """The first may end, and the second begin, inside a packet. The last whole picture is held meanwhile."""
+    options = X264 if codec == "libx264" else {"bf": "2"}
+    first = write(tmp_path / "a.ts", codec, frames=60, options=options).read_bytes()
+    write(tmp_path / "b.ts", codec, frames=75, shown=lambda n: n + 60, options=options)
+    second = _delayed(tmp_path / "b.ts", 2.4 + gap_s)
+    if begins:
+        second = second[: 3 * 188] + second[len(second) // 188 // begins * 188 :]
+    path = tmp_path / "x.ts"
+    path.write_bytes(first[:end] + second)
+    info = probe(path)
+    assert info.duration_s == pytest.approx(5.4 + gap_s, abs=0.1)
+    seen = [number for _, number in shown(path, info)]
+    assert seen == sorted(set(seen))
+    assert {*range(56), *range(120, 135)} <= set(seen)
+    if not begins:
+        assert {*range(60, 135)} <= set(seen)
+
+
+def _delayed(path: Path, seconds: float) -> bytes:
+    """Return a recording whose clock begins later."""
+    out = path.with_suffix(".late.ts")
+    with av.open(str(path)) as old, av.open(str(out), "w", options={"output_ts_offset": str(seconds)}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return out.read_bytes()

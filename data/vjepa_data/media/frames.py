@@ -24,6 +24,12 @@ from vjepa_data.media.video import FORMATS, Reason, Refused, SeekPoint, VideoInf
 STEPS_BACK_S = (0, 1, 2, 4, 8, 16, 32)
 """How much earlier to seek, in seconds, until a pass begins early enough. The last attempt begins at the start."""
 
+TRUSTED = 16
+"""Frames after missing ones count once so many packets gave no error. Tuned by hand on joined recordings."""
+
+NUMBERED = ("h264", "hevc")
+"""Codecs that number their pictures, so that the decoder notices missing ones. Others show a wrong picture."""
+
 Timed = tuple[Fraction, av.VideoFrame]
 
 
@@ -123,6 +129,11 @@ class Pass:
         self._key_ticks = 0
         """Display time of the key frame where decoding began. Frames before it may refer to missing ones."""
         self._is_leading = self._drops_leading = False
+        self._gap_ticks: int | None = None
+        """Display time of the first picture after missing ones. They may be referred to up to the next key frame."""
+        self._doubtful: list[av.VideoFrame] = []
+        """Frames after missing ones. They count unless an error follows before `TRUSTED` packets or a key frame."""
+        self._doubted = 0
         self._slots: deque[int] = deque()
         self._number, self._form = 0, None
         self._last_ticks = 0
@@ -166,15 +177,17 @@ class Pass:
             heartbeat()
             is_end = is_flush(packet)
             jumps = not is_end and self._clock.stamp(packet)
+            is_late = not is_end and self._clock.is_late
             if held is not None:
-                yield from self._decode(held, is_last=is_end or jumps)
-            if jumps:
-                yield from self._drain()
-                self._stream.codec_context.flush_buffers()
-                self._needs_key = True
+                yield from self._decode(held, is_last=is_end or jumps or is_late)
+            if is_late and self._gap_ticks is None:
+                self._gap_ticks = packet.dts if packet.pts is None else packet.pts
+            if jumps or (is_late and self._stream.codec_context.name not in NUMBERED):
+                yield from self._wait_for_key()
             held = None if is_end else packet
         if held is not None:
             yield from self._decode(held, is_last=True)
+        yield from self._trust()
         yield from self._drain()
         yield from self._hold()
 
@@ -200,8 +213,14 @@ class Pass:
             return
         is_ahead = packet.pts is not None and packet.pts < self._key_ticks and self._info.container not in SLOTTED
         self._is_leading = self._is_leading and (is_ahead or packet.is_keyframe)
-        if is_last and self._is_recording and packet.is_corrupt:
+        is_broken = self._is_recording and (is_last or self._gap_ticks is not None)
+        if is_broken and packet.is_corrupt:
+            yield from self._wait_for_key()
             return
+        if self._gap_ticks is not None:
+            self._doubted += 1
+            if packet.is_keyframe or self._doubted > TRUSTED:
+                yield from self._trust()
         if packet.dts is not None and self._info.container in SLOTTED:
             self._slots.append(packet.dts)
         self.fed += 1
@@ -209,9 +228,26 @@ class Pass:
             frames = self._stream.codec_context.decode(packet)
         except FFmpegError as error:
             is_first = not self._number and self._info.container in SLOTTED
-            if self._is_leading or is_first or (is_last and self._is_recording):
-                return
-            raise self._damaged(error) from None
+            if is_broken:
+                yield from self._wait_for_key()
+            elif not (self._is_leading or is_first):
+                raise self._damaged(error) from None
+            return
+        if any(frame.is_corrupt and _is_from(frame, self._gap_ticks) for frame in frames):
+            yield from self._wait_for_key()
+        else:
+            yield from self._timed(frames)
+
+    def _wait_for_key(self) -> Iterator[Timed]:
+        """Yield the frames before a gap, if any, and leave out all packets up to the next key frame."""
+        yield from self._drain(end=self._gap_ticks)
+        self._doubtful, self._doubted, self._gap_ticks = [], 0, None
+        self._stream.codec_context.flush_buffers()
+        self._needs_key = True
+
+    def _trust(self) -> Iterator[Timed]:
+        """Yield the frames after missing ones, since no error followed."""
+        frames, self._doubtful, self._doubted, self._gap_ticks = self._doubtful, [], 0, None
         yield from self._timed(frames)
 
     def _begin(self, packet: av.Packet) -> bool:
@@ -229,17 +265,21 @@ class Pass:
                 raise Refused(Reason.DAMAGED, "the seek point is not where it was")
         return True
 
-    def _drain(self) -> Iterator[Timed]:
+    def _drain(self, end: int | None = None) -> Iterator[Timed]:
+        """Yield the frames that the decoder holds back, as far as they are displayed before `end`."""
         try:
             frames = self._stream.codec_context.decode(None)
         except FFmpegError as error:
             if self._is_recording:
                 return
             raise self._damaged(error) from None
-        yield from self._timed(frames, is_drained=True)
+        yield from self._timed([f for f in frames if not _is_from(f, end)], is_drained=True)
 
     def _timed(self, frames: list[av.VideoFrame], *, is_drained: bool = False) -> Iterator[Timed]:
         for frame in frames:
+            if _is_from(frame, self._gap_ticks):
+                self._doubtful.append(frame)
+                continue
             ticks = self._ticks(frame)
             is_before_key = ticks < self._key_ticks and self._info.container not in SLOTTED
             if is_before_key and (frame.is_corrupt or self._drops_leading):
@@ -265,3 +305,8 @@ class Pass:
         if frame.pts is not None:
             return frame.pts
         return self._last_ticks + (frame.duration or self._clock.period)
+
+
+def _is_from(frame: av.VideoFrame, ticks: int | None) -> bool:
+    """Tell whether a frame is displayed at a time or later. No time is later than all."""
+    return ticks is not None and frame.pts is not None and frame.pts >= ticks

@@ -58,6 +58,8 @@ class PacketClock:
         self.period = max(1, round(1 / (rate * time_base)))
         """Ticks per frame."""
         self.offset = point.offset if point else 0
+        self.is_late = False
+        """In a broadcast format, more than a frame is missing before the last packet, which is no jump of the clock."""
         self._next: int | None = (point.ticks if point else 0) if self._is_raw else None
 
     def stamp(self, packet: av.Packet) -> bool:
@@ -73,6 +75,7 @@ class PacketClock:
             dts = 0 if self._next is None else self._next - self.offset
         gap = 0 if self._next is None else dts + self.offset - self._next
         jumps = not -MAX_BACKSTEP_S <= gap * self._time_base <= MAX_JUMP_S
+        self.is_late = not jumps and gap > self.period
         self.offset -= gap if jumps else 0
         packet.dts = dts + self.offset
         packet.pts = None if packet.pts is None else packet.pts + self.offset
