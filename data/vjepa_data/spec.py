@@ -1,7 +1,7 @@
 """Spec of a corpus of shards: every setting of `vjepa shard` that changes the stored bytes."""
 
 import codecs
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
@@ -152,6 +152,10 @@ class Split(Settings):
 
 class Spec(Settings):
     """Settings of a corpus of shards. The same sources and spec give the same bytes."""
+
+    file_paths: ClassVar[tuple[str, ...]] = ("filter.deny",)
+    """Settings that hold paths. A relative path counts from the folder of the file that names it, if it exists there,
+    else from the working directory."""
 
     name: str = Field(default="videos", pattern=r"^[a-z0-9_-]{1,40}$")
     """Name of the corpus, and prefix of the names of shards and the keys of samples."""

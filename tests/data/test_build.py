@@ -247,7 +247,9 @@ def test_each_filter_has_its_own_reason(videos: Path, tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "banned.mp4", look=5)
     write_video(tmp_path / "in" / "fine.mp4", look=6)
     (tmp_path / "deny.txt").write_text("in/banned.mp4\n")
-    build(tmp_path / "in", tmp_path / "o", "filter.max_duration_s=5", f"filter.deny={tmp_path}/deny.txt")
+    (tmp_path / "spec.yaml").write_text("filter: {max_duration_s: 5, deny: deny.txt}\n")  # beside the spec
+    found = load_settings(Spec, tmp_path / "spec.yaml", SMALL).settings
+    shard([str(tmp_path / "in")], tmp_path / "o", spec=found, workers=1)
     rejects = pq.read_table(tmp_path / "o" / "rejects.parquet").to_pylist()
     assert {(row["source"], row["reason"]) for row in rejects} == {
         ("in/short.mp4", "too_short"),
