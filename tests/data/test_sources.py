@@ -154,6 +154,8 @@ def test_tars_give_videos_and_labels_and_nothing_else(tmp_path: Path) -> None:
         "a.txt": b"a ball\n",
         "a.pyd": b"cos\nsystem\n(S'touch pwned'\ntR.",
         "../b.mp4": write_scenes(tmp_path / "w.mp4", [2]).read_bytes(),
+        "../b.txt": "café".encode("latin-1"),  # costs the caption alone
+        "../b.json": b'{"speed": 4}',
         "c.json": b"{}",
         "d.mp4": video[:200],
     }
@@ -168,9 +170,12 @@ def test_tars_give_videos_and_labels_and_nothing_else(tmp_path: Path) -> None:
     build([tmp_path / "x.tar"], tmp_path / "o")
     assert {f["source"]: f["labels"] for f in jsons(tmp_path / "o")} == {
         "x.tar/a": {"speed": 3, "caption": "a ball"},
-        "x.tar/../b": {},
+        "x.tar/../b": {"speed": 4},
     }
+    rejects = {row["source"]: row["detail"] for row in rows_of(tmp_path / "o", "rejects")}
+    assert rejects["x.tar/../b.txt"].endswith("not utf-8 at byte 3; set columns.encoding, such as cp1252")
     assert [(row["source"], row["reason"]) for row in rows_of(tmp_path / "o", "rejects")] == [
+        ("x.tar/../b.txt", "bad_labels"),
         ("x.tar/d", "no_index"),
         ("x.tar/e.mp4", "skipped"),
     ]

@@ -400,7 +400,7 @@ def _tar(path: Path, name: str, spec: Spec) -> Iterator[InputFile]:
             part = suffix.rpartition(".")[0]
             is_first = not part and suffix == next(s for s in suffixes if "." not in s)
             ending = "" if is_first else f".{part or suffix}"
-            yield _tar_sample(path, readable(f"{name}/{sample.key}{ending}"), sample, suffix, spec)
+            yield from _tar_sample(path, readable(f"{name}/{sample.key}{ending}"), sample, suffix, spec)
     for skipped in contents.skipped:
         if not skipped.name or PurePosixPath(skipped.name).suffix.lower() in {*wanted, ".json", ".txt"}:
             has_video = True  # or what might have been one
@@ -412,24 +412,28 @@ def _tar(path: Path, name: str, spec: Spec) -> Iterator[InputFile]:
         yield InputFile(name, FileRef(str(path)), refused=(Reason.EMPTY, detail))
 
 
-def _tar_sample(path: Path, name: str, sample: TarSample, video: str, spec: Spec) -> InputFile:
+def _tar_sample(path: Path, name: str, sample: TarSample, video: str, spec: Spec) -> Iterator[InputFile]:
+    """Yield a sample, and a refusal of its caption alone if that is in another encoding."""
     part = video.rpartition(".")[0]
     members = {suffix.removeprefix(f"{part}.") if part else suffix: span for suffix, span in sample.members.items()}
     file = FileRef(str(path), sample.members[video].offset, sample.members[video].size)
-    kind = "json"
     try:
         with path.open("rb") as tar:
             facts = read_labels(_read(tar, members["json"])) if "json" in members else {}
-            kind = "txt"
-            caption = _caption(_read(tar, members["txt"]), spec) if "txt" in members else {}
-        if is_ours(facts):
-            split = facts.get("split")
-            return InputFile(
-                name, file, facts["labels"], group=facts["group"], split=split if isinstance(split, str) else None
-            )
-        return InputFile(name, file, check_labels({**facts, **caption}))
+            text = _read(tar, members["txt"]) if "txt" in members and not is_ours(facts) else b""
     except (OSError, ValueError) as error:
-        return InputFile(name, file, refused=(Reason.BAD_LABELS, f"{kind}: {error}"))
+        yield InputFile(name, file, refused=(Reason.BAD_LABELS, f"json: {error}"))
+        return
+    if is_ours(facts):
+        split = facts.get("split")
+        split = split if isinstance(split, str) else None
+        yield InputFile(name, file, facts["labels"], group=facts["group"], split=split)
+        return
+    try:
+        yield InputFile(name, file, check_labels({**facts, **(_caption(text, spec) if text else {})}))
+    except ValueError as error:
+        yield InputFile(name, file, facts)
+        yield InputFile(f"{name}.txt", file, refused=(Reason.BAD_LABELS, f"the caption is left out: {error}"))
 
 
 def _caption(data: bytes, spec: Spec) -> dict[str, Any]:
