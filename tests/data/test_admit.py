@@ -169,7 +169,11 @@ def test_remote_tars_are_indexed_and_read_remotely(
 ) -> None:
     (foreign / "sub" / "00001-val.tar").rename(foreign / "00001.tar")
     store.take(foreign)
+    with pytest.raises(OSError, match="unreachable"):
+        index_shards(f"{address}/{{00000..00001}}.tar", out=tmp_path / "o", name="far", advance=_fail)
+    first = store.objects.pop(f"{foreign.name}/00000.tar")  # it is not read again
     found = index_shards(f"{address}/{{00000..00001}}.tar", out=tmp_path / "o", name="far")
+    store.objects[f"{foreign.name}/00000.tar"] = first
     here = index_shards(foreign, name="far", out=tmp_path / "here")
     assert [(s.file, s.sha256, s.bytes) for s in found.manifest.shards] == [
         (s.file.removeprefix("shards/"), s.sha256, s.bytes) for s in here.manifest.shards
@@ -184,6 +188,10 @@ def test_remote_tars_are_indexed_and_read_remotely(
     assert verify(tmp_path / "o", deep=True).problems == ()
     del store.objects[f"{foreign.name}/00001.tar"]
     assert verify(tmp_path / "o").problems == ("00001.tar: missing",)
+
+
+def _fail(done: int, total: int) -> None:
+    raise OSError("the store is unreachable")
 
 
 def test_urls_that_cannot_be_indexed_are_errors(address: str, tmp_path: Path) -> None:

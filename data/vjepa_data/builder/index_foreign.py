@@ -7,8 +7,10 @@ reliably. The result counts them.
 
 import fnmatch
 import hashlib
+import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from vjepa_data.atomic import atomic_write
 from vjepa_data.builder.labels import MAX_FILE_BYTES, read_labels
 from vjepa_data.builder.source import readable
 from vjepa_data.builder.tar_members import Span, read_tar, video_suffixes
@@ -39,6 +42,9 @@ from vjepa_data.media.video import SUFFIXES as VIDEOS
 from vjepa_data.media.video import Reason, Refused
 from vjepa_data.settings import BadInput
 from vjepa_data.spec import Encode
+
+PARTS = ".index"
+"""Folder in a new corpus for what was found in remote tars so far."""
 
 SUFFIXES = ("mp4", "jpg", "jpeg", "png", "webp")
 
@@ -94,7 +100,8 @@ def index_shards(
 
     Args:
         place: folder of the tars, searched recursively, or their URL (`find_tars`). Remote tars are read once, one
-            after another, and are not kept: a run reads samples from the URL through its cache.
+            after another, and are not kept: a run reads samples from the URL through its cache. What was found in each
+            is kept until all are read, so that the same call continues after an outage.
         out: folder for the table and the manifest, with links to local tars (default: `place` itself).
         name: name of the corpus (default: that of `place`).
         splits: split for each pattern of tar names, e.g. {"*val*": "val"} (default: `train`).
@@ -119,11 +126,16 @@ def index_shards(
     tars: list[_Tar] = []
     with WorkerPool[ExamineTask, Examined]("vjepa_data.media.tasks", workers=workers, timeout_s=timeout_s) as pool:
         for file in found.files:
-            with local_tar(found.root, file, scratch=target) as path:
-                tars.append(
-                    _refused_tar(path, file, links.get(file, file))
-                    or _examine_tar(path or Path(file), file, pool, labels, deep=deep)
-                )
+            part = _part(target, found.root, file, labels, deep=deep) if is_remote(place) else None
+            tar = _read_part(part) if part else None
+            if tar is None:
+                with local_tar(found.root, file, scratch=target) as path:
+                    tar = _refused_tar(path, file, links.get(file, file))
+                    tar = tar or _examine_tar(path or Path(file), file, pool, labels, deep=deep)
+                if part and tar.bytes:
+                    part.parent.mkdir(exist_ok=True)
+                    atomic_write(part, json.dumps(asdict(tar)).encode())
+            tars.append(tar)
             advance(len(tars), len(found.files))
     if found.rejects:
         omitted = [_reject(readable(name), Reason.SKIPPED, detail) for name, detail in found.rejects]
@@ -144,7 +156,22 @@ def index_shards(
     title = name or Path(found.root.rstrip("/")).resolve().name
     manifest = write_manifest(target, records, [], name=title, spec=spec, tools={})
     prepare(target, manifest)
+    shutil.rmtree(target / PARTS, ignore_errors=True)
     return IndexResult(manifest, dict(sum((tar.flaws for tar in tars), Counter())), dict(rejects))
+
+
+def _part(folder: Path, root: str, file: str, labels: Sequence[str] | None, *, deep: bool) -> Path:
+    """Return the file that keeps the examination of a remote tar until all tars are examined."""
+    call = json.dumps([root, file, labels, deep])
+    return folder / PARTS / f"{hashlib.sha256(call.encode()).hexdigest()[:32]}.json"
+
+
+def _read_part(part: Path) -> _Tar | None:
+    if not part.is_file():
+        return None
+    kept = json.loads(part.read_bytes())
+    rejects = [RejectRecord(**reject) for reject in kept.pop("rejects")]
+    return _Tar(**kept | {"rejects": rejects, "flaws": Counter(kept["flaws"])})
 
 
 def _example(tars: Sequence[_Tar]) -> str:
