@@ -19,7 +19,7 @@ from vjepa.evals.object_labels import TokenLabels
 from vjepa.evals.results import format_table, read_result
 from vjepa.evals.shell import run_evaluation
 from vjepa.weights.load import load
-from vjepa.weights.native import VideoEncoder
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa_data.settings import BadInput
 
 

@@ -26,7 +26,7 @@ from vjepa.config import Parallel
 from vjepa.methods.base import Networks
 
 # Compiled variants of a block that are kept. A mixture of clip lengths in other numbers may need another one. Beyond
-# this limit blocks run uncompiled, with a warning; torch's own limit of 8 would be reached within minutes.
+# this limit blocks run uncompiled, with a warning. torch's own limit of 8 would be reached within minutes.
 COMPILED_VARIANTS = 64
 
 

@@ -192,7 +192,7 @@ def _check_loopback() -> None:
     """Check that loopback is up. Gloo needs an address even for a single rank, and its own error is a page of C++."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("127.0.0.1", 9))  # nothing is sent; the call only looks up a route
+            probe.connect(("127.0.0.1", 9))  # sends nothing, and only looks up a route
     except OSError as error:
         raise BadInput(
             f"this machine has no network interface, not even loopback (127.0.0.1: {error.strerror}); bring it up: "

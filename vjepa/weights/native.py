@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from vjepa.nn.shapes import Model
 from vjepa.weights.tensors import SafeTensors, read_json
-from vjepa.weights.video_encoder import VideoEncoder as VideoEncoder
+from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.errors import BadInput
 

@@ -8,7 +8,7 @@ the difference between two frames tells which films are impossible.
 
 Seven laws are broken:
 
-    permanence  an object that went behind the screen does not come out, or one comes out that never went in
+    permanence  an object that went behind the screen does not come out, or a new object comes out
     continuity  it comes out in another lane
     colour      it comes out with another colour
     shape       it comes out with another shape
@@ -96,7 +96,7 @@ class Quadruplet:
     """Left and right edge of the screen."""
     shade: float
     rises: bool
-    """Whether the screen rises in the first frames, so that one sees what it will hide."""
+    """Whether the screen rises in the first frames, so that the hidden part is seen first."""
     mirrored: bool
     """Whether the films are flipped, left to right."""
     a: Film
