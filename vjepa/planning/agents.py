@@ -21,6 +21,11 @@ from vjepa.planning.worlds import Simulator, View, World
 from vjepa_data.errors import BadInput
 from vjepa_data.rng import generator
 
+MOST_TOGETHER = 8
+"""Episodes that a model plans together on a CPU. More gain little."""
+
+EVERYTHING = 1 << 30
+
 
 @dataclass
 class Counts:
@@ -92,24 +97,68 @@ class Planning:
 class PlannerAgent:
     """Plans to the horizon, carries out the first steps, and plans again from the rest of the plan."""
 
-    def __init__(self, scorer: Scorer, world: World, planning: Planning, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        planning: Planning,
+        *,
+        low: Float[ndarray, " A"],
+        high: Float[ndarray, " A"],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Args:
+        scorer: dynamics and distance.
+        planning: how to plan.
+        low, high: bounds of the actions.
+        device: device of the scorer.
+
+        Raises:
+            BadInput: a bound is infinite, or the planner needs a gradient that the scorer does not have.
+        """
         if planning.planner == "adam" and not scorer.has_gradient:
             raise BadInput(
                 "adam follows the gradient of the cost, and this cost has none; choose cem or another planner"
             )
         self.counts, self._scorer, self._planning = Counts(), scorer, planning
         self._device = torch.device(device)
-        self._box = make_box(world.low, world.high, self._device)
+        self._box = make_box(low, high, self._device)
         self._plans: Float[Tensor, "E H A"] | None = None
+        self._together: int | None = None
 
     def act(self, view: View, step: int) -> Float[ndarray, "E X A"]:
         """Plan for each episode."""
         start = self._first_guess(len(view), step)
-        alone = not self._scorer.is_elementwise and self._device.type == "cpu"
-        rows = [slice(e, e + 1) for e in range(len(view))] if alone else [slice(None)]
+        if self._together is None and len(view) > 1:
+            self._together = self._measure_together(view)
+        together = self._together or 1
+        rows = [slice(e, e + together) for e in range(0, len(view), together)]
         self._plans = torch.cat([self._plan(view.take(part), start[part], step) for part in rows])
         self.counts.plans += len(view)
         return self._plans[:, : self._planning.execute].double().cpu().numpy()
+
+    @torch.no_grad()
+    def _measure_together(self, view: View) -> int:
+        """Return how many episodes may be planned together without a change of their costs, bit by bit.
+
+        A CPU's matrix products choose their order of summation by the shape of the batch. For small models the order
+        is mostly the same, and a batch of eight episodes is twice as fast as one.
+        """
+        planning, most = self._planning, min(MOST_TOGETHER, len(view))
+        if self._scorer.is_elementwise or self._device.type != "cpu":
+            return EVERYTHING
+        if planning.planner == "adam":
+            return 1
+        numbers = [int(n) for n in view.tasks.numbers[:most]]
+        for samples in (planning.effort.samples + 2, planning.effort.samples + 1):
+            draws = Draws(planning.seed, numbers, 0, self._device)
+            noise = draws.normal(0, samples=samples, horizon=min(2, planning.horizon), actions=len(self._box.low))
+            actions = self._box.clip(self._box.middle + noise * self._box.width)
+            alone = [self._scorer.cost(view.take(slice(e, e + 1)))(actions[e : e + 1]) for e in range(most)]
+            for count in range(2, most + 1):
+                found = self._scorer.cost(view.take(slice(0, count)))(actions[:count])
+                if not torch.equal(found, torch.cat(alone[:count])):
+                    return 1
+        return most
 
     def _first_guess(self, episodes: int, step: int) -> Float[Tensor, "E H A"]:
         """Return the rest of the last plans, or the middle of the box."""

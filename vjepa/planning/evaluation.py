@@ -171,7 +171,7 @@ class Contenders:
         name = "cem" if settings.planner == "inverse" else settings.planner
         planning = Planning(name, settings.effort, settings.horizon, settings.execute, settings.seed)
         device = "cpu" if self.model is None else next(self.model.parameters()).device
-        return PlannerAgent(scorer, self.world, planning, device=device)
+        return PlannerAgent(scorer, planning, low=self.world.low, high=self.world.high, device=device)
 
     @property
     def _model(self) -> WorldModel:

@@ -65,12 +65,10 @@ def make_examples(
     found = simulate(simulator, policy="mixed", layout=layout, seed=seed, episodes=range(episodes), frames=frames)
     layouts = np.repeat(found.layouts, frames, axis=0)
     states = found.states.reshape(episodes * frames, -1)
-    parts = range(0, len(states), ENCODED_TOGETHER)
+    parts = [slice(first, first + ENCODED_TOGETHER) for first in range(0, len(states), ENCODED_TOGETHER)]
     latents = [
-        encode(model, simulator.render(states[i : i + ENCODED_TOGETHER], layouts[i : i + ENCODED_TOGETHER], model.px))[
-            0
-        ]
-        for i in track(parts, "encode episodes", len(parts))
+        encode(model, simulator.render(states[part], layouts[part], model.px), alone=False)[0]
+        for part in track(parts, "encode episodes", len(parts))
     ]
     device = device_of(model)
     return Examples(

@@ -5,8 +5,9 @@
     learned dynamics  the predictor alone: states    the planner that needs no state
                       are read from latents
 
-The last bits of a matrix product depend on the shape of its batch, and so would plans. On a CPU a planner therefore
-gives a model one episode at a time. The true dynamics treat rows elementwise and compute all episodes together.
+The last bits of a matrix product may depend on the shape of its batch, and so would plans. On a CPU frames are encoded
+one by one, and `PlannerAgent` plans episodes together only where it has measured that their costs are the same alone.
+The true dynamics treat rows elementwise and compute all episodes together.
 
 Letters: E episodes, N samples, H steps of a plan, S columns of a state, A columns of an action, P height and width in
 pixels, h w rows and columns of a latent, D channels of a latent.
@@ -136,7 +137,7 @@ class TrueDynamicsScorer:
         def score(actions: Tensor) -> Tensor:
             futures, spread = simulate_plans(self._simulator, states, tasks, actions)
             frames = self._simulator.render(futures.reshape(len(spread), -1), spread.layouts, self.model.px)
-            latents = encode(self.model, frames)[0].unflatten(0, actions.shape[:3])
+            latents = encode(self.model, frames, alone=False)[0].unflatten(0, actions.shape[:3])
             return cost_of(self._cost, self._distance(latents, goals), start)
 
         return score
@@ -188,12 +189,22 @@ def check_model(model: WorldModel) -> None:
 
 
 @torch.no_grad()
-def encode(model: WorldModel, *frames: ndarray) -> tuple[Float[Tensor, "E h w D"], ...]:
-    """Return the latents of each array of frames [E P P 3]."""
+def encode(model: WorldModel, *frames: ndarray, alone: bool = True) -> tuple[Float[Tensor, "E h w D"], ...]:
+    """Return the latents of each array of frames [E P P 3].
+
+    Args:
+        model: the encoder.
+        frames: arrays of frames.
+        alone: on a CPU, encode each frame by itself.
+    """
     device = device_of(model)
-    return tuple(
-        model.latents(torch.from_numpy(np.ascontiguousarray(given)).to(device)[:, None])[:, 0] for given in frames
-    )
+
+    def latents(given: ndarray) -> Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(given)).to(device)[:, None]
+        parts = pixels.split(1 if alone and device.type == "cpu" else len(pixels))
+        return torch.cat([model.latents(part)[:, 0] for part in parts])
+
+    return tuple(latents(given) for given in frames)
 
 
 def predict(
