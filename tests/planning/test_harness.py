@@ -22,6 +22,7 @@ from vjepa.planning.planners import Effort
 from vjepa.planning.results import make_row
 from vjepa.planning.scoring import LearnedScorer, OracleScorer, ShuffledScorer
 from vjepa.planning.worlds import SimulatedWorld, make_world
+from vjepa.report.planning import write_page
 from vjepa_data.errors import BadInput
 from vjepa_data.worlds.episodes import WORLDS
 
@@ -124,13 +125,13 @@ def test_a_policy_takes_the_actions_of_the_evaluation(model: Path):
 
 
 def test_an_interrupted_evaluation_continues(model: Path, tmp_path: Path):
-    rows = evaluate(model, SMALL, tmp_path / "out", batch=2)
+    rows = evaluate(model, SMALL, tmp_path / "out", batch=2).rows
     complete = read_episodes(tmp_path / "out")
     records = tmp_path / "out" / RECORDS
     text = records.read_text()
     records.write_text(text[: len(text) * 2 // 3])
     (tmp_path / "out" / "plan.json").unlink()
-    again = evaluate(model, SMALL, tmp_path / "out", batch=3)
+    again = evaluate(model, SMALL, tmp_path / "out", batch=3).rows
     assert read_episodes(tmp_path / "out") == complete
     assert [(r.agent, r.group, r.reached, r.held) for r in again] == [
         (r.agent, r.group, r.reached, r.held) for r in rows
@@ -182,12 +183,18 @@ def test_all_agents_of_the_diagnosis_and_of_inverse_planning_play(model: Path, t
     settings = replace(
         SMALL, episodes=1, diagnose=1, distances=(5,), per_distance=1, cost="temporal", against=("inverse", "shuffled")
     )
-    rows = evaluate(model, settings, tmp_path / "out")
-    played = {(row.agent, row.group) for row in rows}
+    found = evaluate(model, settings, tmp_path / "out")
+    played = {(row.agent, row.group) for row in found.rows}
     mixed = {("true dynamics, latent cost", "diagnosis"), ("learned dynamics, true cost", "diagnosis")}
     assert played >= mixed | {("model", "diagnosis"), ("model", "5 steps away"), ("inverse", "hard")}
-    found = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert found["tasks"]["drawn"] >= found["tasks"]["hard"]
+    content = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert content["tasks"]["drawn"] >= content["tasks"]["hard"]
+    page = write_page(found, tmp_path / "out").read_text()
+    assert "True and learned dynamics" in page
+    assert "Energy" in page
+    films = list((tmp_path / "out" / "films").glob("*.mp4"))
+    assert films
+    assert all(f"films/{film.name}" in page for film in films)
 
 
 def test_a_row_counts_first_success_and_the_end_apart():

@@ -84,6 +84,8 @@ def plan(
     """
     from vjepa.cli.models import usable_device
     from vjepa.planning.evaluation import AGAINST, PlanSettings, effort_of, evaluate, format_rows
+    from vjepa.progress import progress
+    from vjepa.report.planning import write_page
     from vjepa_data.errors import BadInput
 
     unknown = [name for name in against if name not in AGAINST]
@@ -95,5 +97,8 @@ def plan(
         against=against, distances=distances, per_distance=per_distance, diagnose=diagnose, seed=seed,
         data_seed=data_seed, data_episodes=data_episodes,
     )  # fmt: skip
-    rows = evaluate(model, settings, out, part=part, batch=batch, device=usable_device(device), overwrite=overwrite)
-    print(format_rows(rows))
+    found = evaluate(model, settings, out, part=part, batch=batch, device=usable_device(device), overwrite=overwrite)
+    print(format_rows(found.rows))
+    with progress("draw pictures"):
+        page = write_page(found, out)
+    print(page)

@@ -124,6 +124,8 @@ class PlannerAgent:
         self._box = make_box(low, high, self._device)
         self._plans: Float[Tensor, "E H A"] | None = None
         self._together: int | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
+        """Plans [E N H A] that were evaluated last, and their costs [E N]."""
 
     def act(self, view: View, step: int) -> Float[ndarray, "E X A"]:
         """Plan for each episode."""
@@ -178,7 +180,10 @@ class PlannerAgent:
     def _counted(self, cost: Cost) -> Callable[[Tensor], Tensor]:
         def score(actions: Tensor) -> Tensor:
             self.counts.calls += actions.shape[:3].numel()
-            return cost(actions)
+            costs = cost(actions)
+            if actions.shape[1] > 1:  # not the mean alone, with which a planner may end
+                self.last = actions.detach(), costs.detach()
+            return costs
 
         return score
 

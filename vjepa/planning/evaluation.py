@@ -18,7 +18,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -210,6 +210,18 @@ class Contenders:
         )
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that is done."""
+
+    contenders: Contenders
+    tasks: TaskSet
+    lines: Sequence[Mapping[str, Any]]
+    """The records, a line for each batch of an agent."""
+
+    rows: Sequence[Row]
+
+
 def check_world(model: WorldModel, world: World) -> None:
     """Check that a model's actions are those of a world.
 
@@ -261,7 +273,7 @@ def evaluate(
     batch: int = 25,
     device: str | None = None,
     overwrite: bool = False,
-) -> list[Row]:
+) -> Evaluation:
     """Play all agents, and write the result.
 
     Args:
@@ -318,7 +330,7 @@ def evaluate(
     }
     with new_file(result, overwrite=True) as file:
         file.write_text(json.dumps(content, indent=1) + "\n")
-    return rows
+    return Evaluation(contenders, tasks, records.lines, rows)
 
 
 def _is_skipped(agent: str, group: str) -> bool:

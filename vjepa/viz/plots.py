@@ -150,7 +150,7 @@ def plot(
             frameon=False, fontsize=6.5, labelcolor=INK, ncols=len(curves), handlelength=1, columnspacing=0.8,
             handletextpad=0.4, loc="lower right", bbox_to_anchor=(1.02, 0.97),
         )  # fmt: skip
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str) -> str:
@@ -180,7 +180,7 @@ def bars(rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, 
     _dress(axes)
     axes.grid(axis="x", visible=False)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=len(series), loc="lower right", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def running_mean(values: Float[ndarray, " n"], window: int) -> Float[ndarray, " n"]:
@@ -201,7 +201,7 @@ def _dress(axes) -> None:
     axes.tick_params(length=0, labelsize=8, labelcolor=FAINT)
 
 
-def _svg(figure) -> str:
+def as_svg(figure) -> str:
     """Return SVG without the XML header, the date and random ids, so that equal pictures give equal text."""
     import matplotlib as mpl
 
