@@ -38,13 +38,17 @@ def test_the_commands_of_the_architecture_page_work(page_folder: Path) -> None:
     assert json.loads((page_folder / "runs/demo/shards/manifest.json").read_text())["splits"]
 
 
-def test_the_commands_of_the_worlds_page_work(page_folder: Path) -> None:
+def test_the_commands_of_the_worlds_and_planning_pages_work(page_folder: Path) -> None:
     quick = "steps=2 batch_size=4 optim.warmup_steps=0 track.wandb=off"
     smaller = {"--videos 2000": "--videos 6"}
     smaller |= {f"vjepa train {name}": f"vjepa train {name} {quick}" for name in ("lewm_two_room", "dynamics_two_room")}
     run_page(ROOT / "docs/worlds.md", page_folder, smaller=smaller)
     assert (page_folder / "rollout.png").exists()
     assert len((page_folder / "runs/dynamics_two_room/metrics.jsonl").read_text().splitlines()) == 2
+    few = "--budget 4 --samples 4 --elites 2 --iterations 1 --horizon 4 --data-episodes 2"
+    smaller = {"--episodes 200": f"--episodes 2 {few}", "--episodes 100": f"--episodes 2 {few}"}
+    run_page(ROOT / "docs/planning.md", page_folder, smaller=smaller)
+    assert (page_folder / "plans/two_room/report.html").exists()
 
 
 def test_the_commands_of_the_physics_page_work(page_folder: Path) -> None:

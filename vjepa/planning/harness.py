@@ -30,6 +30,9 @@ from vjepa_data.errors import BadInput
 from vjepa_data.worlds.base import LayoutKind
 
 DRAWN_TOGETHER = 256
+PROCESSES = 8
+"""Tasks of a world that cannot be simulated that are drawn together: each has a process."""
+
 MOST_DRAWN = 100
 """Tasks that are drawn for each task that is wanted, before the search ends with an error."""
 
@@ -72,17 +75,18 @@ def draw_tasks(
     """
     kinds: dict[str, list[Tasks]] = {"hard": [], "straight": []}
     counts, drawn, solved = {"hard": 0, "straight": 0}, 0, 0
+    together = DRAWN_TOGETHER if world.simulator is not None else min(episodes, PROCESSES)
     while counts["hard"] < episodes:
         if drawn >= MOST_DRAWN * episodes + DRAWN_TOGETHER:
             raise BadInput(
                 f"only {counts['hard']} of {drawn} tasks of {world.name} cannot be solved by a straight line; give "
                 "fewer --episodes, or a smaller --budget"
             )
-        tasks = world.tasks(range(drawn, drawn + DRAWN_TOGETHER), seed=seed, layout=layout)
+        tasks = world.tasks(range(drawn, drawn + together), seed=seed, layout=layout)
         at_goal, is_straight = _easy(world, tasks, budget)
         last = np.flatnonzero(~at_goal & ~is_straight)[: episodes - counts["hard"]]
-        end = int(last[-1]) + 1 if counts["hard"] + len(last) == episodes else DRAWN_TOGETHER
-        within = np.arange(DRAWN_TOGETHER) < end
+        end = int(last[-1]) + 1 if counts["hard"] + len(last) == episodes else together
+        within = np.arange(together) < end
         for name, rows in (("hard", ~at_goal & ~is_straight), ("straight", ~at_goal & is_straight)):
             found = tasks.take(within & rows)
             kinds[name].append(found)

@@ -208,4 +208,8 @@ def make_world(name: str) -> World:
     """
     if name in WORLDS:
         return SimulatedWorld(WORLDS[name])
-    raise BadInput(f"unknown world {name!r}; give one of {', '.join(WORLDS)}")
+    if name.startswith("gym:"):
+        from vjepa.planning.gym_world import GymWorld
+
+        return GymWorld(name.removeprefix("gym:"))
+    raise BadInput(f"unknown world {name!r}; give {', '.join(WORLDS)} or gym:ID for an environment of gymnasium")
