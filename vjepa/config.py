@@ -161,6 +161,29 @@ class OnlineProbe(Settings):
     every_steps: int = Field(default=1000, ge=1)
 
 
+class OnlinePlan(Settings):
+    """Planning in the course of a run: the success of a small deterministic planner, since a validation loss does not
+    predict it."""
+
+    every_steps: int = Field(ge=1)
+    """Steps between measurements."""
+
+    world: str = "two_room"
+    """World of `vjepa plan`, at the rate of the run's clips."""
+
+    layout: Literal["fixed", "random", "held_out"] = "fixed"
+    """Layouts of the tasks."""
+
+    episodes: int = Field(default=20, ge=1)
+    """Tasks that a straight line does not solve, always the same."""
+
+    samples: int = Field(default=32, ge=1)
+    """Plans of an iteration of CEM."""
+
+    iterations: int = Field(default=3, ge=1)
+    """Rounds of a plan."""
+
+
 class Track(Settings):
     """What is recorded, and where. `metrics.jsonl` in the run folder is always written and is the truth."""
 
@@ -175,6 +198,9 @@ class Track(Settings):
 
     probe: OnlineProbe | None = None
     """A probe in the course of the run. By default none."""
+
+    plan: OnlinePlan | None = None
+    """Planning in the course of the run, for methods with a dynamics predictor. By default none."""
 
     profile: Profile | None = None
     """A trace by torch's profiler, in `profile/` of the run folder. By default none."""

@@ -11,9 +11,9 @@ from vjepa.methods.base import create_method
 PX = 32
 
 
-def write_model(folder: Path, *, fps: float = 10.0) -> Path:
-    """Write the initial weights of a tiny LeWM and return its folder."""
-    run = Run.model_validate(
+def tiny_run(*, fps: float = 10.0) -> Run:
+    """Return the settings of a tiny LeWM."""
+    return Run.model_validate(
         {
             "name": "tiny",
             "steps": 1,
@@ -37,6 +37,11 @@ def write_model(folder: Path, *, fps: float = 10.0) -> Path:
             "optim": {"lr": 1e-3},
         }
     )
+
+
+def write_model(folder: Path, *, fps: float = 10.0) -> Path:
+    """Write the initial weights of a tiny LeWM and return its folder."""
+    run = tiny_run(fps=fps)
     networks = create_method(run).build()
     tensors = {
         f"{name}.{path}": value.detach().contiguous()

@@ -1,4 +1,4 @@
-"""Diagnostics that run periodically: pictures, an online probe, a profiler trace."""
+"""Diagnostics that run periodically: pictures, an online probe, planning, a profiler trace."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from vjepa.distributed.world import World
 from vjepa.methods.base import Networks
 from vjepa.monitoring import sample_pictures
 from vjepa.monitoring.logger import RunLogger
+from vjepa.monitoring.online_plan import PlanRunner
 from vjepa.monitoring.online_probe import ProbeRunner
 from vjepa.monitoring.profiler import Profiler
 from vjepa_data.reader.loader import Batch
@@ -21,6 +22,7 @@ class PeriodicTasks:
         self._run, self._folder, self._world, self._logger = run, folder, world, logger
         self._encoder = networks[networks.exported]
         self._probe = ProbeRunner(run.track.probe, run, world) if run.track.probe else None
+        self._plan = PlanRunner(run.track.plan, run, world, networks) if run.track.plan else None
         self._profiler = Profiler(run.track.profile, folder, world)
 
     def run_if_due(self, step: int, batch: Batch) -> Mapping[str, float]:
@@ -40,11 +42,13 @@ class PeriodicTasks:
             free_gathered(self._encoder)
             if self._world.is_first:
                 self._logger.show(sample_pictures.write(picture, self._folder, step), step)
+        metrics: dict[str, float] = {}
         if self._probe and self._probe.is_due(step):
-            metrics = self._probe.measure(self._encoder)
+            metrics |= self._probe.measure(self._encoder)
             free_gathered(self._encoder)
-            return metrics
-        return {}
+        if self._plan and self._plan.is_due(step):
+            metrics |= self._plan.measure()
+        return metrics
 
     def close(self) -> None:
         """Write an unfinished trace."""

@@ -120,7 +120,7 @@ class Contenders:
         self.settings, self.world, self.model = settings, world, model
         if model is not None:
             check_model(model)
-            check_world(model, world)
+            check_fit(world, channels=action_channels(model), fps=model.fps)
         needs_data = settings.cost == "temporal" or settings.planner == "inverse" or settings.diagnose
         for name in settings.against:
             if name in NEEDS_MODEL and model is None:
@@ -222,22 +222,31 @@ class Evaluation:
     rows: Sequence[Row]
 
 
-def check_world(model: WorldModel, world: World) -> None:
+def check_fit(world: World, *, channels: int, fps: float) -> None:
     """Check that a model's actions are those of a world.
+
+    Args:
+        world: the world.
+        channels: columns of the model's actions.
+        fps: frames per second of its clips.
 
     Raises:
         BadInput: the number of columns or the rate differs.
     """
-    part = model.parts["dynamics"]
-    scale = part.actions if hasattr(part, "actions") else part.scales
-    channels = len(scale.mean)  # pyright: ignore[reportArgumentType]
     if channels != len(world.low):
         raise BadInput(f"the model has actions of {channels} channels, {world.name} of {len(world.low)}")
-    if abs(model.fps - world.fps) > 1e-6:
+    if abs(fps - world.fps) > 1e-6:
         raise BadInput(
-            f"the model has seen clips of {model.fps:g} frames per second, and {world.name} acts {world.fps:g} times "
+            f"the model has seen clips of {fps:g} frames per second, and {world.name} acts {world.fps:g} times "
             f"per second; train with data.clip.fps={world.fps:g}"
         )
+
+
+def action_channels(model: WorldModel) -> int:
+    """Return the columns of a model's actions."""
+    part = model.parts["dynamics"]
+    scale = part.actions if hasattr(part, "actions") else part.scales
+    return len(scale.mean)  # pyright: ignore[reportArgumentType]
 
 
 def untrained(model: WorldModel, *, seed: int = 0) -> WorldModel:
