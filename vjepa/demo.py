@@ -63,6 +63,37 @@ def demo(out: Path, *, videos: Path | None = None, overrides: Sequence[str] = ()
     return 0
 
 
+def demo_world(out: Path, world: str, *, episodes: int = 40, overrides: Sequence[str] = ()) -> int:
+    """Simulate films with actions, shard, learn an encoder with its dynamics, plan, report.
+
+    Args:
+        out: folder to work in. The output of an earlier demo is replaced.
+        world: world to learn. Its run file is `lewm_WORLD`.
+        episodes: hard tasks to plan for.
+        overrides: settings of the run, such as `steps=200`.
+
+    Raises:
+        BadInput: `out` holds files that are not from a demo, the world has no run file, or a setting is invalid.
+    """
+    films, shards, run_folder, plans = out / "videos", out / "shards", out / "run", out / "plan"
+    settings = [f"data.sources=[{{shards: {json.dumps(str(shards))}}}]", "track.wandb=off", *overrides]
+    load(f"lewm_{world}", settings)
+    _clear(out)
+    started = time.perf_counter()
+    _print_stage(1, 4, "Simulate episodes: films, and actions between their frames")
+    _run_verb("synthesize", world, "--out", films, "--videos", "2000")
+    _print_stage(2, 4, "Convert films and actions to shards")
+    _run_verb("shard", films, "--spec", films / "spec.yaml", "--out", shards)
+    _print_stage(3, 4, "Learn an encoder of frames and a predictor of what actions do, from films and actions alone")
+    _run_verb("train", f"lewm_{world}", "--out", run_folder, *settings)
+    _print_stage(4, 4, "Plan: reach goals that a straight line does not reach, beside other agents")
+    against = "random,straight,oracle,cloning,shuffled"
+    words = ("--world", world, "--episodes", str(episodes), "--against", against, "--out", plans)
+    _run_verb("plan", run_folder, *words)
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Open {plans / 'report.html'}")
+    return 0
+
+
 def _clear(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).exists():

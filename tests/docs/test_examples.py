@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from pages import ROOT
+from tiny_model import write_model
 
 EXAMPLES = ROOT / "examples"
 
@@ -52,6 +53,14 @@ def test_the_notebook_runs(tiny: Path) -> None:
 
 def test_a_custom_method_trains_and_loads(tiny: Path) -> None:
     assert "features: (1, 2, 6, 6, 48)" in run_example("custom_method.py", tiny / "shards", tiny.parent / "colour")
+
+
+def test_a_model_plans_in_two_rooms(tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    printed = run_example("plan_two_room.py", write_model(tmp_path / "model"), film, 1)
+    assert f"of 1 goals; {film} shows them" in printed
+    assert film.stat().st_size > 1000
+    assert len((EXAMPLES / "plan_two_room.py").read_text().splitlines()) < 60
 
 
 def test_a_custom_evaluation_writes_a_result(tiny: Path) -> None:

@@ -22,14 +22,27 @@ RunFolder = Annotated[Path, Parameter(help="Run folder.")]
 
 
 @verb("demo", example="demo --videos my/videos --out runs/mine steps=400")
-def demo(*, out: Path = Path("runs/demo"), videos: Path | None = None, settings: Settings) -> int:
+def demo(
+    *,
+    out: Path = Path("runs/demo"),
+    videos: Path | None = None,
+    world: Literal["two_room"] | None = None,
+    settings: Settings,
+) -> int:
     """Run the complete pipeline on this machine, in minutes: videos, shards, training, export, probe, report.
 
     Args:
         out: Folder to work in.
         videos: Folder of your own videos, in place of generated physics scenes.
+        world: Learn what actions do in this world instead, and plan in it.
     """
-    from vjepa.demo import demo
+    from vjepa.demo import demo, demo_world
+    from vjepa_data.errors import BadInput
+
+    if world is not None:
+        if videos is not None:
+            raise BadInput("--world simulates its own films; leave --videos out")
+        return demo_world(out, world, overrides=settings)
 
     return demo(out, videos=videos, overrides=settings)
 
