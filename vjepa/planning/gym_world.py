@@ -7,6 +7,7 @@ Letters: E episodes, A columns of an action, P height and width in pixels.
 """
 
 import importlib
+import multiprocessing
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -106,7 +107,9 @@ class GymPlay:
     def __init__(self, gym: Any, make: Any, goal: UInt8[ndarray, "H W 3"], tasks: Tasks, px: int) -> None:
         self.tasks, self._px = tasks, px
         mode = gym.vector.AutoresetMode.DISABLED
-        self._envs = gym.vector.AsyncVectorEnv([make] * len(tasks), autoreset_mode=mode, context="spawn")
+        # Processes fork from a server that has imported this module and no torch.
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "gymnasium"])
+        self._envs = gym.vector.AsyncVectorEnv([make] * len(tasks), autoreset_mode=mode, context="forkserver")
         _, info = self._envs.reset(seed=[int(start) for start in tasks.starts[:, 0]])
         self._goals = np.repeat(_resize(goal, px)[None], len(tasks), axis=0)
         self._is_reached = np.asarray(info["is_success"], bool)
