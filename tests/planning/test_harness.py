@@ -56,6 +56,9 @@ def test_hard_tasks_are_those_that_a_straight_line_does_not_solve(name: str):
     assert isinstance(world, SimulatedWorld)
     tasks = draw_tasks(world, episodes=20, seed=0, layout="fixed", budget=40)
     for group, share in (("hard", 0.0), ("straight", 1.0)):
+        if group not in tasks.groups:
+            assert name == "push", "hardly any task of push is solved by a straight line"
+            continue
         found = play(world, StraightAgent(world.simulator), tasks.groups[group], px=16, budget=40)
         assert (found.distances < world.goal_distance).any(1).mean() == share
         assert (found.distances[:, 0] >= world.goal_distance).all(), "a task was solved from the start"

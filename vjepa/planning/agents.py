@@ -5,7 +5,7 @@ Letters: E episodes, X steps that are carried out, H steps of a plan, A columns 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Counts:
     """Steps of dynamics: one for each step of each plan that was evaluated."""
 
 
+@runtime_checkable
 class Agent(Protocol):
     """Chooses actions for episodes in lock step."""
 

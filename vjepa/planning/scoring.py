@@ -14,7 +14,7 @@ pixels, h w rows and columns of a latent, D channels of a latent.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ LatentDistance = Callable[[Tensor, Tensor], Tensor]
 """Latents [E N H h w D] and goals [E h w D] to distances [E N H]."""
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Makes the cost of plans that begin at a view."""
 

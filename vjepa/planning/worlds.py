@@ -13,7 +13,7 @@ P height and width in pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, UInt8
@@ -50,6 +50,7 @@ class Tasks:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
+@runtime_checkable
 class Simulator(Protocol):
     """A world that can be set to any state. Rows are independent."""
 
@@ -89,6 +90,7 @@ class View:
         return View(self.frames[rows], self.goals[rows], tasks, self.states[rows], self.distance[rows])
 
 
+@runtime_checkable
 class Play(Protocol):
     """Episodes that are played in lock step."""
 
@@ -111,6 +113,7 @@ class Play(Protocol):
         ...
 
 
+@runtime_checkable
 class World(Protocol):
     """A world with tasks."""
 
