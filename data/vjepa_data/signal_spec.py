@@ -60,6 +60,10 @@ class SignalSpec(Settings):
     """Columns of a state that together are a rotation: three Euler angles about the fixed axes x, y, z in rad, or the
     quaternion x, y, z, w."""
 
+    source: tuple[str, ...] = ()
+    """Datasets of an HDF5 episode, side by side, such as `observation/robot_state/cartesian_position`. Default: the
+    dataset of the signal's name."""
+
     difference_of: str | None = None
     """Derive this action from the state of this name: its change from one frame to the next, as in V-JEPA 2-AC.
     A rotation is compared by matrix product and gives three Euler angles. Nothing is stored for it."""
@@ -108,7 +112,7 @@ class SignalSpec(Settings):
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
         """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
-        return without_unused(serialize(self), "flip_swap", "flip_offset", "rotations", "difference_of")
+        return without_unused(serialize(self), "flip_swap", "flip_offset", "rotations", "source", "difference_of")
 
     @property
     def rotation_columns(self) -> tuple[tuple[int, ...], ...]:

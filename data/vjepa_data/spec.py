@@ -187,7 +187,10 @@ class Spec(Settings):
     """Numeric signals of each video, by name. `actions` comes from VIDEO.actions.npy or VIDEO.actions.csv."""
 
     camera: str | None = None
-    """Camera of a LeRobot folder, such as `observation.images.top` or `top`. Default: its only camera."""
+    """Camera of a robot's episodes, such as `observation.images.top` or `top`. Default: their only camera."""
+
+    frames_hz: float | None = Field(default=None, gt=0)
+    """Frames per second of pictures inside HDF5 files that do not state it."""
 
     texts: tuple[Name, ...] = ()
     """Texts of each video. `caption` comes from VIDEO.caption.txt."""
@@ -216,4 +219,4 @@ class Spec(Settings):
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
         """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
-        return without_unused(serialize(self), "camera", "signals", "texts", "folder_label")
+        return without_unused(serialize(self), "camera", "frames_hz", "signals", "texts", "folder_label")

@@ -20,6 +20,7 @@ from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 from vjepa_data.spec import Spec
 from vjepa_data.synthetic.physics import write_video
 from vjepa_data.worlds.episodes import Episodes, simulate
+from vjepa_data.worlds.files import write_episodes
 from vjepa_data.worlds.two_room import TwoRoom
 
 FPS, FRAMES, PX, CAMERA = 10, 12, 64, "observation.images.top"
@@ -116,6 +117,12 @@ def write_v3(folder: Path, **changes: Any) -> None:
     )
 
 
+def write_world(folder: Path) -> None:
+    """The folder that `vjepa synthesize two_room --form lerobot` writes."""
+    ask = {"policy": "expert", "layout": "fixed", "px": PX, "frames": FRAMES, "form": "lerobot"}
+    write_episodes(WORLD, folder, episodes=3, seed=0, **ask)
+
+
 def spec(**more: Any) -> Spec:
     signals = {
         "action": {"columns": ["dx", "dy"], "units": ["side", "side"], "kind": "action", "combine": "sum"},
@@ -130,7 +137,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_folder.cache_clear()
 
 
-@pytest.mark.parametrize("write", [write_v2, write_v3])
+@pytest.mark.parametrize("write", [write_v2, write_v3, write_world])
 def test_frames_and_rows_of_an_episode_agree(tmp_path: Path, write: Callable[[Path], None]):
     write(tmp_path / "robot")
     shard([str(tmp_path / "robot")], tmp_path / "corpus", spec=spec(), workers=1)
@@ -142,7 +149,7 @@ def test_frames_and_rows_of_an_episode_agree(tmp_path: Path, write: Callable[[Pa
         read = index.read(sample, ["action.npy", "state.npy"])
         number = read.labels["episode"]
         numbers.add(number)
-        assert read.labels["task"] == "go"
+        assert read.labels["task"] == ("two_room" if write is write_world else "go")
         assert index.frames[sample] == FRAMES
         states = read_rows(read.members["state.npy"], columns=2, name="state")
         actions = read_rows(read.members["action.npy"], columns=2, name="action")

@@ -201,6 +201,7 @@ def synthesize(
     layout: Literal["fixed", "random", "held_out"] | None = None,
     px: Count | None = None,
     frames: Count | None = None,
+    form: Literal["videos", "lerobot"] | None = None,
 ) -> None:
     """Write generated scenes with known truth as labelled mp4 files; a world with actions also writes its signals.
 
@@ -215,10 +216,11 @@ def synthesize(
         layout: One layout for all episodes (default), random ones, or those that `random` never draws.
         px: Height and width of a frame in pixels. Default: 64, for `curtain` 48.
         frames: Length of an episode. Default: 33 frames at 10 per second.
+        form: Signals of a world as files beside the videos (default), or all as a LeRobot folder.
     """
     from vjepa_data.errors import BadInput
 
-    given = {"policy": policy, "layout": layout, "px": px, "frames": frames}
+    given = {"policy": policy, "layout": layout, "px": px, "frames": frames, "form": form}
     chosen = {name: value for name, value in given.items() if value is not None}
     with progress("writing videos") as advance:
         if kind in ("physics", "violations"):

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
 
-from vjepa_data.builder import lerobot
+from vjepa_data.builder import hdf5, lerobot
 from vjepa_data.builder.labels import MAX_FILE_BYTES, YT_DLP_FIELDS, check_labels, read_labels
 from vjepa_data.builder.source import InputFile as InputFile
 from vjepa_data.builder.source import locate, readable
@@ -54,9 +54,9 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
     """List every source in order of name.
 
     Args:
-        sources: folders (searched recursively), LeRobot folders, video files, tables (CSV, TSV, JSONL, JSON, parquet)
-            with one video per row, lists (.txt) with one path per line, WebDataset tars, and URLs (http, https, s3, gs)
-            of single files, or of a prefix if it ends in `/`.
+        sources: folders (searched recursively), LeRobot folders, HDF5 files with episodes, video files, tables (CSV,
+            TSV, JSONL, JSON, parquet) with one video per row, lists (.txt) with one path per line, WebDataset tars,
+            and URLs (http, https, s3, gs) of single files, or of a prefix if it ends in `/`.
         spec: whether to look for videos or images, and the names of a table's columns.
         out: folder of the corpus, which is skipped if it lies below a source.
 
@@ -167,6 +167,8 @@ def _expand_file(path: Path, name: str, spec: Spec, *, below: str = "", depth: i
         return table_sources(path, spec.columns, name=readable(name), below=below)
     if path.suffix.lower() == ".tar":
         return _tar(path, readable(name), spec)
+    if path.suffix.lower() in hdf5.SUFFIXES:
+        return hdf5.episodes(path, readable(name), spec)
     if PACKED.fullmatch(path.name):
         return [_packed(path, name)]
     return [_file(path, name)]
@@ -179,14 +181,16 @@ def _packed(path: Path, name: str) -> InputFile:
 def _folder(folder: Path, spec: Spec, out: Path | None) -> list[InputFile]:
     """List every video and tar below a folder. Hidden files and folders are skipped.
 
-    Tables named `metadata` that list videos give their labels. Other tables are read if there are neither videos nor
-    tars. A broken link is a source too: it will be rejected as missing, so that it is reported.
+    Tables named `metadata` that list videos give their labels. Other tables and HDF5 files are read if there are
+    neither videos nor tars. Trajectories of DROID have their videos with them. A broken link is a source too: it will
+    be rejected as missing, so that it is reported.
     """
     wanted = _suffixes(spec)
     found: list[InputFile] = []
     tables: list[Path] = []
     videos: list[Path] = []
     others: list[Path] = []
+    arrays: list[Path] = []
 
     def name_of(path: Path) -> str:
         return readable(path.relative_to(folder.parent).as_posix())
@@ -197,13 +201,24 @@ def _folder(folder: Path, spec: Spec, out: Path | None) -> list[InputFile]:
             videos.append(path)
         elif suffix == ".tar":
             found.extend(_tar(path, name_of(path), spec))
+        elif suffix in hdf5.SUFFIXES:
+            arrays.append(path)
         elif PACKED.fullmatch(path.name):
             found.append(_packed(path, name_of(path)))
         elif table_suffix(path) not in (None, ".json"):
             tables.append(path)
         else:
             others.append(path)
-    has_media = bool(videos) or any(source.refused is None for source in found)
+    trajectories = [path for path in arrays if path.name == hdf5.TRAJECTORY]
+    droid = {path.parent for path in trajectories}
+    videos = [path for path in videos if droid.isdisjoint(path.parents)]
+    has_media = bool(videos or trajectories) or any(source.refused is None for source in found)
+    for path in arrays:
+        if path in trajectories or not has_media:
+            found.extend(hdf5.episodes(path, name_of(path), spec))
+        else:
+            others.append(path)
+    has_media = has_media or bool(arrays)
     listed: set[str] = set()
     for path in tables:
         columns = spec.columns

@@ -12,8 +12,6 @@ Source of the layout: huggingface/lerobot, `lerobot/datasets` (Apache-2.0).
 """
 
 import functools
-import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vjepa_data.atomic import atomic_write
-from vjepa_data.corpus.index import user_cache
+from vjepa_data.builder.row_cache import cache_rows
 from vjepa_data.errors import BadInput
 from vjepa_data.media.video import Reason, Refused
 
@@ -178,14 +175,7 @@ def write_rows(video: Path, name: str, camera: str | None) -> Path:
             raise Refused(Reason.BAD_SIGNAL, detail)
         parts.append(_read_rows(episode, name, opened.fps))
         frames += episode.length
-    text = f"{video}\0{name}\0{camera}".encode()
-    path = user_cache() / "lerobot" / f"{hashlib.sha256(text).hexdigest()[:24]}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = np.ascontiguousarray(np.concatenate(parts))
-    sink = io.BytesIO()
-    np.lib.format.write_array(sink, rows, version=(1, 0), allow_pickle=False)
-    atomic_write(path, sink.getvalue())
-    return path
+    return cache_rows("lerobot", (video, name, camera), np.concatenate(parts))
 
 
 def _read_rows(episode: Episode, name: str, fps: float) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from vjepa_data.builder import lerobot
+from vjepa_data.builder import hdf5, lerobot
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.tasks import StoredSample
 from vjepa_data.media.video import Reason, Refused, VideoInfo
@@ -70,6 +70,7 @@ def check_sidecars(place: FileRef, info: VideoInfo, spec: Spec) -> dict[str, Any
         rows = read_rows(path, signal)
         rate_hz = signal.rate_hz or info.fps
         _check_cover(path.name, signal, info, rows=len(rows), rate_hz=rate_hz)
+        hdf5.check_times(place, rate_hz=rate_hz)
         signals[name] = {"rate_hz": rate_hz, "sha256": _sha256(path)}
     for name in spec.texts:
         path = _sidecar(place, name, ("txt",), spec)
@@ -159,6 +160,8 @@ def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...], spec: Spec) -> P
     Raises:
         Refused: it is missing, or two files claim to be it, or the video is not a local file.
     """
+    if "npy" in kinds and hdf5.holds_rows(place):
+        return hdf5.write_rows(place, name, spec.signals[name])
     if place.is_remote or not place.is_whole:
         raise Refused(Reason.BAD_SIGNAL, f"{name} is read from a file beside a local video, not from a tar or URL")
     if "npy" in kinds and lerobot.find_folder(Path(place.path)) is not None:

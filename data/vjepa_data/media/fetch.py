@@ -19,6 +19,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from vjepa_data.child_process import heartbeat
 from vjepa_data.corpus.http_client import Busy, Gone, open_http, public_url
 from vjepa_data.corpus.remote import object_store, store_errors
+from vjepa_data.media.hdf5_frames import write_frames
 from vjepa_data.media.video import Reason, Refused
 
 SCHEMES = frozenset({"http", "https", "s3", "gs"})
@@ -46,7 +47,10 @@ class FileRef:
     size: int | None = None
     """Bytes, or None for the entire file."""
     column: str | None = None
-    """Column of a cell of a parquet file: binary, or a struct with a field `bytes`."""
+    """Column of a cell of a parquet file: binary, or a struct with a field `bytes`. Of an HDF5 file: a dataset of
+    frames."""
+    frames_hz: float | None = None
+    """Rate of the frames of an HDF5 dataset."""
 
     @property
     def is_remote(self) -> bool:
@@ -73,6 +77,8 @@ def open_local(file: FileRef) -> Iterator[Path]:
     with os.fdopen(os.memfd_create("source"), "w+b") as copy:
         if file.is_remote:
             _download(file.path, copy)
+        elif file.frames_hz is not None:
+            write_frames(file.path, file.column or "", file.frames_hz, copy)
         elif file.column is not None:
             _extract_cell(file, file.column, copy)
         else:

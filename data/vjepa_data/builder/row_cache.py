@@ -1,0 +1,27 @@
+"""Rows of robot folders, written to the user's cache in the form of a signal beside a video."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+
+from vjepa_data.atomic import atomic_write
+from vjepa_data.corpus.index import user_cache
+
+
+def cache_rows(kind: str, identity: tuple[object, ...], rows: np.ndarray) -> Path:
+    """Write the rows of a signal, and return the file.
+
+    Args:
+        kind: folder of the cache.
+        identity: what tells these rows from others.
+        rows: [rows, columns].
+    """
+    text = "\0".join(map(str, identity)).encode()
+    path = user_cache() / kind / f"{hashlib.sha256(text).hexdigest()[:24]}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sink = io.BytesIO()
+    np.lib.format.write_array(sink, np.ascontiguousarray(rows), version=(1, 0), allow_pickle=False)
+    atomic_write(path, sink.getvalue())
+    return path
