@@ -340,6 +340,10 @@ def test_a_bucket_is_read_despite_transient_errors(s3: ObjectStore, tmp_path: Pa
     assert source.name == "s3://bucket/raw/v.mp4"
     with open_local(source.file) as path:
         assert path.read_bytes() == video
+    s3.objects["bucket/raw/v.mp4?versionId=old"] = b"an older version"
+    with open_local(FileRef("s3://bucket/raw/v.mp4?versionId=old")) as path:
+        assert path.read_bytes() == b"an older version"
+    del s3.objects["bucket/raw/v.mp4?versionId=old"]
     assert reason_of("s3://bucket/raw/absent.mp4")[0] is Reason.UNREACHABLE
     build(["s3://bucket/raw/"], tmp_path / "o")
     assert [row["group"] for row in rows_of(tmp_path / "o")] == ["s3://bucket/raw/v.mp4"]

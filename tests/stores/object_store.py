@@ -146,18 +146,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _get(self, key: str, options: dict[str, str], body: bytes, trouble: Trouble) -> Answer:
         if "list-type" in options:
             return self._list(key, options)
+        version = {"x-amz-version-id": options["versionId"]} if "versionId" in options else {}
+        key += "".join(f"?versionId={name}" for name in version.values())
         if key not in self.server.objects:
             return failure(404)
         data = self.server.objects[key]
         span = self.headers.get("Range")
         if span is None or not trouble.knows_ranges or trouble.form != "plain":
-            return Answer(200, data)
+            return Answer(200, data, version)
         first, last = span.removeprefix("bytes=").split("-")
         start, end = int(first), min(int(last or len(data)), len(data) - 1)
         end = end if trouble.largest_range is None else min(end, start + trouble.largest_range - 1)
         if start >= len(data):
             return failure(416)
-        return Answer(206, data[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+        return Answer(206, data[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(data)}"} | version)
 
     def _list(self, bucket: str, options: dict[str, str]) -> Answer:
         prefix, mark = options.get("prefix", ""), options.get("delimiter", "")

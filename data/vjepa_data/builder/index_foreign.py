@@ -133,8 +133,7 @@ def index_shards(
                     tar = _refused_tar(path, file, links.get(file, file))
                     tar = tar or _examine_tar(path or Path(file), file, pool, labels, deep=deep)
                 if part and tar.bytes:
-                    part.parent.mkdir(exist_ok=True)
-                    atomic_write(part, json.dumps(asdict(tar)).encode())
+                    _write_part(part, tar)
             tars.append(tar)
             advance(len(tars), len(found.files))
     if found.rejects:
@@ -164,6 +163,12 @@ def _part(folder: Path, root: str, file: str, labels: Sequence[str] | None, *, d
     """Return the file that keeps the examination of a remote tar until all tars are examined."""
     call = json.dumps([root, file, labels, deep])
     return folder / PARTS / f"{hashlib.sha256(call.encode()).hexdigest()[:32]}.json"
+
+
+def _write_part(part: Path, tar: _Tar) -> None:
+    part.parent.mkdir(exist_ok=True)
+    kept = vars(tar) | {"rejects": [asdict(reject) for reject in tar.rejects]}
+    atomic_write(part, json.dumps(kept).encode())
 
 
 def _read_part(part: Path) -> _Tar | None:

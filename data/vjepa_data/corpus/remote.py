@@ -211,12 +211,18 @@ def _take(read: Callable[[int], bytes], size: int, deadline: float) -> bytes:
 
 
 @functools.cache
-def object_store(scheme: str) -> Any:
-    """Return the fsspec file system of a scheme. Keys may hold `::`, which `fsspec.open` takes for a chain."""
+def object_store(scheme: str, *, of_version: bool = False) -> Any:
+    """Return the fsspec file system of a scheme. Keys may hold `::`, which `fsspec.open` takes for a chain.
+
+    Args:
+        scheme: of a URL.
+        of_version: whether the URLs name a version of an S3 object (`?versionId=`). By default s3fs reads the newest.
+    """
     import fsspec
 
-    settings = {}
+    settings: dict[str, Any] = {}
     if scheme == "s3":
+        settings["version_aware"] = of_version
         settings["config_kwargs"] = {"connect_timeout": 10, "read_timeout": SILENCE_S, "retries": {"max_attempts": 1}}
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it logs where it found the credentials
     try:
@@ -225,10 +231,15 @@ def object_store(scheme: str) -> Any:
         raise BadInput(f"{scheme}:// needs a missing package ({e}); pip install 'vjepa-pretrain[s3]'") from e
 
 
+def store_of(url: str) -> Any:
+    """Return the fsspec file system that opens a URL."""
+    return object_store(url.partition(":")[0].lower(), of_version="?versionId=" in url)
+
+
 def _store_range(url: str, start: int, size: int) -> bytes:
     from fsspec.exceptions import FSTimeoutError
 
-    store = object_store(url.partition(":")[0])
+    store = store_of(url)
     limit_s = SILENCE_S + size / SLOWEST_BYTES_S
     try:
         return read_store_range(store, url, start, start + size, timeout_s=limit_s)

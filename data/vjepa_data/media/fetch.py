@@ -18,7 +18,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from vjepa_data.child_process import heartbeat
 from vjepa_data.corpus.http_client import Busy, Gone, open_http, public_url
-from vjepa_data.corpus.remote import object_store, store_errors
+from vjepa_data.corpus.remote import store_errors, store_of
 from vjepa_data.media.hdf5_frames import write_frames
 from vjepa_data.media.video import Reason, Refused
 
@@ -166,7 +166,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _download_object(url: str, copy: BinaryIO) -> None:
-    with object_store(url.partition(":")[0].lower()).open(url, "rb") as file:
+    with store_of(url).open(url, "rb") as file:
         _copy_stream(file.read, copy)
 
 
