@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vjepa_data.builder.lerobot import open_folder
+from vjepa_data.builder.lerobot import open_folder, write_rows
 from vjepa_data.builder.shard import shard
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import BadInput
@@ -189,7 +189,7 @@ def test_an_episode_stays_in_one_split(tmp_path: Path):
         ({"rows_1": {"timestamp": [np.float32(i / FPS + 0.06) for i in range(FRAMES)]}}, "0.060 s from its frame"),
         ({"rows_1": {"action": [[float("nan"), 0.0]] * FRAMES}}, "is not finite"),
         ({"rows_1": {"episode_index": [2] * FRAMES}}, "belong to others"),
-        ({"episode_1": {f"videos/{CAMERA}/from_timestamp": 1.5}}, "begins at frame 15"),
+        ({"episode_1": {f"videos/{CAMERA}/from_timestamp": 1.5}}, "episode 2 begins at frame 24 of .*, expected 27"),
         ({"episode_2": {"length": FRAMES + 3}}, "12 rows for 15 frames"),
     ],
 )
@@ -197,6 +197,17 @@ def test_a_folder_whose_rows_do_not_fit_is_refused_with_the_reason(tmp_path: Pat
     write_v3(tmp_path / "robot", **changes)
     with pytest.raises(BadInput, match=reason):
         shard([str(tmp_path / "robot")], tmp_path / "corpus", spec=spec(), workers=1)
+
+
+def test_frames_of_a_deleted_episode_belong_to_none(tmp_path: Path):
+    write_v3(tmp_path / "robot")
+    meta = tmp_path / "robot/meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(meta).take([0, 2]), meta)
+    rows = np.load(write_rows(tmp_path / f"robot/videos/{CAMERA}/chunk-000/file-000.mp4", "state", None))
+    truth, _ = episodes()
+    assert np.allclose(rows[:FRAMES], truth.states[0])
+    assert np.allclose(rows[2 * FRAMES :], truth.states[2])
+    assert not rows[FRAMES : 2 * FRAMES].any()
 
 
 def test_a_camera_is_chosen_by_name(tmp_path: Path):

@@ -170,11 +170,12 @@ def write_rows(video: Path, name: str, camera: str | None) -> Path:
     parts, frames = [], 0
     for episode in own:
         first = round(episode.start_s * opened.fps)
-        if first != frames or abs(episode.start_s * opened.fps - first) > 0.5:
-            detail = f"episode {episode.number} begins at frame {first} of {video.name}, expected {frames}"
+        if first < frames:
+            detail = f"episode {episode.number} begins at frame {first} of {video.name}, expected {frames} or later"
             raise Refused(Reason.BAD_SIGNAL, detail)
-        parts.append(_read_rows(episode, name, opened.fps))
-        frames += episode.length
+        rows = _read_rows(episode, name, opened.fps)
+        parts += [np.zeros((first - frames, rows.shape[1]), rows.dtype), rows]  # frames of no episode come before it
+        frames = first + episode.length
     return cache_rows("lerobot", (video, name, camera), np.concatenate(parts))
 
 
