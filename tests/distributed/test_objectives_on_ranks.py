@@ -198,11 +198,13 @@ def test_two_ranks_are_one(case: str, found: dict[int, dict[str, dict[str, torch
     assert one.keys() == two.keys()
     assert one["loss"] > 0
     largest = max(value.abs().max().item() for name, value in one.items() if "." in name)
+    # The products of levjepa's terms cancel more digits.
+    allowed, share = (1e-5, 0.1) if case.startswith("levjepa") else (1e-6, 1.0)
     for name, value in one.items():
         scale = value.abs().max().item()
         # A bias before a norm over clips has no effect: its gradient is nothing but rounding.
         assert scale > 0 or name == "predictor.blocks.0.bias", f"{name} has no gradient"
-        assert (two[name] - value).abs().max().item() <= 1e-5 * max(scale, largest / 10), name
+        assert (two[name] - value).abs().max().item() <= allowed * max(scale, share * largest), name
 
 
 if __name__ == "__main__":

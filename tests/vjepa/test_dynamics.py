@@ -1,8 +1,12 @@
 """The dynamics predictor is causal, and a cached step is the full pass."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from vjepa.compat import TorchDispatchMode, tree_leaves
 from vjepa.nn.dynamics import DynamicsPredictor
 from vjepa.nn.settings import EncoderSize, Model, Transformer
 
@@ -85,3 +89,22 @@ def test_a_rollout_feeds_predictions_back(condition: str):
 def test_an_action_changes_the_prediction(condition: str):
     made, (latents, actions) = predictor(condition=condition), inputs(1)
     assert not torch.allclose(made.predict(latents, actions)[0], made.predict(latents, -actions)[0])
+
+
+class BoolTensors(TorchDispatchMode):
+    """Counts the elements of boolean tensors that operations return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor) and x.dtype == torch.bool)
+        return result
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_frames_of_many_tokens_need_no_mask(window: int | None):
+    latents, actions = inputs(4)
+    with BoolTensors() as masks:
+        predictor(window=window, condition="token").predict(latents, actions, grid=(2, 2))
+    assert masks.elements == 0

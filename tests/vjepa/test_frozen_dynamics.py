@@ -12,6 +12,7 @@ import yaml
 
 import vjepa
 from vjepa.config import Run
+from vjepa.engine.optimizer import build_optimizer
 from vjepa.engine.trainer import train
 from vjepa.export.export import export
 from vjepa.methods import feature_cache
@@ -164,6 +165,20 @@ def test_a_later_frame_or_action_leaves_predictions_unchanged(encoder: Path):
         each.valid[:, 2:] = False
     one, other = (method.loss(networks, each, step=0).metrics["prediction"] for each in (clips, changed))
     assert torch.equal(one, other)
+
+
+def test_the_frozen_encoder_has_no_gradient_moment_or_average(encoder: Path):
+    run = make_run("none", encoder, normalise="none")
+    method, networks = build(run)
+    method.loss(networks, clips_of(), step=0).value.backward()
+    frozen = list(networks.frozen["encoder"].parameters())
+    assert frozen
+    assert all(not p.requires_grad and p.grad is None for p in frozen)
+    optimizer = build_optimizer(networks.trained, run.optim)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimized.isdisjoint(map(id, frozen))
+    assert not networks.averages
+    assert "encoder" not in networks.saved
 
 
 def test_the_frozen_encoder_is_neither_trained_nor_saved(trained: Path, encoder: Path):
