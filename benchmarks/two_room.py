@@ -56,10 +56,10 @@ VJEPA = [
     "model.rope=sincos",
     "data.clip={frames: 8, fps: 10}",
     f"data.crop={{px: {PX}, scale: [1, 1], aspect: [1, 1], flip: 0}}",
-    "steps=600",
+    "steps=300",
     "name=vjepa_two_room",
 ]
-DYNAMICS = [f"model.encoder={SMALL}", "model.tubelet_frames=2", "data.clip.frames=10", "steps=300"]
+DYNAMICS = [f"model.encoder={SMALL}", "model.tubelet_frames=2", "data.clip.frames=10", "steps=200"]
 """Settings of the fourth variant over the configs `demo` and `dynamics_two_room`."""
 
 
