@@ -1,6 +1,6 @@
 """How well do world models predict two rooms? Train, roll out on held-out episodes, one table.
 
-    python benchmarks/two_room.py --out runs/two_room --seeds 3 [--episodes 2000] [--only NAME ...] [key=value ...]
+    python benchmarks/two_room.py --out runs/two_room --seeds 3 [--episodes 2000] [--only NAME] [key=value ...]
 
     lewm        configs/lewm_two_room.yaml, every seed; beside it the same model untrained, with its own readout
     no_inverse  lewm without the inverse model, first seed
@@ -68,13 +68,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=2000)
-    parser.add_argument("--only", nargs="*", default=[*VARIANTS, "vjepa"])
+    parser.add_argument("--only", action="append", choices=[*VARIANTS, "vjepa"])
     args, settings = parser.parse_known_args()
     torch.set_num_threads(1)
     corpus = make_corpus(args.out, args.episodes)
     settings = [f"data.sources=[{{shards: {corpus}}}]", "track.wandb=off", *settings]
     for seed in range(args.seeds):
-        for name in args.only:
+        for name in args.only or [*VARIANTS, "vjepa"]:
             if name == "lewm" or seed == 0:
                 run_variant(name, args.out / f"{name}_{seed}", [*settings, f"seed={seed}"])
     print(table(args.out))
@@ -120,7 +120,8 @@ def make_corpus(out: Path, episodes: int) -> Path:
 def train(config: str, folder: Path, settings: list[str]) -> float:
     """Train unless it is done, and return the CPU seconds of the trainer and its loader."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    vjepa_command("train", config, "--out", folder, *settings)
+    last = {each.partition("=")[0]: each for each in settings}  # those of the command line come last
+    vjepa_command("train", config, "--out", folder, *last.values())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
