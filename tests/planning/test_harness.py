@@ -29,7 +29,14 @@ from vjepa_data.worlds.episodes import WORLDS
 WORLD = SimulatedWorld(WORLDS["two_room"])
 QUICK = Effort(samples=6, elites=2, iterations=2)
 SMALL = PlanSettings(
-    effort=QUICK, horizon=4, execute=2, budget=6, episodes=5, against=("random", "straight", "oracle"), data_episodes=3
+    effort=QUICK,
+    horizon=4,
+    execute=2,
+    budget=6,
+    episodes=5,
+    against=("random", "straight", "oracle"),
+    data_episodes=3,
+    data_updates=3,
 )
 
 

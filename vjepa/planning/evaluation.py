@@ -31,6 +31,7 @@ from vjepa.atomic import check_free, new_file
 from vjepa.planning.agents import Agent, PlannerAgent, Planning, RandomAgent, StraightAgent
 from vjepa.planning.costs import CostName
 from vjepa.planning.goal_nets import (
+    STEPS,
     CloningAgent,
     Examples,
     GoalNet,
@@ -97,6 +98,8 @@ class PlanSettings:
     """Seed of the episodes that cloning, the inverse model, the temporal distance and the readout learn from."""
 
     data_episodes: int = 400
+    data_updates: int = STEPS
+    """Training steps of each of these networks."""
 
 
 def effort_of(planner: str, **changes: Any) -> Effort:
@@ -140,7 +143,9 @@ class Contenders:
             "random": lambda: RandomAgent(world, seed=settings.seed),
             "straight": lambda: StraightAgent(self._simulator),
             "oracle": lambda: self._planner(OracleScorer(self._simulator, self._true_cost)),
-            "cloning": lambda: CloningAgent(self._model, fit_cloning(self._examples, seed=settings.seed)),
+            "cloning": lambda: CloningAgent(
+                self._model, fit_cloning(self._examples, seed=settings.seed, updates=settings.data_updates)
+            ),
             "inverse": self._inverse,
             "untrained": lambda: self._planner(LearnedScorer(untrained(self._model), self._latent_cost)),
             "shuffled": lambda: self._planner(ShuffledScorer(self._model, settings.cost, self._distance)),
@@ -162,8 +167,12 @@ class Contenders:
     def _learned(self) -> PlannerAgent:
         return self._planner(LearnedScorer(self._model, self.settings.cost, self._distance))
 
+    def _cloning(self) -> CloningAgent:
+        settings = self.settings
+        return CloningAgent(self._model, fit_cloning(self._examples, seed=settings.seed, updates=settings.data_updates))
+
     def _inverse(self) -> CloningAgent:
-        net = fit_inverse(self._examples, seed=self.settings.seed)
+        net = fit_inverse(self._examples, seed=self.settings.seed, updates=self.settings.data_updates)
         return CloningAgent(self._model, net, temporal=self._temporal)
 
     def _planner(self, scorer: Any) -> PlannerAgent:
@@ -198,7 +207,7 @@ class Contenders:
 
     @cached_property
     def _temporal(self) -> GoalNet:
-        return fit_temporal(self._examples, seed=self.settings.seed)
+        return fit_temporal(self._examples, seed=self.settings.seed, updates=self.settings.data_updates)
 
     @cached_property
     def _examples(self) -> Examples:

@@ -32,7 +32,7 @@ from vjepa_data.worlds.episodes import simulate
 
 HIDDEN = 256
 STEPS, BATCH, LEARNING_RATE = 1500, 256, 1e-3
-"""Training of a network. More steps did not help on two rooms; not revisited."""
+"""Training of a network. Chosen by hand; not revisited."""
 
 FARTHEST = 32
 """Largest number of steps between a frame and its goal."""
@@ -105,7 +105,14 @@ class GoalNet(nn.Module):
 
 
 def fit(
-    examples: Examples, *, name: str, seed: int, out: int, takes_steps: bool, loss: Callable[..., Tensor]
+    examples: Examples,
+    *,
+    name: str,
+    seed: int,
+    updates: int,
+    out: int,
+    takes_steps: bool,
+    loss: Callable[..., Tensor],
 ) -> GoalNet:
     """Train a network on pairs of frames.
 
@@ -113,6 +120,7 @@ def fit(
         examples: what to train on.
         name: name of the network, which separates its draws and is shown.
         seed: seed of the weights and the pairs.
+        updates: steps of training.
         out: outputs of the network.
         takes_steps: whether it reads the number of steps.
         loss: loss of (outputs [B out], actions [B A], steps [B]).
@@ -124,9 +132,9 @@ def fit(
     net.std.copy_(z.std((0, 1)) + 1e-3)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE)
     episodes, frames = z.shape[:2]
-    for step in track(range(STEPS), f"train {name}", STEPS):
+    for step in track(range(updates), f"train {name}", updates):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * step / updates))
         u = generator(seed, f"plan {name} pairs", step).random((3, BATCH))
         episode = np.minimum((u[0] * episodes).astype(np.int64), episodes - 1)
         first = np.minimum((u[1] * (frames - 1)).astype(np.int64), frames - 2)
@@ -141,23 +149,23 @@ def fit(
     return net.eval().requires_grad_(False)
 
 
-def fit_cloning(examples: Examples, *, seed: int) -> GoalNet:
+def fit_cloning(examples: Examples, *, seed: int, updates: int = STEPS) -> GoalNet:
     """Train the network of `CloningAgent`."""
-    return _fit_actions(examples, name="cloning", seed=seed, takes_steps=False)
+    return _fit_actions(examples, name="cloning", seed=seed, updates=updates, takes_steps=False)
 
 
-def fit_inverse(examples: Examples, *, seed: int) -> GoalNet:
+def fit_inverse(examples: Examples, *, seed: int, updates: int = STEPS) -> GoalNet:
     """Train the inverse model of `InverseAgent`."""
-    return _fit_actions(examples, name="inverse model", seed=seed, takes_steps=True)
+    return _fit_actions(examples, name="inverse model", seed=seed, updates=updates, takes_steps=True)
 
 
-def _fit_actions(examples: Examples, *, name: str, seed: int, takes_steps: bool) -> GoalNet:
+def _fit_actions(examples: Examples, *, name: str, seed: int, updates: int, takes_steps: bool) -> GoalNet:
     scale = examples.actions.std((0, 1)) + 1e-6
 
     def loss(found: Tensor, actions: Tensor, steps: Tensor) -> Tensor:
         return (found - actions / scale).square().mean()
 
-    net = fit(examples, name=name, seed=seed, out=len(scale), takes_steps=takes_steps, loss=loss)
+    net = fit(examples, name=name, seed=seed, updates=updates, out=len(scale), takes_steps=takes_steps, loss=loss)
     last = net.layers[-1]
     assert isinstance(last, nn.Linear)
     last.weight.mul_(scale[:, None])  # so that the network gives actions in their own units
@@ -165,14 +173,14 @@ def _fit_actions(examples: Examples, *, name: str, seed: int, takes_steps: bool)
     return net
 
 
-def fit_temporal(examples: Examples, *, seed: int) -> GoalNet:
+def fit_temporal(examples: Examples, *, seed: int, updates: int = STEPS) -> GoalNet:
     """Train a temporal distance: a low quantile of the number of steps between two frames (pinball loss)."""
 
     def loss(found: Tensor, actions: Tensor, steps: Tensor) -> Tensor:
         error = steps / FARTHEST - found[:, 0]
         return torch.maximum(LOW_QUANTILE * error, (LOW_QUANTILE - 1) * error).mean()
 
-    return fit(examples, name="temporal distance", seed=seed, out=1, takes_steps=False, loss=loss)
+    return fit(examples, name="temporal distance", seed=seed, updates=updates, out=1, takes_steps=False, loss=loss)
 
 
 def steps_between(net: GoalNet, now: Float[Tensor, "B D"], goal: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:

@@ -318,7 +318,7 @@ def write_corpus(
     return paths
 
 
-def write_video(path: Path, frames: Sequence[UInt8[ndarray, "P P 3"]] | UInt8[ndarray, "F P P 3"], *, fps: int) -> None:
+def write_video(path: Path, frames: Sequence[UInt8[ndarray, "P Q 3"]] | UInt8[ndarray, "F P Q 3"], *, fps: int) -> None:
     """Encode at high quality, since the builder encodes once more. One thread makes the bytes reproducible."""
     options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
