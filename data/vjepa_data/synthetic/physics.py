@@ -10,7 +10,7 @@ pixels averages to zero. Objects are flat, so a patch inside an object looks the
 the demo short: the background is plain. With a different shade and gradient in each video, a tiny model spends its
 minutes on backgrounds.
 
-Letters: F frames, K objects, P height and width in pixels. Lengths are in sides of the frame, x to the right, y down.
+Letters: F frames, K objects, P Q height and width in pixels. Lengths are in sides of the frame, x to the right, y down.
 """
 
 import json
