@@ -308,6 +308,7 @@ def test_numbers_that_do_not_divide_are_refused(tiny_run: MakeRun) -> None:
 
 def test_a_gpu_is_known_by_its_name() -> None:
     assert accelerator_of("NVIDIA H100 80GB HBM3") is ACCELERATORS["h100"]
+    assert accelerator_of("NVIDIA H100 PCIe") is ACCELERATORS["h100-pcie"]
     assert accelerator_of("NVIDIA A100-SXM4-80GB") is ACCELERATORS["a100"]
     assert accelerator_of("NVIDIA GeForce RTX 4090") is None
 

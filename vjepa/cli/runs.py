@@ -109,7 +109,7 @@ def estimate(
     Args:
         nodes: Nodes of the job.
         gpus_per_node: GPUs of each node.
-        gpu: a100, h100, h200, b200 or l40s.
+        gpu: a100, h100, h100-pcie, h100-nvl, h200, b200 or l40s.
         mfu: Share of the GPU's peak FLOPs that you reach.
         network_gb_s: GB/s of a GPU to other nodes, as `vjepa doctor` measures it, to get the seconds of a step on the
             network.

@@ -52,12 +52,11 @@ def reporting_failures(*, ranks: int, agreed: tuple[type[BaseException], ...] = 
 
 def report(error: BaseException) -> None:
     """Write the reason of a failure to the log, and to the file that the launcher reads."""
-    text = f"{type(error).__name__}: {error}"
     if isinstance(error, BadInput):
-        log.error("%s", error)
-    else:
-        log.error("%s", "".join(traceback.format_exception(error)).rstrip())
-    tell_launcher(str(error) if isinstance(error, BadInput) else text, is_consequence=is_consequence(error))
+        tell_launcher(str(error))  # the command line prints it
+        return
+    log.error("%s", "".join(traceback.format_exception(error)).rstrip())
+    tell_launcher(f"{type(error).__name__}: {error}", is_consequence=is_consequence(error))
 
 
 def tell_launcher(text: str, *, is_consequence: bool = False) -> None:

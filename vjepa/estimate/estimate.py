@@ -23,9 +23,12 @@ class Accelerator:
     memory_gib: float
 
 
-# What MFU is relative to; `name` is searched for in the device's own name. NVIDIA's data sheets, dense, SXM versions.
+# What MFU is relative to; the first `name` in the device's own name counts. NVIDIA's data sheets, dense, SXM versions
+# unless the name says another.
 ACCELERATORS = {
     "a100": Accelerator("A100", 312e12, 80),
+    "h100-pcie": Accelerator("H100 PCIe", 756e12, 80),
+    "h100-nvl": Accelerator("H100 NVL", 835e12, 94),
     "h100": Accelerator("H100", 989e12, 80),
     "h200": Accelerator("H200", 989e12, 141),
     "b200": Accelerator("B200", 2250e12, 180),

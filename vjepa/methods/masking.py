@@ -50,8 +50,9 @@ class Mask:
         return clips[torch.tensor(self.rows).to(clips.device, non_blocking=True)]
 
     def to(self, device: torch.device) -> "Mask":
-        """Return a copy on a device, without waiting for it."""
-        visible, hidden = (x.to(device, non_blocking=True) for x in (self.visible, self.hidden))
+        """Return a copy on a device, without waiting for it. From pageable memory the host would wait."""
+        pinned = (x.pin_memory() if device.type == "cuda" else x for x in (self.visible, self.hidden))
+        visible, hidden = (x.to(device, non_blocking=True) for x in pinned)
         return Mask(self.kind, self.rows, visible, hidden)
 
 

@@ -49,7 +49,8 @@ def world_size() -> int:
 def directions(*, seed: int, step: int, width: int, slices: int, device: torch.device) -> Float[Tensor, "d s"]:
     """Return random unit vectors: a function of the seed and the step, the same on all ranks."""
     drawn = generator(seed, "slices", step).standard_normal((width, slices), dtype="float32")
-    vectors = torch.from_numpy(drawn).to(device, non_blocking=True)
+    vectors = torch.from_numpy(drawn)
+    vectors = (vectors.pin_memory() if device.type == "cuda" else vectors).to(device, non_blocking=True)
     return vectors / vectors.norm(dim=0, keepdim=True)
 
 
