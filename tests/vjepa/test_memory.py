@@ -13,6 +13,8 @@ import vjepa
 from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.estimate.estimate import estimate
+from vjepa.evals.base import open_context
+from vjepa.evals.memory import MemoryEvalSettings, Question, Recording, curve, score_memories
 from vjepa.evals.shell import run_evaluation
 from vjepa.methods.base import create_method
 from vjepa.methods.memory.method import ClipSequences, Memory
@@ -187,3 +189,29 @@ def test_a_run_resumes_exactly_and_its_model_remembers(corpus: Path, tmp_path: P
 def test_settings_that_do_not_fit_are_refused(changes: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make_run("none", **changes)
+
+
+def planted(videos: int, seed: int) -> Recording:
+    """Return features that show a class in clip 1 alone, and questions about it at clip 5."""
+    draw = np.random.default_rng(seed)
+    shapes = draw.integers(0, 4, videos)
+    clips = torch.from_numpy(draw.normal(0, 0.1, (videos, 8, 4, 24)).astype(np.float32))
+    clips[torch.arange(videos), 1, :, torch.from_numpy(shapes)] += 3
+    asked = [
+        Question(video, 5, 7, 4.0, str(shape), (0.5, float(draw.random())), moves=video % 2 == 0, count=video % 3)
+        for video, shape in enumerate(shapes.tolist())
+    ]
+    return Recording(list(clips), asked)
+
+
+def test_only_what_remembers_recalls_what_the_window_cannot_see() -> None:
+    model = make_run("none").model
+    settings = MemoryEvalSettings(seeds=1, supervised_steps=40)
+    with open_context(None) as context:
+        memory = ClipMemory(model, cells=4, seed=7).requires_grad_(False)
+        rows = score_memories([memory], model, planted(40, 0), planted(24, 1), settings, context)
+    recalled = {name: values["4"] for name, values in curve(rows).items()}
+    assert recalled["supervised"] > 0.7
+    assert recalled["average"] > 0.9  # without distractors an average is enough
+    assert recalled["window"] < 0.5
+    assert {row.task for row in rows if row.metric == "R2"} == {"evolution, 4 s", "interference, 4 s"}

@@ -280,7 +280,7 @@ TASKS: tuple[tuple[str, Kind, str, Callable[[Question], Any], Callable[[Question
 )
 
 
-def _train_with_labels(model: WorldModel, like: ClipMemory, fit: Recording, steps: int, seed: int) -> ClipMemory:
+def _train_with_labels(model: Model, like: ClipMemory, fit: Recording, steps: int, seed: int) -> ClipMemory:
     """Train a memory of the same form to tell the shape behind the curtain, by cross-entropy on the labels."""
     device = next(like.parameters()).device
     memory = ClipMemory(model, cells=like.cells, seed=seed).to(device)
