@@ -42,7 +42,7 @@ def fit_memory(model: Model, recording: Recording, *, clips: int, steps: int, se
         pairs = Pairs(*(torch.from_numpy(each) for each in (first, first + distance, shown)))
         errors = forecast_errors(memory, batch, batch, pairs)
         optimizer.zero_grad()
-        sum(error.mean() for error in errors.values()).backward()
+        torch.stack([error.mean() for error in errors.values()]).sum().backward()
         torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
         optimizer.step()
         schedule.step()
