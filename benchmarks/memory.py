@@ -53,7 +53,7 @@ def fit_memory(model: Model, recording: Recording, *, clips: int, steps: int, se
 
 def main() -> None:
     """Train, evaluate and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("encoder", type=Path)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)

@@ -105,7 +105,7 @@ def speed(size: str, window: int = 16) -> dict[str, float]:
 
 def main() -> None:
     """Measure everything and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tubelets", type=int, default=10_000)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "ViT-S"])

@@ -72,8 +72,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs_of(run: Run, *, rank: int = 0, world: int = 1) -> tuple[Memory, ClipSequences]:
     method = create_method(run)
     assert isinstance(method, Memory)
-    form = {"batch_size": 4, "seed": run.seed, "rank": rank, "world": world}
-    loader = ClipLoader(run.data, Loader(workers=0, decoder="pyav"), **form)
+    reading = Loader(workers=0, decoder="pyav")
+    loader = ClipLoader(run.data, reading, batch_size=4, seed=run.seed, rank=rank, world=world)
     return method, method.prepare(next(iter(loader)), torch.device("cpu"))
 
 

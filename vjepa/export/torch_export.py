@@ -81,22 +81,22 @@ def write_stream_step(path: Path, weights: Weights, window: int | None = None) -
         ValueError: the loaded program's features differ.
     """
     encoder = weights.encoder()
-    window, tubelet = encoder.stream(window).window, weights.model.tubelet_frames
-    step = StreamStep(encoder.encoder, window=window, px=weights.px).eval()
-    clip = fixed_clip(weights)[:, :tubelet]
+    reach = encoder.stream(window).window
+    step = StreamStep(encoder.encoder, window=reach, px=weights.px).eval()
+    clip = fixed_clip(weights)[:, : weights.model.tubelet_frames]
     streams = torch.export.Dim("streams")
     dynamic = ({0: streams}, {1: streams}, {1: streams}, None)
     example = (torch.cat([clip, clip.flip(2)]), *step.empty(2))
     run, facts = _write(path, step, example, dynamic, inputs=STREAM_INPUTS, outputs=STREAM_OUTPUTS)
     difference, ours, theirs = 0.0, step.empty(3), step.empty(3)
-    for number in range(window + 2):
+    for number in range(reach + 2):
         frames = torch.cat([clip, clip.flip(2), clip.flip(3)]).roll(number, 2)
         expected, *ours = step(frames, *ours)
         found, *theirs = run(frames, *theirs)
         difference = max(difference, (found - expected).abs().max().item())
     cache = ["B" if axis == 1 else size for axis, size in enumerate(step.empty(1)[0].shape)]
-    facts = {**facts, "window": window, "cache": cache}
-    return {"features_max_abs_difference": _checked(difference), "steps": window + 2, "streams": 3, **facts}
+    facts = {**facts, "window": reach, "cache": cache}
+    return {"features_max_abs_difference": _checked(difference), "steps": reach + 2, "streams": 3, **facts}
 
 
 def _checked(difference: float) -> float:
@@ -111,7 +111,7 @@ def _write(
 ) -> tuple[Run, dict[str, str]]:  # fmt: skip
     """Trace a module and write it; return the program as loaded from the file, and versions."""
     program = torch.export.export(eager, example, dynamic_shapes=dynamic, strict=True)
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         back = torch.export.load(path).module()
