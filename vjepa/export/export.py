@@ -26,9 +26,11 @@ from torch import Tensor
 from vjepa.atomic import check_free, new_folder
 from vjepa.evals.base import Result
 from vjepa.evals.results import find_results, read_result
-from vjepa.export.model_card import model_card
+from vjepa.export.hf_world_model import check_world_model, world_model_config, write_code
+from vjepa.export.model_card import has_dynamics, model_card
 from vjepa.export.torch_export import require_onnx, write_program, write_stream_step
 from vjepa.export.verify import check_classifier, check_hf, check_native
+from vjepa.export.world_model_programs import write_world_model_programs
 from vjepa.nn.attentive_probe import Classifier, hf_probe_tensors, load_classifier
 from vjepa.nn.predictor import Predictor
 from vjepa.version import __version__
@@ -68,6 +70,8 @@ def export(
         out: the new folder.
         format: `hf` for stock transformers, `native` for any model, `pt2` and `onnx` for a program of the encoder
             alone: uint8 frames [B T H W C] to features [B t h w D], for any B but only this T, H and W.
+            Of a model with dynamics, `hf` has its own code (`trust_remote_code`), and `pt2` is two programs, `encode`
+            and `step`.
         part: encoder to export: `target` (the moving average, as V-JEPA 2 evaluates) or `encoder`.
         mask_kind: kind of mask that the predictor of an `hf` export uses. `VJEPA2Model` uses only the mask token at
             index 1, so the token of this kind is stored there. By default kind 1 (the large blocks of the usual
@@ -95,9 +99,13 @@ def export(
     if format == "onnx":
         require_onnx()
     weights = read_weights(source, part)
+    is_world_model = has_dynamics(weights)
+    if probe is not None and is_world_model:
+        raise BadInput("a probe cannot be exported with a world model; remove --probe, or export its encoder")
     classifier = None if probe is None else _read_probe(probe, weights, format)
     if format == "hf":
         _require_transformers()
+    if format == "hf" and not is_world_model:
         _require_expressible(weights)
         weights = _with_predictor(weights)
     order = mask_token_order(weights.mask_tokens, _mask_kind(weights, mask_kind)) if weights.mask_tokens else []
@@ -114,7 +122,12 @@ def export(
         "exported_by": {"vjepa": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     with new_folder(out, overwrite=overwrite, ours="provenance.json") as folder:
-        if format == "hf":
+        if format == "hf" and is_world_model:
+            _write_native(folder, weights)
+            _write_json(folder / "config.json", world_model_config(weights))
+            write_code(folder)
+            provenance["check"] = check_world_model(folder, weights)
+        elif format == "hf":
             write_safetensors(folder / "model.safetensors", _with_probe(_hf_tensors(weights, order), classifier))
             _write_json(folder / "config.json", {**hf_config(weights), **_probe_config(classifier)})
             _write_json(folder / "video_preprocessor_config.json", hf_processor(weights.px))
@@ -122,14 +135,15 @@ def export(
             if classifier is not None:
                 provenance["classes"] = list(classifier.classes)
                 provenance["check"] |= check_classifier(folder, weights, classifier)
+        elif format == "pt2" and is_world_model and not stream:
+            provenance["check"] = write_world_model_programs(folder, weights)
         elif format in PROGRAMS:
             program = folder / f"model.{format}"
             provenance["check"] = (
                 write_stream_step(program, weights, window) if stream else write_program(program, weights)
             )
         else:
-            write_safetensors(folder / "model.safetensors", weights.tensors.items())
-            _write_json(folder / "model.json", _model_json(weights))
+            _write_native(folder, weights)
             provenance["check"] = check_native(folder, weights)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
@@ -246,6 +260,11 @@ def _probe_config(classifier: Classifier | None) -> dict[str, Any]:
         "id2label": {str(number): name for number, name in enumerate(classifier.classes)},
         "label2id": {name: number for number, name in enumerate(classifier.classes)},
     }
+
+
+def _write_native(folder: Path, weights: Weights) -> None:
+    write_safetensors(folder / "model.safetensors", weights.tensors.items())
+    _write_json(folder / "model.json", _model_json(weights))
 
 
 def _model_json(weights: Weights) -> dict[str, Any]:

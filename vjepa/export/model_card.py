@@ -8,13 +8,21 @@ import torch
 from vjepa.evals.base import Result
 from vjepa.nn.grid import clip_grid
 from vjepa.weights.weights import Weights
+from vjepa.weights.world_model import part_kinds
+
+
+def has_dynamics(weights: Weights) -> bool:
+    """Return whether a model rolls out."""
+    return any(kind.capability == "rollout" for kind in part_kinds(weights.tensors.names))
 
 
 def model_card(weights: Weights, provenance: dict[str, Any], licence: str) -> str:
     """Return the README.md of an export."""
     table = "\n".join(f"| {name} | {value} |" for name, value in card_rows(weights, provenance))
     library = "transformers" if provenance["layout"] == "hf" else "vjepa"
-    usage = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE, "onnx": _ONNX_USAGE}[provenance["layout"]]
+    is_rollout = "rollout_max_abs_difference" in provenance["check"] or provenance["layout"] == "native"
+    usages = _WORLD_USAGES if has_dynamics(weights) and is_rollout else _USAGES
+    usage = usages[provenance["layout"]]
     cache = str(provenance["check"].get("cache")).replace("'B'", "1")
     if "cache" in provenance["check"]:
         usage = {"pt2": _STREAM_USAGE, "onnx": _ONNX_STREAM_USAGE}[provenance["layout"]]
@@ -53,7 +61,8 @@ def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, s
         ("positions", f"in time, height and width ({weights.model.rope})"),
     ]  # fmt: skip
     if "check" in where:
-        rows.append(("verified", f"loaded again, features differ by {where['check']['features_max_abs_difference']}"))
+        differences = [value for name, value in where["check"].items() if name.endswith("max_abs_difference")]
+        rows.append(("verified", f"loaded again, numbers differ by {max(differences)}"))
     return rows
 
 
@@ -77,6 +86,8 @@ def _limitations(weights: Weights, where: dict[str, Any]) -> str:
             f"- The program encodes one tubelet ({weights.model.tubelet_frames} frames of {weights.px} x {weights.px} "
             f"pixels) and sees {where['check']['window']} tubelets. The number of videos side by side is free."
         )
+    if has_dynamics(weights) and where["layout"] != "onnx":
+        return _WORLD_LIMITATIONS.format(px=weights.px, fps=weights.fps)
     if where["layout"] in ("pt2", "onnx"):
         return f"- Clips must have {weights.frames} frames of {weights.px} x {weights.px} pixels; their number is free."
     notes = [
@@ -170,3 +181,37 @@ keys, values, time = numpy.zeros({cache}, "f4"), numpy.zeros({cache}, "f4"), num
 for frames in numpy.zeros((9, 1, {tubelet}, {px}, {px}, 3), "u1"):  # one tubelet after another
     inputs = {{"frames": frames, "keys": keys, "values": values, "time": time}}
     features, keys, values, time = step.run(None, inputs)  # [B tokens D]"""
+
+_USAGES = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE, "onnx": _ONNX_USAGE}
+
+_ROLLOUT = """
+frames = torch.zeros(1, 1, {px}, {px}, 3, dtype=torch.uint8)  # the frames that are known, B T H W C, RGB
+actions = torch.zeros(1, 8, CHANNELS)  # in their own units: those between the frames, then those of the steps
+with torch.no_grad():
+    predicted = model.rollout(frames, actions)  # [B steps h w D], to compare with model.latents(later frames)"""
+
+_WORLD_USAGES = {
+    "hf": """import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("THIS FOLDER", trust_remote_code=True).eval()  # or vjepa.load("THIS FOLDER")"""
+    + _ROLLOUT,
+    "native": """import torch
+import vjepa
+
+model = vjepa.load("THIS FOLDER")"""
+    + _ROLLOUT,
+    "pt2": """import torch
+
+encode = torch.export.load("THIS FOLDER/encode.pt2").module()
+step = torch.export.load("THIS FOLDER/step.pt2").module()
+latent = encode(torch.zeros(1, {px}, {px}, 3, dtype=torch.uint8))  # [B h w D]
+keys = values = torch.zeros(BLOCKS, 1, 0, HEADS, HEAD_WIDTH)  # of the frames before; see provenance.json
+for number in range(8):
+    latent, keys, values = step(latent, torch.zeros(1, CHANNELS), keys, values, torch.tensor(number))
+    # With a window, keep the last (window - 1) * tokens: keys = keys[:, :, -kept:]""",
+}
+
+_WORLD_LIMITATIONS = """- Frames are {px} x {px}, at {fps:g} per second. An action acts from its frame to the next.
+- Actions are in the units of the corpus. Their scale is a part of the model.
+- The state of a model with states is given in a rollout, not predicted."""

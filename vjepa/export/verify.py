@@ -62,7 +62,7 @@ def check_hf(folder: Path, weights: Weights, order: list[int]) -> dict[str, Any]
         ValueError: features or predictions differ.
     """
     features, predictions = _ours(weights, order[1 % len(order)])
-    model, version = _load_with_transformers("AutoModel", folder)
+    model, version = load_with_transformers("AutoModel", folder)
     visible, hidden = _halves(features.shape[1])
     got = model(_hf_clip(weights), context_mask=[visible], target_mask=[hidden])
     return {
@@ -81,7 +81,7 @@ def check_classifier(folder: Path, weights: Weights, classifier: Classifier) -> 
     Raises:
         ValueError: the logits differ.
     """
-    model, _ = _load_with_transformers("AutoModelForVideoClassification", folder)
+    model, _ = load_with_transformers("AutoModelForVideoClassification", folder)
     features, _ = _ours(weights, 0)
     align(classifier.probe)
     difference = (classifier.probe(features) - model(_hf_clip(weights)).logits).abs().max().item()
@@ -94,14 +94,14 @@ def _hf_clip(weights: Weights) -> Float[Tensor, "1 T C H W"]:
     return normalise(fixed_clip(weights)).transpose(1, 2)
 
 
-def _load_with_transformers(kind: str, folder: Path) -> tuple[Any, str]:
+def load_with_transformers(kind: str, folder: Path, **options: Any) -> tuple[Any, str]:
     """Load a model as users of transformers do, with every tensor matched; return it with transformers' version."""
     import transformers
 
     had_progress_bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     model, report = getattr(transformers, kind).from_pretrained(
-        folder, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+        folder, attn_implementation="sdpa", output_loading_info=True, local_files_only=True, **options
     )
     if had_progress_bar:
         transformers.utils.logging.enable_progress_bar()

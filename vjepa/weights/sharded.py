@@ -72,7 +72,7 @@ def read_frozen_encoder(path: Path, run: config.Run, tensors: Tensors) -> Tensor
         raise BadInput(f"{path} refers to the encoder in {folder}, which cannot be read ({error.strerror})") from None
     if tensors["encoder_file.sha256"].tolist() != digest:
         raise BadInput(f"{path} was trained on another encoder than {folder} holds now; restore that file")
-    return SafeTensors(folder / "model.safetensors")
+    return Renamed(SafeTensors(folder / "model.safetensors"), {"encoder": "encoder"})  # it may have dynamics of its own
 
 
 class Sharded(Tensors):
