@@ -20,6 +20,8 @@ from vjepa.methods.actions import ActedClips
 from vjepa.methods.base import Networks, create_method
 from vjepa.methods.dynamics.method import Dynamics
 from vjepa.nn.encoder import Encoder
+from vjepa.nn.predictor import Predictor
+from vjepa.nn.settings import Transformer
 from vjepa.weights.load import read_weights
 from vjepa.weights.tensors import write_safetensors
 from vjepa_data.builder.shard import shard
@@ -71,11 +73,12 @@ def make_run(corpus: Path | str, encoder: Path | str, *, condition: str = "token
 
 
 def write_encoder(folder: Path, *, seed: int = 0) -> Path:
-    """Write a native export of an untrained encoder."""
+    """Write a native export of an untrained encoder, with a masked predictor of a size of its own."""
     folder.mkdir(parents=True)
-    model = make_run("none", "none").model
-    tensors = Encoder(model, seed=seed).state_dict()
-    write_safetensors(folder / "model.safetensors", ((f"encoder.{name}", value) for name, value in tensors.items()))
+    model = make_run("none", "none").model.model_copy(update={"predictor": Transformer(width=12, depth=1, heads=1)})
+    parts = {"encoder": Encoder(model, seed=seed), "predictor": Predictor(model, mask_tokens=1)}
+    tensors = {f"{part}.{name}": value for part, net in parts.items() for name, value in net.state_dict().items()}
+    write_safetensors(folder / "model.safetensors", tensors.items())
     content = {"format": 1, "model": model.model_dump(mode="json"), "masks": [], "px": PX, "frames": 4, "fps": 4.0}
     (folder / "model.json").write_text(json.dumps(content))
     return folder
