@@ -85,8 +85,8 @@ class GymWorld:
     def tasks(self, numbers: Sequence[int], *, seed: int, layout: LayoutKind) -> Tasks:
         """Return tasks: a start is the seed with which the environment is reset, a function of (seed, number)."""
         seeds = [generator(seed, f"plan {self.name}", n).integers(1 << 31) for n in numbers]
-        nothing = np.zeros((len(seeds), 0))
-        return Tasks(np.asarray(numbers), np.array(seeds, np.float64)[:, None], nothing, nothing)
+        starts = np.array(seeds, np.float64)[:, None]
+        return Tasks(np.asarray(numbers), starts, np.zeros_like(starts), np.zeros((len(seeds), 0)))
 
     def tasks_at(self, numbers: Sequence[int], *, seed: int, layout: LayoutKind, steps: int) -> Tasks:
         """Refuse: the states of an environment cannot be set.
