@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
@@ -90,7 +90,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType, reportCallIssue]
 
 
-def forget_forward(network: FSDPModule) -> None:
+def forget_forward(network: nn.Module) -> None:
     """Clear FSDP2's record of a forward pass that no backward pass follows.
 
     The record serves to prefetch in the backward pass, which clears it. Without one it grows in every step: 350 MB a

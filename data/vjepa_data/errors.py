@@ -5,7 +5,19 @@ class BadInput(ValueError):
     """An error that the user can fix. The message says what is wrong, what was given and what to do. Exit code 2."""
 
 
-REASONS = ("missing", "size", "hash", "error", "frames", "timeout", "crash", "memory", "signal", "text", "known")
+REASONS: tuple[str, ...] = (
+    "missing",
+    "size",
+    "hash",
+    "error",
+    "frames",
+    "timeout",
+    "crash",
+    "memory",
+    "signal",
+    "text",
+    "known",
+)
 """Why a sample is unreadable, in words for statistics."""
 
 
