@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_film_is_a_function_of_seed_and_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"quadruplets": 0}, "at least 1"), ({"px": 47}, "even")])
-def test_bad_sizes_are_named(changes: dict[str, int], said: str, tmp_path: Path) -> None:
+def test_bad_sizes_are_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=said):
         write_violations(tmp_path, **{"quadruplets": 1, "seed": 0, **changes})
 

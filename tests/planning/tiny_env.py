@@ -37,4 +37,4 @@ class Point(gymnasium.Env[np.ndarray, np.ndarray]):
         return frame
 
 
-gymnasium.register("tiny_env/Point-v0", Point)
+gymnasium.register("tiny_env/Point-v0", f"{__name__}:Point")

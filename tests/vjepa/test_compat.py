@@ -94,15 +94,15 @@ def test_a_forward_pass_without_a_backward_pass_leaves_no_record(world: World) -
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).requires_grad_(False)
     for layer in network:
         fully_shard(layer, mesh=world.mesh)
-    root = fully_shard(network, mesh=world.mesh, reshard_after_forward=True)
-    context = root._get_fsdp_state()._comm_ctx
+    context = fully_shard(network, mesh=world.mesh, reshard_after_forward=True)._get_fsdp_state()._comm_ctx
     for _ in range(3):
-        root(torch.ones(1, 2))
+        network(torch.ones(1, 2))
         assert len(context.post_forward_order) > 0
-        compat.forget_forward(root)
+        compat.forget_forward(network)
         assert len(context.post_forward_order) == 0
-    assert isinstance(root[0].weight, DTensor)
-    assert compat.local(root[0].weight).data_ptr() == root[0].weight.to_local().data_ptr()
+    weight = network[0].weight
+    assert isinstance(weight, DTensor)
+    assert compat.local(weight).data_ptr() == weight.to_local().data_ptr()
 
 
 def test_tensors_move_towards_goals() -> None:

@@ -83,7 +83,7 @@ def plan(
         device: Device to compute on. By default a GPU, if any.
     """
     from vjepa.cli.models import usable_device
-    from vjepa.planning.evaluation import AGAINST, PlanSettings, effort_of, evaluate, format_rows
+    from vjepa.planning.evaluation import AGAINST, Against, PlanSettings, effort_of, evaluate, format_rows
     from vjepa.progress import progress
     from vjepa.report.planning import write_page
     from vjepa_data.errors import BadInput
@@ -91,10 +91,11 @@ def plan(
     unknown = [name for name in against if name not in AGAINST]
     if unknown:
         raise BadInput(f"--against {unknown[0]!r} is not an agent; give some of {','.join(AGAINST)}")
+    others: tuple[Against, ...] = tuple(name for name in AGAINST if against.count(name))
     settings = PlanSettings(
         world=world, layout=layout, planner=planner, cost=cost, horizon=horizon, execute=execute, budget=budget,
         effort=effort_of(planner, samples=samples, elites=elites, iterations=iterations), episodes=episodes,
-        against=against, distances=distances, per_distance=per_distance, diagnose=diagnose, seed=seed,
+        against=others, distances=distances, per_distance=per_distance, diagnose=diagnose, seed=seed,
         data_seed=data_seed, data_episodes=data_episodes,
     )  # fmt: skip
     found = evaluate(model, settings, out, part=part, batch=batch, device=usable_device(device), overwrite=overwrite)

@@ -84,8 +84,7 @@ class GoalNet(nn.Module):
     def __init__(self, latent: int, out: int, *, takes_steps: bool = False) -> None:
         super().__init__()
         self.takes_steps = takes_steps
-        self.register_buffer("mean", torch.zeros(latent))
-        self.register_buffer("std", torch.ones(latent))
+        self.mean, self.std = (nn.Buffer(value) for value in (torch.zeros(latent), torch.ones(latent)))
         self.layers = nn.Sequential(
             nn.Linear(2 * latent + takes_steps, HIDDEN),
             nn.GELU(),

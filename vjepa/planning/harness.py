@@ -43,7 +43,7 @@ GROUP = "hard"
 class TaskSet:
     """Tasks by kind."""
 
-    groups: Mapping[str, Tasks]
+    groups: dict[str, Tasks]
     drawn: int
     solved: int
     """Tasks among those drawn that were at the goal from the start."""
@@ -107,7 +107,7 @@ def _easy(world: World, tasks: Tasks, budget: int) -> tuple[ndarray, ndarray]:
     if world.simulator is None:
         return at_goal, np.zeros_like(at_goal)
     straight = play(world, StraightAgent(world.simulator), tasks, px=16, budget=budget)
-    return at_goal, (straight.distances < world.goal_distance).any(1)
+    return at_goal, np.any(straight.distances < world.goal_distance, axis=1)
 
 
 def _distance(world: World, tasks: Tasks) -> Float[ndarray, " E"]:

@@ -54,8 +54,8 @@ def make_row(lines: Sequence[Mapping[str, Any]], *, agent: str, group: str, goal
     own = [line for line in lines if (line["agent"], line["group"]) == (agent, group)]
     if not own:
         return None
-    at_goal = np.concatenate([np.asarray(line["distances"]) for line in own]) < goal_distance
-    is_reached = at_goal.any(1)
+    at_goal = np.asarray(np.concatenate([line["distances"] for line in own]) < goal_distance)
+    is_reached = np.asarray(np.any(at_goal, axis=1))
     low, high = wilson(float(is_reached.mean()), len(is_reached))
     first = at_goal.argmax(1)[is_reached]
     return Row(

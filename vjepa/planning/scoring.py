@@ -56,7 +56,8 @@ class OracleScorer:
     is_elementwise, has_gradient = True, False
 
     def __init__(self, simulator: Simulator, cost: CostName) -> None:
-        self._simulator, self._cost = simulator, cost
+        self._simulator = simulator
+        self._cost: CostName = cost
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current states."""
@@ -92,7 +93,8 @@ class LearnedScorer:
 
     def __init__(self, model: WorldModel, cost: CostName, distance: LatentDistance = squared_error) -> None:
         check_model(model)
-        self.model, self._cost, self._distance = model, cost, distance
+        self.model, self._distance = model, distance
+        self._cost: CostName = cost
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current frames."""
@@ -127,7 +129,8 @@ class TrueDynamicsScorer:
     def __init__(
         self, model: WorldModel, simulator: Simulator, cost: CostName, distance: LatentDistance = squared_error
     ) -> None:
-        self.model, self._simulator, self._cost, self._distance = model, simulator, cost, distance
+        self.model, self._simulator, self._distance = model, simulator, distance
+        self._cost: CostName = cost
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current states."""
@@ -152,7 +155,8 @@ class TrueDistanceScorer:
     def __init__(
         self, model: WorldModel, simulator: Simulator, cost: CostName, readout: Callable[[Tensor], Tensor]
     ) -> None:
-        self.model, self._simulator, self._cost, self._readout = model, simulator, cost, readout
+        self.model, self._simulator, self._readout = model, simulator, readout
+        self._cost: CostName = cost
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current frames."""

@@ -127,7 +127,10 @@ class World(Protocol):
     fps: float
     """Actions per second."""
 
-    simulator: Simulator | None
+    @property
+    def simulator(self) -> Simulator | None:
+        """The world as a function of states, or None if it cannot be set to a state."""
+        ...
 
     def tasks(self, numbers: Sequence[int], *, seed: int, layout: LayoutKind) -> Tasks:
         """Return tasks by number, each a function of (seed, number)."""
@@ -148,7 +151,8 @@ class SimulatedWorld:
     fps = float(FPS)
 
     def __init__(self, simulator: base.World) -> None:
-        self.simulator, self.name = simulator, simulator.name
+        self.simulator: base.World = simulator
+        self.name = simulator.name
         self.high = np.full(len(simulator.action_columns), simulator.max_action)
         self.low = -self.high
         self.goal_distance = simulator.goal_distance

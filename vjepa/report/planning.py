@@ -121,7 +121,8 @@ def _films(found: Evaluation, world: SimulatedWorld, out: Path) -> list[Section]
     if not isinstance(agent, PlannerAgent):
         return []
     own = [line for line in found.lines if (line["agent"], line["group"]) == ("model", GROUP)]
-    is_reached = (np.concatenate([np.asarray(line["distances"]) for line in own]) < world.goal_distance).any(1)
+    at_goal = np.concatenate([line["distances"] for line in own]) < world.goal_distance
+    is_reached = np.asarray(np.any(at_goal, axis=1))
     rows = [*np.flatnonzero(~is_reached)[:FAILURES], *np.flatnonzero(is_reached)[:SUCCESSES]]
     folder, parts = out / "films", []
     folder.mkdir(exist_ok=True)
