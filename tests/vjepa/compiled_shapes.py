@@ -3,7 +3,7 @@
     python compiled_shapes.py NAME.json     {mode: {"settings": ..., "steps": ..., "backend": ...}, ...}
 
 Prints a line of JSON: {mode: number of graphs after each step}. The ranks are pretended, and the compiler stops after
-its front end, which decides what is compiled anew.
+its front end, which decides what is compiled again.
 """
 
 import functools
