@@ -15,7 +15,7 @@ def store_that_raises(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
 
     asyn = pytest.importorskip("fsspec.asyn")
     store = SimpleNamespace(loop=asyn.get_loop(), _cat_file=cat_file)
-    monkeypatch.setattr(remote, "object_store", lambda scheme: store)
+    monkeypatch.setattr(remote, "object_store", lambda scheme, **_: store)
     monkeypatch.setattr(remote, "OUTAGE_LIMIT_S", 0.0)
 
 

@@ -145,8 +145,10 @@ def test_every_video_of_a_sample_is_a_source(tar: Path) -> None:
 
 def test_a_caption_in_another_encoding_is_named_unless_declared(tar: Path) -> None:
     tar.write_bytes(pack(("a.mp4", A), ("a.txt", b"caf\xe9"), ("b.mp4", B)))
-    [refused, _] = ingest([str(tar)], spec=Spec())
-    assert refused.refused == ("bad_labels", "txt: not utf-8 at byte 3; set columns.encoding, such as cp1252")
+    [kept, refused, _] = ingest([str(tar)], spec=Spec())
+    assert (kept.refused, kept.labels) == (None, {})
+    reason = "the caption is left out: not utf-8 at byte 3; set columns.encoding, such as cp1252"
+    assert refused.refused == ("bad_labels", reason)
     spec = load_settings(Spec, None, ["columns.encoding=cp1252"]).settings
     assert ingest([str(tar)], spec=spec)[0].labels == {"caption": "café"}
 

@@ -168,8 +168,8 @@ def test_a_job_without_a_record_of_its_end(tmp_path: Path, events: list[str], jo
 def test_a_setup_longer_than_the_time_limit_is_named(tmp_path: Path, job: str | None) -> None:
     """Before a rank starts, only SLURM's own line tells of the time limit. The line is that of SLURM 22.05."""
     make_run(tmp_path, steps=5)
-    owner = history.read_owner(tmp_path)
-    assert owner is not None
+    owner = {"job": "1", "executor": "local", "logs": str(tmp_path / "logs")}
+    history.write_owner(tmp_path, owner)
     line = "slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED AT 2026-11-30T13:55:48 DUE TO TIME LIMIT ***\n"
     log = history.log_path(tmp_path, 0)
     log.parent.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from vjepa.compat import adamw_, local, scale_
 from vjepa.config import Optim
@@ -54,6 +55,7 @@ def build_optimizer(trained: Mapping[str, nn.Module], optim: Optim) -> torch.opt
 
 
 @torch.no_grad()
+@record_function("optimizer step")  # its name in a trace
 def update_weights(
     optimizer: torch.optim.AdamW, loss: Float[Tensor, ""], rates: Rates, *, clip_norm: float | None
 ) -> Update:

@@ -339,7 +339,7 @@ def _errors(
     rest = video[:, earlier:]
     found = []
     for start in (0, earlier):
-        state = memory.remember(video[:, start : earlier + 1])[:, -1:]
+        state = memory.remember(video[:, start : earlier + 1])[:, -1:].expand(-1, rest.shape[1], -1, -1)
         forecast = memory.forecast(state, rest, rest, Pairs(pair[0], pair[1], shown[None, None].to(device)))[0, 0]
         found.append(float((forecast - video[0, later]).abs()[~shown.to(device)].mean()))
     return found[0], found[1]

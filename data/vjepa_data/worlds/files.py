@@ -44,7 +44,7 @@ LEROBOT_INDEX = {
 
 Form = Literal["videos", "lerobot"]
 Pixels = UInt8[np.ndarray, "F P P 3"]
-Rows = Float[np.ndarray, "_F A"]
+Rows = Float[np.ndarray, "_F _A"]
 
 CHUNK = 64
 """Episodes that are simulated together."""
