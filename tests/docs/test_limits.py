@@ -19,7 +19,8 @@ ROWS = dict(re.findall(r"^\| `([\w.]+)` \| ([\d.]+) \|", PAGE.read_text(), flags
 LIMIT = re.compile(r"(?!.*_PER_)([A-Z_]*_(S|MIN|TRIES)|ATTEMPTS|RESTARTS|PATIENCE)")
 SETTING = re.compile(r"(.*_)?(timeout|stall|hang|notice)_(s|min)|(idle_)?attempts|node_failures")
 
-# Durations that limit no waiting: sizes, speeds, and sleeps of rehearsed work. In `media` and `synthetic` they are lengths of video.
+# Durations that limit no waiting: sizes, speeds, and sleeps of rehearsed work. In `media` and `synthetic` they are
+# lengths of video.
 NO_LIMITS = {
     "SAME_LENGTH_S",
     "SLOWEST_BYTES_S",

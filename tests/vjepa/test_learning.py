@@ -10,10 +10,8 @@ from pathlib import Path
 import objectives
 import pytest
 
-from vjepa.config import load
 from vjepa.demo import CORPUS
-from vjepa.engine.trainer import train
-from vjepa.evals.shell import run_evaluation
+from vjepa.evals.results import read_result
 from vjepa_data.builder.shard import shard
 from vjepa_data.config_files import load_settings
 from vjepa_data.spec import Spec
@@ -74,10 +72,13 @@ def test_in_seconds_it_learns_more_than_an_untrained_encoder_tells(
     10, and has 0.121 now. With a learning rate of nothing the margin is 0.
     """
     cost, settings = SHORT_RECIPES[name]
-    run = load("demo", objectives.recipe(name, small_shards, SHORT_SEED, cost, [*SHORT, *settings])).settings
-    assert train(run, tmp_path / "run") == 0
-    settings = {"train_split": "train", "labels": ["objects"], "clips_per_video": 2}
-    rows = {row.features: row for row in run_evaluation("probe", tmp_path / "run", small_shards, settings).rows}
+    recipe = objectives.recipe(name, small_shards, SHORT_SEED, cost, [*SHORT, *settings])
+    run, result = tmp_path / "run", tmp_path / "probe.json"
+    # Child processes: here the checks of signatures take as long as the training.
+    objectives.vjepa("train", "demo", "--out", run, *recipe)
+    probe = ("train_split=train", "labels=[objects]", "clips_per_video=2")
+    objectives.vjepa("eval", "probe", run, small_shards, "--out", result, *probe)
+    rows = {row.features: row for row in read_result(result).rows}
     assert rows["pretrained"].value > max(rows["random init"].extra["seeds"]) + 0.03
 
 
