@@ -19,7 +19,7 @@ Source: Garrido et al., "Intuitive physics understanding emerges from self-super
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,14 @@ def evaluate(model: WorldModel, data: Path, settings: SurpriseSettings, context:
 # ---- what is scored
 
 
+@dataclass(frozen=True)
 class _Windows:
     """The form of the windows that films are cut into."""
 
-    def __init__(self, clip_frames: int, frame_step: int | None, contexts: Sequence[int], slide: int) -> None:
-        self.clip_frames, self.frame_step, self.contexts, self.slide = clip_frames, frame_step, contexts, slide
+    clip_frames: int
+    frame_step: int | None
+    contexts: Sequence[int]
+    slide: int
 
     @classmethod
     def choose(cls, model: WorldModel, films: ViolationSet, settings: SurpriseSettings) -> "_Windows":

@@ -122,33 +122,47 @@ def export(
         "exported_by": {"vjepa": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     with new_folder(out, overwrite=overwrite, ours="provenance.json") as folder:
-        if format == "hf" and is_world_model:
-            _write_native(folder, weights)
-            _write_json(folder / "config.json", world_model_config(weights))
-            write_code(folder)
-            provenance["check"] = check_world_model(folder, weights)
-        elif format == "hf":
-            write_safetensors(folder / "model.safetensors", _with_probe(_hf_tensors(weights, order), classifier))
-            _write_json(folder / "config.json", {**hf_config(weights), **_probe_config(classifier)})
-            _write_json(folder / "video_preprocessor_config.json", hf_processor(weights.px))
-            provenance["check"] = check_hf(folder, weights, order)
-            if classifier is not None:
-                provenance["classes"] = list(classifier.classes)
-                provenance["check"] |= check_classifier(folder, weights, classifier)
-        elif format == "pt2" and is_world_model and not stream:
-            provenance["check"] = write_world_model_programs(folder, weights)
-        elif format in PROGRAMS:
-            program = folder / f"model.{format}"
-            provenance["check"] = (
-                write_stream_step(program, weights, window) if stream else write_program(program, weights)
-            )
-        else:
-            _write_native(folder, weights)
-            provenance["check"] = check_native(folder, weights)
+        provenance["check"] = _write_form(folder, weights, format, order, classifier, stream=stream, window=window)
+        if classifier is not None:
+            provenance["classes"] = list(classifier.classes)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
     log.info("exported %s to %s (%s) and verified it", source, out, format)
     return provenance
+
+
+def _write_form(
+    folder: Path,
+    weights: Weights,
+    format: Format,
+    order: list[int],
+    classifier: Classifier | None,
+    *,
+    stream: bool,
+    window: int | None,
+) -> dict[str, Any]:
+    """Write the files of a format, load them back, and return the comparison with the model."""
+    is_world_model = has_dynamics(weights)
+    if format == "native":
+        _write_native(folder, weights)
+        return check_native(folder, weights)
+    if format in PROGRAMS:
+        program = folder / f"model.{format}"
+        if stream:
+            return write_stream_step(program, weights, window)
+        if format == "pt2" and is_world_model:
+            return write_world_model_programs(folder, weights)
+        return write_program(program, weights)
+    if is_world_model:
+        _write_native(folder, weights)
+        _write_json(folder / "config.json", world_model_config(weights))
+        write_code(folder)
+        return check_world_model(folder, weights)
+    write_safetensors(folder / "model.safetensors", _with_probe(_hf_tensors(weights, order), classifier))
+    _write_json(folder / "config.json", {**hf_config(weights), **_probe_config(classifier)})
+    _write_json(folder / "video_preprocessor_config.json", hf_processor(weights.px))
+    check = check_hf(folder, weights, order)
+    return check if classifier is None else check | check_classifier(folder, weights, classifier)
 
 
 def _own_results(source: Path, weights: Weights) -> list[Result]:
