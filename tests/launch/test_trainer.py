@@ -53,7 +53,7 @@ def rank_pid(folder: Path, rank: int) -> int:
     raise AssertionError(f"rank {rank} has no process")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_killed_rank_does_not_change_the_losses(
     launch: Callable[[Run, str], submit.Launched], tiny_run: Callable[..., Run]
 ) -> None:
