@@ -62,6 +62,18 @@ def inputs(channels: int, *, known: int = 2, steps: int = 5, clips: int = 3) -> 
     return frames, torch.randn(clips, known - 1 + steps, channels, generator=draw)
 
 
+def test_an_export_names_the_channels_of_actions_and_states():
+    signals = {
+        "action": {"columns": ["dx", "dy"], "units": ["m", "m"]},
+        "state": {"columns": ["angle"], "units": ["rad"]},
+    }
+    both = hf_world_model.columns_and_units(signals, ["action", "state"], 3)
+    assert both == {"columns": ["dx", "dy", "angle"], "units": ["m", "m", "rad"]}
+    stacked = hf_world_model.columns_and_units(signals, ["action"], 4)
+    assert stacked["columns"] == ["dx", "dy", "dx", "dy"]
+    assert hf_world_model.columns_and_units({}, ["action"], 2) == {}
+
+
 def compare_programs(tmp_path: Path, name: str) -> None:
     """Export a model as programs, and compare their rollout with the model's."""
     source = write_model(tmp_path / "native", **MODELS[name])

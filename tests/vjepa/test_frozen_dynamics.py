@@ -184,6 +184,13 @@ def test_the_frozen_encoder_has_no_gradient_moment_or_average(encoder: Path):
     assert "encoder" not in networks.saved
 
 
+def test_a_checkpoint_describes_the_signals_it_was_trained_with(trained: Path):
+    signals = read_weights(trained).provenance["signals"]
+    assert signals["action"]["columns"] == ["dx", "dy"]
+    assert signals["action"]["combine"] == "sum"
+    assert len(signals["state"]["units"]) == len(signals["state"]["columns"])
+
+
 def test_the_frozen_encoder_is_neither_trained_nor_saved(trained: Path, encoder: Path):
     weights = read_weights(trained)
     stored = json.loads((trained / "checkpoints" / "step_00000004" / "state.json").read_text())

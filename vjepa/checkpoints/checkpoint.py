@@ -17,7 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ class CheckpointMetadata:
     versions: Mapping[str, str]
     passed_over: Sequence[tuple[int, int]] = ()
     """Skipped batches: from which step on, and how many. See `vjepa.engine.skipped_batches`."""
+
+    signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Description of each signal that the run reads, by name: the fields of `vjepa_data.signal_spec.SignalSpec`."""
 
 
 def checkpoint_dir(run_folder: Path, settings: Checkpoint | None = None) -> Path:

@@ -25,6 +25,7 @@ from vjepa.monitoring.stall_watchdog import StallWatchdog
 from vjepa.monitoring.throughput import Throughput
 from vjepa.monitoring.timers import StepTimer
 from vjepa_data.reader.batch import Batch
+from vjepa_data.signal_spec import SignalSpec
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Attempt:
     watchdog: StallWatchdog
     timer: StepTimer
     manifests: list[str]
+    signals: dict[str, SignalSpec]
     throughput: Throughput
     periodic: PeriodicTasks
 
@@ -124,5 +126,6 @@ class Attempt:
                     wandb_id=self.logger.wandb_id,
                     versions=versions(),
                     passed_over=self.skipped,
+                    signals={name: spec.model_dump(mode="json") for name, spec in self.signals.items()},
                 ),
             )

@@ -36,6 +36,7 @@ from vjepa_data.reader.device_prefetch import ahead
 from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.reader.pipeline import open_plan
 from vjepa_data.reader.plan import Plan
+from vjepa_data.reader.signals import described_signals
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             watchdog=watchdog,
             timer=timer,
             manifests=manifests,
+            signals=described_signals(run.data.signals, plan),
             throughput=Throughput(run, world),
             periodic=at_end.enter_context(closing(PeriodicTasks(run, folder, world, networks, logger))),
         )

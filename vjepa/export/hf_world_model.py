@@ -9,6 +9,7 @@ The code is that of `vjepa.nn`, with its imports made relative, so both loaders 
 
 import importlib.util
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def world_model_config(weights: Weights) -> dict[str, Any]:
     is_frame = kind.marker == "dynamics.scales.mean"
     scale = "dynamics.scales" if is_frame else "dynamics.actions"
     objective = weights.provenance.get("settings", {}).get("objective", {})
+    names = [objective[key] for key in ("action", "state") if objective.get(key)]
+    mean = weights.tensors[f"{scale}.mean"].tolist()
     return {
         "model_type": "vjepa_world_model",
         "architectures": ["VJEPAWorldModel"],
@@ -84,11 +87,27 @@ def world_model_config(weights: Weights) -> dict[str, Any]:
         "frames": weights.frames,
         "fps": weights.fps,
         "actions": {
-            "signals": [objective[key] for key in ("action", "state") if objective.get(key)],
-            "mean": weights.tensors[f"{scale}.mean"].tolist(),
+            "signals": names,
+            "mean": mean,
             "std": weights.tensors[f"{scale}.std"].tolist(),
+            **columns_and_units(weights.provenance.get("signals", {}), names, len(mean)),
         },
     }
+
+
+def columns_and_units(signals: Mapping[str, Any], names: Sequence[str], channels: int) -> dict[str, list[str]]:
+    """Return the name and the unit of each channel; nothing if the checkpoint does not describe its signals.
+
+    Args:
+        signals: the descriptions in a checkpoint.
+        names: the signals that are concatenated. Only the first, the action, can be stacked rows.
+        channels: number of all channels.
+    """
+    if not names or any(name not in signals for name in names):
+        return {}
+    action, *state = (signals[name] for name in names)
+    rows = (channels - sum(len(one["columns"]) for one in state)) // len(action["columns"])
+    return {key: [value for one in [action] * rows + state for value in one[key]] for key in ("columns", "units")}
 
 
 @torch.no_grad()

@@ -60,6 +60,9 @@ def card_rows(weights: Weights, provenance: dict[str, Any]) -> list[tuple[str, s
         ("masks", ", ".join(mask.mode for mask in weights.masks) or "not recorded"),
         ("positions", f"in time, height and width ({weights.model.rope})"),
     ]  # fmt: skip
+    for name, signal in where.get("signals", {}).items():
+        named = zip(signal["columns"], signal["units"], strict=True)
+        rows.append((f"signal `{name}`", ", ".join(f"{column} ({unit})" for column, unit in named)))
     if "check" in where:
         differences = [value for name, value in where["check"].items() if name.endswith("max_abs_difference")]
         rows.append(("verified", f"loaded again, numbers differ by {max(differences)}"))

@@ -32,7 +32,7 @@ class VJEPAWorldModelConfig(PretrainedConfig):
         dynamics: `frame`, or `latent` for a vector per frame.
         shapes: shapes of the tensors of the predictor.
         px, frames, fps: form of the clips that the model was trained on.
-        actions: signals, channels, mean and standard deviation of the actions, in their own units.
+        actions: their signals, and the mean, standard deviation, name and unit of each channel.
     """
 
     model_type = "vjepa_world_model"

@@ -46,6 +46,7 @@ def read_checkpoint(path: Path, part: Part) -> Weights:
         "settings": dict(metadata.settings),
         "settings_hash": metadata.settings_hash,
         "manifests": list(metadata.manifests),
+        "signals": dict(metadata.signals),
         "versions": dict(metadata.versions),
     }
     # Networks that only training uses (a projector, the other encoder, the optimizer) are left out.

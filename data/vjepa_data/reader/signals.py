@@ -13,9 +13,9 @@ intervals add up to the whole.
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
@@ -25,8 +25,9 @@ from vjepa_data.corpus.signal_statistics import SignalStatistics, pool
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.poses import pose_differences
 from vjepa_data.reader.clip_times import RATE_TOLERANCE, EligibleSamples, offsets
+from vjepa_data.reader.plan import Plan
 from vjepa_data.settings import Data
-from vjepa_data.signal_spec import SNAP_ROWS, member_of_signal, member_of_text, stored_name
+from vjepa_data.signal_spec import SNAP_ROWS, SignalSpec, member_of_signal, member_of_text, stored_name
 
 SLACK_ROWS = 0.5  # rows that may be missing at the edge of a video, as the builder allows
 
@@ -197,6 +198,12 @@ def _check_stack(name: str, sources: Sequence[EligibleSamples]) -> None:
                     f"signal {name!r} is stacked, but {index.place} has {counts[0]:g} rows between two frames and "
                     f"others have {sizes[source.frames]}; set the same data.sources[].frame_step for all"
                 )
+
+
+def described_signals(names: Iterable[str], plan: Plan) -> dict[str, SignalSpec]:
+    """Return the descriptions of signals, which are the same in all sources of a plan."""
+    index = cast(EligibleSamples, plan.sources[0]).index
+    return {name: index.signals[name] for name in names}
 
 
 def interval_statistics(data: Data, name: str) -> SignalStatistics:
