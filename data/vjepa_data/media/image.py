@@ -63,7 +63,8 @@ def _open(path: Path) -> Image.Image:
         raise Refused(Reason.MISSING, "not a file")
     try:
         size = path.stat().st_size
-        image = Image.open(path, formats=FORMATS) if size else None
+        # Pillow 10.0 resolves a Path, and a link to a file in memory leads nowhere.
+        image = Image.open(str(path), formats=FORMATS) if size else None
     except UnidentifiedImageError:
         raise Refused(Reason.NOT_IMAGE, "unknown image format") from None
     except Image.DecompressionBombError:
