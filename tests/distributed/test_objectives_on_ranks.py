@@ -18,8 +18,9 @@ from vjepa.config import Run
 from vjepa.distributed.sharding import shard
 from vjepa.distributed.world import join
 from vjepa.methods.actions import ActedClips
-from vjepa.methods.base import MaskedClips, create_method
+from vjepa.methods.base import MaskedClips, Method, create_method
 from vjepa.methods.masking import sample_masks
+from vjepa.methods.memory.method import ClipSequences, Memory
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.grid import Grid
 from vjepa.weights.tensors import write_safetensors
@@ -72,6 +73,11 @@ CASES: dict[str, dict[str, Any]] = {
         }
         for condition in ("token", "adaln")
     },
+    "memory": {
+        "data": {"clip": {"frames": 2, "sequence": 3}},
+        "model": {"tubelet_frames": 1, "init_std": 0.1},
+        "objective": {"name": "memory", "side": 2, "shown": 1, "pairs": 3},
+    },
 }
 ACTED = ("lewm", "dynamics")
 
@@ -94,7 +100,7 @@ def settings(case: str) -> Run:
         "optim": {"lr": 1e-3},
     }
     for name, change in CASES[case].items():
-        if change.get("name") in ACTED:
+        if change.get("name") in (*ACTED, "memory"):
             values[name] = {}  # a method without masks
         if change.get("name") == "dynamics":
             values[name] = {"encoder": os.environ["ENCODER_FOLDER"]}
@@ -124,6 +130,23 @@ def acted_clips(run: Run, slots: range) -> ActedClips:
     return ActedClips(torch.from_numpy(frames), torch.from_numpy(actions), valid, 0, tuple(slots))
 
 
+def clip_sequences(method: Memory, slots: range) -> ClipSequences:
+    """Three clips of the video in each of some slots, and the pairs that a run would draw."""
+    clip = method.run.data.clip
+    size = (clip.sequence, 3, clip.frames, PX, PX)
+    frames = np.concatenate([generator(0, "clips", slot).standard_normal(size, dtype="float32") for slot in slots])
+    pairs = method.draw_pairs(0, tuple(slots), clip.sequence, torch.device("cpu"))
+    return ClipSequences(torch.from_numpy(frames), Grid.of(clip.frames, PX, PX, method.run.model), pairs, len(slots))
+
+
+def example_inputs(method: Method, slots: range) -> Any:
+    """The inputs of a method for some slots."""
+    if isinstance(method, Memory):
+        return clip_sequences(method, slots)
+    run = method.run
+    return acted_clips(run, slots) if run.objective.name in ACTED else masked_clips(run, slots)
+
+
 def write_encoder(folder: Path) -> None:
     """Write the tensors of a native export."""
     encoder = Encoder(settings("vjepa2").model, seed=1)
@@ -142,8 +165,7 @@ def main(out: Path) -> None:
             networks = method.build()
             shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
             mine = range(world.rank * share, (world.rank + 1) * share)
-            inputs = acted_clips(run, mine) if run.objective.name in ACTED else masked_clips(run, mine)
-            loss = method.loss(networks, inputs, step=0)
+            loss = method.loss(networks, example_inputs(method, mine), step=0)
             (loss.value * world.size).backward()
             found[case] = {
                 "loss": world.sum(loss.value.detach()),

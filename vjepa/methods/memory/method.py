@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vjepa.methods.base import Average, Loss, Method, Networks, TokenCounts, send
-from vjepa.methods.dynamics.method import EncoderFile, FrozenEncoder
+from vjepa.methods.frozen_encoder import EncoderFile, FrozenEncoder
 from vjepa.methods.memory.settings import MemorySettings
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, normalise
