@@ -139,11 +139,10 @@ def clip_sequences(method: Memory, slots: range) -> ClipSequences:
     return ClipSequences(torch.from_numpy(frames), Grid.of(clip.frames, PX, PX, method.run.model), pairs, len(slots))
 
 
-def example_inputs(method: Method, slots: range) -> Any:
+def example_inputs(run: Run, method: Method, slots: range) -> Any:
     """The inputs of a method for some slots."""
     if isinstance(method, Memory):
         return clip_sequences(method, slots)
-    run = method.run
     return acted_clips(run, slots) if run.objective.name in ACTED else masked_clips(run, slots)
 
 
@@ -165,7 +164,7 @@ def main(out: Path) -> None:
             networks = method.build()
             shard(networks, run.parallel, mesh=world.mesh, dtype=torch.float32)
             mine = range(world.rank * share, (world.rank + 1) * share)
-            loss = method.loss(networks, example_inputs(method, mine), step=0)
+            loss = method.loss(networks, example_inputs(run, method, mine), step=0)
             (loss.value * world.size).backward()
             found[case] = {
                 "loss": world.sum(loss.value.detach()),
