@@ -198,7 +198,7 @@ def planted(videos: int, seed: int) -> Recording:
     clips = torch.from_numpy(draw.normal(0, 0.1, (videos, 8, 4, 24)).astype(np.float32))
     clips[torch.arange(videos), 1, :, torch.from_numpy(shapes)] += 3
     asked = [
-        Question(video, 5, 7, 4.0, str(shape), (0.5, float(draw.random())), moves=video % 2 == 0, count=video % 3)
+        Question(video, 1, 5, 7, 4.0, str(shape), (0.5, float(draw.random())), moves=video % 2 == 0, count=video % 3)
         for video, shape in enumerate(shapes.tolist())
     ]
     return Recording(list(clips), asked)

@@ -17,7 +17,7 @@ openings and at clips behind the curtain.
 Letters: N clips of a video (_N: of each its own), M cells, F channels of a feature, D width of the memory, A acts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from vjepa.atomic import new_file
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, ScoreRow
+from vjepa.evals.memory_page import Film, memory_page
 from vjepa.evals.ridge import Kind, Table, prior_score, ridge_score
+from vjepa.methods.memory.method import forecast_errors
 from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.evaluation.frame_stream import CorpusFrames
+from vjepa_data.rng import generator
 
 DECAYS = (0.5, 0.8, 0.95)
 """Shares of an exponential average that stay with each clip. Readouts see all three averages."""
@@ -62,6 +66,9 @@ class Question:
     """An act of a video, at the last clip before its curtain opens."""
 
     video: int
+    """Number of the video in its recording."""
+    start: int
+    """First clip that shows the object."""
     clip: int
     returned: int
     """First clip after the opening."""
@@ -79,6 +86,8 @@ class Recording:
     clips: Sequence[Float[Tensor, "_N M F"]]
     """Features of each video."""
     questions: Sequence[Question]
+    numbers: Sequence[int] = ()
+    """Number of each video in the split."""
 
 
 def evaluate(model: WorldModel, data: Path, settings: MemoryEvalSettings, context: EvaluationContext) -> Result:
@@ -105,7 +114,12 @@ def evaluate(model: WorldModel, data: Path, settings: MemoryEvalSettings, contex
         "interval": "95 % over resampled videos",
         "seed": settings.seed,
     }
-    return Result(protocol, rows, {"retention_by_gap_s": curve(rows)})
+    result = Result(protocol, rows, {"retention_by_gap_s": curve(rows)})
+    if context.out is not None and context.world.is_first:
+        films = CorpusFrames(data, split=settings.split, px=model.px, fps=model.fps)
+        with new_file(context.out.with_suffix(".html"), overwrite=True) as page:
+            page.write_text(memory_page(result, list(films_of(memory, report, films, model))))
+    return result
 
 
 def score_memories(
@@ -157,7 +171,7 @@ def record(
     reader = CorpusFrames(data, split=split, px=model.px, fps=model.fps)
     videos = range(len(reader.keys))[:max_videos]
 
-    def read(video: int) -> tuple[np.ndarray, list[Mapping[str, Any]]] | None:
+    def read(video: int) -> tuple[int, np.ndarray, list[Mapping[str, Any]]] | None:
         labels = reader.index.read_labels(video)
         if "acts" not in labels:
             raise BadInput(f"{data}: {reader.keys[video]} has no acts; make curtains with `vjepa synthesize curtain`")
@@ -167,19 +181,19 @@ def record(
             return None
         clips = frames[: len(frames) // model.frames * model.frames].unflatten(0, (-1, model.frames))
         fps = float(reader.index.fps[video])
-        return _encode(model, clips, side).numpy(), [{**act, "fps": fps} for act in labels["acts"]]
+        return video, _encode(model, clips, side).numpy(), [{**act, "fps": fps} for act in labels["acts"]]
 
     found = [each for each in context.share(read, videos, f"encode {split}") if each is not None]
     clip_s = model.frames / model.fps
     questions = [
         question
-        for video, (clips, acts) in enumerate(found)
+        for video, (_, clips, acts) in enumerate(found)
         for act in acts
         if (question := _question(video, act, clip_s, len(clips))) is not None
     ]
     if not questions:
         raise BadInput(f"{data}, split {split!r}: no curtain is closed for a clip of {clip_s:g} s; add videos")
-    return Recording([torch.from_numpy(clips) for clips, _ in found], questions)
+    return Recording([torch.from_numpy(clips) for _, clips, _ in found], questions, [number for number, *_ in found])
 
 
 @torch.no_grad()
@@ -195,7 +209,8 @@ def _question(video: int, act: Mapping[str, Any], clip_s: float, clips: int) -> 
     if last * clip_s < act["closed"] / fps - 1e-6 or returned >= clips or (returned + 1) * clip_s > act["end"] / fps:
         return None
     place = (float(act["place"][0]), float(act["place"][1]))
-    return Question(video, last, returned, act["gap_s"], act["shape"], place, act["moves"], act["count"])
+    start = -int(-act["start"] / fps // clip_s)
+    return Question(video, start, last, returned, act["gap_s"], act["shape"], place, act["moves"], act["count"])
 
 
 # ---- readouts
@@ -313,36 +328,33 @@ def _train_with_labels(model: Model, like: ClipMemory, fit: Recording, steps: in
 # ---- gain
 
 
-@torch.no_grad()
 def _gains(trained: Sequence[ClipMemory], report: Recording, seed: int) -> list[ScoreRow]:
     """Return the gain of memory for clips after an opening, and for the last clip behind the curtain."""
     errors: dict[str, list[tuple[int, float, float]]] = {"openings": [], "elsewhere": []}
     for memory in trained:
-        draw = np.random.default_rng(seed)
-        for question in report.questions:
-            clips, distance = report.clips[question.video], question.returned - question.clip
-            pairs = {"openings": (question.clip, question.returned)}
-            if question.clip - distance >= 0:
-                pairs["elsewhere"] = (question.clip - distance, question.clip)
-            for name, (earlier, later) in pairs.items():
-                shown = np.isin(np.arange(memory.cells), draw.permutation(memory.cells)[: max(1, memory.cells // 8)])
-                errors[name].append((question.video, *_errors(memory, clips, earlier, later, torch.from_numpy(shown))))
+        for number, question in enumerate(report.questions):
+            distance = question.returned - question.clip
+            later = [clip for clip in (question.returned, question.clip) if clip >= distance]
+            found = _errors(memory, report.clips[question.video], later, distance, generator(seed, "gain", number))
+            for name, remembered, alone in zip(errors, *found, strict=False):
+                errors[name].append((question.video, float(remembered), float(alone)))
     return [_gain_row(f"memory gain, {name}", np.array(each), seed) for name, each in errors.items() if each]
 
 
+@torch.no_grad()
 def _errors(
-    memory: ClipMemory, clips: Float[Tensor, "N M F"], earlier: int, later: int, shown: Bool[Tensor, " M"]
-) -> tuple[float, float]:
-    """Return the error of the prediction of a clip with the memory and from the earlier clip alone."""
+    memory: ClipMemory, clips: Float[Tensor, "N M F"], later: Sequence[int], distance: int, draw: np.random.Generator
+) -> Float[np.ndarray, "2 P"]:
+    """Return the errors of predictions of later clips from clips before them, with the memory and from one clip alone.
+
+    The predictor sees an eighth of the cells of the later clip.
+    """
     device = next(memory.parameters()).device
-    video, pair = clips[None].to(device), [torch.tensor([[clip]], device=device) for clip in (0, later - earlier)]
-    rest = video[:, earlier:]
-    found = []
-    for start in (0, earlier):
-        state = memory.remember(video[:, start : earlier + 1])[:, -1:].expand(-1, rest.shape[1], -1, -1)
-        forecast = memory.forecast(state, rest, rest, Pairs(pair[0], pair[1], shown[None, None].to(device)))[0, 0]
-        found.append(float((forecast - video[0, later]).abs()[~shown.to(device)].mean()))
-    return found[0], found[1]
+    order = draw.permuted(np.tile(np.arange(memory.cells), (len(later), 1)), axis=1)
+    at, shown = torch.tensor(later), torch.from_numpy(order < max(1, memory.cells // 8))
+    pairs = Pairs(*(each[None].to(device) for each in (at - distance, at, shown)))
+    video = clips[None].to(device)
+    return torch.cat(list(forecast_errors(memory, video, video, pairs).values())).cpu().numpy()
 
 
 def _gain_row(task: str, errors: Float[np.ndarray, "A 3"], seed: int) -> ScoreRow:
@@ -354,3 +366,27 @@ def _gain_row(task: str, errors: Float[np.ndarray, "A 3"], seed: int) -> ScoreRo
     low, high = np.quantile(1 - totals[:, 0] / totals[:, 1], (0.025, 0.975))
     value = 1 - sums[:, 0].sum() / sums[:, 1].sum()
     return ScoreRow(task, "gain", "trained memory", float(value), float(low), float(high), len(videos))
+
+
+# ---- films
+
+
+def films_of(memory: ClipMemory, report: Recording, frames: CorpusFrames, model: WorldModel) -> Iterator[Film]:
+    """Yield the first act of each gap with the errors of predictions of its clips."""
+    clip_s = model.frames / model.fps
+    first = {question.gap_s: question for question in reversed(report.questions)}
+    for gap_s, question in sorted(first.items()):
+        clips, distance = report.clips[question.video], question.returned - question.clip
+        later = range(max(question.start, distance), min(question.returned + distance, len(clips)))
+        remembered, alone = _errors(memory, clips, later, distance, generator(0, "film", question.video))
+        number = report.numbers[question.video]
+        pixels = torch.cat(list(frames.frames(number)))[later.start * model.frames : later.stop * model.frames]
+        yield Film(
+            f"{frames.keys[number]}: a {question.shape} that {'moves' if question.moves else 'rests'}, {gap_s:g} s "
+            f"behind the curtain, {question.count} passed",
+            pixels.numpy(),
+            np.array(later) * clip_s,
+            remembered,
+            alone,
+            ((question.clip + 1) * clip_s - gap_s, question.returned * clip_s),
+        )

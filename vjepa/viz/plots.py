@@ -99,6 +99,8 @@ class Curve:
     label: str
     x: Float[ndarray, " n"]
     y: Float[ndarray, " n"]
+    band: Float[ndarray, "2 n"] | None = None
+    """Lower and upper end of an interval at each point, drawn as a shade."""
 
 
 def plot(
@@ -134,6 +136,8 @@ def plot(
             axes.plot(x, running_mean(y, window), color=colour, linewidth=1.6, label=label)
         else:
             axes.plot(x, y, color=colour, linewidth=1.6, label=label, marker="." if len(x) < 30 else None)
+        if curve.band is not None:
+            axes.fill_between(x, *curve.band, color=colour, alpha=0.12, linewidth=0)
     for mark in marks:
         axes.axvline(mark, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)))
     if log:
