@@ -5,11 +5,13 @@
     vjepa train demo --out encoder 'data.sources=[{shards: curtains}]' data.crop.scale=[1,1] data.crop.flip=0
     python benchmarks/memory.py encoder curtains --out memory.json
 
-The loss, its pairs and the networks are those of `vjepa train memory_curtain`; batches are whole videos.
+The loss, its pairs and the networks are those of `vjepa train memory_curtain`; batches are whole videos. Features and
+trained memories are kept in the folder `--cache`, from which an interrupted command goes on.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,38 +19,61 @@ import torch
 
 import vjepa
 from vjepa.config import Model
-from vjepa.evals.base import Result, open_context
+from vjepa.evals.base import EvaluationContext, Result, open_context
 from vjepa.evals.memory import MemoryEvalSettings, Recording, curve, record, score_memories
 from vjepa.methods.memory.method import forecast_errors
 from vjepa.nn.memory import ClipMemory, Pairs
 
-BATCH, PAIRS, SHOWN, SIDE = 16, 16, 2, 4
+BATCH, SHOWN = 16, 2
 
 
-def fit_memory(model: Model, recording: Recording, *, clips: int, steps: int, seed: int) -> ClipMemory:
-    """Train a memory on sequences of `clips` clips of cached features."""
-    memory = ClipMemory(model, cells=SIDE**2, seed=seed)
+def encode(arguments: argparse.Namespace, context: EvaluationContext) -> tuple[Model, list[Recording]]:
+    """Return the model's settings and the features of both splits."""
+    file = arguments.cache / "features.pt"
+    if not file.exists():
+        encoder = vjepa.load(arguments.encoder)
+        splits = [record(encoder, arguments.side, arguments.shards, split, None, context) for split in ("train", "val")]
+        torch.save((encoder.model, splits), file)
+    model, splits = torch.load(file, weights_only=False)
+    size = {"width": arguments.width, "depth": arguments.depth, "heads": 4}
+    return model.model_copy(update={"predictor": type(model.predictor).model_validate(size)}), splits
+
+
+def fit_memory(model: Model, recording: Recording, arguments: argparse.Namespace, seed: int) -> ClipMemory:
+    """Train a memory on sequences of `--clips` clips of cached features, or read it from the cache."""
+    memory = ClipMemory(model, cells=arguments.side**2, seed=seed)
+    file = arguments.cache / f"memory_{seed}.pt"
+    if file.exists():
+        memory.load_state_dict(torch.load(file))
+        return memory.requires_grad_(False)
     optimizer = torch.optim.AdamW(memory.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    draw = np.random.default_rng(seed)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=arguments.steps)
+    draw, clips, start_s = np.random.default_rng(seed), arguments.clips, time.process_time()
     long = [video for video in recording.clips if len(video) >= clips]
-    for step in range(steps):
+    for step in range(arguments.steps):
         videos = [long[n] for n in draw.choice(len(long), BATCH)]
         starts = [draw.integers(len(video) - clips + 1) for video in videos]
         batch = torch.stack([video[start : start + clips] for video, start in zip(videos, starts, strict=True)])
-        distance = draw.integers(1, clips, (BATCH, PAIRS))
-        first = (draw.random((BATCH, PAIRS)) * (clips - distance)).astype(np.int64)
-        shown = draw.random((BATCH, PAIRS, SIDE**2)).argsort(-1).argsort(-1) < SHOWN
-        pairs = Pairs(*(torch.from_numpy(each) for each in (first, first + distance, shown)))
-        errors = forecast_errors(memory, batch, batch, pairs)
+        errors = forecast_errors(memory, batch, batch, draw_pairs(draw, arguments))
         optimizer.zero_grad()
         torch.stack([error.mean() for error in errors.values()]).sum().backward()
         torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(seed, step, {name: round(error.mean().item(), 4) for name, error in errors.items()}, flush=True)
+        if step % 25 == 0 or step == arguments.steps - 1:
+            found = {name: round(error.mean().item(), 4) for name, error in errors.items()}
+            print(f"seed {seed}, step {step}: {found}, {time.process_time() - start_s:.0f} CPU s", flush=True)
+    torch.save(memory.state_dict(), file)
     return memory.requires_grad_(False)
+
+
+def draw_pairs(draw: np.random.Generator, arguments: argparse.Namespace) -> Pairs:
+    """Draw pairs of clips as the method does, with uniform distances."""
+    size, clips, cells = (BATCH, arguments.pairs), arguments.clips, arguments.side**2
+    distance = draw.integers(1, clips, size)
+    first = (draw.random(size) * (clips - distance)).astype(np.int64)
+    shown = draw.random((*size, cells)).argsort(-1).argsort(-1) < SHOWN
+    return Pairs(*(torch.from_numpy(each) for each in (first, first + distance, shown)))
 
 
 def main() -> None:
@@ -57,24 +82,23 @@ def main() -> None:
     parser.add_argument("encoder", type=Path)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("memory_cache"))
     parser.add_argument("--clips", type=int, default=36)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--supervised-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--side", type=int, default=3)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=1)
     arguments = parser.parse_args()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    encoder = vjepa.load(arguments.encoder)
-    size = {"width": arguments.width, "depth": 2, "heads": 4}
-    model = encoder.model.model_copy(update={"predictor": type(encoder.model.predictor).model_validate(size)})
     settings = MemoryEvalSettings(seeds=arguments.seeds, supervised_steps=arguments.supervised_steps)
     with open_context(arguments.out, overwrite=True) as context:
-        fit, report = (record(encoder, SIDE, arguments.shards, split, None, context) for split in ("train", "val"))
+        model, (fit, report) = encode(arguments, context)
         print(len(fit.questions), len(report.questions), "questions", flush=True)
-        trained = [
-            fit_memory(model, fit, clips=arguments.clips, steps=arguments.steps, seed=seed)
-            for seed in range(arguments.seeds)
-        ]
+        trained = [fit_memory(model, fit, arguments, seed) for seed in range(arguments.seeds)]
         rows = score_memories(trained, model, fit, report, settings, context)
     protocol = {name: str(value) for name, value in vars(arguments).items()}
     arguments.out.write_text(json.dumps(Result(protocol, rows, {"curve": curve(rows)}).to_json(), indent=1) + "\n")

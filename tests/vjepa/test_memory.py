@@ -158,7 +158,7 @@ def test_a_run_resumes_exactly_and_its_model_remembers(corpus: Path, tmp_path: P
         assert torch.equal(one[name], other[name]), name
     model = vjepa.load(whole)
     settings = {"supervised_steps": 2, "seeds": 2, "split": "train"}
-    result = run_evaluation("memory", whole, corpus, settings)
+    result = run_evaluation("memory", whole, corpus, settings, out=tmp_path / "memory.json")
     rows = {(row.task, row.features): row for row in result.rows}
     names = {"trained memory", "random memory", "raw context", "average", "window", "supervised", "prior"}
     assert {row.features for row in result.rows} == names
@@ -168,6 +168,10 @@ def test_a_run_resumes_exactly_and_its_model_remembers(corpus: Path, tmp_path: P
         assert math.isclose(value, np.mean(rows[f"retention, {gap} s", "random memory"].extra["seeds"]))
     gain = rows["memory gain, openings", "trained memory"]
     assert gain.low <= gain.value <= gain.high
+    page = (tmp_path / "memory.html").read_text()
+    assert page.count("<svg") == 3 + len(curves["window"])  # three tasks, and a film for each delay
+    assert page.count("<img") == len(curves["window"])
+    assert all(f"<td>{gap}</td>" in page for gap in curves["window"])
     assert model.capabilities == {"encode", "remember"}
     frames = torch.randint(0, 256, (1, 3, 2, PX, PX, 3), dtype=torch.uint8)
     states = model.remember(frames)

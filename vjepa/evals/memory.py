@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vjepa.atomic import new_file
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, ScoreRow
 from vjepa.evals.memory_page import Film, memory_page
-from vjepa.evals.ridge import Kind, Table, prior_score, ridge_score
+from vjepa.evals.ridge import Kind, Table, fit_ridge
 from vjepa.methods.memory.method import forecast_errors
 from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
 from vjepa.weights.world_model import WorldModel
@@ -46,6 +47,8 @@ DECAYS = (0.5, 0.8, 0.95)
 
 BATCH = 64
 RESAMPLED = 1000
+TAUGHT = 8
+"""Videos of a step of the memory that is trained with the labels."""
 
 
 class MemoryEvalSettings(EvaluationSettings):
@@ -140,11 +143,11 @@ def score_memories(
     if settings.supervised_steps:
         taught = (_train_with_labels(model, memory, fit, settings.supervised_steps, seed) for seed in seeds)
         kinds["supervised"] = [_states(each) for each in taught]
+    kinds["prior"] = [lambda clips: torch.zeros(len(clips), 1, 1)]  # of a constant, the readout is the prior
     rows: list[ScoreRow] = []
     for name, readers in context.track(list(kinds.items()), "readouts"):
         tables = [(_features(reader, fit), _features(reader, report)) for reader in readers]
         rows += _score(name, tables, fit.questions, report.questions, settings.seed)
-    rows += _score("prior", None, fit.questions, report.questions, settings.seed)
     return rows + _gains(trained, report, settings.seed)
 
 
@@ -254,34 +257,29 @@ def _context(count: int) -> _Reader:
 
 
 def _score(
-    name: str, tables: Sequence[tuple[Tensor, Tensor]] | None, fit: Sequence[Question], report: Sequence[Question],
-    seed: int,
-) -> list[ScoreRow]:  # fmt: skip
+    name: str, tables: Sequence[tuple[Tensor, Tensor]], fit: Sequence[Question], report: Sequence[Question], seed: int
+) -> list[ScoreRow]:
     """Return the rows of a kind of features: the mean over its seeds, by task and gap."""
     rows = []
     for task, kind, metric, value, keep in TASKS:
-        chosen = np.array([keep(question) for question in fit])
+        chosen = np.flatnonzero([keep(question) for question in fit])
+        targets = [np.array([value(question) for question in part]) for part in (fit, report)]
+        videos = [np.array([question.video for question in part]) for part in (fit, report)]
+        if min(len(np.unique(each[chosen], axis=0)) for each in (targets[0], videos[0])) < 2:
+            continue
+        readouts = [fit_ridge(Table(train, targets[0], videos[0]).rows(chosen), kind, seed=seed) for train, _ in tables]
         for gap_s in sorted({question.gap_s for question in report}):
-            asked = np.array([keep(question) and question.gap_s == gap_s for question in report])
-            targets = [np.array([value(question) for question in part]) for part in (fit, report)]
-            videos = [np.array([question.video for question in part]) for part in (fit, report)]
-            if not asked.any() or min(len(np.unique(each[chosen], axis=0)) for each in (targets[0], videos[0])) < 2:
+            asked = np.flatnonzero([keep(question) and question.gap_s == gap_s for question in report])
+            if not len(asked):
                 continue
-            score = prior_score if tables is None else ridge_score
-            empty = (torch.zeros(len(fit), 1), torch.zeros(len(report), 1))
             scores = [
-                score(
-                    Table(train, targets[0], videos[0]).rows(np.flatnonzero(chosen)),
-                    Table(test, targets[1], videos[1]).rows(np.flatnonzero(asked)),
-                    kind,
-                    seed=seed,
-                )
-                for train, test in (tables or [empty])
+                readout(Table(test, targets[1], videos[1]).rows(asked))
+                for readout, (_, test) in zip(readouts, tables, strict=True)
             ]
             value_, low, high = (
                 float(np.mean([getattr(score, part) for score in scores])) for part in ("value", "low", "high")
             )
-            extra: dict[str, Any] = {"gap_s": gap_s, "acts": int(asked.sum())}
+            extra: dict[str, Any] = {"gap_s": gap_s, "acts": len(asked)}
             if len(scores) > 1:
                 extra["seeds"] = [score.value for score in scores]
             rows.append(ScoreRow(f"{task}, {gap_s:g} s", metric, name, value_, low, high, scores[0].clips, extra))
@@ -296,7 +294,7 @@ TASKS: tuple[tuple[str, Kind, str, Callable[[Question], Any], Callable[[Question
 
 
 def _train_with_labels(model: Model, like: ClipMemory, fit: Recording, steps: int, seed: int) -> ClipMemory:
-    """Train a memory of the same form to tell the shape behind the curtain, by cross-entropy on the labels."""
+    """Train a memory of the same form to tell the shape at each clip, until the curtain opens again."""
     device = next(like.parameters()).device
     memory = ClipMemory(model, cells=like.cells, seed=seed).to(device)
     head = nn.Linear(memory.size.width, len(shapes := sorted({question.shape for question in fit.questions})))
@@ -306,19 +304,18 @@ def _train_with_labels(model: Model, like: ClipMemory, fit: Recording, steps: in
     head.to(device)
     optimizer = torch.optim.AdamW([*memory.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    order, longest = np.random.default_rng(seed), max(len(clips) for clips in fit.clips)
-    by_video = {video: [q for q in fit.questions if q.video == video] for video in {q.video for q in fit.questions}}
+    order, asked = np.random.default_rng(seed), sorted({question.video for question in fit.questions})
+    targets = [torch.full((len(clips),), -1) for clips in fit.clips]
+    for question in fit.questions:
+        targets[question.video][question.start : question.clip + 1] = shapes.index(question.shape)
     for _ in range(steps):
-        some = order.choice(sorted(by_video), min(32, len(by_video)), replace=False)
-        clips = torch.stack([F.pad(fit.clips[v], (0, 0, 0, 0, 0, longest - len(fit.clips[v]))) for v in some]).to(
-            device
-        )
-        states = memory.remember(clips).mean(2)
-        asked = [(row, question) for row, video in enumerate(some) for question in by_video[video]]
-        at = torch.stack([states[row, question.clip] for row, question in asked])
-        wanted = torch.tensor([shapes.index(question.shape) for _, question in asked], device=device)
+        some = order.choice(asked, min(TAUGHT, len(asked)), replace=False)
+        clips, wanted = (pad_sequence([each[video] for video in some], batch_first=True, padding_value=value)
+                         for each, value in ((fit.clips, 0), (targets, -1)))  # fmt: skip
+        told = head(memory.remember(clips.to(device)).mean(2))
+        loss = F.cross_entropy(told.flatten(0, 1), wanted.to(device).flatten(), ignore_index=-1)
         optimizer.zero_grad()
-        F.cross_entropy(head(at), wanted).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -6,7 +6,7 @@ Letters: n rows (clips, or tokens of clips), d features, k targets, c clips.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +73,11 @@ def ridge_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
     Raises:
         ValueError: there are fewer than two clips or classes to train on.
     """
+    return fit_ridge(train, kind, seed=seed)(test)
+
+
+def fit_ridge(train: Table, kind: Kind, *, seed: int = 0) -> Callable[[Table], Score]:
+    """Return a function that scores any table by one fit to `train`, see `ridge_score`."""
     codes = _TargetCodes(train.target, kind)
     losses, errors = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
     for fold in _folds(train, seed):
@@ -82,7 +87,7 @@ def ridge_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
         errors += [float((predicted - y).square().sum()) for predicted in predictions]
     best = int(np.lexsort((errors, losses))[0])  # accuracies on few clips are often equal, then the error decides
     predict = _fit(train.features, codes(train.target), (PENALTIES[best],))[0]
-    return _with_interval(predict(test.features), test, codes, seed, PENALTIES[best])
+    return lambda test: _with_interval(predict(test.features), test, codes, seed, PENALTIES[best])
 
 
 def prior_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Score:
