@@ -20,6 +20,7 @@ import functools
 import importlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -255,6 +256,45 @@ def refusal(
         if not error <= _TOLERANCE.get(dtype, 5e-2):
             return f"it differs from sdpa by {error:.2g} with heads of {width} channels"
     return None
+
+
+def measure(
+    backend: Backend,
+    runs: Sequence[Run],
+    *,
+    heads: int,
+    head_width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 10,
+) -> float:
+    """Return the milliseconds of attention, forward and backward, on noise of a run's shapes: the least of `repeats`.
+
+    Args:
+        backend: a backend that works here, see `refusal`.
+        runs: (sequences, tokens in each), as a step has them.
+        heads, head_width: number of heads, and channels of each.
+        device: device of the model.
+        dtype: type of queries, keys and values.
+        repeats: measurements, after three that are not counted.
+    """
+    segments = Segments.of(runs, backend=backend, device=device)
+    tokens = sum(int(count) * length for count, length in runs)
+    drawn = torch.randn(tokens, 3, heads, head_width, device=device, dtype=dtype)  # strides as in a block
+    q, k, v = (x.detach().requires_grad_() for x in drawn.unbind(1))
+    change, found = torch.randn_like(q), []
+    for _ in range(3 + repeats):
+        _wait(device)
+        start = time.perf_counter()
+        torch.autograd.grad(attention(q, k, v, segments), (q, k, v), change)
+        _wait(device)
+        found.append(1e3 * (time.perf_counter() - start))
+    return min(found[3:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # Raised by a package built for another torch, driver or GPU when it is imported, dispatched or launched.
