@@ -184,6 +184,17 @@ class OnlinePlan(Settings):
     """Rounds of a plan."""
 
 
+class OnlineSurprise(Settings):
+    """Surprise in the course of a run: how often a generated film that breaks a law of physics surprises the model more
+    than one that obeys it. The films are those of `vjepa synthesize violations`, always the same."""
+
+    every_steps: int = Field(ge=1)
+    """Steps between measurements."""
+
+    quadruplets: int = Field(default=28, ge=1)
+    """Groups of four films, with two pairs each. Seven in a row break each law once."""
+
+
 class Track(Settings):
     """What is recorded, and where. `metrics.jsonl` in the run folder is always written and is the truth."""
 
@@ -201,6 +212,9 @@ class Track(Settings):
 
     plan: OnlinePlan | None = None
     """Planning in the course of the run, for methods with a dynamics predictor. By default none."""
+
+    surprise: OnlineSurprise | None = None
+    """Surprise in the course of the run, for methods with a masked predictor. By default none."""
 
     profile: Profile | None = None
     """A trace by torch's profiler, in `profile/` of the run folder. By default none."""

@@ -1,6 +1,7 @@
 """Violation of expectation: the protocol, its ceiling, its audit, and what counts as wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from vjepa.evals import shortcuts
 from vjepa.evals.base import Result
 from vjepa.evals.shell import run_evaluation
 from vjepa.evals.surprise import auroc, score_rows
+from vjepa.evals.surprise_baselines import pixel_baselines
 from vjepa_data.evaluation.violations import Film, ViolationSet, read_films, read_violations
 from vjepa_data.settings import BadInput
 from vjepa_data.synthetic.violations import LAWS, write_violations
@@ -131,3 +133,18 @@ def test_a_model_without_a_predictor_expects_nothing(films: Path, make_trained: 
     model = make_trained(tmp_path / "run", _without_predictor=True)  # pyright: ignore[reportCallIssue]
     with pytest.raises(BadInput, match="no masked predictor, and so no expectation"):
         run_evaluation("surprise", model, films, SETTINGS)
+
+
+def test_without_cv2_the_other_baselines_remain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "flow" in pixel_baselines()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert list(pixel_baselines()) == ["copy pixels", "extrapolate pixels", "frame difference"]
+    assert "install the extra physics" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["split", "max_videos", "short"])
+def test_options_of_corpora_are_refused(option: str, films: Path, trained: Path) -> None:
+    with pytest.raises(BadInput, match=f"invalid setting {option}"):
+        run_evaluation("surprise", trained, films, {option: "1"})

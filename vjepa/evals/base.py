@@ -53,8 +53,19 @@ class Baselines:
     """Whether raw pixels are evaluated as features."""
 
 
-class EvaluationSettings(Settings):
-    """The settings that all evaluations share. Field docstrings are the help texts of the command line."""
+class CommonSettings(Settings):
+    """The settings of every evaluation. Field docstrings are the help texts of the command line."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the evaluation."""
+
+    def wanted_baselines(self) -> Baselines:
+        """Return the baselines that the shell makes before `evaluate` is called."""
+        return Baselines()
+
+
+class EvaluationSettings(CommonSettings):
+    """The settings of an evaluation on a corpus."""
 
     split: str = "val"
     """Split to report on."""
@@ -62,16 +73,9 @@ class EvaluationSettings(Settings):
     max_videos: int | None = Field(default=None, ge=1)
     """Number of videos of each split, the first of a fixed shuffle. The default is all."""
 
-    seed: int = Field(default=0, ge=0)
-    """Seed of the evaluation."""
-
     short: Short | None = None
     """Treatment of videos shorter than a clip: `leave_out`, or `hold` to repeat their last frame. The default is that
     of the model's training."""
-
-    def wanted_baselines(self) -> Baselines:
-        """Return the baselines that the shell makes before `evaluate` is called."""
-        return Baselines()
 
 
 @dataclass(frozen=True)

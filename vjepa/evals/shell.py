@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vjepa.atomic import check_free, new_file
 from vjepa.distributed.world import World
-from vjepa.evals.base import EvaluationSettings, Result, open_context
+from vjepa.evals.base import CommonSettings, EvaluationSettings, Result, open_context
 from vjepa.evals.features import PixelEncoder, trained_short
 from vjepa.evals.publish import find_record, publish
 from vjepa.evals.registry import find_evaluation
@@ -25,7 +25,7 @@ from vjepa.weights.weights import Part, random_encoder
 from vjepa_data.settings import BadInput
 
 
-def settings_class(name: str) -> type[EvaluationSettings]:
+def settings_class(name: str) -> type[CommonSettings]:
     """Import the settings class of an evaluation.
 
     Raises:
@@ -39,7 +39,7 @@ def run_evaluation(
     name: str,
     model_path: Path,
     data: Path,
-    settings: EvaluationSettings | Mapping[str, Any],
+    settings: CommonSettings | Mapping[str, Any],
     *,
     out: Path | None = None,
     part: Part = "target",
@@ -65,7 +65,7 @@ def run_evaluation(
         BadInput: the evaluation, model, corpus, split or label is unknown, or `out` exists.
     """
     entry = find_evaluation(name)
-    if not isinstance(settings, EvaluationSettings):
+    if not isinstance(settings, CommonSettings):
         settings = _validate(settings_class(name), settings)
     if out is not None:
         check_free(out, overwrite=overwrite)
@@ -74,7 +74,8 @@ def run_evaluation(
     evaluate = importlib.import_module(entry.module).evaluate
     model = load(model_path, part)
     with open_context(out, overwrite=overwrite) as context:
-        settings = settings.model_copy(update={"short": settings.short or trained_short(model)})
+        if isinstance(settings, EvaluationSettings):
+            settings = settings.model_copy(update={"short": settings.short or trained_short(model)})
         context = replace(context, **_baselines(model.encoder, settings, context.world))
         result = evaluate(model.to(context.world.device), data, settings, context)
         result = replace(result, kind=name, model=describe_model(model_path, model.encoder))
@@ -93,13 +94,13 @@ def describe_model(path: Path, encoder: VideoEncoder) -> dict[str, Any]:
     return {"path": str(path), **{key: encoder.provenance.get(key) for key in ("part", "run", "step")}}
 
 
-def _baselines(encoder: VideoEncoder, settings: EvaluationSettings, world: World) -> dict[str, Any]:
+def _baselines(encoder: VideoEncoder, settings: CommonSettings, world: World) -> dict[str, Any]:
     wanted = settings.wanted_baselines()
     untrained = tuple(random_encoder(encoder, seed).to(world.device) for seed in wanted.untrained_seeds)
     return {"untrained": untrained, "pixels": PixelEncoder(encoder).to(world.device) if wanted.pixels else None}
 
 
-def _validate(wanted: type[EvaluationSettings], values: Mapping[str, Any]) -> EvaluationSettings:
+def _validate(wanted: type[CommonSettings], values: Mapping[str, Any]) -> CommonSettings:
     try:
         return wanted.model_validate(dict(values))
     except ValidationError as error:

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from vjepa.atomic import new_file
 from vjepa.evals import shortcuts
-from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, ScoreRow
+from vjepa.evals.base import CommonSettings, EvaluationContext, Result, ScoreRow
 from vjepa.evals.features import fingerprint
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.evals.ridge import wilson
-from vjepa.evals.surprise_baselines import PIXEL_BASELINES, copy_last_features, oracle_surprise
+from vjepa.evals.surprise_baselines import copy_last_features, oracle_surprise, pixel_baselines
 from vjepa.evals.surprise_page import surprise_page
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.predictor import Predictor
@@ -54,8 +54,8 @@ RANDOM = "random init"
 THRESHOLD_QUANTILE = 0.9  # of the surprise of possible films, as published
 
 
-class SurpriseSettings(EvaluationSettings):
-    """Settings of the violation of expectation. `split` and `max_videos` are not used: all films are compared."""
+class SurpriseSettings(CommonSettings):
+    """Settings of the violation of expectation. All films of a benchmark are compared."""
 
     clip_frames: int | None = Field(default=None, ge=4)
     """Frames of a window. The default is that of the benchmark's authors, or else that of the model's training."""
@@ -87,7 +87,8 @@ def evaluate(model: WorldModel, data: Path, settings: SurpriseSettings, context:
         BadInput: the model has no masked predictor, or the folder is not a benchmark, or its films are too short.
     """
     films = read_violations(data)
-    windows = _Windows.choose(model, films, settings)
+    form = {"trained_frames": model.frames, "tubelet": model.model.tubelet_frames}
+    windows = Windows.choose(films, settings, **form)
     scores = _scores(model, settings, context)
     found = _measure(model, data, films, windows, scores, settings, context)
     hints = {name: found.pop(f"shortcut/{name}") for name in shortcuts.NAMES}
@@ -127,7 +128,7 @@ def evaluate(model: WorldModel, data: Path, settings: SurpriseSettings, context:
 
 
 @dataclass(frozen=True)
-class _Windows:
+class Windows:
     """The form of the windows that films are cut into."""
 
     clip_frames: int
@@ -136,10 +137,13 @@ class _Windows:
     slide: int
 
     @classmethod
-    def choose(cls, model: WorldModel, films: ViolationSet, settings: SurpriseSettings) -> "_Windows":
-        """Choose from the settings, the benchmark's publication and the model's training, in this order."""
-        tubelet = model.model.tubelet_frames
-        frames = settings.clip_frames or films.clip_frames or model.frames
+    def choose(cls, films: ViolationSet, settings: SurpriseSettings, *, trained_frames: int, tubelet: int) -> "Windows":
+        """Choose from the settings, the benchmark's publication and the model's training, in this order.
+
+        Raises:
+            BadInput: the window or a context is not made of whole tubelets.
+        """
+        frames = settings.clip_frames or films.clip_frames or trained_frames
         if frames % tubelet:
             raise BadInput(f"clip_frames ({frames}) must be a multiple of the model's tubelet ({tubelet} frames)")
         eighths = [tubelet * max(1, round(frames * eighth / 8 / tubelet)) for eighth in range(1, 6)]
@@ -206,7 +210,7 @@ def _scores(model: WorldModel, settings: SurpriseSettings, context: EvaluationCo
         **{f"{RANDOM} {number}": masked_surprise(one, settings.mask_kind) for number, one in enumerate(random)},
         "random predictor": masked_surprise(half, settings.mask_kind),
         "copy features": lambda frames, contexts: copy_last_features(model, frames, contexts),
-        **PIXEL_BASELINES,
+        **pixel_baselines(),
     }
 
 
@@ -214,7 +218,7 @@ def _measure(
     model: WorldModel,
     data: Path,
     films: ViolationSet,
-    windows: _Windows,
+    windows: Windows,
     scores: Mapping[str, Score],
     settings: SurpriseSettings,
     context: EvaluationContext,

@@ -3,8 +3,8 @@
 Letters: B windows, F frames of a film, T frames of a window, C contexts, H W pixels.
 """
 
-import importlib.util
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.evaluation.clips import whole_view
 from vjepa_data.synthetic import violations
+
+log = logging.getLogger(__name__)
 
 Pixels = UInt8[Tensor, "B T H W 3"]
 
@@ -73,13 +75,16 @@ def mean_difference(frames: Pixels, contexts: Sequence[int]) -> Float[ndarray, "
     return torch.stack([change[:, context - 1 :].mean(1) for context in contexts], 1).cpu().numpy()
 
 
-PIXEL_BASELINES: Mapping[str, Callable[[Pixels, Sequence[int]], Float[ndarray, "B C"]]] = {
-    "copy pixels": _pixel_surprise(_copy_last),
-    "extrapolate pixels": _pixel_surprise(_extrapolate),
-    **({"flow": _pixel_surprise(_flow)} if importlib.util.find_spec("cv2") else {}),
-    "frame difference": mean_difference,
-}
-"""By name. `flow` needs the extra `physics`."""
+def pixel_baselines() -> Mapping[str, Callable[[Pixels, Sequence[int]], Float[ndarray, "B C"]]]:
+    """Return the kinds of surprise at pixels, by name. Where cv2 cannot be imported, `flow` is left out."""
+    found = {"copy pixels": _pixel_surprise(_copy_last), "extrapolate pixels": _pixel_surprise(_extrapolate)}
+    try:
+        import cv2  # noqa: F401
+    except ImportError as error:  # not installed, or without a library of the system that it needs
+        log.warning("the baseline flow is left out (%s); install the extra physics", error)
+    else:
+        found["flow"] = _pixel_surprise(_flow)
+    return {**found, "frame difference": mean_difference}
 
 
 def copy_last_features(model: WorldModel, frames: Pixels, contexts: Sequence[int]) -> Float[ndarray, "B C"]:

@@ -1,18 +1,16 @@
 """Planning during training: the success of a fixed planner on fixed tasks, with the weights of the moment."""
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from vjepa.config import OnlinePlan, Run
 from vjepa.distributed.world import World
-from vjepa.methods.base import Networks, named_parameters
+from vjepa.methods.base import Networks
+from vjepa.monitoring.online_model import copy_model
 from vjepa.planning.agents import PlannerAgent, Planning
 from vjepa.planning.evaluation import check_fit, effort_of
 from vjepa.planning.harness import GROUP, draw_tasks, play
 from vjepa.planning.scoring import LearnedScorer
 from vjepa.planning.worlds import make_world
-from vjepa.weights.tensors import InMemory
-from vjepa.weights.world_model import WorldModel
 from vjepa_data.errors import BadInput
 
 HORIZON, EXECUTE, BUDGET = 20, 5, 40
@@ -49,17 +47,10 @@ class PlanRunner:
         Returns:
             `plan/success` and `plan/held`, shares of the tasks. Empty on other ranks.
         """
-        tensors = {
-            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-            for name, value in named_parameters(dict(self._networks.items())).items()
-        }
-        if not self._world.is_first:
+        model = copy_model(self._run, self._world, self._networks)
+        if model is None:
             return {}
         run, settings, place = self._run, self.settings, self._place
-        clip = run.data.clip
-        model = WorldModel(
-            run.model, InMemory(tensors), px=run.data.crop.px, frames=clip.frames, fps=clip.fps, provenance={}
-        ).to(self._world.device)
         effort = effort_of("cem", samples=settings.samples, iterations=settings.iterations)
         planning = Planning("cem", effort, HORIZON, EXECUTE, run.seed)
         agent = PlannerAgent(

@@ -1,4 +1,4 @@
-"""Diagnostics that run periodically: pictures, an online probe, planning, a profiler trace."""
+"""Diagnostics that run periodically: pictures, an online probe, planning, surprise, a profiler trace."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from vjepa.monitoring import sample_pictures
 from vjepa.monitoring.logger import RunLogger
 from vjepa.monitoring.online_plan import PlanRunner
 from vjepa.monitoring.online_probe import ProbeRunner
+from vjepa.monitoring.online_surprise import SurpriseRunner
 from vjepa.monitoring.profiler import Profiler
 from vjepa_data.reader.loader import Batch
 
@@ -23,6 +24,7 @@ class PeriodicTasks:
         self._encoder = networks[networks.exported]
         self._probe = ProbeRunner(run.track.probe, run, world) if run.track.probe else None
         self._plan = PlanRunner(run.track.plan, run, world, networks) if run.track.plan else None
+        self._surprise = SurpriseRunner(run.track.surprise, run, world, networks) if run.track.surprise else None
         self._profiler = Profiler(run.track.profile, folder, world)
 
     def run_if_due(self, step: int, batch: Batch) -> Mapping[str, float]:
@@ -48,6 +50,8 @@ class PeriodicTasks:
             free_gathered(self._encoder)
         if self._plan and self._plan.is_due(step):
             metrics |= self._plan.measure()
+        if self._surprise and self._surprise.is_due(step):
+            metrics |= self._surprise.measure()
         return metrics
 
     def close(self) -> None:

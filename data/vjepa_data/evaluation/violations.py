@@ -15,9 +15,10 @@ Letters: F frames.
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,6 +32,7 @@ from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.probe import probe
 from vjepa_data.media.video import Reason, Refused
 from vjepa_data.settings import BadInput
+from vjepa_data.synthetic import violations as synthetic
 
 TIMEOUT_S = 600.0
 
@@ -93,22 +95,45 @@ def read_violations(folder: Path) -> ViolationSet:
     )
 
 
+def draw_violations(
+    seed: int, quadruplets: int, *, px: int, fps: float
+) -> tuple[ViolationSet, list[UInt8[ndarray, "F px px 3"]]]:
+    """Draw the films of `vjepa synthesize violations` without writing them.
+
+    Returns:
+        The set, as `read_violations` gives it for the folder, and the frames of its films, as `read_films` does but
+        for the losses of compression.
+    """
+    entries, shown = [], []
+    step = max(1, round(synthetic.FPS / fps))
+    for number in range(quadruplets):
+        scene = synthetic.draw_quadruplet(seed, number)
+        films = synthetic.draw_films(scene)
+        shown += [whole_view(frames[::step], px).numpy() for frames in films.values()]
+        entries.append(synthetic.describe_quadruplet(scene, number, {name: name for name in films}))
+    return _ours(Path(), entries), shown
+
+
 # ---- layouts
 
 
 def _read_ours(folder: Path) -> ViolationSet:
     try:
-        content = json.loads((folder / "violations.json").read_text())
-        films, pairs = [], []
-        for entry in content["quadruplets"]:
-            group, law, dose = f"{entry['number']:06d}", entry["law"], int(entry["hidden_frames"])
-            place = {}
-            for kind, name in entry["films"].items():
-                place[kind] = len(films)
-                films.append(Film(name, folder / name, law, group, kind[0] == kind[1], dose=dose))
-            pairs += [(place["aa"], place["ab"]), (place["bb"], place["ba"])]
+        return _ours(folder, json.loads((folder / "violations.json").read_text())["quadruplets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'violations.json'} cannot be read ({error}); write it again") from None
+
+
+def _ours(folder: Path, entries: Sequence[Mapping[str, Any]]) -> ViolationSet:
+    films: list[Film] = []
+    pairs: list[tuple[int, int]] = []
+    for entry in entries:
+        group, law, dose = f"{entry['number']:06d}", entry["law"], int(entry["hidden_frames"])
+        place = {}
+        for kind, name in entry["films"].items():
+            place[kind] = len(films)
+            films.append(Film(name, folder / name, law, group, kind[0] == kind[1], dose=dose))
+        pairs += [(place["aa"], place["ab"]), (place["bb"], place["ba"])]
     return ViolationSet("violations", films, pairs)
 
 

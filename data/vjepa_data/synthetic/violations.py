@@ -236,11 +236,16 @@ def write_violations(
             path.with_suffix(".json").write_text(json.dumps(describe(scene, name)) + "\n")
             films[name] = path.relative_to(out).as_posix()
             paths.append(path)
-        entries.append({"number": number, "law": scene.law, "hidden_frames": scene.hidden_frames, "films": films})
+        entries.append(describe_quadruplet(scene, number, films))
         advance(number + 1, quadruplets)
     content = {"format": 1, "seed": seed, "px": px, "fps": FPS, "change": FRAMES // 2, "quadruplets": entries}
     (out / "violations.json").write_text(json.dumps(content, indent=1) + "\n")
     return paths
+
+
+def describe_quadruplet(scene: Quadruplet, number: int, films: Mapping[str, str]) -> dict[str, Any]:
+    """Return the entry of a quadruplet in `violations.json`: its law, and the paths of its films by name."""
+    return {"number": number, "law": scene.law, "hidden_frames": scene.hidden_frames, "films": dict(films)}
 
 
 def describe(scene: Quadruplet, name: str) -> dict[str, Any]:
