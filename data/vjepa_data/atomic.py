@@ -30,7 +30,7 @@ def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing and rename it to `path` at the end; an exception removes it instead."""
+    """Open a temporary file for writing and rename it to `path` at the end, or remove it after an exception."""
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:

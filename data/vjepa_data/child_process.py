@@ -6,7 +6,7 @@
       send(request)                            --->       reply = answer(request)
       wait(limit_s=20)                         <---       heartbeats of a long request, then the reply
 
-The kernel kills the child when its parent dies. Requests and replies are pickled; large arrays can go through
+The kernel kills the child when its parent dies. Requests and replies are pickled. Large arrays can go through
 `SharedMemory`. A child that exceeds its time budget or exits raises `ChildFailed`, and the caller decides whether to
 retry in a new child. Each `heartbeat` renews the budget. DataLoader workers, which are not of this kind, share the
 functions for signals and for dying together.
@@ -37,7 +37,7 @@ START_TIMEOUT_S = 180.0
 HEARTBEAT_S = 0.5
 """Shortest time between two heartbeats. Heartbeats in between are not sent."""
 EXIT_TIMEOUT_S = 10.0
-"""Time for a child to exit once it has closed its connection; threads of a decoder may delay it."""
+"""Time for a child to exit once it has closed its connection. Threads of a decoder may delay it."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a terminal or a scheduler sends to all processes of a job. Only the main process handles them."""
@@ -84,8 +84,8 @@ class ChildProcess:
         """Args:
         target: `module:factory`. In the child, `factory(*arguments)` returns the function that answers requests.
         arguments: passed to the factory, followed by the descriptors of `shared`.
-        memory_bytes: limit of the child's address space; 0 sets none.
-        file_bytes: largest size of a file that it writes, captured output included; 0 sets no limit.
+        memory_bytes: limit of the child's address space, or 0 for no limit.
+        file_bytes: largest size of a file that it writes, captured output included, or 0 for no limit.
         shared: memory that the child can attach to.
         """
         ours, theirs = Pipe()
@@ -212,7 +212,7 @@ class SharedMemory:
 
     def __init__(self, descriptor: int | None = None) -> None:
         """Args:
-        descriptor: memory of the parent to attach to; by default new memory is allocated.
+        descriptor: memory of the parent to attach to. By default new memory is allocated.
         """
         self._is_ours = descriptor is None
         self.descriptor = os.memfd_create("vjepa-child") if descriptor is None else descriptor
@@ -298,7 +298,7 @@ def die_with_owner(sentinel: int) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore stop signals and unblock them; the main process handles them."""
+    """Ignore stop signals and unblock them, since the main process handles them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

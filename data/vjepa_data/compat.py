@@ -26,7 +26,7 @@ def read_store_range(store: Any, url: str, start: int, end: int, *, timeout_s: f
 
 
 def loader_workers(batches: Any) -> Sequence[BaseProcess]:
-    """Return the worker processes of a DataLoader's iterator; an iterator without workers has none."""
+    """Return the worker processes of a DataLoader's iterator, if it has any."""
     return getattr(batches, "_workers", ())
 
 
@@ -36,7 +36,7 @@ def kill_workers_at_shutdown(batches: Any) -> None:
 
 
 def shut_down_workers(batches: Any) -> None:
-    """End the workers of a DataLoader's iterator now rather than when it is collected; without workers do nothing."""
+    """End the workers of a DataLoader's iterator, if any, now rather than when it is garbage-collected."""
     if hasattr(batches, "_workers"):
         batches._shutdown_workers()
 

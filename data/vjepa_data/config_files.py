@@ -1,7 +1,7 @@
 """Load settings from a YAML file, an optional `base:` file per file, and `key=value` overrides.
 
-There is no interpolation, import by string or use of the environment: values mean exactly their text. The result is a
-frozen record and the origin of every value.
+Interpolation, import by string and use of the environment are not supported, so values mean exactly their text. The
+result is a frozen record and the origin of every value.
 """
 
 import copy
@@ -83,7 +83,7 @@ def load_settings(kind: type[S], path: Path | None, overrides: Sequence[str] = (
     try:
         settings = kind.model_validate(values)
     except ValidationError as error:
-        # Unknown names first: they are often the reason that others are missing. pydantic also reports a list with
+        # Unknown names first: they are often the reason that other names are missing. pydantic also reports a list with
         # invalid items as empty.
         details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
         details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
@@ -104,7 +104,7 @@ def find_file(given: str | Path, shipped: Sequence[Path]) -> Path:
     if path.name not in known:
         near = difflib.get_close_matches(path.name, known, n=1)
         meant = f". Did you mean {near[0]}?" if near else ""
-        raise BadInput(f"{given} is neither a file nor one of the shipped {', '.join(known)}{meant}")
+        raise BadInput(f"{given} is neither a file nor among the shipped {', '.join(known)}{meant}")
     return known[path.name]
 
 
@@ -215,7 +215,7 @@ def _find_beside(values: Any, names: Sequence[str], folder: Path) -> None:
 
 
 def move_renamed(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values with settings that have old names under their new ones; a value under the new name wins.
+    """Return the values with old names of settings replaced by new names. A value under the new name wins.
 
     Args:
         values: a tree of settings, as read from YAML.

@@ -2,7 +2,7 @@
 
 
 class BadInput(ValueError):
-    """An error that the user can fix. The message says what is wrong, what was given and what to do. Exit code 2."""
+    """An error that the user can fix (exit code 2). The message names the fault, the given value and the remedy."""
 
 
 REASONS: tuple[str, ...] = (

@@ -1,4 +1,4 @@
-"""Render a page as one HTML file: no scripts, no external resources, readable on a phone and on paper."""
+"""Render a page as a single HTML file: no scripts, no external resources, readable on a phone and on paper."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ footer { border-top: 1px solid var(--line) }
 
 @dataclass(frozen=True)
 class Section:
-    """One section of a page."""
+    """A section of a page."""
 
     title: str
     text: str
@@ -86,7 +86,7 @@ def note(title: str, text: str) -> Section:
 
 
 def strips(caption: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Render image strips of one clip above each other, given their names and `data:` URLs."""
+    """Render image strips of a clip above each other, given their names and `data:` URLs."""
     lines = "".join(
         f'<div class="strip"><span>{escape(name)}</span><img src="{url}" alt="{escape(name)}"></div>'
         for name, url in rows

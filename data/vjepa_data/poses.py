@@ -1,4 +1,4 @@
-"""Differences of poses: what an arm did between two frames, as V-JEPA 2-AC takes it for an action.
+"""Differences of poses: the motion of an arm between two frames, which V-JEPA 2-AC takes as an action.
 
 Positions and grippers are subtracted. A rotation is compared as a matrix, R_next R_this^T, because angles wrap around
 and depend on their order. The result is written as Euler angles about the fixed axes x, y, z.

@@ -1,7 +1,7 @@
 """The only source of randomness: generators that are functions of their arguments.
 
-There is no state. The sample of a slot, the start of its clip, its crop and its hidden tokens are each drawn from a
-separate generator, so that an additional draw for a purpose changes nothing else.
+The module has no state. The sample of a slot, the start of its clip, its crop and its hidden tokens are each drawn from
+a separate generator, so that an additional draw for a purpose changes nothing else.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ class Settings(BaseModel):
 
 
 def without_unused(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return settings without those of some names that are empty."""
+    """Return settings without empty values of the given names."""
     return {name: value for name, value in values.items() if value or name not in names}
 
 
@@ -65,7 +65,7 @@ class Source(Settings):
     def _one_pace(self) -> "Source":
         given = [name for name in ("fps", "frame_step", "duration_s") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} all set the frame rate of a clip; keep only one")
+            raise ValueError(f"{' and '.join(given)} all set the frame rate of a clip; keep one")
         return self
 
 
@@ -86,7 +86,7 @@ class Clip(Settings):
     """Consecutive clips taken from a video each time it is drawn. More clips read fewer bytes but vary batches less."""
 
     sequence: int = Field(default=1, ge=1)
-    """Ordered clips of one video that share a slot. A batch then holds `sequence` rows per slot, one after another."""
+    """Ordered clips of a video that share a slot. A batch then holds `sequence` consecutive rows per slot."""
 
     sequence_gap_s: float = Field(default=0.0, ge=0)
     """Video time between the end of a clip and the start of the next clip of a sequence, in seconds."""

@@ -1,4 +1,4 @@
-"""Descriptions of the signals that a corpus holds: numbers in time beside each video. Never imports torch or pyarrow.
+"""Descriptions of the signals that a corpus holds: numbers in time for each video. Never imports torch or pyarrow.
 
 In a shard a signal is an ordinary WebDataset member, `KEY.<name>.npy`: float32 [rows, columns]. A text is
 `KEY.<name>.txt` in UTF-8. The description is a part of the build spec, so the manifest carries it.
@@ -34,7 +34,7 @@ class SignalSpec(Settings):
     combines all actions between two frames."""
 
     combine: Literal["sum", "last", "mean", "stack"] | None = None
-    """How the actions between two frames are combined: `sum` for differences, `last` or `mean` for absolute commands,
+    """Combination of the actions between two frames: `sum` for differences, `last` or `mean` for absolute commands,
     `stack` to keep every row. `stack` needs the same number of rows between any two frames."""
 
     rate_hz: float | None = Field(default=None, gt=0)
@@ -44,14 +44,14 @@ class SignalSpec(Settings):
     """Time of the first row, in seconds after the first frame. Negative if the rows come late."""
 
     shift_rows: int = 0
-    """The same in rows, added to `shift_s`. Set -1 if row `t` holds the action that led to frame `t`."""
+    """The shift in rows, added to `shift_s`. Set -1 if row `t` holds the action that led to frame `t`."""
 
     flip: tuple[float, ...] | None = None
     """Factor of each column under a horizontal flip of the picture, such as -1 for a sideways motion. Default: unknown,
     so flips are refused."""
 
     flip_swap: tuple[tuple[str, str], ...] = ()
-    """Columns that change places under a flip, such as those of a left and a right arm. The factors come after."""
+    """Columns that change places under a flip, such as the joints of a left and a right arm. The factors come after."""
 
     flip_offset: tuple[float, ...] = ()
     """Addition to each column of a state after its factor: 1 for a position x in [0, 1] that becomes 1 - x."""
@@ -65,8 +65,8 @@ class SignalSpec(Settings):
     dataset of the signal's name."""
 
     difference_of: str | None = None
-    """Derive this action from the state of this name: its change from one frame to the next, as in V-JEPA 2-AC.
-    A rotation is compared by matrix product and gives three Euler angles. Nothing is stored for it."""
+    """Derive this action from the state of this name: its change between two frames, as in V-JEPA 2-AC. A rotation is
+    compared by matrix product and gives three Euler angles. Nothing is stored for it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "SignalSpec":
@@ -87,7 +87,9 @@ class SignalSpec(Settings):
         if self.flip is None and (self.flip_swap or self.flip_offset):
             raise ValueError("flip_swap and flip_offset need flip; give the factor of each column, 1 for no change")
         if self.flip_offset and (self.kind == "action" or len(self.flip_offset) != len(self.columns)):
-            raise ValueError("flip_offset is for states, with a value per column; remove it, or give every column one")
+            raise ValueError(
+                "flip_offset is for states, with a value per column; remove it, or give it to every column"
+            )
         swapped = [name for pair in self.flip_swap for name in pair]
         if unknown := [name for name in swapped if swapped.count(name) > 1 or name not in self.columns]:
             raise ValueError(f"flip_swap has {unknown[0]!r}, which is not a column or occurs twice; name columns once")
@@ -111,7 +113,7 @@ class SignalSpec(Settings):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
-        """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
+        """Omit unused settings of later versions, so that such corpora keep their bytes and hashes."""
         return without_unused(serialize(self), "flip_swap", "flip_offset", "rotations", "source", "difference_of")
 
     @property
@@ -173,7 +175,7 @@ def stored_name(name: str, signals: Mapping[str, SignalSpec]) -> str:
 
 
 def stored(signals: Mapping[str, SignalSpec]) -> dict[str, SignalSpec]:
-    """Return the signals that have a member in each sample: all but derived ones."""
+    """Return the signals that have a member in each sample: all signals that are not derived."""
     return {name: signal for name, signal in signals.items() if signal.difference_of is None}
 
 
@@ -192,7 +194,7 @@ def member_of_text(name: str) -> str:
 
 
 def signals_of(spec: Mapping[str, Any]) -> dict[str, SignalSpec]:
-    """Read the signals that a manifest's spec describes; none for a foreign corpus."""
+    """Read the signals that a manifest's spec describes. A foreign corpus has none."""
     return {name: SignalSpec.model_validate(values) for name, values in spec.get("signals", {}).items()}
 
 

@@ -23,7 +23,7 @@ class Columns(Settings):
     """End of the part to use, in seconds or as `h:m:s` (default: the end of the video)."""
 
     group: str = "group"
-    """Group of videos that must stay in one split (same film, same person). Default: the video."""
+    """Group of videos that must stay in the same split (same film, same person). Default: the video."""
 
     split: str = "split"
     """Split of the video (default: drawn from the group)."""
@@ -32,7 +32,8 @@ class Columns(Settings):
     """Columns to keep as labels (default: all other columns)."""
 
     types: dict[str, Literal["text", "int", "float", "bool", "json"]] = Field(default_factory=dict)
-    """Types of label columns. Without one, values of CSV and TSV stay text, and others keep their type."""
+    """Types of label columns. Without an entry, values of CSV and TSV stay text, and values of other formats keep their
+    type."""
 
     encoding: str | None = None
     """Encoding of tables, lists and captions, such as `cp1252` (default: UTF-8, or as the byte order mark says)."""
@@ -71,7 +72,7 @@ class Encode(Settings):
     """A single rate for all clips, if training never samples faster. 8 saves a third of the bytes."""
 
     gop: int = Field(default=12, ge=1)
-    """Frames from one key frame to the next, which a decoder may have to decode to reach any frame."""
+    """Frames between key frames, which a decoder may have to decode to reach any frame."""
 
     crf: int = Field(default=23, ge=0, le=51)
     """Constant rate factor of x264. Lower values give higher quality and larger files."""
@@ -84,7 +85,7 @@ class Encode(Settings):
 
 
 class Filter(Settings):
-    """Limits for videos and clips. Each rejected one has a reason code in `rejects.parquet`."""
+    """Limits for videos and clips. Each rejected source has a reason code in `rejects.parquet`."""
 
     min_duration_s: float = Field(default=0.5, ge=0)
     """Shortest clip, in seconds."""
@@ -115,7 +116,7 @@ class Filter(Settings):
 
 
 class Cut(Settings):
-    """How to cut a video into clips."""
+    """Rules to cut a video into clips."""
 
     kind: Literal["none", "fixed", "scene"] = "none"
     """Entire videos, windows of `length_s`, or scenes (cut further to at most `length_s`)."""
@@ -128,7 +129,7 @@ class Cut(Settings):
 
 
 class Dedupe(Settings):
-    """Which copies to drop. The first source in order of name is kept."""
+    """Rules to drop copies. The first source in order of name is kept."""
 
     exact: bool = True
     """Drop videos with identical bytes."""
@@ -138,13 +139,13 @@ class Dedupe(Settings):
 
 
 class Split(Settings):
-    """Which groups are held out. A group is never divided between splits."""
+    """Selection of held-out groups. A group is never divided between splits."""
 
     val_share: Share = 0.0
     """Fraction of the groups in `val`, chosen by a hash of the group's name."""
 
     group: Literal["file", "folder"] = "file"
-    """Default group of a source without one: the video itself, or its folder."""
+    """Group of a source that names no group: the video itself, or its folder."""
 
     salt: str = ""
     """Seed of the hash. Another salt selects other groups."""
@@ -218,5 +219,5 @@ class Spec(Settings):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: Any) -> dict[str, Any]:
-        """Leave out later settings that are not used, so that such corpora keep their bytes and hashes."""
+        """Omit unused settings of later versions, so that such corpora keep their bytes and hashes."""
         return without_unused(serialize(self), "camera", "frames_hz", "signals", "texts", "folder_label")

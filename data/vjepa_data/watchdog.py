@@ -20,7 +20,7 @@ class Alarm:
 
 
 class Watchdog:
-    """Calls alarms when the time between two beats is too long. Its thread sleeps nearly always.
+    """Calls alarms when the time between two beats is too long. Its thread sleeps most of the time.
 
         dog = Watchdog([Alarm(60, warn), Alarm(3600, end)], name="step")
         dog.beat()      # the work begins, or makes progress
@@ -32,7 +32,7 @@ class Watchdog:
     def __init__(self, alarms: Sequence[Alarm], *, name: str) -> None:
         """Start the thread. No alarm is due before the first beat."""
         self.alarms = alarms
-        """May be replaced; the new alarms count from the next beat."""
+        """May be replaced. The new alarms count from the next beat."""
         self._beats, self._is_resting = 0, True  # written by the caller's thread alone
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=name, daemon=True)

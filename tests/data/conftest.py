@@ -130,7 +130,7 @@ def videos() -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def corpus(videos: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 26 samples in four uneven shards; read only."""
+    """A corpus of 26 samples in four uneven shards, not to be changed."""
     counts, shards, total = [9, 1, 12, 4], [], 0
     for count in counts:
         shards.append([])

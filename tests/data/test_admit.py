@@ -131,7 +131,7 @@ def test_with_out_the_tars_are_linked(foreign: Path, tmp_path: Path, videos: lis
 
 def test_links_with_the_same_name_are_an_error(foreign: Path, tmp_path: Path) -> None:
     write_tar(foreign / "sub-00001-val.tar", {"00000.mp4": b""})
-    with pytest.raises(BadInput, match=r"would both be linked as shards/sub-00001-val\.tar; rename one"):
+    with pytest.raises(BadInput, match=r"would both be linked as shards/sub-00001-val\.tar; rename either"):
         index_shards(foreign, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 

@@ -98,7 +98,7 @@ def test_a_shift_is_the_same_as_moved_rows(clock, slot: int, shift: int):
 @settings(max_examples=60)
 @given(clocks, st.integers(0, 999), st.sampled_from(["sum", "mean", "last"]), st.integers(1, 3))
 def test_no_action_of_another_episode_enters_a_clip(clock, slot: int, combine: str, episode: int):
-    """Episodes of two seconds lie behind each other in one file. Rows of the others are not finite."""
+    """Consecutive episodes of two seconds share a file. Rows of all other episodes are not finite."""
     rate, file_fps, fps = clock
     begin, end = Fraction(2 * episode), Fraction(2 * episode + 2)
     rows = np.full((ROWS, 1), np.nan, dtype=np.float32)

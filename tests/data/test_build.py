@@ -60,7 +60,7 @@ def write_video(path: Path, *, look: int = 0, frames: int = 20, px: int = 48) ->
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine good videos in two folders, labels beside some, a copy, and three bad files."""
+    """Nine good videos in two folders, some with labels, a copy, and three bad files."""
     folder = tmp_path_factory.mktemp("raw") / "videos"
     for number in range(9):
         path = write_video(folder / f"{'ab'[number % 2]}" / f"clip {number}.mp4", look=number)
@@ -236,7 +236,7 @@ def test_a_folder_with_other_content_is_not_touched(videos: Path, corpus: Path, 
 
 
 def test_too_many_rejects_fail_the_build(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"3 of 12 sources were rejected .*, more than 10%; repair"):
+    with pytest.raises(BadInput, match=r"3 of 12 sources were rejected .*, more than 10%\. Repair"):
         build(videos, tmp_path / "o", "max_rejects=0.1")
 
 
@@ -247,7 +247,7 @@ def test_each_filter_has_its_own_reason(videos: Path, tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "banned.mp4", look=5)
     write_video(tmp_path / "in" / "fine.mp4", look=6)
     (tmp_path / "deny.txt").write_text("in/banned.mp4\n")
-    (tmp_path / "spec.yaml").write_text("filter: {max_duration_s: 5, deny: deny.txt}\n")  # beside the spec
+    (tmp_path / "spec.yaml").write_text("filter: {max_duration_s: 5, deny: deny.txt}\n")  # in the folder of the spec
     found = load_settings(Spec, tmp_path / "spec.yaml", SMALL).settings
     shard([str(tmp_path / "in")], tmp_path / "o", spec=found, workers=1)
     rejects = pq.read_table(tmp_path / "o" / "rejects.parquet").to_pylist()

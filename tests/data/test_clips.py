@@ -93,5 +93,5 @@ def test_frame_steps_durations_and_rates_set_the_pace(videos, make_corpus, tmp_p
 
 
 def test_two_settings_of_the_rate_are_refused():
-    with pytest.raises(ValidationError, match="fps and frame_step all set the frame rate of a clip; keep only one"):
+    with pytest.raises(ValidationError, match="fps and frame_step all set the frame rate of a clip; keep one"):
         Source(shards="x", fps=4, frame_step=2)

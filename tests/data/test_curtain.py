@@ -1,4 +1,4 @@
-"""Curtain scenes: what the labels say is what the frames show, and a closed curtain tells nothing."""
+"""Curtain scenes: the labels agree with the frames, and a closed curtain hides everything."""
 
 import json
 from pathlib import Path

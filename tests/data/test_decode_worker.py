@@ -20,7 +20,7 @@ from vjepa_data.settings import BadInput
 
 EXPECT = Expect(frames=48, width=96, height=64)
 
-# Replaces decord in the decode worker. The bytes of the "video" say what it does.
+# Replaces decord in the decode worker. The bytes of the "video" select its behaviour.
 BAD_DECORD = """
 import os, sys, time
 class DECORDError(Exception): pass

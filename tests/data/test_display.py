@@ -1,4 +1,4 @@
-"""Frames are stored as ffmpeg displays them: orientation, mirroring and dynamic range; and all decoders agree."""
+"""Frames are stored as ffmpeg displays them (orientation, mirroring, dynamic range), and all decoders agree."""
 
 import io
 import struct

@@ -111,7 +111,7 @@ def test_too_many_consecutive_rejects_stop_the_run(copy: Path):
         with (
             ClipLoader(settings(copy, in_a_row=20), Loader(workers=workers), seed=0, batch_size=4) as loader,
             pytest.raises(
-                TooManyRejects, match=r"^20 samples in a row are unreadable, the last is toy-\d{4} in .*verify`$"
+                TooManyRejects, match=r"^20 samples in a row are unreadable, the last is toy-\d{4} in .*verify`\.$"
             ),
         ):
             next(loader)

@@ -71,7 +71,7 @@ def robomimic(folder: Path, *, actions: int = FRAMES, late_s: float = 0.0, bad: 
 
 
 def minari(folder: Path, *, actions: int = FRAMES - 1, late_s: float = 0.0, bad: float = 0.0) -> None:
-    """One observation more than actions."""
+    """Write Minari episodes, with an observation more than actions."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "metadata.json").write_text(
         json.dumps({"env_spec": json.dumps({"kwargs": {"render_fps": FPS}})})

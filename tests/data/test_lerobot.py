@@ -81,7 +81,7 @@ def write_v2(folder: Path) -> None:
 
 
 def write_v3(folder: Path, **changes: Any) -> None:
-    """All episodes lie in one video; the rows lie in two files."""
+    """All episodes share a video. Their rows lie in two files."""
     paths = {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
@@ -188,7 +188,7 @@ def test_an_episode_stays_in_one_split(tmp_path: Path):
     [
         ({"rows_1": {"timestamp": [np.float32(i / FPS + 0.06) for i in range(FRAMES)]}}, "0.060 s from its frame"),
         ({"rows_1": {"action": [[float("nan"), 0.0]] * FRAMES}}, "is not finite"),
-        ({"rows_1": {"episode_index": [2] * FRAMES}}, "belong to others"),
+        ({"rows_1": {"episode_index": [2] * FRAMES}}, "belong to other episodes"),
         ({"episode_1": {f"videos/{CAMERA}/from_timestamp": 1.5}}, "episode 2 begins at frame 24 of .*, expected 27"),
         ({"episode_2": {"length": FRAMES + 3}}, "12 rows for 15 frames"),
     ],

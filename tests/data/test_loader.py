@@ -111,7 +111,7 @@ def test_micro_batches_are_split_by_slot():
 
 def test_too_little_shared_memory_is_refused(corpus: Path):
     data = settings(corpus, crop=Crop(px=4096), clip=Clip(frames=16, fps=4))
-    with pytest.raises(BadInput, match=r"need [\d.]+ GB of shared memory, .* /dev/shm has .* lower loader.workers"):
+    with pytest.raises(BadInput, match=r"need [\d.]+ GB of shared memory, .* /dev/shm has .* Lower loader.workers"):
         ClipLoader(data, Loader(workers=8, prefetch_steps=10), seed=0, batch_size=120)
 
 
@@ -141,7 +141,7 @@ def test_left_out_samples_are_logged_at_the_start(
 
 
 def test_short_videos_and_images_may_be_held(videos, make_corpus, tmp_path: Path):
-    """Images are videos of one frame. The last frame is repeated."""
+    """Images are videos of a single frame. The last frame is repeated."""
     picture = io.BytesIO()
     Image.new("RGB", (96, 64), (255, 0, 0)).save(picture, "JPEG")
     facts = {"width": 96, "height": 64}

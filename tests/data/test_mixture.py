@@ -17,7 +17,7 @@ SETTINGS = "name: mixed\nsteps: 1\nbatch_size: 2\nmodel: {encoder: vit_tiny}\nop
 
 @pytest.fixture
 def corpora(corpus: Path, videos: list[bytes], make_corpus: Callable[..., Path], edit_manifest, tmp_path: Path):
-    """Two corpora: 26 clips, and 4 clips with a licence, of which the first corpus has one as well."""
+    """Two corpora: 26 clips, and 4 clips with a licence. One of the 4 is in both."""
     facts = {"frames": 48, "fps": 12.0, "width": 96, "height": 64}
     samples = [
         {"key": f"b-{n}", "video": v, **facts} for n, v in enumerate([videos[0], *[b"x" * n for n in (3, 4, 5)]])

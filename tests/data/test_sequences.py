@@ -1,4 +1,4 @@
-"""Sequences: ordered clips of one video in one slot."""
+"""Sequences: ordered clips of a video in a single slot."""
 
 import hashlib
 import itertools

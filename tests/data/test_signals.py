@@ -57,7 +57,7 @@ def times_of(file_fps: float, fps: float, *, frames: int = 8, slot: int = 0, fil
 
 @given(st.sampled_from(FPS_PAIRS), st.integers(0, 1000), st.integers(2, 16))
 def test_sums_count_every_source_frame_once(fps_pair: tuple[float, float], slot: int, frames: int):
-    """One row per source frame: the sum of ones between two frames is the number of frames between them."""
+    """A row of 1 per source frame: the sum between two frames is the number of frames between them."""
     file_fps, fps = fps_pair
     times = times_of(file_fps, fps, frames=frames, slot=slot)
     numbers = np.round(times * file_fps)
@@ -146,7 +146,7 @@ def test_a_shift_moves_rows_against_frames():
 
 @given(st.integers(1, 5), st.integers(1, 50), st.sampled_from([10.0, 30.0, 30000 / 1001]))
 def test_parts_of_a_source_share_no_row(episodes: int, length: int, rate_hz: float):
-    """Several episodes lie in one file: their parts are disjoint and complete."""
+    """Several episodes share a file. Their parts are disjoint and complete."""
     rows = episodes * length
     for spec in (STATE, MOVE):
         spans = [
@@ -329,15 +329,15 @@ def test_a_mirrored_clip_has_mirrored_signals(robots: Path):
 def test_flips_are_refused_unless_the_signal_declares_them(films: Path, tmp_path: Path):
     build(films, tmp_path / "c", signals={"number": STATE.model_copy(update={"flip": None})}, texts=())
     data = settings(tmp_path / "c", flip=0.5, signals=("number",), texts=())
-    with pytest.raises(BadInput, match=r"data.crop.flip is 0.5, but signal 'number' .* set data.crop.flip=0"):
+    with pytest.raises(BadInput, match=r"data.crop.flip is 0.5, but signal 'number' .* Set data.crop.flip=0"):
         open_plan(data, seed=0, batch_size=4)
     open_plan(data.model_copy(update={"crop": Crop(flip=0)}), seed=0, batch_size=4)
 
 
 def test_missing_signals_are_refused_with_a_list_of_existing_names(robots: Path, corpus: Path):
-    with pytest.raises(BadInput, match=r"has no signal 'pose', only move, number; remove it from data.signals"):
+    with pytest.raises(BadInput, match=r"has no signal 'pose', only move, number\. Remove it from data.signals"):
         open_plan(settings(robots, signals=("pose",)), seed=0, batch_size=4)
-    with pytest.raises(BadInput, match=r"has no text 'caption', only none; remove it from data.texts"):
+    with pytest.raises(BadInput, match=r"has no text 'caption', only none\. Remove it from data.texts"):
         open_plan(settings(corpus, signals=()), seed=0, batch_size=4)
 
 
@@ -393,7 +393,7 @@ def test_show_prints_the_signals_of_each_clip(robots: Path):
     assert text.count("    caption  'film ") == 2
 
 
-# What is refused
+# Refused sidecar files
 
 
 def damage_nan(folder: Path) -> None:
@@ -403,7 +403,7 @@ def damage_nan(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda f: (f / "f0.number.npy").unlink(), r"no f0.number.npy or f0.number.csv beside the video"),
+    "missing": (lambda f: (f / "f0.number.npy").unlink(), r"no f0.number.npy or f0.number.csv next to the video"),
     "twice": (lambda f: (f / "f0.number.csv").write_text("number\n1"), "both f0.number.npy or f0.number.csv"),
     "nan": (damage_nan, r"f0.number.npy: row 7 is not finite \(1 such rows\)"),
     "columns": (lambda f: np.save(f / "f0.number.npy", np.zeros((48, 2))), r"float64 \[48, 2\], expected numbers"),

@@ -1,4 +1,4 @@
-"""Rows of tables, lines of lists and files of folders become sources, and odd ones cost only themselves."""
+"""Rows of tables, lines of lists and files of folders become sources, and invalid entries affect no other."""
 
 import bz2
 import csv
@@ -216,8 +216,8 @@ def test_packed_tables_are_read(suffix: str, pack, tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("t.json", b'{"a": 1}', "expected a list of JSON objects, got dict"),
-        ("t.jsonl", b"{\n}\n", "no row is a JSON object; write one object per line"),
-        ("t.csv", b"path,v,v\n1.mp4,a,b\n", "two columns are called 'v'; rename one"),
+        ("t.jsonl", b"{\n}\n", "no row is a JSON object; write an object per line"),
+        ("t.csv", b"path,v,v\n1.mp4,a,b\n", "two columns are called 'v'; rename either"),
         ("t.csv", b"\xff\xfep\x00a\x00", "no column 'path'"),
         ("t.parquet", b"PAR1", "cannot be read as parquet"),
         ("t.txt", b"t.txt\n", "lists deep; give that list itself"),
@@ -317,6 +317,6 @@ def test_equal_names_of_different_files_are_all_named(tmp_path: Path) -> None:
     for folder in "xy":
         for name in "abcde":
             write(tmp_path / folder / "v" / f"{name}.mp4", b"x")
-    with pytest.raises(BadInput, match=r"'v/a.mp4' is .* and 2 more; give the folder above both"):
+    with pytest.raises(BadInput, match=r"'v/a.mp4' is .* and 2 more\. Give the folder above both"):
         ingest([str(tmp_path / "x" / "v"), str(tmp_path / "y" / "v")], spec=Spec())
     assert len(labels(tmp_path)) == 10

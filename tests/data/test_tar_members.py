@@ -1,4 +1,4 @@
-"""Tars of any program are read to their end, and what is left out is named."""
+"""Tars of any program are read to their end, and omitted members are named."""
 
 import io
 import os
@@ -40,7 +40,7 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
 
 
 def read(path: Path, data: bytes | None = None, *settings: str) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Return the contents of the sources of a tar, and the reasons of those that are refused."""
+    """Return the contents of the sources of a tar, and the reasons of refused sources."""
     if data is not None:
         path.write_bytes(data)
     found, refused = {}, {}

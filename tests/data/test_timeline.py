@@ -1,4 +1,4 @@
-"""Times, lengths and rates come from the packets of real files, which the tests create; seeks are exact."""
+"""Times, lengths and rates come from the packets of real files, which the tests create. Seeks are exact."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping

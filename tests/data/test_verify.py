@@ -1,4 +1,4 @@
-"""Each test damages a real corpus in one way, which verification must report."""
+"""Each test damages a real corpus in a way that verification must report."""
 
 import json
 import shutil

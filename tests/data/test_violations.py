@@ -1,4 +1,4 @@
-"""Films of physical violations: what is equal, what is impossible, and that nothing but physics tells them apart."""
+"""Films of physical violations: shared frames, impossible events, and no cue other than physics."""
 
 import csv
 import json
@@ -70,7 +70,7 @@ def test_bad_sizes_are_named(changes: dict[str, Any], said: str, tmp_path: Path)
         write_violations(tmp_path, **{"quadruplets": 1, "seed": 0, **changes})
 
 
-# ---- layouts of others, as their users have them
+# ---- layouts of published benchmarks
 
 
 def picture(value: int) -> np.ndarray:
@@ -166,7 +166,7 @@ def test_a_secret_split_has_films_and_no_pairs(tmp_path: Path) -> None:
 
 
 def test_missing_films_and_unknown_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no benchmark of violations; give a folder"):
+    with pytest.raises(BadInput, match=r"no benchmark of violations\. Give a folder"):
         read_violations(tmp_path)
     grasp(tmp_path)
     (tmp_path / "IP_Gravity" / "1.mp4").unlink()

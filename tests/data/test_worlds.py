@@ -25,7 +25,7 @@ def uniform(seed: int, *shape: int) -> np.ndarray:
 
 
 def crosses(start: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Whether segments pass through the inside of rectangles, by clipping them against the four sides."""
+    """Return whether segments pass through the inside of rectangles, by clipping them against the four sides."""
     enter, leave = np.zeros(len(start)), np.ones(len(start))
     for axis in (0, 1):
         way = end[:, axis] - start[:, axis]
@@ -151,7 +151,7 @@ def test_pixels_show_the_state(world: World, px: int):
 
 
 def test_a_written_world_becomes_batches_with_its_actions(tmp_path: Path):
-    """Folder, shards, batch: states are those of the frames, and actions add up between them."""
+    """From the folder to the batch, states belong to their frames, and actions add up between them."""
     paths = write_episodes(TwoRoom(), tmp_path / "in", episodes=4, seed=0, px=48, frames=16)
     again = write_episodes(TwoRoom(), tmp_path / "again", episodes=2, seed=0, px=48, frames=16)
     for a, b in zip(again, paths, strict=False):

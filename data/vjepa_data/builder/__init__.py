@@ -1,4 +1,4 @@
-"""Turn raw videos into shards, in stages with one file each.
+"""Turn raw videos into shards, in stages with a file each.
 
     ingest    folders, files and tables -> a list of sources
     select    analyze, filter, deduplicate, cut and split the sources -> a list of clips

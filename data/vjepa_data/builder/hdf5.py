@@ -4,8 +4,8 @@
     robomimic   FILE.hdf5: data/demo_0/{actions, obs/CAMERA_image, ...}, mask/{train, valid}
     Minari      FOLDER/data/main_data.hdf5: episode_0/{actions, observations, ...}, one observation more than actions
 
-A signal is the dataset of its name, or those of its `source`. Row `t` belongs to frame `t`. Each episode is a group, so
-its clips stay in one split. Pictures inside a file are read by `vjepa_data.media.hdf5_frames`.
+A signal is the dataset of its name, or the datasets of its `source`. Row `t` belongs to frame `t`. Each episode is a
+group, so its clips stay in the same split. Pictures inside a file are read by `vjepa_data.media.hdf5_frames`.
 
 Sources of the layouts: droid-dataset/droid (`trajectory_utils`), ARISE-Initiative/robomimic (`docs/datasets`),
 Farama-Foundation/Minari (`storages/hdf5_storage.py`).
@@ -54,7 +54,7 @@ def episodes(path: Path, name: str, spec: Spec) -> Iterator[InputFile]:
             if root is None:
                 raise BadInput(
                     f"{path} has neither data/demo_0 (robomimic) nor episode_0 (Minari), only "
-                    f"{', '.join(list(file)[:6]) or 'nothing'}; convert it, for example to a LeRobot folder"
+                    f"{', '.join(list(file)[:6]) or 'nothing'}. Convert it, for example to a LeRobot folder."
                 )
             splits = _splits(file)
             rate = spec.frames_hz or _frames_hz(file, path)
@@ -167,7 +167,7 @@ def holds_rows(place: FileRef) -> bool:
 
 
 def _trajectory(place: FileRef) -> Path | None:
-    """Return the `trajectory.h5` beside the video of a DROID episode."""
+    """Return the `trajectory.h5` of the DROID episode that a video belongs to."""
     if place.is_remote or not place.is_whole:
         return None
     parents = Path(place.path).parents
@@ -211,7 +211,7 @@ def write_rows(place: FileRef, name: str, signal: SignalSpec) -> Path:
 
 
 def _find_dataset(found: dict[str, Any], name: str) -> str:
-    """Return the dataset of a signal without `source`: NAME or NAMEs of the episode, or the only one below it."""
+    """Return the dataset of a signal without `source`: NAME or NAMEs of the episode, else the only match below."""
     own = [each for each in (name, f"{name}s") if each in found]
     deeper = [
         each for each in found if each.rpartition("/")[2] in (name, f"{name}s") and not each.startswith("next_obs/")
@@ -229,7 +229,7 @@ def check_times(place: FileRef, *, rate_hz: float) -> None:
     """Check that the rows of an episode are at most half a row from a clock of this rate.
 
     The times are a dataset `timestamp` or `timestamps` in seconds, or `observation/timestamp/control/step_start` of
-    DROID in milliseconds. Without one nothing is checked.
+    DROID in milliseconds. Without such a dataset nothing is checked.
 
     Raises:
         Refused: a row is further away.

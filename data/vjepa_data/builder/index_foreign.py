@@ -1,8 +1,8 @@
 """Index foreign shards: write a sample table and a manifest for WebDataset tars that another tool wrote.
 
-Nothing is copied, and the tars are not changed. Members other than one video or image and one json per sample are never
-read. Clips that do not have our canonical form can still train if the decoder reads them, but decode slower and less
-reliably. The result counts them.
+Nothing is copied, and the tars are not changed. Of each sample only its video or image and its json are read. Clips
+that do not have our canonical form can still train if the decoder reads them, but decode slower and less reliably. The
+result counts them.
 """
 
 import fnmatch
@@ -44,7 +44,7 @@ from vjepa_data.settings import BadInput
 from vjepa_data.spec import Encode
 
 PARTS = ".index"
-"""Folder in a new corpus for what was found in remote tars so far."""
+"""Folder in a new corpus for the samples found in remote tars so far."""
 
 SUFFIXES = ("mp4", "jpg", "jpeg", "png", "webp")
 
@@ -62,7 +62,7 @@ class IndexResult:
 
 @dataclass(frozen=True)
 class Member:
-    """Byte ranges of one sample in a tar."""
+    """Byte ranges of a sample in a tar."""
 
     key: str
     suffix: str
@@ -74,7 +74,7 @@ class Member:
 
 @dataclass(frozen=True)
 class _Tar:
-    """Everything that the manifest records about one tar."""
+    """Everything that the manifest records about a tar."""
 
     file: str
     bytes: int
@@ -99,9 +99,9 @@ def index_shards(
     """Index WebDataset tars of any origin.
 
     Args:
-        place: folder of the tars, searched recursively, or their URL (`find_tars`). Remote tars are read once, one
-            after another, and are not kept: a run reads samples from the URL through its cache. What was found in each
-            is kept until all are read, so that the same call continues after an outage.
+        place: folder of the tars, searched recursively, or their URL (`find_tars`). Remote tars are read once, in
+            order, and are not kept: a run reads samples from the URL through its cache. The samples found in each are
+            kept until all are read, so that the same call continues after an outage.
         out: folder for the table and the manifest, with links to local tars (default: `place` itself).
         name: name of the corpus (default: that of `place`).
         splits: split for each pattern of tar names, e.g. {"*val*": "val"} (default: `train`).
@@ -143,8 +143,8 @@ def index_shards(
     if not any(tar.samples for tar in tars):
         raise BadInput(
             f"{public_url(place)}: none of the samples in {len(found.files)} tars can be used "
-            f"({_format_counts(rejects)}){_example(tars)}; expected KEY.mp4 or KEY.jpg, and `vjepa shard` converts "
-            "other videos"
+            f"({_format_counts(rejects)}){_example(tars)}. Expected KEY.mp4 or KEY.jpg, and `vjepa shard` converts "
+            "other videos."
         )
     _complete_rows(tars)
     for tar in tars:
@@ -228,7 +228,7 @@ def _link_names(files: Sequence[str]) -> dict[str, str]:
     first: dict[str, str] = {}
     for file, link in links.items():
         if first.setdefault(link, file) != file:
-            raise BadInput(f"{first[link]} and {file} would both be linked as {link}; rename one of them")
+            raise BadInput(f"{first[link]} and {file} would both be linked as {link}; rename either")
     return links
 
 

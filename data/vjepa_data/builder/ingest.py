@@ -44,7 +44,7 @@ SECRET = re.compile(
 """Parameters of a query that sign a URL or change only how it is sent, so that they do not tell two files apart."""
 
 TABLE_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
-"""Tables that Hugging Face puts beside the videos of a folder, with the column `file_name`."""
+"""Tables that Hugging Face puts into a folder of videos, with the column `file_name`."""
 
 MAX_NESTED = 4
 """Lists that may name each other in a row."""
@@ -55,8 +55,8 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
 
     Args:
         sources: folders (searched recursively), LeRobot folders, HDF5 files with episodes, video files, tables (CSV,
-            TSV, JSONL, JSON, parquet) with one video per row, lists (.txt) with one path per line, WebDataset tars,
-            and URLs (http, https, s3, gs) of single files, or of a prefix if it ends in `/`.
+            TSV, JSONL, JSON, parquet) with a video per row, lists (.txt) with a path per line, WebDataset tars, and
+            URLs (http, https, s3, gs) of single files, or of a prefix if it ends in `/`.
         spec: whether to look for videos or images, and the names of a table's columns.
         out: folder of the corpus, which is skipped if it lies below a source.
 
@@ -107,7 +107,7 @@ def _query_hash(url: str) -> str:
 
 
 def _refuse_repeated(found: list[InputFile]) -> list[InputFile]:
-    """Keep the first of several entries for the same part of a video, and refuse the others.
+    """Keep the first of several entries for the same part of a video, and refuse the rest.
 
     Raises:
         BadInput: different files have the same name.
@@ -127,8 +127,8 @@ def _refuse_repeated(found: list[InputFile]) -> list[InputFile]:
     if clashes:
         more = f", and {len(clashes) - 3} more" if len(clashes) > 3 else ""
         raise BadInput(
-            f"two sources have the same name: {'; '.join(clashes[:3])}{more}; "
-            "give the folder above both as the source, or rename one"
+            f"two sources have the same name: {'; '.join(clashes[:3])}{more}. "
+            "Give the folder above both as the source, or rename a source."
         )
     return kept
 
@@ -237,7 +237,7 @@ def _folder(folder: Path, spec: Spec, out: Path | None) -> list[InputFile]:
 
 
 def _lists_videos(path: Path) -> bool:
-    """Tell whether a table beside videos is one of Hugging Face, with their names in the column `file_name`."""
+    """Tell whether a table is Hugging Face's list of the videos in its folder, with the column `file_name`."""
     if path.name.lower() not in TABLE_NAMES:
         return False
     try:
@@ -250,7 +250,7 @@ def _lists_videos(path: Path) -> bool:
 
 
 def _walk(folder: Path, out: Path | None, skipped: list[InputFile]) -> Iterator[Path]:
-    """Yield all files below a folder, and add what cannot be entered or opened to `skipped`."""
+    """Yield all files below a folder, and add unreadable folders and files to `skipped`."""
 
     def skip(path: Path, reason: Reason, detail: str) -> None:
         name = path.relative_to(folder.parent).as_posix()
@@ -418,7 +418,7 @@ def _tar(path: Path, name: str, spec: Spec) -> Iterator[InputFile]:
             yield from _tar_sample(path, readable(f"{name}/{sample.key}{ending}"), sample, suffix, spec)
     for skipped in contents.skipped:
         if not skipped.name or PurePosixPath(skipped.name).suffix.lower() in {*wanted, ".json", ".txt"}:
-            has_video = True  # or what might have been one
+            has_video = True  # or an unreadable file with the name of a video
             whole = readable(f"{name}/{skipped.name}".rstrip("/"))
             yield InputFile(whole, FileRef(str(path)), refused=(skipped.reason, skipped.detail))
     if not has_video:

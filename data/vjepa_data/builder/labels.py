@@ -7,20 +7,20 @@ from typing import Any
 from vjepa_data.corpus.format import canonical_json
 
 MAX_BYTES = 16 << 20
-"""Largest labels of one sample, as JSON, whether they come from a table, a JSON file or a tar."""
+"""Largest labels of a sample, as JSON, whether they come from a table, a JSON file or a tar."""
 
 MAX_FILE_BYTES = 4 * MAX_BYTES
-"""Largest JSON file that is read for the labels of one sample. It may hold more than labels, and spaces."""
+"""Largest JSON file that is read for the labels of a sample. It may hold more than labels, and spaces."""
 
 NOT_UTF8 = "is not text in UTF-8"
-"""What is wrong with text that has bytes of another encoding, which are read as lone surrogates."""
+"""Fault of text that has bytes of another encoding, which are read as lone surrogates."""
 
 YT_DLP_FIELDS = frozenset(
     """id title fulltitle description uploader uploader_id channel channel_id upload_date timestamp duration view_count
     like_count comment_count age_limit categories tags language license location extractor webpage_url chapters series
     season season_number episode episode_number artist track album release_date playlist playlist_index""".split()  # noqa: SIM905
 )
-"""Fields of yt-dlp's NAME.info.json that are labels. Others hold signed addresses, headers and cookies."""
+"""Fields of yt-dlp's NAME.info.json that are labels. Other fields hold signed addresses, headers and cookies."""
 
 
 def read_labels(data: bytes) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def check_labels(labels: dict[str, Any]) -> dict[str, Any]:
         cause = NOT_UTF8 if "\udc80" <= letter <= "\udcff" else "holds half a surrogate pair"
         raise ValueError(f"{error.object[max(0, error.start - 20) : error.end]!a} {cause}") from None
     if size > MAX_BYTES:
-        raise ValueError(f"labels of {size} bytes; maximum: {MAX_BYTES}")
+        raise ValueError(f"labels of {size} bytes, maximum: {MAX_BYTES}")
     return labels
 
 

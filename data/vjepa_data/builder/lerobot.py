@@ -4,9 +4,9 @@
     v3.0   data/chunk-000/file-000.parquet           videos/CAMERA/chunk-000/file-000.mp4      many episodes in a file
            meta/episodes/chunk-000/file-000.parquet  where the rows and frames of each episode are
 
-The folder is read with pyarrow and json; the package `lerobot` is not needed. A signal `action` of the spec is the
-column `action`, and `state` is `state` or `observation.state`. Row `t` of an episode belongs to its frame `t`. Each
-episode is a group, so its clips stay in one split.
+The folder is read with pyarrow and json, without the package `lerobot`. A signal `action` of the spec is the column
+`action`, and `state` is `state` or `observation.state`. Row `t` of an episode belongs to its frame `t`. Each episode is
+a group, so its clips stay in the same split.
 
 Source of the layout: huggingface/lerobot, `lerobot/datasets` (Apache-2.0).
 """
@@ -31,7 +31,7 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 
 @dataclass(frozen=True)
 class Episode:
-    """Where the frames and rows of an episode are."""
+    """Locations of the frames and rows of an episode."""
 
     number: int
     length: int
@@ -75,7 +75,7 @@ def open_folder(folder: Path, camera: str | None) -> LeRobotFolder:
 
     Args:
         folder: the folder.
-        camera: name of the camera, such as `observation.images.top`, or its last part; None for the only one.
+        camera: name of the camera, such as `observation.images.top`, or its last part. None stands for the only camera.
 
     Raises:
         BadInput: the version is unknown, the camera is missing or not a video, or a table cannot be read.
@@ -194,7 +194,9 @@ def _read_rows(episode: Episode, name: str, fps: float) -> np.ndarray:
         detail = f"{len(part)} rows for {episode.length} frames of episode {episode.number}"
         raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: {detail}")
     if "episode_index" in table.column_names and set(part["episode_index"].to_pylist()) != {episode.number}:
-        raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: rows of episode {episode.number} belong to others")
+        raise Refused(
+            Reason.BAD_SIGNAL, f"{episode.data.name}: rows of episode {episode.number} belong to other episodes"
+        )
     if "timestamp" in table.column_names:
         apart = np.abs(part["timestamp"].to_numpy() - np.arange(episode.length) / fps)
         if not (apart <= 0.5 / fps).all():

@@ -48,7 +48,7 @@ CLIP_COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to write."""
+    """A shard to write."""
 
     number: int
     file: str

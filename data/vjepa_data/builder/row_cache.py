@@ -1,4 +1,4 @@
-"""Rows of robot folders, written to the user's cache in the form of a signal beside a video."""
+"""Rows of robot folders, written to the user's cache like the sidecar file of a signal."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ def cache_rows(kind: str, identity: tuple[object, ...], rows: np.ndarray) -> Pat
 
     Args:
         kind: folder of the cache.
-        identity: what tells these rows from others.
+        identity: values that tell these rows from all other rows.
         rows: [rows, columns].
     """
     text = "\0".join(map(str, identity)).encode()

@@ -27,7 +27,7 @@ CHUNK = 512
 """Sources per stored chunk of analyses. A killed builder repeats at most this many."""
 
 SEEK_POINTS = 3
-"""Seek points kept for each clip: one to begin at, and others in case that its frames are late."""
+"""Seek points kept for each clip: the nearest, and earlier points in case its frames are late."""
 
 SAME_LENGTH_S = 0.5
 """Largest difference in length between near duplicates, in seconds, or 2 % of the length if that is more."""
@@ -35,7 +35,7 @@ SAME_LENGTH_S = 0.5
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """One clip to store: a part of a source, its key, and everything known before encoding."""
+    """A clip to store: a part of a source, its key, and everything known before encoding."""
 
     key: str
     source: str
@@ -175,7 +175,7 @@ def info_from_json(values: dict[str, Any]) -> VideoInfo:
 
 
 def _describe(analysis: Analysis) -> dict[str, Any]:
-    """Return the properties of a source that are stored with its clips. Those of unusual sources are often left out."""
+    """Return the properties of a source that are stored with its clips. Clips of unusual sources are often left out."""
     info = analysis.probe
     known = {**asdict(info), "fps": info.fps, "sha256": analysis.sha256}
     for name in ("rate", "start_s", "stream", "delay", "seek_points"):
@@ -273,7 +273,7 @@ def _read_deny_list(accept: Filter) -> frozenset[str]:
     try:
         return frozenset(line.strip() for line in Path(accept.deny).read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError):
-        raise BadInput(f"filter.deny={accept.deny} cannot be read; give a text file with one source per line") from None
+        raise BadInput(f"filter.deny={accept.deny} cannot be read; give a text file with a source per line") from None
 
 
 def _apply_filter(analysis: Analysis, source: InputFile, denied: frozenset[str], spec: Spec, seconds: float) -> None:
@@ -285,19 +285,19 @@ def _apply_filter(analysis: Analysis, source: InputFile, denied: frozenset[str],
     if source.name in denied or analysis.sha256 in denied:
         raise Refused(Reason.DENIED, "on the deny-list")
     if accept.codecs is not None and info.codec not in accept.codecs:
-        raise Refused(Reason.CODEC, f"{info.codec}; accepted: {', '.join(accept.codecs)}")
+        raise Refused(Reason.CODEC, f"{info.codec}, accepted: {', '.join(accept.codecs)}")
     if short < accept.min_short_side_px:
-        raise Refused(Reason.TOO_SMALL, f"{size}; minimum short side: {accept.min_short_side_px}")
+        raise Refused(Reason.TOO_SMALL, f"{size}, minimum short side: {accept.min_short_side_px}")
     if long > accept.max_aspect * short:
-        raise Refused(Reason.TOO_NARROW, f"{size}; maximum aspect ratio: {accept.max_aspect:g}:1")
+        raise Refused(Reason.TOO_NARROW, f"{size}, maximum aspect ratio: {accept.max_aspect:g}:1")
     if spec.media == "images":
         return
     if seconds < accept.min_duration_s:
-        raise Refused(Reason.TOO_SHORT, f"{seconds:g} s; minimum: {accept.min_duration_s:g} s")
+        raise Refused(Reason.TOO_SHORT, f"{seconds:g} s, minimum: {accept.min_duration_s:g} s")
     if accept.max_duration_s is not None and seconds > accept.max_duration_s:
-        raise Refused(Reason.TOO_LONG, f"{seconds:g} s; maximum: {accept.max_duration_s:g} s")
+        raise Refused(Reason.TOO_LONG, f"{seconds:g} s, maximum: {accept.max_duration_s:g} s")
     if info.fps < accept.min_fps:
-        raise Refused(Reason.TOO_SLOW, f"{info.fps:g} frames per second; minimum: {accept.min_fps:g}")
+        raise Refused(Reason.TOO_SLOW, f"{info.fps:g} frames per second, minimum: {accept.min_fps:g}")
 
 
 def _cut_source(source: InputFile, analysis: Analysis, spec: Spec, sidecars: dict[str, Any]) -> list[PlannedClip]:

@@ -66,7 +66,7 @@ def shard(
         spec: selects sources and sets how to store them.
         workers: number of processes that decode and encode.
         task: K and N, if this is task K of an array of N, counted from 0. Tasks only begin at different shards. Each
-            task does all work that the others leave, so that any of them may be missing.
+            task does all work that is left, so that any other task may be missing.
         console: where to show progress (default: standard error).
 
     Returns:
@@ -171,7 +171,7 @@ def _limit_rejects(found: Sequence[InputFile], rejects: Sequence[RejectRecord], 
     if refused > spec.max_rejects * len(found):
         raise BadInput(
             f"{refused} of {len(found)} sources were rejected ({_by_reason(rejects)}), more than "
-            f"{spec.max_rejects:.0%}; repair the sources or increase max_rejects"
+            f"{spec.max_rejects:.0%}. Repair the sources or increase max_rejects."
         )
 
 

@@ -1,4 +1,4 @@
-"""Signals and texts beside a video: read from sidecar files, checked, and cut to clips.
+"""Read signals and texts from the sidecar files of a video, check them, and cut them to clips.
 
     films/a.mp4            the video
     films/a.actions.npy    [rows, columns], or a.actions.csv with the columns' names in its first line
@@ -163,14 +163,14 @@ def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...], spec: Spec) -> P
     if "npy" in kinds and hdf5.holds_rows(place):
         return hdf5.write_rows(place, name, spec.signals[name])
     if place.is_remote or not place.is_whole:
-        raise Refused(Reason.BAD_SIGNAL, f"{name} is read from a file beside a local video, not from a tar or URL")
+        raise Refused(Reason.BAD_SIGNAL, f"{name} is read from a sidecar file of a local video, not from a tar or URL")
     if "npy" in kinds and lerobot.find_folder(Path(place.path)) is not None:
         return lerobot.write_rows(Path(place.path), name, spec.camera)
     stem = Path(place.path).with_suffix("")
     found = [path for kind in kinds if (path := stem.with_name(f"{stem.name}.{name}.{kind}")).is_file()]
     if len(found) != 1:
         wanted = " or ".join(f"{stem.name}.{name}.{kind}" for kind in kinds)
-        raise Refused(Reason.BAD_SIGNAL, f"{'both' if found else 'no'} {wanted} beside the video")
+        raise Refused(Reason.BAD_SIGNAL, f"{'both' if found else 'no'} {wanted} next to the video")
     return found[0]
 
 

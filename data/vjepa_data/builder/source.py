@@ -12,7 +12,7 @@ from vjepa_data.media.video import Reason, Refused
 
 @dataclass(frozen=True)
 class InputFile:
-    """One source: a video, or a part of it."""
+    """A source: a video, or a part of it."""
 
     name: str
     """Permanent name in the corpus: the path below the given folder, or the text in the table. Independent of where

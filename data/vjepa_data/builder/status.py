@@ -27,7 +27,7 @@ SILENT_S = 60.0
 
 @dataclass
 class Tally:
-    """Work done by one builder. Not a part of the corpus."""
+    """Work done by a builder. Not a part of the corpus."""
 
     clips: int = 0
     bytes: int = 0
@@ -39,7 +39,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class BuilderStatus:
-    """Last update of one builder."""
+    """Last update of a builder."""
 
     builder: str
     """Task of an array, or else host, process id and time."""

@@ -66,7 +66,7 @@ def table_sources(path: Path, columns: Columns, *, name: str = "", below: str = 
     if table.names is None and seen:
         _check_names(path, tuple(sorted(seen)), wanted, columns)
     if table.names is None and not seen:
-        raise BadInput(f"{path}: no row is a JSON object; write one object per line, or a list of objects in a .json")
+        raise BadInput(f"{path}: no row is a JSON object; write an object per line, or a list of objects in a .json")
 
 
 def _fields(template: str) -> list[str]:
@@ -95,7 +95,7 @@ def _check_names(path: Path, names: tuple[str, ...], wanted: list[str], columns:
 
 
 class _RowReader:
-    """Reads the rows of one table."""
+    """Reads the rows of a table."""
 
     def __init__(self, path: Path, columns: Columns, *, name: str, below: str, table: Table) -> None:
         self._path, self._columns, self._name, self._below, self._table = path, columns, name, below, table

@@ -136,7 +136,7 @@ def _csv(path: Path, path_column: str, delimiter: str | None, encoding: str | No
         names.pop()
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadInput(f"{path}: two columns are called {twice!r}; rename one")
+        raise BadInput(f"{path}: two columns are called {twice!r}; rename either")
     rows = _csv_rows(path, tuple(names), encoding, delimiter=delimiter, skipinitialspace=is_spaced)
     return Table(tuple(names), rows)
 
@@ -161,7 +161,7 @@ def _csv_rows(path: Path, names: tuple[str, ...], encoding: str | None, **form: 
 
 
 def _csv_records(lines: Iterator[str], count: int, form: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
-    """Yield the cells of each record, and what is wrong with it.
+    """Yield the cells of each record, and the fault of an invalid record.
 
     A quote that is never closed would swallow all lines to the next quote. A record of several lines that is malformed
     is therefore given up after its first line, and the following lines are read again.
@@ -217,7 +217,9 @@ def _json_array(path: Path, encoding: str | None) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not JSON ({error}); correct the file") from None
     if not isinstance(values, list):
-        raise BadInput(f"{path}: expected a list of JSON objects, got {type(values).__name__}; write one per video")
+        raise BadInput(
+            f"{path}: expected a list of JSON objects, got {type(values).__name__}; write an object per video"
+        )
     for number, value in enumerate(values, start=1):
         is_object = isinstance(value, dict)
         problem = "" if is_object else f"expected a JSON object, got {type(value).__name__}"

@@ -1,7 +1,8 @@
 """Read the table of contents of a tar that any program wrote, and name everything in it that cannot be used.
 
 Python's tarfile stops at the first end mark or invalid header without a word. Tars joined with `cat` have several end
-marks, and damaged tars have invalid headers, so this module goes on behind each of them, or says what it leaves out.
+marks, and damaged tars have invalid headers, so this module continues after each of them, or reports the members that
+it leaves out.
 """
 
 import posixpath
@@ -16,7 +17,7 @@ from vjepa_data.media.video import Reason
 BLOCK = 1 << 20
 
 MAX_LINKS = 40
-"""Links from one to the next that are followed, as by Linux."""
+"""Longest chain of links that is followed, as in Linux."""
 
 PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"\xfd7zXZ": "unxz", b"BZh": "bunzip2", b"PK": "unzip"}
 """First bytes of compressed files, and the program that unpacks each."""
@@ -55,7 +56,7 @@ class TarSample:
 
 @dataclass
 class TarContents:
-    """Samples of a tar in the order of their first member, and what is left out."""
+    """Samples of a tar in the order of their first member, and the members that are left out."""
 
     samples: list[TarSample] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -66,7 +67,7 @@ def read_tar(path: Path) -> TarContents:
 
     Members of a sample need not be adjacent. Links count as the member that they point to. AppleDouble files (`._*`)
     are passed over. The first of several members with the same name is kept. If they come from tars that were joined,
-    the later ones form a sample of their own, with `~2` after the key.
+    the later members form a sample of their own, with `~2` after the key.
     """
     contents = TarContents()
     samples: dict[str, TarSample] = {}
@@ -88,7 +89,7 @@ def read_tar(path: Path) -> TarContents:
 
 
 def _spans(path: Path, skipped: list[Skipped]) -> Iterator[tuple[int, str, Span]]:
-    """Yield number of the joined tar, name and bytes of every regular file and of every link to one."""
+    """Yield number of the joined tar, name and bytes of every regular file and of every link to a file."""
     known: dict[tuple[int, str], Span] = {}
     links: list[tuple[int, str, str]] = []
     try:
@@ -116,7 +117,7 @@ def _spans(path: Path, skipped: list[Skipped]) -> Iterator[tuple[int, str, Span]
 
 
 def _span(member: tarfile.TarInfo, size: int, skipped: list[Skipped]) -> Span | None:
-    """Return the bytes of a regular file that is stored as a whole; name other files with contents."""
+    """Return the bytes of a regular file that is stored as a whole, and report other files with contents."""
     stored: Any = member.sparse  # offset and size of each piece that is not a hole
     pieces = [piece for piece in stored if piece[1]] if member.issparse() else [(0, member.size)]
     if member.isreg() and pieces != [(0, member.size)]:
@@ -190,5 +191,5 @@ def _explain(file: BinaryIO, at: int, end: int, size: int, error: Exception | No
 
 
 def video_suffixes(suffixes: Iterable[str], wanted: frozenset[str]) -> list[str]:
-    """Select the suffixes of videos in a sample: `mp4`, and those with dots in their names, such as `left.mp4`."""
+    """Select the suffixes of videos in a sample: `mp4`, and suffixes with dots, such as `left.mp4`."""
     return [suffix for suffix in suffixes if f".{suffix.rpartition('.')[2]}" in wanted]

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tars:
-    """Tars below one folder or URL."""
+    """Tars below a folder or URL."""
 
     root: str
     """Folder or URL that all paths are relative to."""
@@ -45,8 +45,8 @@ def find_tars(place: str) -> Tars:
     parts = urlsplit(place)
     if parts.username:
         raise BadInput(
-            f"{public_url(place)}: an index is read by later runs, and would keep the password of this address; "
-            "put it into ~/.netrc and give the address without it"
+            f"{public_url(place)}: an index is read by later runs, and would keep the password of this address. "
+            "Put it into ~/.netrc and give the address without it."
         )
     if parts.query and place.startswith("http"):
         log.warning("%s: the query is left out, since an index keeps addresses for later runs", public_url(place))

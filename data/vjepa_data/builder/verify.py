@@ -53,7 +53,7 @@ def verify(
     """Check a corpus against its manifest: tables, sizes, sha256, and each sample at its recorded offset.
 
     Args:
-        place: folder or URL of the corpus. Remote shards are copied to this machine one at a time.
+        place: folder or URL of the corpus. Remote shards are copied to this machine in turn.
         deep: also decode every frame of every clip.
         workers: number of processes that decode.
         timeout_s: seconds after which a clip that is still being decoded is reported.
@@ -134,7 +134,7 @@ def _check_shard(
             yield f"{shard.file}: {len(rows)} samples in samples.parquet, expected {shard.samples}"
         suffixes = [(row["key"], ("json", row["suffix"], *_extra_members(row))) for row in rows]
         expected = [f"{key}.{suffix}" for key, of_key in suffixes for suffix in of_key]
-        if not is_foreign and _member_names(file) != expected:  # tars of others may be joined, or damaged elsewhere
+        if not is_foreign and _member_names(file) != expected:  # foreign tars may be joined, or damaged elsewhere
             yield f"{shard.file}: members differ from samples.parquet"
         for row in rows:
             problems = _check_bytes(file, row) if is_foreign else _check_sample(file, row)

@@ -40,7 +40,7 @@ def write_shards(
     start: float,
     advance: Callable[[Tally], None],
 ) -> None:
-    """Write the missing shards of a plan, and return when all shards exist, including those of other builders.
+    """Write the missing shards of a plan, and return when all shards exist, including the shards of other builders.
 
     Args:
         out: folder of the corpus.

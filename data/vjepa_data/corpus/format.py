@@ -121,7 +121,7 @@ class Manifest:
     samples_sha256: str
     hash: str = ""
     signals: dict[str, Any] = field(default_factory=dict)
-    """Statistics of each signal over the train split; see `vjepa_data.corpus.signal_statistics`."""
+    """Statistics of each signal over the train split (`vjepa_data.corpus.signal_statistics`)."""
 
     def root(self, place: str) -> str:
         """Return the folder or URL of the shards: next to the manifest, or where the indexed shards are."""
@@ -325,7 +325,7 @@ def record_path(folder: Path, number: int) -> Path:
 
 
 def read_record(folder: Path, number: int, *, plan: str) -> dict[str, Any] | None:
-    """Read a shard's commit record; None if the shard is missing, incomplete or of another plan."""
+    """Read a shard's commit record, or return None if the shard is missing, incomplete or of another plan."""
     try:
         record = json.loads(record_path(folder, number).read_bytes())
         if record["file"] is not None and (folder / record["file"]).stat().st_size != record["bytes"]:
@@ -378,7 +378,7 @@ def write_manifest(
 
 
 def member_columns(signals: Collection[str], texts: Collection[str]) -> dict[str, pa.DataType]:
-    """Return the columns that signals and texts add to the table of samples; none without them."""
+    """Return the columns that signals and texts, if any, add to the table of samples."""
     member = {"offset": pa.int64(), "size": pa.int64(), "xxh64": pa.string()}
     clock = {"rate_hz": pa.float64(), "start_s": pa.float64()}
     columns = {

@@ -68,12 +68,12 @@ class Sample:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels in its JSON; empty if a foreign sample has no JSON object."""
+        """The labels in its JSON. A foreign sample without a JSON object has none."""
         return parse_labels(self.json)
 
 
 def parse_labels(text: bytes) -> dict[str, Any]:
-    """Return the labels in the JSON of a sample; empty if it is not a JSON object."""
+    """Return the labels in the JSON of a sample, or no labels if it is not a JSON object."""
     try:
         facts = json.loads(text or b"{}")
     except (ValueError, RecursionError):
@@ -107,7 +107,7 @@ class Index:
     signal_starts: dict[str, np.ndarray]
     """Time of row 0 of each signal in the stored video, seconds, float64 [N]."""
     statistics: dict[str, SignalStatistics]
-    """Statistics of each signal over the train split; empty for a corpus of an earlier version."""
+    """Statistics of each signal over the train split. A corpus of an earlier version has none."""
 
     def __init__(
         self, place: str | Path, split: str = "train", cache: Cache | None = None, *, corpus: str | None = None
@@ -168,8 +168,8 @@ class Index:
         said = manifest.splits[split]["samples"]
         if len(self) != said:
             raise BadInput(
-                f"{shown}: samples.parquet has {len(self)} samples of {split}, manifest.json {said}; "
-                "build the corpus again"
+                f"{shown}: samples.parquet has {len(self)} samples of {split}, manifest.json {said}. "
+                "Build the corpus again."
             )
         self.first = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
         self._files = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
@@ -331,8 +331,8 @@ def mirror(url: str, cache: Path) -> Path:
     """
     if url.startswith("http") and "?" in url:
         raise BadInput(
-            f"{public_url(url)}?...: a query cannot follow the address of a corpus, which has many files; "
-            "give the address without it, and a password in ~/.netrc"
+            f"{public_url(url)}?...: a query cannot follow the address of a corpus, which has many files. "
+            "Give the address without it, and a password in ~/.netrc."
         )
     folder = cache / "corpora" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -374,7 +374,7 @@ def _read_table(folder: Path, split: str, corpus: str, extra: Mapping[str, pa.Da
             continue
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     raise BadInput(
-        f"neither {folder} nor {user_cache()} can be written; make one writable for the index of {rows} samples"
+        f"neither {folder} nor {user_cache()} can be written; make either writable for the index of {rows} samples"
     )
 
 
@@ -426,7 +426,7 @@ def _store(table: pa.Table, file: Path) -> bool:
 
 
 def user_cache() -> Path:
-    """Return the folder of this user's caches, or one for temporary files if the home folder cannot be written."""
+    """Return the folder of this user's caches, or a temporary folder if the home folder cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # unlike Path, never raises
     return _writable_cache(home, tempfile.gettempdir())
 

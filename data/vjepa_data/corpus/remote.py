@@ -60,7 +60,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 
 def read_blocks(url: str) -> Iterator[bytes]:
-    """Yield a remote file from start to end, over one connection unless it breaks.
+    """Yield a remote file from start to end, over a single connection unless it breaks.
 
     Raises:
         Gone, StoreUnreachable: as for `read_range`.
@@ -124,8 +124,8 @@ def with_retries(
     except RetryError as error:
         last = error.last_attempt.exception()
         raise StoreUnreachable(
-            f"{address} was unreachable for over {OUTAGE_LIMIT_S:.0f} s ({last}); "
-            "check the network or the store, then resume"
+            f"{address} was unreachable for over {OUTAGE_LIMIT_S:.0f} s ({last}). "
+            "Check the network or the store, then resume."
         ) from last
 
 
@@ -192,7 +192,7 @@ def _http_range(url: str, start: int, size: int) -> bytes:
 
 
 def _skip_to(at: int, answer: HttpAnswer, deadline: float) -> None:
-    """Read and drop what a server sends before the position that was asked for."""
+    """Read and drop the bytes that a server sends before the requested position."""
     if answer.start > at:
         raise Busy(f"received bytes from {answer.start} on instead of {at}")
     left = at - answer.start

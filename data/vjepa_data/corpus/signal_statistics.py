@@ -21,7 +21,7 @@ STATISTICS_SPLIT = "train"
 
 @dataclass(frozen=True)
 class SignalStatistics:
-    """Statistics of the stored rows of a signal, one number per column. An overlap of two clips counts twice."""
+    """Statistics of the stored rows of a signal, with a number per column. An overlap of two clips counts twice."""
 
     rows: int
     mean: tuple[float, ...]
@@ -30,10 +30,11 @@ class SignalStatistics:
     max: tuple[float, ...]
 
     def of_intervals(self, *, combine: str | None, rows_per_interval: float) -> "SignalStatistics":
-        """Return the scale of what a clip holds: rows combined over the interval between two frames.
+        """Return the scale of the rows of a clip, which are combined over the interval between two frames.
 
         A sum of n rows has n times their mean. Its standard deviation is n times theirs if neighbouring rows are alike,
-        as actions usually are, and less otherwise; this returns n times. Other combinations keep the scale of a row.
+        as actions usually are, and less otherwise. This method assumes n times. Other combinations keep the scale of a
+        row.
         """
         if combine != "sum":
             return self
@@ -57,7 +58,7 @@ def measure(rows: Float[np.ndarray, "N A"]) -> dict[str, Any]:
 
 
 def merge(first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the moments of the rows of both; None stands for no rows."""
+    """Return the moments of the rows of both. None stands for no rows."""
     if first is None:
         return dict(second)
     a, b = first["rows"], second["rows"]
@@ -79,7 +80,7 @@ def finish(moments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge_records(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the statistics of each signal over the commit records of the train split; empty without signals.
+    """Return the statistics of each signal, if any, over the commit records of the train split.
 
     Records of an earlier version have no moments. A corpus with such a record has no statistics.
     """

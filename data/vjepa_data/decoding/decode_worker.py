@@ -78,7 +78,7 @@ class DecodeWorker:
             frames: frame numbers in ascending order.
             expect: the index entry of the video.
             suffix: "mp4" or, for a picture, "jpg".
-            part: top, left, height and width of the part of each frame to return; by default the whole frame.
+            part: top, left, height and width of the part of each frame to return. By default the whole frame.
         """
         assert self._request is None, "the decode worker is busy; call finish() first"
         self._turn = 1 - self._turn
@@ -100,7 +100,7 @@ class DecodeWorker:
         """Wait for the frames.
 
         Returns:
-            uint8 [T h w 3], the requested part, in shared memory; valid until the second `begin` from now.
+            uint8 [T h w 3], the requested part, in shared memory. They are valid until the second `begin` from now.
 
         Raises:
             Unreadable: the video cannot be decoded. The decode worker can be used again.

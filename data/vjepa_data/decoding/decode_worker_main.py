@@ -39,7 +39,7 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Successful reply; the frames lie in shared memory."""
+    """Successful reply. The frames lie in shared memory."""
 
     gave_up: Unreadable | None
     """Error of the first decoder, if the second decoder succeeded."""

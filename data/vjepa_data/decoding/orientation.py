@@ -15,7 +15,7 @@ class OddRotation(ValueError):
 
 @dataclass(frozen=True)
 class Orientation:
-    """How to turn a stored frame upright: first the transposition, then the flips. Names are those of FFmpeg."""
+    """Operations that turn a stored frame upright: first the transposition, then the flips. Names follow FFmpeg."""
 
     transpose: str | None = None
     """A value of the `transpose` filter."""
@@ -34,7 +34,7 @@ class Orientation:
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether no rotation alone turns the frame upright."""
+        """True if the frame needs a mirror image, since a rotation alone cannot turn it upright."""
         return self.transpose.endswith("_flip") if self.transpose else self.hflip != self.vflip
 
     def mirror(self, rotated: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ Short = Literal["leave_out", "hold"]
 
 
 MOST_BYTES = 2 << 30
-"""Largest size of the clips of one video, which are in memory together."""
+"""Largest size of the clips of a video, which are in memory together."""
 
 
 def start_times(last_s: float, *, per_video: int, every_s: float | None) -> list[float]:
@@ -55,7 +55,7 @@ def start_times(last_s: float, *, per_video: int, every_s: float | None) -> list
 
 
 def too_many(clips: int, *, px: int, frames: int, views: int) -> str | None:
-    """Return the reason why so many clips of one video are refused, or None."""
+    """Return the reason why so many clips of a video are refused, or None."""
     most = MOST_BYTES // (px * px * 3 * frames * views)
     return (
         f"{clips} clips of one video, at most {most} fit into memory; give a longer --every-s" if clips > most else None
@@ -121,7 +121,7 @@ class EvalClips:
         if not len(fit):
             raise BadInput(
                 f"{shards}: none of the {len(self.index)} videos of split {split!r} has {frames} frames at {fps:g} "
-                "per second; give another split, a model with shorter clips, or --short hold"
+                "per second. Give another split, a model with shorter clips, or --short hold."
             )
         self.left_out = len(self.index) - len(fit)
         """Number of videos that are too short or too slow for a clip."""
@@ -142,7 +142,7 @@ class EvalClips:
 
     @property
     def short_videos(self) -> str:
-        """How many videos shorter than a clip there are and what became of them, for the record."""
+        """Number of videos that are shorter than a clip, and their treatment, for the record."""
         return "held" if self.short == "hold" else f"{self.left_out} left out"
 
     def __len__(self) -> int:

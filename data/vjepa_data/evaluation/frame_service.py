@@ -54,7 +54,7 @@ def frame_service(rate: str, tubelet_frames: int) -> Callable[[FrameRequest | No
 
 
 def _grouped(pictures: Iterator[av.VideoFrame], at_once: int, tubelet_frames: int) -> Iterator[Pictures]:
-    """Convert and group frames. Frames before a damaged one come before its reason."""
+    """Convert and group frames. The frames before a damaged frame come before its reason."""
     found: list[np.ndarray] = []
     broken: Refused | None = None
     try:

@@ -3,7 +3,7 @@
     for frames in reader.frames(video, skip=0):       uint8 [T px px C], the next frames at a constant rate
 
 Nothing is kept of the frames before, so a video may be as long as it likes. A file or pipe is decoded by a child
-process that can be killed; it decodes the next frames while the consumer works on those before.
+process that can be killed. It decodes the next frames while the consumer works on the previous frames.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from vjepa_data.media.video import Reason, Refused
 from vjepa_data.reader.clip_times import offsets
 
 AHEAD = 16
-"""Frames of a file that the child sends at once. Frames of a pipe come one tubelet at a time, as they arrive."""
+"""Frames of a file that the child sends at once. Frames of a pipe come tubelet by tubelet, as they arrive."""
 
 STDIN = Path("-")
 
@@ -61,11 +61,11 @@ class FileFrames:
         self, paths: Sequence[Path], *, px: int, fps: float, tubelet_frames: int, timeout_s: float = TIMEOUT_S
     ) -> None:
         """Args:
-        paths: files and pipes; `-` is standard input.
+        paths: files and pipes, with `-` for standard input.
         px: height and width to which the whole frame is scaled.
         fps: frames per second of video time.
         tubelet_frames: frames that come together, at least.
-        timeout_s: time budget of a file between two frames, in seconds of work or sleep. A pipe may wait for ever.
+        timeout_s: time budget of a file between two frames, in seconds of work or sleep. A pipe may wait forever.
         """
         self.keys: Sequence[str] = [printable(path) for path in paths]
         self._paths, self._px, self._tubelet, self._timeout_s = paths, px, tubelet_frames, timeout_s
@@ -91,7 +91,7 @@ class FileFrames:
             while (found := self._answer(self._child, math.inf if piped else self._timeout_s)) is not None:
                 self._child.send(None)
                 yield whole_view(found, self._px)
-        except BaseException:  # it may be busy with frames that nobody waits for
+        except BaseException:  # it may be busy with frames that are not needed any more
             self.close()
             raise
 

@@ -52,7 +52,7 @@ class Film:
     group: str
     """Films of a group show the same scene: a pair, or a quadruplet."""
     possible: bool | None
-    """Whether the film obeys physics; None if the benchmark keeps it secret."""
+    """Whether the film obeys physics, or None if the benchmark keeps it secret."""
     first: int = 0
     """Number of the first frame that is used."""
     dose: int | None = None
@@ -70,7 +70,7 @@ class ViolationSet:
     frame_step: int | None = None
     """Every so many frames are shown to a model, as published. By default the model's frame rate decides."""
     clip_frames: int | None = None
-    """Frames of a window, as published. By default those of the model's training."""
+    """Frames of a window, as published. By default as many as in the model's training."""
 
 
 def read_violations(folder: Path) -> ViolationSet:
@@ -89,9 +89,9 @@ def read_violations(folder: Path) -> ViolationSet:
                 raise BadInput(f"{folder}: this folder of {found.name} has no films")
             return found
     raise BadInput(
-        f"{folder}: no benchmark of violations; give a folder of `vjepa synthesize violations`, or one of IntPhys "
+        f"{folder}: no benchmark of violations. Give a folder of `vjepa synthesize violations`, or of IntPhys "
         "(with O1, O2 or O3), GRASP (with P_... and IP_...), InfLevel-lab (with continuity.csv) or IntPhys 2 (with "
-        "metadata.csv)"
+        "metadata.csv)."
     )
 
 
@@ -159,7 +159,7 @@ def _read_intphys(folder: Path) -> ViolationSet:
 
 
 def _match(films: Sequence[tuple[int, Film]]) -> list[tuple[int, int]]:
-    """Pair each possible film with an impossible one, so that the first differences come as late as possible."""
+    """Pair possible with impossible films, so that the first differences come as late as possible."""
     possible = [entry for entry in films if entry[1].possible]
     impossible = [entry for entry in films if not entry[1].possible]
     if len(possible) != len(impossible):
@@ -291,7 +291,7 @@ def work(request: FilmRequest) -> UInt8[ndarray, "F px px 3"]:
 def read_film(request: FilmRequest) -> UInt8[ndarray, "F px px 3"]:
     """Decode every so many frames of a film, each scaled as a whole to a square.
 
-    Without a `frame_step` the step is that which comes nearest to `fps`; pictures count as that rate.
+    Without a `frame_step` the step is chosen to come nearest to `fps`, and pictures count as that rate.
 
     Raises:
         Refused: the film cannot be decoded.

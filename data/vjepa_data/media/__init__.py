@@ -1,1 +1,1 @@
-"""Fetch, probe, analyze, encode and check one untrusted file at a time, in a child process that may be killed."""
+"""Fetch, probe, analyze, encode and check untrusted files in a child process that may be killed."""

@@ -112,7 +112,7 @@ def _is_framed(box: PictureBox, info: VideoInfo) -> bool:
 def perceptual_hashes(path: Path, info: VideoInfo) -> tuple[int, ...]:
     """Hash three frames to 64 bits each. Hashes change little when a video is re-encoded or resized.
 
-    A bit tells whether an image of 9 x 8 grey levels gets brighter from one column to the next.
+    A bit tells whether an image of 9 x 8 grey levels gets brighter between neighbouring columns.
 
     Raises:
         Refused: a frame cannot be decoded.

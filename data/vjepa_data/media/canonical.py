@@ -45,8 +45,8 @@ def compare(data: bytes, *, gop: int) -> tuple[ClipFormat | None, list[str]]:
     """Compare an MP4 with the canonical form, without decoding it.
 
     Returns:
-        Its properties, or None if it cannot be read; and all differences from the canonical form. Those that may change
-        what a decoder shows come first, then those that make it slow.
+        Its properties, or None if it cannot be read, and all differences from the canonical form. Differences that may
+        change the decoded pictures come first, then differences that make decoding slow.
     """
     top = {name: (start, end) for name, start, end in reversed(boxes(data))}
     if not {"ftyp", "moov", "mdat"} <= top.keys():
@@ -72,7 +72,7 @@ def compare(data: bytes, *, gop: int) -> tuple[ClipFormat | None, list[str]]:
 
 
 def _compare_stream(data: bytes, gop: int) -> tuple[ClipFormat | None, list[str], list[str]]:
-    """Return the properties of the video stream, its weighty differences, and those of its key frames."""
+    """Return the properties of the video stream, its serious differences, and the differences of its key frames."""
     with av.open(io.BytesIO(data), "r", format="mp4", metadata_errors="replace") as container:
         stream = container.streams.video[0] if container.streams.video else None
         if stream is None or stream.codec_context is None or stream.codec_context.name != "h264":

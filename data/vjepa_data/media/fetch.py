@@ -23,7 +23,7 @@ from vjepa_data.media.hdf5_frames import write_frames
 from vjepa_data.media.video import Reason, Refused
 
 SCHEMES = frozenset({"http", "https", "s3", "gs"})
-"""Supported schemes of URLs. All others are rejected, such as `file:`, `ftp:` and fsspec's chains."""
+"""Supported schemes of URLs. All other schemes are rejected, such as `file:`, `ftp:` and fsspec's chains."""
 
 MAX_BYTES = 4 << 30
 """Largest file that is copied to memory. Worker processes have a limit of 8 GiB."""
@@ -90,7 +90,7 @@ def open_local(file: FileRef) -> Iterator[Path]:
 def _extract(member: FileRef, copy: BinaryIO) -> None:
     size = member.size or 0
     if size > MAX_BYTES:
-        raise Refused(Reason.TOO_LARGE, f"{size} bytes; maximum: {MAX_BYTES}")
+        raise Refused(Reason.TOO_LARGE, f"{size} bytes, maximum: {MAX_BYTES}")
     try:
         with Path(member.path).open("rb") as tar:
             tar.seek(member.offset)
@@ -128,7 +128,7 @@ def _download(url: str, copy: BinaryIO) -> None:
     """Download a URL, and repeat after transient errors with growing, random pauses."""
     scheme = url.partition(":")[0].lower()
     if scheme not in SCHEMES:
-        raise Refused(Reason.UNREACHABLE, f"unsupported scheme {scheme!r}; supported: {', '.join(sorted(SCHEMES))}")
+        raise Refused(Reason.UNREACHABLE, f"unsupported scheme {scheme!r}, supported: {', '.join(sorted(SCHEMES))}")
     retrying = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.5),
@@ -173,7 +173,7 @@ def _download_object(url: str, copy: BinaryIO) -> None:
 def _download_http(url: str, copy: BinaryIO) -> None:
     with open_http(url, timeout_s=STALL_S) as answer:
         if answer.total is not None and answer.total > MAX_BYTES:
-            raise Refused(Reason.TOO_LARGE, f"{answer.total} bytes declared; maximum: {MAX_BYTES}")
+            raise Refused(Reason.TOO_LARGE, f"{answer.total} bytes declared, maximum: {MAX_BYTES}")
         received = _copy_stream(answer.read, copy)
     if answer.total is not None and received != answer.total:
         raise OSError(f"received {received} of {answer.total} bytes")

@@ -3,7 +3,7 @@
     read_frames --> pass from the key frame before `start_s` --> is its first frame late? --> pass from an earlier one
 
 Seeking lands late in some containers. Frames that are missing at the start of a part are never filled in: each pass
-shows the time of its first frame, and an earlier pass replaces one that begins too late.
+shows the time of its first frame, and an earlier pass replaces a pass that begins too late.
 """
 
 from collections import deque
@@ -22,13 +22,13 @@ from vjepa_data.media.timeline import BROADCAST, RAW, SLOTTED, PacketClock, decl
 from vjepa_data.media.video import FORMATS, Reason, Refused, SeekPoint, VideoInfo, open_video, video_stream
 
 STEPS_BACK_S = (0, 1, 2, 4, 8, 16, 32)
-"""How much earlier to seek, in seconds, until a pass begins early enough. The last attempt begins at the start."""
+"""Seconds to seek back, in turn, until a pass begins early enough. The last attempt begins at the start."""
 
 TRUSTED = 16
-"""Frames after missing ones count once so many packets gave no error. Tuned by hand on joined recordings."""
+"""Frames after missing frames count once so many packets gave no error. Tuned by hand on joined recordings."""
 
 NUMBERED = ("h264", "hevc")
-"""Codecs that number their pictures, so that the decoder notices missing ones. Others show a wrong picture."""
+"""Codecs that number their pictures, so that the decoder notices missing pictures. Others show a wrong picture."""
 
 Timed = tuple[Fraction, av.VideoFrame]
 
@@ -72,7 +72,7 @@ def read_frames(path: Path, info: VideoInfo, *, start_s: float = 0.0, skip: int 
 def read_pipe(file: BinaryIO) -> Iterator[Timed]:
     """Decode a video that is read once from its start, such as standard input, as its bytes arrive.
 
-    Its properties come from its header alone. A container that can be cut anywhere (MPEG-TS, Matroska) is best; an MP4
+    Its properties come from its header alone. A container that can be cut anywhere (MPEG-TS, Matroska) is best. An MP4
     must be fragmented or have its index in front.
 
     Args:
@@ -114,7 +114,7 @@ def _starts(info: VideoInfo, start_s: float) -> Iterator[SeekPoint | float | Non
 
 
 class Pass:
-    """One pass over the frames of a video.
+    """A pass over the frames of a video.
 
     Args:
         path: a local file.
@@ -192,7 +192,7 @@ class Pass:
         yield from self._hold()
 
     def _hold(self) -> Iterator[Timed]:
-        """Repeat the last frame where its display ends, if it stays for longer than others."""
+        """Repeat the last frame where its display ends, if it is displayed for longer than other frames."""
         period = min(Fraction(1), 1 / Fraction(*(self._info.dense_rate or self._info.rate)))
         if self._last is not None and self._last.duration:
             held = self._last.duration * self._base
@@ -246,7 +246,7 @@ class Pass:
         self._needs_key = True
 
     def _trust(self) -> Iterator[Timed]:
-        """Yield the frames after missing ones, since no error followed."""
+        """Yield the frames after missing frames, since no error followed."""
         frames, self._doubtful, self._doubted, self._gap_ticks = self._doubtful, [], 0, None
         yield from self._timed(frames)
 

@@ -35,7 +35,7 @@ def write_frames(path: str, dataset: str, frames_hz: float, out: BinaryIO) -> No
 
     Args:
         path: the HDF5 file.
-        dataset: uint8 [T, H, W, 3], or compressed pictures, one per row.
+        dataset: uint8 [T, H, W, 3], or a compressed picture per row.
         frames_hz: frames per second.
         out: file to write to.
 

@@ -1,4 +1,4 @@
-"""Images as samples of one frame, stored as upright RGB JPEGs of the requested size."""
+"""Store images as samples of one frame: upright RGB JPEGs of the requested size."""
 
 import io
 import struct

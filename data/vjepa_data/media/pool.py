@@ -5,8 +5,8 @@
                     <-- answer -- or a Refused, or nothing within the time budget: the child is killed and replaced
 
 A child that fails, crashes or hangs costs its task, never the build. The time budget counts silence: every heartbeat
-of the child (`child_process.heartbeat`) renews it, so that long videos are not mistaken for hanging ones. Answers come
-in the order of the tasks, so nothing downstream depends on the number of children.
+of the child (`child_process.heartbeat`) renews it, so that work on a long video is not mistaken for a hang. Answers
+come in the order of the tasks, so nothing downstream depends on the number of children.
 """
 
 import importlib
@@ -70,7 +70,7 @@ class WorkerPool(Generic[Task, Answer]):
         """Run the tasks a few ahead of the consumer, and yield tasks and answers in order.
 
         Raises:
-            RuntimeError: the child does not start or lacks a package; the message is its traceback.
+            RuntimeError: the child does not start or lacks a package. The message is its traceback.
         """
         source = iter(tasks)
         ahead: deque[tuple[Task, Future[Any]]] = deque()
@@ -147,7 +147,7 @@ def guarded(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return error
         except MemoryError:
             return Refused(Reason.TOO_LARGE, f"needs more than {MEMORY_GIB} GiB")
-        except Exception as error:  # noqa: BLE001 - files can break any library in ways that nobody has listed
+        except Exception as error:  # noqa: BLE001 - files can break any library in unlisted ways
             return Refused(Reason.CRASHED, _failure(error))
 
     return answer

@@ -18,7 +18,7 @@ UNKNOWN_DELAY = 1000
 
 
 def probe(path: Path) -> VideoInfo:
-    """Read the packets of a video, and decode one frame to learn its displayed size.
+    """Read the packets of a video, and decode a frame to learn its displayed size.
 
     Raises:
         Refused: the file is not a video, or cannot be decoded.

@@ -1,4 +1,4 @@
-"""Tasks of the builder's worker processes. Each opens one untrusted file."""
+"""Tasks of the builder's worker processes. Each opens an untrusted file."""
 
 import hashlib
 import io
@@ -69,7 +69,7 @@ class Analysis:
 
 @dataclass(frozen=True)
 class StoreTask:
-    """Convert one clip to the stored form."""
+    """Convert a clip to the stored form."""
 
     shard: int
     position: int
@@ -155,7 +155,7 @@ Answer = Analysis | StoredSample | Examined | Strip | None
 
 
 def work(task: Task) -> Answer:
-    """Run one task.
+    """Run a task.
 
     Raises:
         Refused: the file cannot be used.
@@ -286,7 +286,7 @@ def _count(data: bytes) -> int:
 
 
 def _decode_with(backend: str, data: bytes, numbers: Sequence[int], expect: Expect, before: Refused | None):
-    """Decode frames with one decoder of a run.
+    """Decode frames with a decoder of a run.
 
     Raises:
         Refused: it fails, as the decoder before it did, or else the two differ.

@@ -59,7 +59,7 @@ class PacketClock:
         """Ticks per frame."""
         self.offset = point.offset if point else 0
         self.is_late = False
-        """In a broadcast format, more than a frame is missing before the last packet, which is no jump of the clock."""
+        """In a broadcast format, more than a frame is missing before the last packet, without a jump of the clock."""
         self._next: int | None = (point.ticks if point else 0) if self._is_raw else None
 
     def stamp(self, packet: av.Packet) -> bool:
@@ -101,7 +101,7 @@ class Track:
     height: int
     is_default: bool
     times: list[int] = field(default_factory=list)
-    """Display times in ticks. For slotted formats those of decoding, which are the same times in another order."""
+    """Display times in ticks. For slotted formats the times of decoding, which are the same times in another order."""
     latest: int = 0
     """Largest display time."""
     last_ticks: int = 0
@@ -187,7 +187,7 @@ def _is_idr(packet: av.Packet, codec: str) -> bool:
 
 
 def choose(tracks: list[Track]) -> Track:
-    """Choose the video among the tracks: the default among those of about full length, else the largest.
+    """Choose a video among the tracks of about full length: the default track if marked, else the largest.
 
     Covers and previews often come first, are not marked as such, and are shorter or smaller.
 

@@ -37,7 +37,7 @@ from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode, Filter
 
 MAX_GAP_S = 4 * 3600
-"""Longest display of one frame, in seconds. A longer gap means damaged time stamps."""
+"""Longest display of a frame, in seconds. A longer gap means damaged time stamps."""
 
 MAX_FRAMES = 5_000_000
 """Most frames of a stored clip: two days at 30 per second. A few altered bytes can make a video of any length."""
@@ -46,13 +46,13 @@ SLOWEST_FPS = Fraction(1, 60)
 """Slowest rate that is stored as it is. Slower videos are stored at 1 frame per second."""
 
 MARGIN = Fraction(11, 10)
-"""How far a rate may exceed `max_fps` before frames are left out. Telephones record 30.5 where they mean 30."""
+"""Factor by which a rate may exceed `max_fps` before frames are left out. Telephones record 30.5 where they mean 30."""
 
 INDEXED = frozenset(["mov", "mp4", "matroska", "webm"])
 """Containers whose times do not depend on where decoding begins."""
 
 MAX_DIFFERENCE = 16.0
-"""Largest mean difference of 64 blocks of a stored frame from those of its source, in grey levels of 255."""
+"""Largest mean difference of 64 blocks of a stored frame from the blocks of its source, in grey levels of 255."""
 
 Frame = TypeVar("Frame")
 
@@ -79,7 +79,7 @@ class StoredClip:
 
 @dataclass(frozen=True)
 class SourceSample:
-    """The picture that one frame of a stored clip must show, reduced to a few pixels."""
+    """The picture that a frame of a stored clip must show, reduced to a few pixels."""
 
     number: int
     """Number of the frame in the stored clip."""
@@ -385,9 +385,9 @@ class ContentStats:
         brightness = max(self._brightness, default=0.0)
         change = max(self._changes, default=math.inf)
         if brightness < accept.min_brightness:
-            raise Refused(Reason.DARK, f"mean luma {brightness:.1f}; minimum: {accept.min_brightness:g}")
+            raise Refused(Reason.DARK, f"mean luma {brightness:.1f}, minimum: {accept.min_brightness:g}")
         if change < accept.min_motion:
-            raise Refused(Reason.STILL, f"frames differ by {change:.2f}; minimum: {accept.min_motion:g}")
+            raise Refused(Reason.STILL, f"frames differ by {change:.2f}, minimum: {accept.min_motion:g}")
 
 
 def check(clip: StoredClip, *, gop: int) -> None:

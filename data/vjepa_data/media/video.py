@@ -149,7 +149,7 @@ class VideoInfo:
     dense_rate: tuple[int, int] | None = None
     """Frames per second of the densest part, if the rate varies."""
     transfer: str = ""
-    """Transfer function, if it is one of HDR: `smpte2084` (PQ) or `arib-std-b67` (HLG)."""
+    """Transfer function of an HDR video: `smpte2084` (PQ) or `arib-std-b67` (HLG)."""
     is_joined: bool = False
     """The clock jumps, as where recordings were joined. The parts count as one video."""
     delay: int = 0

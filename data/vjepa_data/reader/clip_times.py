@@ -1,4 +1,4 @@
-"""Clip times: which frames of a video make a clip.
+"""Choose the frames of a video that make a clip.
 
 A clip is defined in seconds: `frames` frames, 1 / fps apart. It starts on a random frame of the file. Each frame is the
 file frame nearest to its exact time. A 29.97 fps video sampled at 4 fps therefore keeps its speed (steps of 7 and 8
@@ -27,7 +27,7 @@ RATE_TOLERANCE = 1.001  # a 29.97 fps file may serve 30 fps: one frame in a thou
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """The frames of a slot: those of its clip, or of all clips of its sequence in order."""
+    """The frames of a slot, from its clip or from all clips of its sequence in order."""
 
     frames: tuple[int, ...]
     """Frame numbers in the file, ascending: `sequence` times as many as a clip has."""

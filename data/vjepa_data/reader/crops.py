@@ -47,7 +47,7 @@ def choose(crop: Crop, *, height: int, width: int, seed: int, step: int, slot: i
         height, width: size of the frames, pixels.
         seed, step, slot, attempt: the numbers that determine the draw.
 
-    Source: random resized crop, Szegedy et al. (arXiv:1409.4842); V-JEPA 2: area 0.3 to 1, aspect 0.75 to 1.35.
+    Source: random resized crop, Szegedy et al. (arXiv:1409.4842). V-JEPA 2: area 0.3 to 1, aspect 0.75 to 1.35.
     """
     draws = generator(seed, "crop", step, slot, attempt)
     flip = bool(draws.random() < crop.flip)

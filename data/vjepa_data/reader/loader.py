@@ -207,8 +207,8 @@ class ClipLoader:
             raise BadInput(
                 f"{ranks} ranks of {self.settings.workers} workers with {self.settings.prefetch_steps} steps of "
                 f"prefetch need {need * ranks / 1e9:.2f} GB of shared memory, {need / 1e9:.2f} each; /dev/shm has "
-                f"{shared.total / 1e9:.2f} GB, {shared.free / 1e9:.2f} free; lower loader.workers or "
-                "loader.prefetch_steps, or give the container more (docker run --shm-size)"
+                f"{shared.total / 1e9:.2f} GB, {shared.free / 1e9:.2f} free. Lower loader.workers or "
+                "loader.prefetch_steps, or give the container more (docker run --shm-size)."
             )
 
     def _describe_stall(self, waited_s: float) -> None:

@@ -167,7 +167,7 @@ class Samples(IterableDataset):
             step += workers
 
     def _members_of(self, index: Index) -> tuple[str, ...]:
-        """Return the suffixes of the members that hold the signals and texts in a corpus. Two signals may share one."""
+        """Return the suffixes of the members that hold a corpus's signals and texts, which may share a member."""
         signals = dict.fromkeys(stored_name(name, index.signals) for name in self.data.signals)
         return (*map(member_of_signal, signals), *map(member_of_text, self.data.texts))
 
@@ -328,7 +328,7 @@ class Decode:
             if len(rejected) >= self.max_in_a_row:
                 raise TooManyRejects(
                     f"{len(rejected)} samples in a row are unreadable, the last is {slot.key} in {slot.url} "
-                    f"({error.detail}); check the data with `vjepa verify`"
+                    f"({error.detail}). Check the data with `vjepa verify`."
                 )
             slot = self.samples.draw(slot.step, slot.slot, draw.attempt + 1)
             decoding = self._begin(decoder, [self.samples.read(slot)])

@@ -311,8 +311,8 @@ class Plan:
             good = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
             near = ", ".join(str(n) for n in sorted(sorted(good, key=lambda n: abs(n - world))[:3]))
             raise BadInput(
-                f"the number of ranks ({world}) must divide the {self.lanes} lanes of a batch of {self.batch_size}; "
-                f"try {near} ranks, or another batch_size"
+                f"the number of ranks ({world}) must divide the {self.lanes} lanes of a batch of {self.batch_size}. "
+                f"Try {near} ranks, or another batch_size."
             )
         q = self.slots_per_lane
         return tuple(lane * q + j for lane in range(rank, self.lanes, world) for j in range(q))

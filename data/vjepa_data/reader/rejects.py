@@ -49,8 +49,8 @@ class RejectLog:
             last = batch.rejected[-1]
             raise TooManyRejects(
                 f"{self._bad} of the last {self._draws} samples are unreadable, more than data.rejects.max_share "
-                f"({self.max_share:g}) allows, the last is {last.key} in {last.shard} ({last.detail}); check the data "
-                "with `vjepa verify`, or raise data.rejects.max_share"
+                f"({self.max_share:g}) allows, the last is {last.key} in {last.shard} ({last.detail}). Check the data "
+                "with `vjepa verify`, or raise data.rejects.max_share."
             )
 
     def _write(self, rejected: tuple[RejectedSample, ...]) -> None:

@@ -147,8 +147,8 @@ def check_signals(
             for name in wanted:
                 if name not in found:
                     raise BadInput(
-                        f"{index.place} has no {kind[:-1]} {name!r}, only {', '.join(found) or 'none'}; "
-                        f"remove it from data.{kind}, or build the corpus with it"
+                        f"{index.place} has no {kind[:-1]} {name!r}, only {', '.join(found) or 'none'}. "
+                        f"Remove it from data.{kind}, or build the corpus with it."
                     )
         for name in names:
             spec, first = index.signals[name], sources[0].index.signals[name]
@@ -160,12 +160,12 @@ def check_signals(
             ):
                 raise BadInput(
                     f"signal {name!r} of {index.place} has other columns, units, kind or combine than that of "
-                    f"{sources[0].index.place}; build both with the same description"
+                    f"{sources[0].index.place}. Build both with the same description."
                 )
             if flip > 0 and spec.flip is None:
                 raise BadInput(
                     f"data.crop.flip is {flip:g}, but signal {name!r} of {index.place} does not say how a flip changes "
-                    f"it; set data.crop.flip=0, or build the corpus with signals.{name}.flip"
+                    f"it. Set data.crop.flip=0, or build the corpus with signals.{name}.flip."
                 )
     for name in names:
         if sources[0].index.signals[name].combine == "stack":
@@ -190,13 +190,13 @@ def _check_stack(name: str, sources: Sequence[EligibleSamples]) -> None:
             if len(counts) > 1 or abs(counts[0] - round(counts[0])) > SNAP_ROWS or counts[0] < 1:
                 raise BadInput(
                     f"signal {name!r} of {index.place} is stacked, but {fps:g} fps of a {file_fps:g} fps video leave "
-                    f"{' or '.join(f'{c:g}' for c in counts)} rows between two frames; set data.sources[].frame_step="
-                    f"{max(1, round(file_fps / fps))}, or build the corpus with combine sum, mean or last"
+                    f"{' or '.join(f'{c:g}' for c in counts)} rows between two frames. Set data.sources[].frame_step="
+                    f"{max(1, round(file_fps / fps))}, or build the corpus with combine sum, mean or last."
                 )
             if sizes.setdefault(source.frames, round(counts[0])) != round(counts[0]):
                 raise BadInput(
                     f"signal {name!r} is stacked, but {index.place} has {counts[0]:g} rows between two frames and "
-                    f"others have {sizes[source.frames]}; set the same data.sources[].frame_step for all"
+                    f"other sources have {sizes[source.frames]}. Set the same data.sources[].frame_step for all."
                 )
 
 
@@ -224,7 +224,7 @@ def interval_statistics(data: Data, name: str) -> SignalStatistics:
         if name not in index.statistics:
             raise BadInput(
                 f"{index.place} has no statistics of signal {name!r}: it has no train split, or an earlier version "
-                "built it; build it again, or set objective.normalise=none"
+                "built it. Build it again, or set objective.normalise=none."
             )
         fps = source.fps or data.clip.fps
         rows = float(np.median(index.signal_rates[name])) / fps

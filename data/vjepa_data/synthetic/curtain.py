@@ -1,10 +1,10 @@
-"""Generate scenes that must be remembered: an object, a curtain that closes over it, and what comes back.
+"""Generate scenes that test memory: a curtain closes over an object, and the object or another comes back.
 
     | object is shown | curtain closes | closed for 1, 4, 16 or 30 s, 0-3 distractors pass | opens | object again |
     start           close           closed                                               open  opened           end
 
 A video is a row of acts, each with a new object. Half of the objects rest, half go on moving behind the curtain. While
-it is closed, the picture shows the curtain and distractors alone, so that nothing but memory tells what comes back.
+it is closed, the picture shows the curtain and distractors alone, so that only memory tells which object comes back.
 Labels hold, for each act, its frames, shape, place at opening, and the number and order of the distractors. A video is
 a function of (seed, number).
 
@@ -64,7 +64,7 @@ class Distractor:
 
 @dataclass(frozen=True)
 class Act:
-    """One object, one curtain. Times are frame numbers of the video."""
+    """An object and a curtain. Times are frame numbers of the video."""
 
     start: int
     close: int
@@ -81,12 +81,12 @@ class Act:
     at: tuple[float, float]
     """Place at the start."""
     velocity: tuple[float, float]
-    """Sides per second; zero for an object that rests."""
+    """Sides per second, or zero for an object at rest."""
     distractors: tuple[Distractor, ...]
 
 
 def draw_acts(seed: int, number: int, *, seconds: float, fps: int) -> list[Act]:
-    """Draw the acts of a video: as many as fit with their gaps, at least one."""
+    """Draw the acts of a video: as many as fit with their gaps, and at least one."""
     draw = generator(seed, "curtain", number)
     acts = [_draw_act(draw, GAPS_S[number % len(GAPS_S)], start=0, fps=fps)]
     while True:
@@ -132,7 +132,7 @@ def place(act: Act, frames: Float[ndarray, " F"], fps: int) -> Float[ndarray, "F
 
 
 def draw_frames(acts: list[Act], px: int, *, fps: int) -> UInt8[ndarray, "F P P 3"]:
-    """Draw a video of acts, one after another."""
+    """Draw a video of consecutive acts."""
     grid = ((np.arange(px) + 0.5) / px).astype(np.float32)
     picture = np.full((acts[-1].end, px, px, 3), WALL, dtype=np.float32)
     stripes = np.where((grid * 12).astype(int)[:, None] % 2, *(np.array(stripe, np.float32) for stripe in CURTAIN))

@@ -76,7 +76,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Scene:
-    """Content and motion of one video."""
+    """Content and motion of a video."""
 
     shapes: tuple[str, ...]
     colours: tuple[str, ...]
@@ -203,7 +203,7 @@ def _bounce(
 
 
 def draw_frames(scene: Scene, px: int) -> UInt8[ndarray, "F P P 3"]:
-    """Draw a scene with smooth edges: objects in front of a plain background, and behind the pillar if there is one.
+    """Draw a scene with smooth edges: objects in front of a plain background, and behind the pillar, if any.
 
     Args:
         scene: the scene.
@@ -319,7 +319,7 @@ def write_corpus(
 
 
 def write_video(path: Path, frames: Sequence[UInt8[ndarray, "P Q 3"]] | UInt8[ndarray, "F P Q 3"], *, fps: int) -> None:
-    """Encode at high quality, since the builder encodes once more. One thread makes the bytes reproducible."""
+    """Encode at high quality, since the builder encodes once more. A single thread makes the bytes reproducible."""
     options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)

@@ -19,7 +19,7 @@ Seven laws are broken:
 Quadruplet n is a function of (seed, n). Its law is n modulo 7, and the time for which the object is hidden goes through
 `HIDDEN_FRAMES`.
 
-Source: quadruplets are those of IntPhys (arXiv:1803.07616).
+Source: the quadruplets of IntPhys (arXiv:1803.07616).
 
 Letters: F frames, P height and width in pixels. Lengths are in sides of the frame, x to the right, y down.
 """
@@ -79,7 +79,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Film:
-    """What happens in a possible film."""
+    """The events in a possible film."""
 
     object: Object
     wall: bool
@@ -204,7 +204,7 @@ def write_violations(
 ) -> list[Path]:
     """Write the films of quadruplets as mp4 files, and `violations.json`, which names the four films of each.
 
-    Possible films are in the folder `possible`, the others in `impossible`. Beside each film is a json with its labels.
+    Possible films are in the folder `possible`, impossible films in `impossible`. Each film has a json with its labels.
 
     Args:
         out: folder, created if it does not exist.
@@ -267,7 +267,7 @@ def read_scene(labels: Mapping[str, Any]) -> Quadruplet:
     """Return the quadruplet of a film from its labels, whose `a` is the film's first half and `b` its second.
 
     Raises:
-        KeyError, TypeError: the labels are others.
+        KeyError, TypeError: the labels are of another kind.
     """
     first, second = (Film(Object(**labels[half]["object"]), wall=labels[half]["wall"]) for half in ("first", "second"))
     left, right = labels["screen"]

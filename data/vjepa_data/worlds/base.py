@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from numpy import ndarray
 
 LayoutKind = Literal["fixed", "random", "held_out"]
-"""`fixed` is one layout for all episodes. `random` and `held_out` are drawn from ranges that do not overlap."""
+"""`fixed` is the same layout for all episodes. `random` and `held_out` are drawn from ranges that do not overlap."""
 
 BANDS = 8
 HELD_OUT_BANDS = (2, 5)
@@ -53,7 +53,7 @@ class World(ABC):
 
     @abstractmethod
     def step(self, states: States, actions: Actions, layouts: Layouts) -> States:
-        """Return the states one frame later."""
+        """Return the states of the next frame."""
 
     @abstractmethod
     def distance(self, states: States, goals: States) -> Float64[ndarray, " E"]:
@@ -91,7 +91,7 @@ def limit_length(vectors: Float[ndarray, "E 2"], longest: float) -> Float64[ndar
 
 
 def unit(vectors: Float[ndarray, "E 2"]) -> Float64[ndarray, "E 2"]:
-    """Return vectors of length 1; (1, 0) for a vector of length 0."""
+    """Return vectors of length 1, and (1, 0) for a vector of length 0."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.where(length > 1e-12, vectors / np.maximum(length, 1e-12), (1.0, 0.0))
 

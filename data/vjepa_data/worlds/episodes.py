@@ -36,7 +36,7 @@ EXPERT_NOISE = 0.25
 
 @dataclass(frozen=True)
 class Episodes:
-    """Simulated episodes of one world."""
+    """Simulated episodes of a world."""
 
     states: Float64[ndarray, "E F S"]
     actions: Float64[ndarray, "E F-1 A"]
@@ -52,11 +52,11 @@ def simulate(
 
     Args:
         world: the world.
-        policy: what chooses the actions.
+        policy: the rule that chooses the actions.
         layout: which layouts to draw.
         seed: seed of the corpus.
         episodes: numbers of the episodes. An episode is the same in any company.
-        frames: length of an episode. A shorter episode is the beginning of a longer one.
+        frames: length of an episode. A shorter episode is the beginning of a longer episode.
 
     Raises:
         BadInput: an episode has fewer than two frames.

@@ -1,4 +1,4 @@
-"""Write episodes as videos with signals, in a form that `vjepa shard` takes: files beside videos, or a LeRobot folder.
+"""Write episodes as videos with signals, in a form that `vjepa shard` takes: sidecar files or a LeRobot folder.
 
 OUT/spec.yaml                       description of the signals: vjepa shard OUT --spec OUT/spec.yaml --out corpus
 OUT/two_room_000000.mp4             frames
@@ -104,11 +104,11 @@ def write_episodes(
         out: folder, created if it does not exist.
         episodes: number of episodes.
         seed: seed of the corpus. Episode n of a seed is the same in a corpus of any length.
-        policy: what chooses the actions.
+        policy: the rule that chooses the actions.
         layout: which layouts to draw.
         px: height and width, even.
         frames: length of an episode.
-        form: files beside the videos, or a LeRobot folder.
+        form: sidecar files of the videos, or a LeRobot folder.
         advance: called with the number of episodes that are written and of all episodes.
 
     Returns:

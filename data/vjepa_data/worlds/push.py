@@ -1,7 +1,7 @@
 """A disc that pushes another: quasi-static contact in a box.
 
 In each of SUBSTEPS the pusher moves first. The other disc then moves along the line between the centres until both
-touch. Where a wall stops it, the pusher is set back; where that fails too, neither moves. Discs therefore never overlap
+touch. Where a wall stops it, the pusher is set back. Where that fails too, neither moves. Discs therefore never overlap
 and never leave the box. A substep is much shorter than the discs are wide, so the pusher cannot jump over the other.
 
 Letters: E episodes, P height and width in pixels.

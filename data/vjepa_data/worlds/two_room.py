@@ -50,8 +50,11 @@ class TwoRoom(World):
     goal_distance: ClassVar[float] = 0.047
 
     def layouts(self, kind: LayoutKind, u: Float[ndarray, "E U"]) -> Layouts:
-        """Return wall, door and half the width of the door. Random doors are at 20 to 80 % of the height, and narrower
-        than the fixed door; random walls are at 35 to 65 % of the width."""
+        """Return wall, door and half the width of the door.
+
+        Random doors are at 20 to 80 % of the height, and narrower than the fixed door. Random walls are at 35 to 65 %
+        of the width.
+        """
         if kind == "fixed":
             return np.tile((0.5, 0.3, 0.125), (len(u), 1))
         door = 0.2 + 0.6 * in_bands(u[:, 0], kind=kind)
