@@ -74,8 +74,8 @@ def launch(array: Array) -> list[submit.Launched]:
             raise BadLaunch(f"nothing to launch: all {len(array.elements)} elements of {folder} are done or alive")
         if array.cluster.executor == "local" and len(requests) > array.at_once:
             raise BadLaunch(
-                f"on this machine all {len(requests)} elements would start at once, but at_once is {array.at_once}; "
-                "use a SLURM profile or a smaller array"
+                f"on this machine all {len(requests)} elements would start at once, but at_once is {array.at_once}. "
+                "Use a SLURM profile or a smaller array."
             )
         new = [folder] if is_new else [request.run for request in requests if not request.run.exists()]
         with submit.removed_on_rejection(new):

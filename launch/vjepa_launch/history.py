@@ -86,13 +86,13 @@ def check_checkpoints_exist(run: Path, home: Path | None = None) -> None:
     step, source = _newest_saved(run, home)
     if step and not (home / f"unhealthy_step_{step:08d}").exists():
         raise BadLaunch(
-            f"{run} has no checkpoint, but {source} tells of one of step {step}; bring it back to {home}, start over "
-            f"in another folder (--out), or remove {run} to start over here"
+            f"{run} has no checkpoint, but {source} records a checkpoint of step {step}. Bring it back to {home}, "
+            f"start over in another folder (--out), or remove {run} to start over here."
         )
 
 
 def _newest_saved(run: Path, home: Path) -> tuple[int, Path]:
-    """Return the newest checkpoint that the records of a run tell of, and the record; step 0 if they tell of none."""
+    """Return the newest checkpoint in the records of a run, and its record. Step 0 without a checkpoint."""
     latest, environment, log = home / "latest", run / "environment.json", run / "log.txt"
     found = [(0, run)]
     if latest.is_file():
@@ -109,8 +109,8 @@ def _newest_saved(run: Path, home: Path) -> tuple[int, Path]:
 def read_owner(run: Path) -> dict[str, Any] | None:
     """Return job.json: the job that owns a run folder, with its command and profile. None if it was never launched.
 
-    Paths below the run folder are those of today, also if the folder was moved or renamed since the launch. In a copy
-    of a run folder, `is_copy` is true: the job belongs to the original.
+    Paths below the run folder are current, also if the folder was moved or renamed since the launch. In a copy of a run
+    folder, `is_copy` is true: the job belongs to the original.
     """
     owner = read_json(launch_folder(run) / "job.json")
     if owner is None or "command" not in owner:
@@ -214,7 +214,7 @@ def record_start(run: Path, attempt: str, *, nodes: Sequence[str], world: int) -
 
 
 def record_end(run: Path, attempt: str, outcome: Outcome, rule: Restart, *, unexplained: str = "") -> Decision:
-    """Decide what happens to a run after an attempt, and record the end and the decision.
+    """Decide how a run continues after an attempt, and record the end and the decision.
 
     Args:
         run: the run folder.

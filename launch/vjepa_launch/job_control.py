@@ -20,7 +20,7 @@ def is_alive(executor: str, job: str, *, uid: int | None = None) -> bool:
     Args:
         executor: `slurm` or `local`.
         job: its id.
-        uid: id of the user who launched it; by default this user.
+        uid: id of the user who launched it, by default this user.
 
     Raises:
         BadLaunch: the scheduler does not answer, or does not show this user's jobs.
@@ -29,8 +29,8 @@ def is_alive(executor: str, job: str, *, uid: int | None = None) -> bool:
         return True
     if executor == "slurm" and uid not in (None, os.getuid()) and slurm.hides_jobs_of_others():
         raise BadLaunch(
-            f"job {job} belongs to {user_name(uid)}, and this cluster hides the jobs of other users (PrivateData); ask "
-            f"{user_name(uid)} whether it has ended, then remove launch/job.json in the run folder"
+            f"job {job} belongs to {user_name(uid)}, and this cluster hides the jobs of other users (PrivateData). Ask "
+            f"{user_name(uid)} whether it has ended, then remove launch/job.json in the run folder."
         )
     return False
 
@@ -69,7 +69,7 @@ def alive_jobs(executor: str, jobs: Iterable[str], *, users: Collection[int] = (
 
 
 def trainer_holds(run: Path) -> str:
-    """Return who trains in a run folder ("pid 12 on n1 since ..."), on any machine, or "" if nobody does.
+    """Return the trainer of a run folder ("pid 12 on n1 since ...") on any machine, or "" without a trainer.
 
     The lock of the trainer is queried without taking it.
     """

@@ -6,7 +6,7 @@ from vjepa_launch.request import limit_min
 from vjepa_launch.settings import Cluster
 
 SLURM_CLOCK_S = 60
-"""How much earlier than asked SLURM may send the signal (sbatch(1), --signal)."""
+"""Time by which SLURM may send the signal too early (sbatch(1), --signal)."""
 
 SHORT_S = 300
 """A start that has less time than this before it is told to save is worth a note."""

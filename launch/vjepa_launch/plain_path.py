@@ -51,6 +51,6 @@ def plain_path(folder: Path, *, create: bool) -> Path:
         except OSError as error:
             raise BadLaunch(
                 f"the path of {str(folder)!r} has characters that SLURM or PYTHONPATH cannot take, and a link to it "
-                f"cannot be created in {home} ({error.strerror}); choose a run folder without : % \\ in its path"
+                f"cannot be created in {home} ({error.strerror}). Choose a run folder without : % \\ in its path."
             ) from None
     return link

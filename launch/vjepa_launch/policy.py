@@ -1,4 +1,4 @@
-"""Decide what happens to a run after an attempt. Pure functions: no files, no processes, no clock.
+"""Decide how a run continues after an attempt. Pure functions: no files, no processes, no clock.
 
     rank exit codes -> rank_outcome --+
                                       +-> attempt_outcome -> decide -> requeue or end
@@ -149,7 +149,7 @@ def attempt_outcome(records: Sequence[RankRecord], srun_code: int, fate: JobFate
     Args:
         records: how ranks ended, most to blame first.
         srun_code: exit code of srun.
-        fate: what the scheduler plans for the job.
+        fate: plan of the scheduler for the job.
     """
     reported = records[0].outcome if records else None
     if any(record.outcome == "bad_input" for record in records):

@@ -12,12 +12,12 @@ import submitit
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """The position of a supervisor in its job. On SLURM it supervises one rank, on a single machine all of them."""
+    """The position of a supervisor in its job. On SLURM it supervises one rank, on a single machine all ranks."""
 
     job: str
-    """Job id; `22_0` for an element of an array."""
+    """Job id, such as `22_0` for an element of an array."""
     restart: int
-    """How often the job was requeued."""
+    """Number of times that the job was requeued."""
     rank: int
     world: int
     local_rank: int
@@ -51,7 +51,7 @@ class ProcessInfo:
 
 
 def process_state(pid: int) -> str:
-    """Return the state letter of /proc/PID/stat (R running, S sleeping, T suspended, Z zombie), or "" without one."""
+    """Return the state letter of /proc/PID/stat (R running, S sleeping, T suspended, Z zombie), or "" if none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -19,7 +19,7 @@ OURS: Mapping[str, str] = {
 
 
 class BadLaunch(ValueError):
-    """An error that the user can fix. The message says what is wrong, what was given, and what to do. Exit code 2."""
+    """An error that the user can fix (exit code 2). The message names the fault, the given value and the remedy."""
 
 
 class LaunchSettings(BaseModel):
@@ -60,7 +60,7 @@ class Cluster(LaunchSettings):
     """GPUs to request on each node. 0 requests none. On this machine it keeps the GPUs that are visible."""
 
     tasks_per_node: int | None = Field(default=None, ge=1)
-    """Ranks on each node. By default one per GPU, or one without GPUs."""
+    """Ranks on each node. By default a rank per GPU, or one rank without GPUs."""
 
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPU cores of each rank, including its loader workers. By default the cluster decides."""

@@ -25,7 +25,7 @@ FATE_TIMEOUT_S = 10.0
 REQUEUE_TRIES = 5
 
 ADDRESS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
-"""Variables that tell the commands where the cluster is and how to sign in. All others are preferences."""
+"""Variables that tell the commands where the cluster is and how to sign in. All other options are preferences."""
 
 PREFERENCES = ("SLURM_", "SQUEUE_", "SCONTROL_", "SCANCEL_", "SINFO_", "SBATCH_", "SRUN_", "SALLOC_", "SACCT_")
 
@@ -54,7 +54,7 @@ class QueuedJob:
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without the variables that change what commands of SLURM do or print."""
+    """Return an environment without the variables that change the behaviour or output of SLURM's commands."""
     return {name: value for name, value in environment.items() if name in ADDRESS or not name.startswith(PREFERENCES)}
 
 
@@ -114,7 +114,7 @@ def show_job(job: str, *, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
 
 
 def job_fate(job: str, *, restarts: int) -> JobFate:
-    """Return what the scheduler plans for a job.
+    """Return the scheduler's plan for a job.
 
     Args:
         job: its id.

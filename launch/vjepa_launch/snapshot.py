@@ -68,8 +68,8 @@ def list_files(packages: dict[str, Path]) -> dict[str, Path]:
         mib = path.stat().st_size / 2**20
         if mib > LARGEST_FILE_MIB:
             raise BadLaunch(
-                f"cannot freeze the code: {path} is {mib:.0f} MiB, and the limit for a file is {LARGEST_FILE_MIB} MiB; "
-                "move it out of the packages"
+                f"cannot freeze the code: {path} is {mib:.0f} MiB, and the limit for a file is {LARGEST_FILE_MIB} MiB. "
+                "Move it out of the packages."
             )
     return files
 
@@ -147,8 +147,8 @@ def verify(run: Path) -> CodeSnapshot:
     found = digest_files(list_files({package: frozen / package for package in PACKAGES}))
     if found != code.digest:
         raise BadLaunch(
-            f"{frozen} was changed after it was frozen: digest {found[:12]}, expected {code.digest[:12]}; "
-            "launch with --refreeze to continue with the current code"
+            f"{frozen} was changed after it was frozen: digest {found[:12]}, expected {code.digest[:12]}. "
+            "Launch with --refreeze to continue with the current code."
         )
     return code
 
@@ -162,8 +162,8 @@ def check_running(code: Path) -> None:
     for package, folder in find_packages().items():
         if folder.resolve() != (code / package).resolve():
             raise BadLaunch(
-                f"{package} is imported from {folder} and not from the frozen code in {code}; remove what puts it "
-                "first on the path (PYTHONPATH, a .pth file, the profile's setup or python)"
+                f"{package} is imported from {folder} and not from the frozen code in {code}. Remove the entry that "
+                "puts it first on the path (PYTHONPATH, a .pth file, the profile's setup or python)."
             )
 
 

@@ -150,7 +150,7 @@ def describe(request: Request, *, folder: Path | None = None, array: tuple[int, 
 
     Args:
         request: the job, or the first element of an array.
-        folder: the folder of the array; by default the run folder.
+        folder: the folder of the array, by default the run folder.
         array: number of elements, and how many run at a time.
     """
     run, cluster = request.run, request.cluster
@@ -256,15 +256,15 @@ def write_config(request: Request) -> None:
         if changed:
             shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
             raise BadLaunch(
-                f"{path} has different settings ({shown}); launch with the same settings, choose another run folder, "
-                "or add --replace-settings"
+                f"{path} has different settings ({shown}). Launch with the same settings, choose another run folder, "
+                "or add --replace-settings."
             )
         return
     atomic_write(path, request.config)
 
 
 def _with_paths_of(then: Any, now: Any) -> Any:
-    """Return earlier settings with relative paths, which version 0.1 wrote, as the absolute ones of the same files."""
+    """Return earlier settings with relative paths, which version 0.1 wrote, as the absolute paths of the same files."""
     if isinstance(then, dict) and isinstance(now, dict):
         return {name: _with_paths_of(value, now.get(name)) for name, value in then.items()}
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):

@@ -125,14 +125,14 @@ def supervise(
     """Wait until all ranks have ended. Pass stop signals on, and end ranks that stall or whose run has failed.
 
     A stop signal is always passed on as USR2. A rank can save undisturbed after a second USR2, but TERM would kill a
-    rank that has no handler yet, or that has saved and is shutting down. A rank that still ignores USR2 at the second
-    one has made no step and is killed: its start may take longer than the job has left.
+    rank that has no handler yet, or that has saved and is shutting down. A rank that ignores a second USR2 has made no
+    step and is killed: its start may take longer than the job has left.
 
     Args:
         ranks: the ranks of this supervisor.
-        received: stop signals that this process has received; signal handlers add to it.
+        received: stop signals that this process has received. Signal handlers add to it.
         heartbeat: a file that changes while the run makes progress. None if another supervisor watches it: when it ends
-            its rank, the scheduler ends the others.
+            its rank, the scheduler ends the other ranks.
         stall_s: seconds without a change of `heartbeat` after which the run counts as stalled.
         handles_usr2: the command handles USR2 once it has started.
     """

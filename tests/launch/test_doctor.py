@@ -1,4 +1,4 @@
-"""The findings of the doctor, on one machine and compared between nodes."""
+"""The findings of the doctor, on a machine and compared between nodes."""
 
 import functools
 import os

@@ -108,7 +108,7 @@ def request(run: Path, config: str = "name: tiny\nsteps: 20\n") -> Request:
 def test_a_run_whose_checkpoints_are_lost_does_not_start_over(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
-    with pytest.raises(BadLaunch, match=f"has no checkpoint, but .*{Path(file).name} tells of one of step"):
+    with pytest.raises(BadLaunch, match=f"has no checkpoint, but .*{Path(file).name} records a checkpoint of step"):
         submit.launch(request(tmp_path))
     (tmp_path / "checkpoints" / "step_00000005").mkdir(parents=True)
     history.check_checkpoints_exist(tmp_path)

@@ -27,7 +27,7 @@ def examine_cluster(folder: Path, cluster: Cluster, command: Sequence[str], *, c
     Args:
         folder: folder of the job and its reports: absolute, on a disk that all nodes share.
         cluster: the cluster to examine.
-        command: command of each rank; the first rank of each node calls `report`.
+        command: command of each rank. The first rank of each node calls `report`.
         config: text for FOLDER/config.yaml, which the command may read.
 
     Returns:

@@ -45,7 +45,7 @@ for index in range(torch.cuda.device_count()):
 """
 TORCH_TIMEOUT_S = 300.0
 SLOWER_THAN_THE_BEST = 0.9
-"""A GPU below this share of the fastest GPU beside it slows down all ranks."""
+"""A GPU below this share of the fastest GPU of its node slows down all ranks."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _check_shared_memory() -> list[Finding]:
 
 
 def _check_cores() -> list[Finding]:
-    """Compare the cores that this process may use with those that its job asked for (`cpus_per_task`)."""
+    """Compare the cores that this process may use with the cores that its job asked for (`cpus_per_task`)."""
     cores, asked = len(os.sched_getaffinity(0)), int(os.environ.get("SRUN_CPUS_PER_TASK") or 0)
     if cores < asked:
         text = f"{cores} of the {asked} that cpus_per_task asks for; see TaskPlugin, and `srun: [--cpu-bind=none]`"
