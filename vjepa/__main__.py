@@ -9,7 +9,7 @@ from vjepa.threads import configure_threads
 
 
 def main() -> int:
-    """Run one verb. Ctrl-C prints one line, also while modules are imported."""
+    """Run one verb. Ctrl-C prints a single line, even while modules are imported."""
     try:
         for stream in (sys.stdout, sys.stderr):  # paths may hold bytes that are not UTF-8
             if isinstance(stream, io.TextIOWrapper):

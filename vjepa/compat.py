@@ -36,7 +36,7 @@ ATTENTION_OPERATIONS = (
 
 
 def local_store() -> Any:
-    """Return a store for a process group of one rank, which needs no address and no port."""
+    """Return a store for a process group of one rank, without an address or a port."""
     from torch._C._distributed_c10d import HashStore
 
     return HashStore()
@@ -59,7 +59,7 @@ def store_reader(path: Path) -> "FileSystemReader":
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor; a tensor that is not sharded is returned as it is.
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded.
 
     `DTensor.to_local` does the same in ten times the time, because it is an operation of autograd.
     """
@@ -93,7 +93,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 def forget_forward(network: nn.Module) -> None:
     """Clear FSDP2's record of a forward pass that no backward pass follows.
 
-    The record serves to prefetch in the backward pass, which clears it. Without one it grows in every step: 350 MB a
+    The record serves to prefetch in the backward pass, which clears it. Without a name it grows in every step: 350 MB a
     day for a ViT-L. `FSDPModule.reset_iter_state` (torch 2.13) clears it too, but waits for the device.
     """
     for module in network.modules():

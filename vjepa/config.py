@@ -3,8 +3,8 @@
 Settings are grouped by consequence. These change the result: `seed steps batch_size data model objective optim
 precision`. These affect only speed, process layout or logging: `parallel loader checkpoint track health`.
 
-Settings live beside the code that they configure: `vjepa_data.settings` (data, loader), `vjepa.nn.settings` (networks),
-`vjepa.methods.*.settings` (one file per method). This module adds the trainer's own and puts them together.
+Settings live next to the code that they configure: `vjepa_data.settings` (data, loader), `vjepa.nn.settings`
+(networks), `vjepa.methods.*.settings` (a file per method). This module adds the trainer's own and puts them together.
 """
 
 import os
@@ -45,7 +45,7 @@ class Optim(Settings):
     """Optimizer steps of linear warm-up. V-JEPA 2: 12,000."""
 
     decay: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes from its peak to `final_lr`. `constant` stays at the peak."""
+    """Form of the decay from the peak of the learning rate to `final_lr`. `constant` stays at the peak."""
 
     weight_decay: float = Field(default=0.04, ge=0)
     """Weight decay at the first step. Biases, norms and other vectors have none."""
@@ -63,11 +63,11 @@ class Optim(Settings):
     """Rate of the target encoder's moving average at the first step: target = ema * target + (1 - ema) * encoder."""
 
     final_ema: Share | None = None
-    """The same at the last step (linear in between). By default constant."""
+    """The rate at the last step (linear in between). By default constant."""
 
 
 class Parallel(Settings):
-    """How the work is spread. None of it changes the result beyond rounding."""
+    """Distribution of the work. No setting changes the result beyond rounding."""
 
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per step on each rank."""
@@ -109,13 +109,13 @@ class Parallel(Settings):
 
 
 class Checkpoint(Settings):
-    """When to save and what to keep."""
+    """Times of saves, and the checkpoints that are kept."""
 
     every_steps: int = Field(default=1000, ge=1)
 
     folder: str | None = None
-    """Where checkpoints lie: a folder, or a URL in an object store (`s3://bucket/runs/NAME`), of this run
-    alone. By default `checkpoints` in the run folder. On the way to a URL they are staged in TMPDIR."""
+    """Place of the checkpoints of this run alone: a folder, or a URL in an object store (`s3://bucket/runs/NAME`). By
+    default `checkpoints` in the run folder. On the way to a URL they are staged in TMPDIR."""
 
     keep_last: int = Field(default=2, ge=2)
     """Newest checkpoints to keep. At least two, since the newest may be incomplete."""
@@ -124,7 +124,7 @@ class Checkpoint(Settings):
     """Checkpoints at multiples of this step are never deleted."""
 
     milestones: tuple[int, ...] = ()
-    """Steps whose checkpoints are written whatever the cadence, and kept for ever."""
+    """Steps whose checkpoints are always written and never deleted."""
 
     background: bool = False
     """Write while training goes on."""
@@ -144,7 +144,7 @@ class Profile(Settings):
 
 
 class OnlineProbe(Settings):
-    """What can be read from the target's features while it learns: ridge regression of a label of a few videos."""
+    """An online probe of the target's features: ridge regression of a label of a few videos."""
 
     shards: str
     """Folder of a corpus whose samples carry the label."""
@@ -196,7 +196,7 @@ class OnlineSurprise(Settings):
 
 
 class Track(Settings):
-    """What is recorded, and where. `metrics.jsonl` in the run folder is always written and is the truth."""
+    """Metrics to record, and their destinations. `metrics.jsonl` in the run folder is always written."""
 
     every_steps: int = Field(default=10, ge=1)
     """Steps between records. There is always a record before a checkpoint."""
@@ -220,19 +220,19 @@ class Track(Settings):
     """A trace by torch's profiler, in `profile/` of the run folder. By default none."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """`auto` follows WANDB_MODE and the settings of `wandb`; by default it is online where `wandb login` or a key and a
-    network allow, else offline. WANDB_MODE=offline or disabled also overrules `online`, so that nothing is sent against
-    it. W&B is never the reason that training stops."""
+    """`auto` follows WANDB_MODE and the settings of `wandb`. By default it is online if there are a network and a login
+    (`wandb login` or a key), else offline. WANDB_MODE=offline or disabled also overrules `online`, so that nothing is
+    sent against it. W&B is never the reason that training stops."""
 
     project: str | None = None
-    """W&B project; by default that of WANDB_PROJECT or of the settings of `wandb`, or vjepa."""
+    """W&B project. By default from WANDB_PROJECT or the settings of `wandb`, else vjepa."""
 
     entity: str | None = None
-    """W&B user or team; by default that of WANDB_ENTITY, of the settings of `wandb`, or of the account."""
+    """W&B user or team. By default from WANDB_ENTITY, the settings of `wandb`, or the account."""
 
     wandb_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds to wait for W&B's service and server at the start, before the record goes on offline or, if they hang,
-    without W&B; and for the last uploads at the end. `wandb sync` sends what was not sent."""
+    without W&B. The same limit holds for the last uploads at the end. `wandb sync` sends the rest later."""
 
 
 class Health(Settings):
@@ -247,20 +247,19 @@ class Health(Settings):
     is a spike, and the run goes back to a checkpoint from before it. By default only non-finite losses count."""
 
     roll_backs: int = Field(default=1, ge=0)
-    """How often an attempt may go back, before it stops."""
+    """Number of times that an attempt may go back before it stops."""
 
     after_roll_back: Literal["replay", "pass_over"] = "replay"
-    """What comes then. `replay`: the same steps with the same batches, which mends what a faulty machine did and shows
-    what was no machine's fault. `pass_over`: the batches between the checkpoint and the last bad step are never used;
-    step s then takes the batch, masks and all, that step s + n would have had, n being their number. It is written to
-    `passed_over.json` and into every checkpoint, so that any later attempt does the same (PaLM, arXiv:2204.02311,
-    section 5.1)."""
+    """Steps after going back. `replay`: the same steps with the same batches, which repairs faults of a machine, and
+    repeats all other faults. `pass_over`: the n batches between the checkpoint and the last bad step are never used.
+    Step s then takes the batch and masks of step s + n. It is written to `passed_over.json` and into every checkpoint,
+    so that any later attempt does the same (PaLM, arXiv:2204.02311, section 5.1)."""
 
     collapse_share: Share = 0.25
     """RankMe or spread of the features below this share of its own highest value so far is called a collapse."""
 
     on_collapse: Literal["warn", "roll_back", "stop"] = "warn"
-    """What to do then: say so, go back to a checkpoint from before (counted among `roll_backs`), or stop."""
+    """Action then: log it, go back to a checkpoint from before (counted among `roll_backs`), or stop."""
 
     stall_s: float = Field(default=60.0, gt=0)
     """Seconds without a step after which the stacks of all threads are written to the run folder. Ten times as long
@@ -337,7 +336,7 @@ class Run(Settings):
             if mask.mode == "reference" and mask.groups and mask.groups * mask.batch != self.batch_size:
                 raise ValueError(
                     f"a reference mask has {mask.groups} groups of {mask.batch} slots, and batch_size is "
-                    f"{self.batch_size}; set groups to batch_size / batch, or leave it out"
+                    f"{self.batch_size}. Set groups to batch_size / batch, or leave it out."
                 )
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.steps})")
@@ -351,7 +350,7 @@ class Run(Settings):
 
     @property
     def has_fixed_shapes(self) -> bool:
-        """Whether all clips have the same number of frames, and all masks the same number of tokens."""
+        """True if all clips have the same number of frames, and all masks the same number of tokens."""
         lengths = {source.frames or self.data.clip.frames for source in self.data.sources}
         return len(lengths) == 1 and not any(mask.mode == "reference" for mask in self.objective.mask_kinds)
 
@@ -367,8 +366,8 @@ class Run(Settings):
             raise BadInput(f"the number of ranks ({ranks}) must divide {what}; change either")
         if (size // ranks) % parts:
             raise BadInput(
-                f"parallel.accumulate ({parts}) must divide the {size // ranks} clips of each of {ranks} ranks; set it "
-                f"to a divisor, or change batch_size ({size})"
+                f"parallel.accumulate ({parts}) must divide the {size // ranks} clips of each of {ranks} ranks. Set it "
+                f"to a divisor, or change batch_size ({size})."
             )
         if self.parallel.replicate != "auto" and ranks % self.parallel.replicate:
             raise BadInput(
@@ -416,6 +415,6 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> Loaded[Run]:
 
 
 def shipped_configs() -> list[Path]:
-    """The run files that come with the project: inside the package when installed, beside it in a clone."""
+    """The run files that come with the project: inside the package when installed, next to it in a clone."""
     package = Path(__file__).parent
     return sorted([*package.glob("configs/*.yaml"), *package.parent.glob("configs/*.yaml")])

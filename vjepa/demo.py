@@ -44,7 +44,7 @@ def demo(out: Path, *, videos: Path | None = None, overrides: Sequence[str] = ()
     started = time.perf_counter()
     stages = 6 if videos is None else 5
     if videos is None:
-        _print_stage(1, stages, "Generate physics scenes as mp4 files, with labels beside them")
+        _print_stage(1, stages, "Generate physics scenes as mp4 files with labels")
         _run_verb("synthesize", "--out", corpus)
     _print_stage(stages - 4, stages, "Convert raw videos to shards: canonical H.264, decode-checked, indexed")
     _run_verb("shard", videos or corpus, "--out", shards, *(CORPUS if videos is None else OWN_VIDEOS))
@@ -86,7 +86,7 @@ def demo_world(out: Path, world: str, *, episodes: int = 40, overrides: Sequence
     _run_verb("shard", films, "--spec", films / "spec.yaml", "--out", shards)
     _print_stage(3, 4, "Learn an encoder of frames and a predictor of what actions do, from films and actions alone")
     _run_verb("train", f"lewm_{world}", "--out", run_folder, *settings)
-    _print_stage(4, 4, "Plan: reach goals that a straight line does not reach, beside other agents")
+    _print_stage(4, 4, "Plan: reach goals that a straight line does not reach, and compare with other agents")
     against = "random,straight,oracle,cloning,shuffled"
     words = ("--world", world, "--episodes", str(episodes), "--against", against, "--out", plans)
     _run_verb("plan", run_folder, *words)

@@ -143,7 +143,7 @@ def main() -> None:
     backend = "nccl" if on_gpu else "gloo"
     choose_interface()
     dist.init_process_group(backend, timeout=timedelta(seconds=WAIT_S), device_id=device if on_gpu else None)
-    # Training uses gloo beside NCCL, on an interface of its own choice: see `vjepa.distributed.world`.
+    # Training uses gloo in addition to NCCL, on an interface of its own choice: see `vjepa.distributed.world`.
     dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_S)))
     rate = measure_all_reduce(GPU_MIB if on_gpu else CPU_MIB, device)
     if os.environ["LOCAL_RANK"] == "0":

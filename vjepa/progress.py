@@ -43,7 +43,7 @@ class Progress:
         return f"{self.text}: {units}{time.monotonic() - self._began_s:.0f} s"
 
     def _show(self) -> None:
-        """Redraw; a log needs no redrawing."""
+        """Redraw the line. A log needs no redrawing."""
 
 
 class _Bar(Progress):
@@ -58,7 +58,7 @@ class _Bar(Progress):
 
 
 _bars: list[Bars] = []
-"""The bars on the terminal, at most one set: work inside other work adds a line."""
+"""The bars on the terminal. There is at most one set, and nested work adds a line to it."""
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Choose the number of CPU threads that torch and numpy use. Runs before either is imported.
 
-Both count the processors of the machine. In a container with a CPU quota, or beside other work, that is too many
-threads, and a thread that waits for the others spins on its core for milliseconds before it sleeps: `vjepa eval probe`
-then burns several times the CPU time that it needs (benchmarks/README.md has the numbers).
+Both count the processors of the machine. In a container with a CPU quota, or with other work running, that is too many
+threads, and a waiting thread spins on its core for milliseconds before it sleeps: `vjepa eval probe` then burns several
+times the CPU time that it needs (benchmarks/README.md has the numbers).
 """
 
 import math

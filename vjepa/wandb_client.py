@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class WandbRun:
-    """One W&B run for all attempts: a copy of the metrics, never a reason to stop.
+    """A W&B run for all attempts: a copy of the metrics, never a reason to stop.
 
     The run has its own step axis, because W&B drops values for steps that it has seen, which a resumed run repeats. All
     exceptions of the client are caught. It has raised five unrelated undocumented types, and nothing depends on it. Its
@@ -63,7 +63,7 @@ class WandbRun:
             return
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Log one record."""
+        """Log a record."""
         numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
         self._try(lambda run: run.log({"trainer/step": record["step"], **numbers}))
 
@@ -78,7 +78,7 @@ class WandbRun:
         self._try(add, "pictures")
 
     def refer_to(self, checkpoint: Path) -> None:
-        """Record the place of a checkpoint; its files are not uploaded."""
+        """Record the place of a checkpoint. Its files are not uploaded."""
 
         def note(run: Any) -> None:
             import wandb
@@ -119,8 +119,7 @@ class WandbRun:
 
 
 def _keep_files_in(folder: Path, *, told_not_to_send: bool) -> list[str]:
-    """Let `wandb` keep its files in the run folder rather than at home, and report no errors of a run that is kept
-    from the network; what the user has set stays.
+    """Let `wandb` keep its files in the run folder and report no errors of an offline run. Settings of the user stay.
 
     Returns:
         Names of the environment variables that were set.

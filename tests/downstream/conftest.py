@@ -59,7 +59,7 @@ def make_tensors(run: config.Run) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(run: config.Run, folder: Path, *, step: int = 40, predictor: bool = True) -> Path:
-    """Write a run folder with one checkpoint, as training does, or with the head of another objective."""
+    """Write a run folder with a checkpoint, as training does, or with the head of another objective."""
     tensors = make_tensors(run)
     if not predictor:
         tensors = {name: one for name, one in tensors.items() if not name.startswith("predictor.")}
@@ -152,7 +152,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write a corpus of one scene under given labels: `write_corpus(folder, train=[{"word": "a"}], val=[...])`."""
+    """Write a corpus of a single scene under given labels: `write_corpus(folder, train=[{"word": "a"}], val=[...])`."""
     scene = draw_scene(0)[0]
     place = tmp_path_factory.mktemp("one") / "one.mp4"
 
@@ -175,14 +175,14 @@ def write_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[EvaluationContext]:
-    """The context of an evaluation in one process, with its cache in the test's folder."""
+    """The context of an evaluation in a single process, with its cache in the test's folder."""
     with open_context(tmp_path / "result.json") as context:
         yield context
 
 
 @pytest.fixture
 def write_scene() -> Callable[[Path, int], Path]:
-    """Write one scene as an mp4 file: `write_scene(folder / "a.mp4", 3)`."""
+    """Write a scene as an mp4 file: `write_scene(folder / "a.mp4", 3)`."""
 
     def write(path: Path, number: int) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

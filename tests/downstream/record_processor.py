@@ -1,4 +1,4 @@
-"""Record the results of Hugging Face's video processor for `test_processor.py`; needs torchvision.
+"""Record the results of Hugging Face's video processor for `test_processor.py` (needs torchvision).
 
 vjepa export RUN --out hf            for a model of 32 px
 python tests/downstream/record_processor.py hf
@@ -20,7 +20,7 @@ def draw_clip(height: int, width: int) -> np.ndarray:
 
 
 def record(folder: Path) -> None:
-    """Write `processor.npz` beside this file: the processor's settings, and its bytes for each clip."""
+    """Write `processor.npz` next to this file: the processor's settings, and its bytes for each clip."""
     import torch
     import torchvision  # pyright: ignore[reportMissingImports]
     import transformers

@@ -125,6 +125,6 @@ def test_frames_of_another_form_are_rejected(trained: Path) -> None:
         ("a uint8 numpy array [1, 4, 32, 32, 3]", "torch.from_numpy(frames)"),
         ("a float32 numpy array [1, 4, 32, 32, 3]", f"torch.from_numpy(frames), then {zero_to_one}"),
         ("a uint8 tensor [1, 4, 32, 32, 1]", "frames.expand(-1, -1, -1, -1, 3) (grey)"),
-        ("a list", "of a list of clips make one with torch.stack"),
+        ("a list", "Convert a list of clips with torch.stack"),
     ], strict=True):  # fmt: skip
-        assert line.startswith((f"{got}; use {advice}", f"{got}; {advice}")), line
+        assert line.startswith((f"{got}; use {advice}", f"{got}. {advice}")), line

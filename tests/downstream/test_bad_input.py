@@ -1,4 +1,4 @@
-"""Commands for models answer invalid input with one line and exit code 2, and change no file."""
+"""Commands for models answer invalid input with a single line and exit code 2, and change no file."""
 
 from pathlib import Path
 

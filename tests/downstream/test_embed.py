@@ -31,7 +31,7 @@ from vjepa_data.settings import BadInput
 
 @pytest.fixture
 def folder(write_scene: Callable[[Path, int], Path], tmp_path: Path) -> Path:
-    """Three good videos, one of them below, and three bad ones."""
+    """Three valid videos, of which one is in a subfolder, and three invalid videos."""
     videos = tmp_path / "videos"
     for name, number in (("b.mp4", 1), ("a.mp4", 0), ("below/c.mp4", 2)):
         write_scene(videos / name, number)
@@ -143,7 +143,7 @@ def test_files_that_hang_or_crash_their_decoder_have_a_row(
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "hanging.py").write_text(HANGING)
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.setattr(files_module, "__name__", "hanging")  # what children run
+    monkeypatch.setattr(files_module, "__name__", "hanging")  # the module that children run
     for name, timeout_s, said in (("a.mp4", 1, "timed_out: no progress for 1 s"), ("b.mp4", 120, "crashed")):
         out = tmp_path / f"{name}.parquet"
         summary = embed(trained, [folder / name], out, timeout_s=timeout_s)

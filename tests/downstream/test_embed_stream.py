@@ -31,7 +31,7 @@ def causal(make_trained: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video of 40 frames at 8 per second, one of a single frame, one that is torn in the middle, and a text."""
+    """A video of 40 frames at 8 per second, a video of one frame, a video that is torn in the middle, and a text."""
     folder = tmp_path_factory.mktemp("streams")
     write(folder / "a.mkv", 40)
     write(folder / "b.mp4", 1)
@@ -76,7 +76,7 @@ def test_every_tubelet_has_a_row_and_every_broken_video_a_reason(causal: Path, v
     torch.testing.assert_close(features_of(of["a.mkv"]), wanted, rtol=0, atol=1e-6)
     assert [row["error"] for row in of["b.mp4"]] == ["too_short: 0 tubelets of 0.25 s give no row"]
     assert of["d.mp4"][0]["error"].startswith("not_video")
-    # What came before the damage is kept, and equals the video without damage.
+    # Features before the damage are kept, and equal the features of the video without damage.
     *good, last = of["c.mkv"]
     assert last["error"].startswith("damaged")
     assert 0 < len(good) < 20

@@ -42,7 +42,7 @@ def evaluate(model, data, settings, context):
 
 @pytest.fixture
 def spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An evaluation that one file and one registry line have added."""
+    """An evaluation that a file and a registry line have added."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "spread_evaluation.py").write_text(CUSTOM)
     monkeypatch.syspath_prepend(tmp_path / "modules")

@@ -108,7 +108,7 @@ def test_the_programs_roll_out_as_the_model(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """A native export and the one for transformers of each model."""
+    """The native export and the transformers export of each model."""
     pytest.importorskip("transformers")
     found = {}
     for name, settings in MODELS.items():

@@ -102,7 +102,7 @@ def test_velocity_and_direction_are_those_of_the_tracks() -> None:
 
 
 def test_the_velocity_of_a_clip_is_that_of_its_objects() -> None:
-    # 0.03 to the right in three frames at 8 a second, beside one that falls 0.06.
+    # 0.03 to the right in three frames at 8 a second, and an object that falls 0.06.
     one = {**still("disc", 0, 0, 0.2), "x": [0.30, 0.33, 0.34, 0.33], "y": [0.4] * 4}
     other = {**still("ring", 0.7, 0, 0.2), "y": [0.40, 0.42, 0.44, 0.46]}
     np.testing.assert_allclose(mean_velocity(make_clip([one, other])), [0.04, 0.08], atol=1e-9)

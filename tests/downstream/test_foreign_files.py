@@ -1,4 +1,4 @@
-"""Files of other projects and forks are taken for what they are, and the log says for what; or refused by name."""
+"""Files of other projects and forks are recognized, and the log names their kind, or they are refused by name."""
 
 import argparse
 import json
@@ -80,7 +80,7 @@ def test_contradictory_marks_are_asked_about(trained: Path, tmp_path: Path) -> N
 def test_a_table_of_unknown_positions_is_left_unused_on_request(trained: Path, tmp_path: Path) -> None:
     content = released(trained)
     content["encoder"]["module.backbone.pos_embed"] = torch.randn(1, 32, 48)
-    with pytest.raises(BadInput, match="learned positions are not supported, and --positions rope ignores them"):
+    with pytest.raises(BadInput, match="Learned positions are not supported, and --positions rope ignores them"):
         imported(content, tmp_path)
     assert same_features(imported(content, tmp_path, Sizes(**{**vars(SIZES), "positions": "rope"})), trained)
 
@@ -125,7 +125,7 @@ def test_a_bare_encoder_and_an_old_file_are_read(trained: Path, tmp_path: Path) 
 
 
 def test_the_object_in_the_way_is_named(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"beside tensors and numbers \(pathlib.*PosixPath\).* save the parts"):
+    with pytest.raises(BadInput, match=r"in addition to tensors and numbers \(pathlib.*PosixPath\).* save the parts"):
         imported({**released(trained), "folder": tmp_path}, tmp_path)
 
 

@@ -23,7 +23,7 @@ def test_near_clips_of_other_videos_vote() -> None:
     features = np.stack([np.cos(angles), np.sin(angles)], 1)
     target = np.array([0, 0, 0, 1, 1, 1])
     assert vote(features, target, np.arange(6), 2).tolist() == target.tolist()
-    # Two clips of one video are the only ones of their class, so no other video votes for it.
+    # A class has two clips of a single video, so no other video votes for it.
     alone = np.array([0, 1, 1, 2, 2, 2])
     assert vote(features, np.array([0, 2, 2, 1, 1, 1]), alone, 1).tolist()[1:3] == [0, 0]
 

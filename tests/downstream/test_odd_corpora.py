@@ -50,7 +50,7 @@ def test_the_kind_of_a_label_or_the_reason_against_it(fit: list, report: list, k
 
 @pytest.fixture(scope="module")
 def odd(write_corpus: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus whose `word` can be predicted; other labels are sparse, unique, constant, missing or of mixed kinds."""
+    """A corpus whose `word` can be predicted. Other labels are sparse, unique, constant, missing or of mixed kinds."""
     labels = [
         {"word": "ab"[n % 2], "caption": f"film {n}", "site": "x", "size": n * 1.5, "mixed": ["x", 3][n % 2],
          "hole": None if n % 3 else float(n), "list": [n], "late": "ab"[n % 2] if n < 12 else "c"}
@@ -116,7 +116,7 @@ def test_a_label_for_a_vote_or_an_attentive_probe_is_checked_first(
 
 @pytest.fixture(scope="module")
 def short(write_corpus: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight videos of two frames at 8 per second; a clip of the model has four."""
+    """Eight videos of two frames at 8 per second. A clip of the model has four frames."""
     labels = [{"word": "ab"[n % 2]} for n in range(8)]
     return write_corpus(tmp_path_factory.mktemp("corpora") / "short", frames=2, train=labels, val=labels)
 

@@ -74,5 +74,5 @@ def test_a_feature_that_never_changes_does_not_break_the_fit() -> None:
 
 def test_one_class_is_refused() -> None:
     table, _ = make_table(20, 3)
-    with pytest.raises(ValueError, match="one class"):
+    with pytest.raises(ValueError, match="have the class"):
         ridge_score(Table(table.features, np.array(["a"] * 20), table.clip), table, "class")

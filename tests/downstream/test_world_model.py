@@ -175,7 +175,7 @@ def test_a_new_kind_of_part_is_one_entry(trained: Path, tmp_path: Path, monkeypa
     assert model.rollout(clips(), actions).shape == (2, 3, 4, 4, 48)
 
 
-# In a separate process signatures are not checked, so the errors are those of users without jaxtyping.
+# In a separate process signatures are not checked, so users without jaxtyping see the same errors.
 OTHER_FORMS = """
 import sys, torch, vjepa
 model = vjepa.load(sys.argv[1])

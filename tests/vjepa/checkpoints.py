@@ -31,7 +31,7 @@ def saved(folder: Path, world: World, steps: range, **settings: Any) -> Checkpoi
 
 
 def load_weights(path: Path, part: str = "target") -> dict[str, torch.Tensor]:
-    """One model of a checkpoint, or of a run's newest intact one, by its names: `encoder`, `predictor` or `target`."""
+    """Return the `encoder`, `predictor` or `target` of a checkpoint, or of a run's newest intact checkpoint."""
     reader = open_reader(resolve(path))
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -39,7 +39,7 @@ def load_weights(path: Path, part: str = "target") -> dict[str, torch.Tensor]:
         if name.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what we ask for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
         load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
 

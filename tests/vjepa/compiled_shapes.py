@@ -2,8 +2,8 @@
 
     python compiled_shapes.py NAME.json     {mode: {"settings": ..., "steps": ..., "backend": ...}, ...}
 
-Prints a line of JSON: {mode: number of graphs after each step}. The ranks are pretended, and the compiler stops after
-its front end, which decides what is compiled again.
+Prints a line of JSON: {mode: number of graphs after each step}. The ranks are simulated, and the compiler stops after
+its front end, which decides on recompilation.
 """
 
 import functools

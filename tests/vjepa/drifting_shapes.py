@@ -43,7 +43,7 @@ def scenes(number: int, n: int) -> Float[Tensor, "n 3 T Y X"]:
 
 
 def toy_run(**changes: Any) -> Run:
-    """A run on this world; nested settings replace single names."""
+    """A run on this world. Nested settings replace single names."""
     values: dict[str, Any] = {
         "name": "toy",
         "steps": 150,
@@ -79,7 +79,7 @@ def masked_clips(run: Run, step: int) -> MaskedClips:
 
 
 def learn(run: Run, *, stop_gradient: bool = True) -> list[Loss]:
-    """Train as a run does, on one process.
+    """Train as a run does, in a single process.
 
     Args:
         run: the run.

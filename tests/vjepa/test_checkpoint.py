@@ -94,7 +94,7 @@ def test_another_format_is_refused_by_name(world: World, tmp_path: Path) -> None
     saved(tmp_path, world, range(1, 2))
     file = step_dir(tmp_path / "checkpoints", 1) / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0, "versions": {"vjepa": "0.0.9"}}))
-    with pytest.raises(BadInput, match=r"format 0, this version reads format 1; it was written with vjepa 0\.0\.9:"):
+    with pytest.raises(BadInput, match=r"format 0, this version reads format 1\. It was written with vjepa 0\.0\.9:"):
         read_metadata(step_dir(tmp_path / "checkpoints", 1))
 
 
@@ -169,5 +169,5 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(world: World, tmp_path:
         ({"target.weight": torch.zeros(7)}, r"Size mismatch .* for target\.weight"),
         ({"target.bias": torch.zeros(7)}, r"Missing key in checkpoint state_dict: target\.bias"),
     ):
-        with pytest.raises(BadInput, match=f"holds another model than the settings describe .*{reason}"):
+        with pytest.raises(BadInput, match=f"does not hold the model of the settings .*{reason}"):
             load_into(tensors, path, world)

@@ -29,7 +29,7 @@ HOME = "s3://bucket/runs/x"
 
 @pytest.fixture
 def store(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """An empty store that `s3://` means; ranks write beside it before they upload."""
+    """An empty store behind `s3://`. Ranks write to a local folder before they upload."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     return s3
@@ -182,7 +182,7 @@ def test_a_roll_back_in_a_store_equals_a_roll_back_on_a_disk(
         run = tiny_run(steps=7, health=health, track={"every_steps": 1}, checkpoint=checkpoints)
         assert train(run, tmp_path / name) == 0
     assert (tmp_path / "store" / "passed_over.json").read_text() == "[[4, 2]]\n"
-    # The one of step 5 was of a skipped step; when its step was made again, it was written anew.
+    # The checkpoint of step 5 was of a skipped step. When the step was repeated, it was written again.
     assert [step_of(path) for path in checkpoint.list_checkpoints(storage.to_path(HOME))] == [1, 2, 3, 4, 5, 6, 7]
     assert "bucket/runs/x/step_00000005/unhealthy_state.json" in store.objects
     ours, theirs = (load_weights(tmp_path / name) for name in ("store", "disk"))

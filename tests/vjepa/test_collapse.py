@@ -41,7 +41,7 @@ def test_features_collapse_with_gradients_through_the_target(name: str) -> None:
 
 
 def test_a_target_that_does_not_lag_behind_collapses() -> None:
-    """Two seeds of three do; `stills` one of two, `vjepa2_1` does not within 200 steps: see docs/objectives.md."""
+    """Two seeds of three do. `stills` does in one of two, and `vjepa2_1` not within 200 steps (docs/objectives.md)."""
     safe, collapsed = (learn(toy_run(**changed("vjepa2", steps=100), optim={"ema": ema})) for ema in (0.99, 0.0))
     assert not is_collapse_seen(safe)
     assert is_collapse_seen(collapsed)

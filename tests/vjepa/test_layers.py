@@ -22,7 +22,7 @@ GRID = Grid(64, 32, 32)
 
 
 def turned(x: torch.Tensor, place: Sequence[int], form: Literal["tiled", "interleaved"]) -> torch.Tensor:
-    """Rotate the channels of one head at one position."""
+    """Rotate the channels of a head at a position."""
     t, row, column = place
     index = torch.tensor([[(t * GRID.h + row) * GRID.w + column]])
     return rotate(x[None, None, None], rotations([(GRID, index)], head_width=len(x), form=form)).flatten()

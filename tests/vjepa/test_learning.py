@@ -1,8 +1,8 @@
 """Every objective learns on the generated physics corpus: from videos through the builder's shards to a probe.
 
-The short tests train seconds, on small pictures. The long ones are the real verbs at the FLOPs of the table in
-docs/objectives.md, minutes each, so by hand: `pytest -m long tests/vjepa/test_learning.py`. The recipes are those of
-`benchmarks/objectives.py`.
+The short tests train seconds, on small pictures. The long tests run the real verbs at the FLOPs of the table in
+docs/objectives.md. They take minutes, so start them by hand: `pytest -m long tests/vjepa/test_learning.py`. The recipes
+come from `benchmarks/objectives.py`.
 """
 
 from pathlib import Path
@@ -97,9 +97,9 @@ def test_it_learns_more_than_an_untrained_encoder_at_full_size(name: str, shards
     """One object or two: accuracy on held-out videos, above the best of three untrained encoders.
 
     Measured over seeds 0, 1, 2, least margin: vjepa2 0.131, vjepa2_1 0.136, levjepa with sigreg 0.146, with vicreg
-    0.150, with barlow 0.136, stills 0.117. Where the centre is, R2: vjepa2 0.175, vjepa2_1 0.170, stills 0.325 above;
-    levjepa is below the untrained encoder there, and is not asked. What masks that hide the future teach takes the
-    whole of the demo's FLOPs (docs/objectives.md). All six passed at commit 36c60a8, in 21 minutes of a busy machine.
+    0.150, with barlow 0.136, stills 0.117. R2 of the centre: vjepa2 0.175, vjepa2_1 0.170, stills 0.325 above, while
+    levjepa is below the untrained encoder and is not tested. Masks that hide the future need all of the demo's FLOPs to
+    teach anything (docs/objectives.md). All six passed at commit 36c60a8, in 21 minutes of a busy machine.
     """
     settings = objectives.recipe(name, shards, SEED, COST, [])
     rows = objectives.one_run(tmp_path / "run", settings, shards)["rows"]

@@ -186,7 +186,7 @@ def test_shuffled_actions_are_those_of_the_next_slot():
         ({"data": {"signals": []}}, "set data.signals"),
         ({"data": {"clip": {"frames": 3}}}, "needs clips of 4 frames"),
         ({"model": {"causal": True}}, "remove model.levels"),
-        ({"parallel": {"accumulate": 2}}, "use more ranks"),
+        ({"parallel": {"accumulate": 2}}, "Use more ranks"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(change: dict[str, dict[str, Any]], error: str):

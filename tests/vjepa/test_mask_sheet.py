@@ -56,7 +56,7 @@ def test_a_still_image_fills_a_tubelet_of_the_grid() -> None:
 
 
 def test_each_clip_length_of_a_mixture_is_drawn(tmp_path: Path) -> None:
-    """One source holds still images, which fill a tubelet, and has a row of its own."""
+    """A source of still images, which fill a tubelet, has a row of its own."""
     sources: tuple[dict[str, object], ...] = ({"shards": "videos"}, {"shards": "images", "frames": 1})
     balanced = {"mode": "balanced", "blocks": 2, "block_share": 0.2}
     draw_mask_sheet(run(balanced), tmp_path / "videos.png")

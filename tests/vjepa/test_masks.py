@@ -87,7 +87,10 @@ def test_tubes_run_through_all_of_time(kind: Kind, grid: Grid) -> None:
 
 @pytest.mark.parametrize(("grid"), [PLAIN, Grid(32, 16, 16), Grid(32, 24, 24), Grid(8, 14, 14)])
 def test_counts_are_multiples_of_64_near_the_area_left_free(grid: Grid) -> None:
-    """In V-JEPA 2's sampler, before truncation, 38 % and 19 % stay visible; ours draws an aspect for each rectangle."""
+    """V-JEPA 2's sampler leaves 38 % and 19 % visible before truncation.
+
+    Our sampler draws an aspect for each rectangle.
+    """
     for mask, share in zip(sample_masks(BLOCKS, grid, seed=0, step=0, slots=range(4)), (0.38, 0.18), strict=True):
         assert mask.visible.shape[1] % 64 == 0
         assert mask.hidden.shape[1] % 64 == grid.tokens % 64
@@ -103,10 +106,10 @@ def test_a_visible_share_is_met_to_a_sixteenth() -> None:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_hidden_regions_are_large_and_whole(kind: BalancedMask) -> None:
-    """Hidden cells have hidden neighbours: were cells hidden one by one, a guess could be filled in from next door.
+    """Hidden cells have hidden neighbours, since a visible neighbour would give them away.
 
-    Of pairs of neighbours with a hidden cell, 45 % (8 small rectangles) and 72 % (2 large ones) would be hidden whole
-    were cells hidden at random.
+    If cells were hidden at random, 45 % (8 small rectangles) and 72 % (2 large rectangles) of the pairs of neighbours
+    with a hidden cell would be hidden as a whole.
     """
     (mask,) = sample_masks([kind], PLAIN, seed=0, step=0, slots=range(1000))
     hidden = planes(mask, PLAIN, hidden=True)[:, 0]
@@ -167,7 +170,7 @@ def test_reference_truncates_whole_groups_across_ranks() -> None:
 
 
 def test_reference_groups_may_lie_on_one_rank() -> None:
-    """With `groups`, a rank of as many ranks draws one group, and its clips have the masks that they have elsewhere."""
+    """With as many ranks as `groups`, each rank draws one group, with the masks that one rank would draw."""
     kind = ReferenceMask(blocks=2, spatial_scale=(0.2, 0.4), batch=3, groups=4)
     whole = sample_masks([kind], PLAIN, seed=0, step=5, slots=range(12))
     assert [mask.rows for mask in whole] == [(group, group + 4, group + 8) for group in range(4)]
@@ -216,7 +219,7 @@ def test_select_copies_no_clip_if_a_mask_covers_all() -> None:
     ids=lambda kinds: kinds[0].mode,
 )
 def test_masks_of_a_batch_of_24_take_five_milliseconds(kinds: Sequence[Kind]) -> None:
-    """On a core that makes a million small tensor operations a second; others are faster or slower at both."""
+    """On a core that makes a million small tensor operations a second; other cores are faster or slower at both."""
     small = torch.zeros(8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -227,7 +230,7 @@ def test_masks_of_a_batch_of_24_take_five_milliseconds(kinds: Sequence[Kind]) ->
             operations.append(cpu_s(lambda: [small.add(1) for _ in range(1000)]))
     finally:
         torch.set_num_threads(threads)
-    # Measured: 2.4 to 2.6 for `reference`, 1.3 and less for others; milliseconds are in benchmarks/masks.py.
+    # Measured: 2.4 to 2.6 for `reference`, 1.3 and less for other modes. Milliseconds are in benchmarks/masks.py.
     assert min(masks) / min(operations) < 5
 
 

@@ -257,7 +257,7 @@ def test_small_crops_cover_the_requested_share_of_the_picture() -> None:
 
 
 def test_a_class_token_is_the_summary_of_a_view_where_there_is_one() -> None:
-    """Its gradient tells: without one the mean of tokens is asked."""
+    """Its gradient shows the use: without a class token the mean of tokens is used."""
     run = toy_run(**{**OBJECTIVES["levjepa"], "batch_size": 4}, model={"class_token": True, "causal": True})
     method = create_method(run)
     networks, clips = method.build(), masked_clips(run, 0)

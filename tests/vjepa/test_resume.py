@@ -1,4 +1,4 @@
-"""Settings that may change between two attempts of a run, and those that may not."""
+"""Settings that may and may not change between two attempts of a run."""
 
 from collections.abc import Callable
 

@@ -71,7 +71,7 @@ def test_the_sheet_draws_frames_and_signals(tmp_path: Path):
 
 
 def test_a_run_without_signals_has_no_sheet(tmp_path: Path):
-    with pytest.raises(BadInput, match=r"reads no signals; name those of its corpus in data\.signals"):
+    with pytest.raises(BadInput, match=r"reads no signals; name the signals of its corpus in data\.signals"):
         draw_signal_sheet(make_run(), tmp_path / "sheet.png")
     with pytest.raises(BadInput, match=r"unsupported picture format"):
         draw_signal_sheet(make_run(), tmp_path / "sheet.jpg")

@@ -67,7 +67,7 @@ def test_too_few_open_files_are_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
     with pytest.raises(
-        BadInput, match=r"2 loader workers needs up to 160 open files, and the limit is 40; run `ulimit"
+        BadInput, match=r"2 loader workers needs up to 160 open files, and the limit is 40\. Run `ulimit"
     ):
         allow_open_files(workers=2)
 
@@ -87,5 +87,5 @@ def test_a_run_whose_checkpoints_are_lost_does_not_start_over(tmp_path: Path) ->
     check_checkpoints(tmp_path, tmp_path / "checkpoints")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "latest").write_text("step_00000020\n")
-    with pytest.raises(BadInput, match=r"has no checkpoint, but .*latest tells of one of step 20; bring it back"):
+    with pytest.raises(BadInput, match=r"has no checkpoint, but .*latest records a checkpoint of step 20\. Bring"):
         check_checkpoints(tmp_path, tmp_path / "elsewhere")

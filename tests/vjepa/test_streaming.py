@@ -1,4 +1,4 @@
-"""A stream equals one pass over the whole video under a window, in flat memory and flat time."""
+"""A stream equals a windowed pass over the whole video, in constant memory and time per tubelet."""
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_a_stream_stops_and_goes_on() -> None:
     second.load_state_dict(first.state_dict())
     rest = torch.cat([second(part) for part in clip[:, :, 10:].split(2, dim=2)], 1)
     assert torch.equal(rest.flatten(1, 2), whole[:, 20:])
-    with pytest.raises(BadInput, match="go on with the model and the window that began it"):
+    with pytest.raises(BadInput, match="Go on with the model and the window that began it"):
         EncoderStream(encoder, window=4).load_state_dict(first.state_dict())
 
 
@@ -199,7 +199,7 @@ def test_the_default_window_is_the_trained_clip() -> None:
     [
         ((1, 3, 16, 16, 3), r"frames \(3\) must be a multiple of a token's \(2\)"),
         ((1, 2, 24, 16, 3), "began with 1 videos of 2 x 2 tokens and goes on with 1 of 3"),
-        ((2, 2, 16, 16, 3), "begin a new stream"),
+        ((2, 2, 16, 16, 3), "Begin a new stream"),
     ],
 )
 def test_frames_of_another_form_are_refused(shape: tuple[int, ...], reason: str) -> None:

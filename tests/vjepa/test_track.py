@@ -89,7 +89,7 @@ def test_a_resumed_run_has_a_single_line_for_each_step(tiny_run: MakeRun, world:
 
 
 class OnGPU(torch.Tensor):
-    """A number that pretends to be on a GPU: it cannot be stacked with one that is not."""
+    """A number that pretends to be on a GPU, so that it cannot be stacked with a number on the CPU."""
 
     device = torch.device("cuda", 0)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
@@ -180,7 +180,7 @@ def test_a_dead_server_and_a_killed_service_do_not_stop_a_run(
     assert not done.is_alive()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     with contextlib.suppress(ConnectionError):
-        wandb.teardown()  # what is left of it, so that it does not complain at exit
+        wandb.teardown()  # so that its leftovers do not complain at exit
 
 
 WITH_A_DEAD_SERVICE = """
@@ -333,7 +333,7 @@ def test_nothing_is_written_at_home(
 
 
 def kill_services() -> None:
-    """End the processes that W&B started below this one."""
+    """End the processes that W&B started below this process."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])

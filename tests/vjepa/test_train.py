@@ -146,7 +146,7 @@ def test_compiling_does_not_move_the_numbers(
     run = tiny_run(parallel={"compile": True, "recompute": recompute}, precision=precision)  # bf16 is sliced by FSDP2
     settings = tmp_path / "compiled.yaml"
     settings.write_text(yaml.safe_dump(run.model_dump(mode="json")))
-    # In a process of its own: what checks signatures in tests cannot be traced.
+    # In a process of its own, since the checks of signatures in tests cannot be traced.
     words = [sys.executable, "-m", "vjepa", "train", str(settings), "--out", str(tmp_path / "run")]
     subprocess.run(words, check=True)
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=apart)

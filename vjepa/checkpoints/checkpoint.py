@@ -10,7 +10,8 @@ DCP has no checksums: a flipped bit loads without an error. An interrupted save 
 mixture that looks complete. Therefore every save has its own digests and a fresh folder, and ends with a rename.
 
 In an object store (`checkpoint.folder: s3://...`) every rank writes its slices to a disk of its node and uploads them,
-and `state.json` is the last object: without it a `step_*` is no checkpoint. See `place`; who writes is `saver`.
+and `state.json` is the last object: without it a `step_*` is not a checkpoint. `storage` defines the places, and
+`manager` writes checkpoints.
 """
 
 import json
@@ -43,7 +44,7 @@ NAME = re.compile(r"step_(\d{8,})")
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Metadata of a checkpoint, stored beside its tensors."""
+    """Metadata of a checkpoint, stored with its tensors."""
 
     step: int
     """Updates made. The next update uses the data of this step."""
@@ -72,7 +73,7 @@ def checkpoint_dir(run_folder: Path, settings: Checkpoint | None = None) -> Path
 
     Args:
         run_folder: folder of the run.
-        settings: settings of the run; by default those in its `config.yaml`.
+        settings: settings of the run, by default from its `config.yaml`.
     """
     written = run_folder / "config.yaml"
     if settings is None and written.is_file():
@@ -99,7 +100,7 @@ def collect_tensors(networks: Networks, optimizer: torch.optim.Optimizer) -> dic
 
 
 def list_checkpoints(home: Path) -> list[Path]:
-    """Return the folders of complete checkpoints, oldest first; `find_corruption` verifies their contents.
+    """Return the folders of complete checkpoints, oldest first. `find_corruption` verifies their contents.
 
     Raises:
         BadInput: the folder cannot be read.
@@ -129,12 +130,14 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     try:
         state = json.loads(_read_text(path / "state.json"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is no complete checkpoint ({error}); choose another with `ls {path.parent}`") from None
+        raise BadInput(
+            f"{path} is not a complete checkpoint ({error}); choose another with `ls {path.parent}`"
+        ) from None
     if state.get("format") != FORMAT:
         writer = state.get("versions", {}).get("vjepa", "of unknown version")
         raise BadInput(
-            f"{path} has checkpoint format {state.get('format')}, this version reads format {FORMAT}; "
-            f"it was written with vjepa {writer}: go on with that one, or start another run"
+            f"{path} has checkpoint format {state.get('format')}, this version reads format {FORMAT}. "
+            f"It was written with vjepa {writer}: continue with that version, or start another run."
         )
     passed_over = tuple((at, batches) for at, batches in state.get("passed_over", ()))
     known = {name: state[name] for name in CheckpointMetadata.__dataclass_fields__ if name in state}
@@ -142,11 +145,11 @@ def read_metadata(path: Path) -> CheckpointMetadata:
 
 
 def find_corruption(path: Path, *, only: Sequence[str] | None = None) -> str | None:
-    """Return what is wrong with a checkpoint, in one line, or None if all files match their digests.
+    """Return the fault of a checkpoint in one line, or None if all files match their digests.
 
     Args:
         path: folder of the checkpoint.
-        only: names of the files to check; all by default. Ranks divide the files among themselves.
+        only: names of the files to check, by default all. Ranks divide the files among themselves.
     """
     try:
         files = json.loads(_read_text(path / "state.json"))["files"]
@@ -175,7 +178,7 @@ def digest(file: Path) -> str:
 
 
 def find_newest(home: Path, world: World) -> Path | None:
-    """Return the newest intact checkpoint; the ranks divide the verification.
+    """Return the newest intact checkpoint. The ranks divide the verification.
 
     Newer corrupted checkpoints are renamed, since their steps will be repeated.
 
@@ -201,8 +204,8 @@ def find_newest(home: Path, world: World) -> Path | None:
             log.warning("%s is skipped: %s", path, wrong[0])
     if candidates:
         raise BadInput(
-            f"none of the {len(candidates)} checkpoints in {home} is intact; "
-            f"bring one back, or give another folder with --out to start anew"
+            f"none of the {len(candidates)} checkpoints in {home} is intact. "
+            f"Restore one of them, or give another folder with --out to start from step 0."
         )
     return None
 
@@ -216,8 +219,8 @@ def check_moved(run_folder: Path, home: Path) -> None:
     left = sorted((run_folder / "checkpoints").glob("step_*"))
     if left:
         raise BadInput(
-            f"{home} holds no checkpoint of this run, but {left[-1]} says that there are some; copy them there, set "
-            f"checkpoint.folder back, or give another run folder with --out"
+            f"{home} holds no checkpoint of this run, but {left[-1]} says that there are some. Copy them there, set "
+            f"checkpoint.folder back, or give another run folder with --out."
         )
 
 
@@ -226,7 +229,7 @@ def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
 
     Raises:
         BadInput: on every rank, if the checkpoint holds other tensors.
-        OSError: on every rank, if one rank cannot read it.
+        OSError: on every rank, if any rank cannot read it.
     """
     world.first(lambda: check_metadata(path))  # all ranks read the same file, of 100 MB at 512 ranks
     try:
@@ -236,12 +239,12 @@ def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
         if isinstance(cause, OSError):
             raise OSError(f"{path} cannot be read: rank {rank}: {cause}") from error
         raise BadInput(
-            f"{path} holds another model than the settings describe ({cause}); give one of this size"
+            f"{path} does not hold the model of the settings ({cause}); give a checkpoint of this size"
         ) from None
 
 
 def resolve(path: Path) -> Path:
-    """Return the checkpoint that a path denotes: itself, or the newest intact one of a run.
+    """Return the checkpoint that a path denotes: itself, or the newest intact checkpoint of a run.
 
     Raises:
         BadInput: there is no checkpoint.
@@ -251,8 +254,8 @@ def resolve(path: Path) -> Path:
     found = latest(checkpoint_dir(path))
     if found is None:
         raise BadInput(
-            f"{path} holds no complete checkpoint; give the folder of a run, or one of its step_* folders; a model of "
-            "others becomes one by `vjepa import`"
+            f"{path} holds no complete checkpoint. Give the folder of a run, or one of its step_* folders. Use "
+            "`vjepa import` for a model of another project."
         )
     return found
 

@@ -46,7 +46,7 @@ LITTLE_BYTES = 1 << 20  # a disk with less free space counts as full
 
 
 class CheckpointManager:
-    """Writes the checkpoints of one run, in the foreground or in the background, and prunes old ones."""
+    """Writes the checkpoints of a run, in the foreground or in the background, and prunes old ones."""
 
     def __init__(
         self,
@@ -83,13 +83,13 @@ class CheckpointManager:
         return step % self.settings.every_steps == 0 or step in self.settings.milestones
 
     def save(self, tensors: Mapping[str, Tensor], facts: CheckpointMetadata) -> None:
-        """Write one checkpoint on all ranks together.
+        """Write a checkpoint on all ranks together.
 
         With `background`, training waits only for the copy to the host. A thread does the rest on its own process
-        group, because messages of two threads on one group would be mixed up.
+        group, because messages of two threads on the same group would be mixed up.
 
         Args:
-            tensors: sharded or replicated, by name. Equal names are replicas, of which one rank's copy is kept.
+            tensors: sharded or replicated, by name. Equal names are replicas, and the copy of a single rank is kept.
             facts: the metadata.
         """
         self.wait()
@@ -191,7 +191,7 @@ class CheckpointManager:
         (self._notes / path.name).write_text(f"{path}\n")
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every rank and gather the results; if it fails on one rank, raise on all.
+        """Run `action` on every rank and gather the results. A failure on any rank raises on all.
 
         Raises:
             OSError: on every rank.
@@ -209,7 +209,7 @@ class CheckpointManager:
         return [one for one, _ in everyone]
 
     def _prune(self) -> None:
-        """Delete checkpoints outside the retention policy, oldest first, once two remaining ones are verified."""
+        """Delete checkpoints outside the retention policy, oldest first, once two of the remaining are verified."""
         every, found = self.settings.keep_every_steps, list_checkpoints(self.home)
         doomed = [
             path

@@ -116,7 +116,7 @@ def record_attempt(folder: Path, *, step: int, world: World, changes: Mapping[st
 
 
 def versions() -> dict[str, str]:
-    """Return our version and those of the libraries on which results depend."""
+    """Return our version and the versions of the libraries on which results depend."""
     found = {"vjepa": __version__, "torch": str(torch.__version__)}  # including the build, such as 2.11.0+cu130
     for name in LIBRARIES:
         try:
@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> dict[str, str]:
-    """Return the git commit of the running code and whether files differ from it; empty outside a clone."""
+    """Return the git commit of the running code and whether files differ from it. Empty outside a clone."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {"root": str(root)}

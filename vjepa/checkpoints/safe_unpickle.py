@@ -62,7 +62,7 @@ class _Harmless(pickle.Unpickler):
 
 
 def _member(kind: Any, name: Any) -> Enum:
-    """Return a member of an enum. Python 3.11.0 to 3.11.3 pickle it as `getattr(class, name)`, others by its value."""
+    """Return a member of an enum, which Python 3.11.0 to 3.11.3 pickle as `getattr(class, name)`."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise _Strange("builtins.getattr")
     return kind[name]

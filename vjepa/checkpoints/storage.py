@@ -67,7 +67,7 @@ def with_retries(action: Callable[[], T], path: Path) -> T:
 
 
 def children(folder: Path) -> list[Path]:
-    """Return the entries of a folder; empty if it does not exist."""
+    """Return the entries of a folder, or none if it does not exist."""
     if not is_remote(folder):
         return list(folder.iterdir()) if folder.is_dir() else []
     store: Any = folder
@@ -93,7 +93,7 @@ def open_reader(path: Path) -> FileSystemReader:
 def staging_folder(path: Path, rank: int) -> Path:
     """Return the folder in which a rank writes the files of an incomplete checkpoint.
 
-    On a disk it is a folder beside the checkpoint, for all ranks. For a store it is the rank's own folder on a local
+    On a disk it is a folder next to the checkpoint, for all ranks. For a store it is the rank's own folder on a local
     disk. Its name is the same in every attempt, so that leftovers of a killed attempt are removed.
     """
     if not is_remote(path):
@@ -103,7 +103,7 @@ def staging_folder(path: Path, rank: int) -> Path:
 
 
 def upload(file: Path, to: Path) -> None:
-    """Upload one file to an object store atomically.
+    """Upload a file to an object store atomically.
 
     Raises:
         PermissionError: the store denies writing.

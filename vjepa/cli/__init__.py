@@ -5,7 +5,7 @@ Each kind of user has a file of verbs: `datasets` for dataset builders, `runs` f
 function to any of these files, or a file of its own to `VERB_FILES`.
 
 Each verb imports heavy modules only when it is called, so `vjepa show` answers at once and `vjepa launch` works on a
-login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 saved and stopped; requeue to resume.
+login node. Exit codes: 0 done, 1 failed, 2 bad settings or input, 75 saved and stopped (requeue to resume).
 """
 
 import errno
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         code = 1
     if failure.is_in_group():
-        failure.leave(code)  # a rank that failed: the others may wait for it
+        failure.leave(code)  # a rank that failed: other ranks may wait for it
     return code
 
 
@@ -107,7 +107,7 @@ def _run_verb(prog: str, run: Callable[[], int | None], words: Sequence[str]) ->
 
 
 def full_disk(words: Sequence[str]) -> str:
-    """Return the mount point of a full disk among those that a command line names, or an empty string.
+    """Return the mount point of a full disk that a command line names, or an empty string.
 
     A failed write does not tell which file it was meant for.
     """

@@ -39,7 +39,7 @@ def print_launched(job: "Launched") -> None:
 
 
 def launch_array(array: "Array", *, dry_run: bool) -> None:
-    """Launch an array of jobs, or print what would be launched."""
+    """Launch an array of jobs, or print it without launching."""
     from vjepa_launch.array import describe, launch
 
     if dry_run:

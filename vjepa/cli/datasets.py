@@ -203,20 +203,20 @@ def synthesize(
     frames: Count | None = None,
     form: Literal["videos", "lerobot"] | None = None,
 ) -> None:
-    """Write generated scenes with known truth as labelled mp4 files; a world with actions also writes its signals.
+    """Write generated scenes with known truth as labelled mp4 files. A world with actions also writes its signals.
 
     Args:
-        kind: World to generate: `physics`, shapes that fall, bounce and hide; `violations`, possible and impossible
-            films for `vjepa eval surprise`; `curtain`, shapes behind a curtain that closes for up to 30 s; `two_room`,
-            a disc that moves through a door; `push`, a disc that pushes another.
+        kind: World to generate: `physics`: shapes that fall, bounce and hide. `violations`: possible and impossible
+            films for `vjepa eval surprise`. `curtain`: shapes behind a curtain that closes for up to 30 s. `two_room`:
+            a disc that moves through a door. `push`: a disc that pushes another.
         out: Folder for the videos and their labels.
-        videos: Number of videos; of `violations`, number of quadruplets of films.
+        videos: Number of videos, or of quadruplets of films for `violations`.
         seed: Another seed gives other videos.
         policy: Who acts in a world with actions: at random, towards goals, or half of the episodes each (default).
-        layout: One layout for all episodes (default), random ones, or those that `random` never draws.
+        layout: The same layout for all episodes (default), random layouts, or layouts that `random` never draws.
         px: Height and width of a frame in pixels. Default: 64, for `curtain` 48.
         frames: Length of an episode. Default: 33 frames at 10 per second.
-        form: Signals of a world as files beside the videos (default), or all as a LeRobot folder.
+        form: Signals of a world as sidecar files of the videos (default), or everything as a LeRobot folder.
     """
     from vjepa_data.errors import BadInput
 

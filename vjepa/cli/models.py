@@ -74,9 +74,9 @@ def import_model(
         frames: Frames of its clips. By default 16.
         fps: Frames per second of its clips.
         mask_tokens: For each kind of mask, the number of the file's mask token.
-        positions: Rotary (V-JEPA 2, 2.1) or added sines and cosines (V-JEPA). By default several marks of a .pt file
-            tell, and the log says what it was taken for.
-        objective: Method whose untrained predictor an encoder without one gets. By default the encoder tells.
+        positions: Rotary (V-JEPA 2, 2.1) or added sines and cosines (V-JEPA). By default the release is recognized by
+            several marks of the .pt file and logged.
+        objective: Method whose untrained predictor is added to a lone encoder. By default the encoder tells.
     """
     from vjepa.weights.fair_checkpoints import Sizes
     from vjepa.weights.import_checkpoint import import_checkpoint
@@ -118,7 +118,7 @@ def embed(
 
     Args:
         model: A run, a checkpoint, or an export.
-        videos: Files and folders, or a corpus. With --stream also pipes; - is standard input.
+        videos: Files and folders, or a corpus. With --stream also pipes, and - for standard input.
         out: File: .parquet, .npy or .safetensors.
         what: Write a vector per clip, per time step, or per token.
         split: Split of a corpus.

@@ -56,22 +56,22 @@ def plan(
     part: Part = "target",
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
-    """Plan with a world model in closed loop, and print the success beside that of other agents.
+    """Plan with a world model in closed loop, and print the success compared with other agents.
 
     Args:
-        model: A run, a checkpoint or an export of lewm or dynamics. Without one, the other agents are played.
+        model: A run, a checkpoint or an export of lewm or dynamics. Without a model, the other agents are played.
         out: Folder for the result. An interrupted evaluation continues there.
         world: two_room, push, or gym:ID for an environment of gymnasium.
-        layout: Layouts of the tasks. held_out ones are never drawn by random.
+        layout: Layouts of the tasks. held_out layouts are never drawn by random.
         planner: How actions are found. inverse takes them from an inverse model, without search.
-        cost: What a plan costs.
+        cost: Cost of a plan.
         episodes: Tasks that a straight line does not solve. A quarter as many that it solves are reported apart.
         against: Other agents: random, straight, oracle, cloning, inverse, untrained, shuffled.
         horizon: Steps of a plan.
         execute: Steps that are carried out before the next plan.
         budget: Steps of an episode.
         samples: Plans of an iteration. By default as the planner was tuned, as for the next two.
-        elites: Best plans, to which cem and icem fit the next ones.
+        elites: Best plans, to which cem and icem fit the next plans.
         iterations: Rounds of a plan.
         distances: Goals so many steps away are played too.
         per_distance: Tasks of each of these distances.

@@ -34,7 +34,7 @@ def demo(
     Args:
         out: Folder to work in.
         videos: Folder of your own videos, in place of generated physics scenes.
-        world: Learn what actions do in this world instead, and plan in it.
+        world: Learn the effects of actions in this world instead, and plan in it.
     """
     from vjepa.demo import demo, demo_world
     from vjepa_data.errors import BadInput
@@ -119,7 +119,7 @@ def estimate(
     from vjepa_data.errors import BadInput
 
     if gpu not in ACCELERATORS:
-        raise BadInput(f"--gpu {gpu}: unknown GPU; give one of {', '.join(ACCELERATORS)}")
+        raise BadInput(f"--gpu {gpu}: unknown GPU; choose from {', '.join(ACCELERATORS)}")
     run = load(config, settings).settings
     gpus, kind = nodes * gpus_per_node, ACCELERATORS[gpu]
     print(estimate(run, gpus=gpus, accelerator=kind, mfu=mfu, per_node=gpus_per_node, network_gb_s=network_gb_s).text())
@@ -165,9 +165,9 @@ def launch(
     """Train on a cluster through submitit, or on this machine in the background.
 
     Args:
-        config: A run file, the name of one that ships with the project, or a sweep file.
+        config: A run file, the name of a shipped run file, or a sweep file.
         out: Run folder. By default runs/NAME. A run that exists is continued.
-        dry_run: Print what would be submitted; write nothing.
+        dry_run: Print the submission without writing anything.
         refreeze: Use the present code, though the run has its own copy.
         replace_settings: Use these settings, though the run has its own.
     """
@@ -232,7 +232,7 @@ verb_group("runs", "List, follow and stop the runs on this machine or cluster.")
 
 @verb("runs list", example="runs list --root runs")
 def runs_list(*, root: Path = Path("runs")) -> None:
-    """List runs, one per line.
+    """List runs, each on a line.
 
     Args:
         root: Folder of run folders.
@@ -252,7 +252,7 @@ def runs_list(*, root: Path = Path("runs")) -> None:
 
 @verb("runs show", example="runs show runs/demo")
 def runs_show(run: RunFolder, /) -> None:
-    """Show the state of a run: attempts, nodes, and what ended them."""
+    """Show the state of a run: attempts, nodes, and the cause of each end."""
     from vjepa_launch import status
 
     print(status.describe(run))

@@ -2,7 +2,8 @@
 
 The other ranks wait in a collective that this rank will not join. Leaving the group politely would wait for them in
 turn (NCCL drains its kernels, a background save expects messages of all ranks) until every rank times out, and the
-launcher would see the innocent ranks die first. So a rank that failed reports and exits. The launcher ends the others.
+launcher would see the innocent ranks die first. So a rank that failed reports and exits. The launcher ends the other
+ranks.
 
 Never imports torch, so that the command line may use it for every verb.
 """
@@ -36,7 +37,7 @@ def reporting_failures(*, ranks: int, agreed: tuple[type[BaseException], ...] = 
     """Report an exception of this rank before anything else is closed, and bound the time until the process ends.
 
     Args:
-        ranks: ranks of the group. A rank that is alone has nobody to wait for.
+        ranks: ranks of the group. A single rank waits for no other rank.
         agreed: exceptions that all ranks raise together, so that waiting for each other is safe.
     """
     try:

@@ -72,8 +72,8 @@ def shard(
                 block.forward = torch.compile(block.forward, dynamic=False if fixed_shapes else None)
         # The root of a network without a backward pass would stay gathered after its forward pass. An average would be
         # written to its shards while the next forward reads the stale gathered copy, so it is resharded explicitly.
-        # What little a small trained network has stays gathered until its backward pass, and so does everything where
-        # a rank holds all shards, since it would only be cast again.
+        # The few parameters of a small trained network stay gathered until its backward pass, and so does everything
+        # where a rank holds all shards, since it would only be cast again.
         units = units_of(network)
         stays = is_trained and (is_whole or len(units) == 1)
         for unit in [*units, network] if is_sharded else ():
@@ -154,7 +154,7 @@ def free_gathered(network: nn.Module) -> None:
 
 
 def forget_forwards(networks: Networks) -> None:
-    """Clear what FSDP2 records of the forward passes of averages and frozen networks. Call it once per step."""
+    """Clear FSDP2's records of the forward passes of averages and frozen networks. Call it once per step."""
     for name, network in networks.items():
         if name not in networks.trained and isinstance(network, FSDPModule):
             forget_forward(network)

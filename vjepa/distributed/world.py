@@ -66,7 +66,7 @@ class World:
         return values
 
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Return the numbers of all ranks on every rank. The message is one tensor, on the device. Waits for it."""
+        """Return the numbers of all ranks on every rank. The message is a single tensor on the device. Waits for it."""
         own = torch.tensor(numbers, dtype=torch.float32, device=self.device)
         everyone = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(everyone, own)
@@ -125,7 +125,7 @@ def join(settings: Parallel) -> Iterator[World]:
     _check_loopback()
     device = _device(local)
     choose_interface()
-    # Gloo connects every pair of ranks in every group. Only gradients on the host need it beside NCCL.
+    # Gloo connects every pair of ranks in every group. Only gradients on the host need it in addition to NCCL.
     on_host = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"
     backend = on_host if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.timeout_s)
@@ -175,15 +175,15 @@ def _place() -> tuple[int, int, int]:
         missing = [name for name in names if name not in given]
         if missing:
             raise BadInput(
-                f"this process is part of a group but {', '.join(missing)} is not set (have {given}); start it with "
-                f"torchrun or vjepa launch, or unset RANK and WORLD_SIZE to run alone"
+                f"this process is part of a group but {', '.join(missing)} is not set (have {given}). Start it with "
+                f"torchrun or vjepa launch, or unset RANK and WORLD_SIZE to run alone."
             )
         return int(given["RANK"]), int(given["WORLD_SIZE"]), int(given["LOCAL_RANK"])
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, 1)) > 1:
             raise BadInput(
-                f"this process is one of {os.environ[name]} ({name}) but RANK and WORLD_SIZE are not set; start it "
-                f"with vjepa launch or torchrun, or start a single task"
+                f"this job has {os.environ[name]} processes ({name}), but RANK and WORLD_SIZE are not set. Start it "
+                f"with vjepa launch or torchrun, or start a single task."
             )
     return 0, 1, 0
 
@@ -201,7 +201,7 @@ def _check_loopback() -> None:
 
 
 def choose_interface() -> None:
-    """Let gloo use the interface by which this node reaches the first, unless the user has chosen one.
+    """Let gloo use the interface by which this node reaches the first, unless the user has chosen an interface.
 
     By default gloo takes the address of the host's own name. On Debian that is 127.0.1.1, elsewhere perhaps a network
     for management.

@@ -1,4 +1,4 @@
-"""The state of one attempt at a run, and its record: metrics, monitors, checkpoints."""
+"""The state of an attempt at a run, and its record: metrics, monitors, checkpoints."""
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ from vjepa_data.signal_spec import SignalSpec
 
 @dataclass
 class Attempt:
-    """Everything that one attempt works with.
+    """The objects that an attempt works with.
 
     The state that must survive it is in `checkpoint.collect_tensors`, the step and the skipped batches.
     """
@@ -59,7 +59,7 @@ class Attempt:
     def record(
         self, metrics: Mapping[str, Tensor], losses: Sequence[Loss], rates: Rates, update: Update, batch: Batch
     ) -> None:
-        """Record the metrics of a step; periodically write them, run diagnostics and collect garbage.
+        """Record the metrics of a step. Periodically write them, run diagnostics and collect garbage.
 
         Args:
             metrics: the loss and its parts, summed over ranks.
@@ -90,7 +90,8 @@ class Attempt:
             self.write()
         if step % run.parallel.collect_every_steps == 0:
             gc.collect()
-            # What is left stays for good (modules, compiled code), and would take a second to look through each time.
+            # The remaining objects stay for good (modules, compiled code). To look through them would take a second
+            # each time.
             gc.freeze()
 
     def monitor(self, losses: Sequence[Loss]) -> dict[str, Tensor]:

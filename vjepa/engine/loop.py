@@ -1,4 +1,4 @@
-"""The training loop: one optimizer update per step, in the order in which things happen."""
+"""The training loop: an optimizer update per step, in the order in which things happen."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def train_steps(run: Run, attempt: Attempt, stop: Stop) -> int:
     """Train until the last step or until a stop is requested.
 
     Returns:
-        Exit code: 0 done, 75 saved and stopped; requeue to resume.
+        Exit code: 0 done, 75 saved and stopped (requeue to resume).
     """
     method, networks, world, timer = attempt.method, attempt.networks, attempt.world, attempt.timer
     while attempt.step < run.steps and not stop.agreed():

@@ -5,19 +5,19 @@ import resource
 from vjepa_data.settings import BadInput
 
 FILES, FILES_PER_WORKER = 96, 32
-"""Measured on a CPU: 36 open files are too few with one worker and 40 are enough; 40 are too few with 3 workers. The
+"""Measured on a CPU: with one worker 36 open files are too few and 40 are enough. With 3 workers 40 are too few. The
 rest is for devices and W&B."""
 
 SOCKETS_PER_RANK = 4
-"""A rank has a socket for each other rank in each gloo group, of which there are two, or three with offloading, and
-rank 0 one more for its store."""
+"""A rank has a socket for each other rank in each gloo group. There are two groups, or three with offloading. Rank 0
+serves the store with another socket per rank."""
 
 AMPLE = 65536
-"""More is not asked for, since some programs close every possible file, one after the other, when they start others."""
+"""The limit is not raised further, since some programs close every possible file when they start other programs."""
 
 
 def allow_open_files(workers: int, *, ranks: int = 1) -> None:
-    """Raise the soft limit of open files to what a rank may need, as far as the hard limit allows.
+    """Raise the soft limit of open files to the need of a rank, as far as the hard limit allows.
 
     Args:
         workers: loader workers of the rank.
@@ -34,7 +34,7 @@ def allow_open_files(workers: int, *, ranks: int = 1) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         others = f" and {ranks - 1} other ranks" if ranks > 1 else ""
         raise BadInput(
-            f"a rank with {workers} loader workers{others} needs up to {needed} open files, and the limit is {hard}; "
-            f"run `ulimit -n {max(4096, needed)}` first, or add it to the profile's setup"
+            f"a rank with {workers} loader workers{others} needs up to {needed} open files, and the limit is {hard}. "
+            f"Run `ulimit -n {max(4096, needed)}` first, or add it to the profile's setup."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (ample if hard == resource.RLIM_INFINITY else min(ample, hard), hard))

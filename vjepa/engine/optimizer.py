@@ -19,10 +19,10 @@ from vjepa.methods.base import named_parameters
 
 @dataclass(frozen=True)
 class Update:
-    """Result of one step, still on the device; reading it waits for the device."""
+    """Result of a step, still on the device. Reading it waits for the device."""
 
     grad_norm: Float[Tensor, ""]
-    """Global norm of the gradient, before clipping; not finite when the step was skipped."""
+    """Global norm of the gradient, before clipping. Not finite when the step was skipped."""
 
     applied: Float[Tensor, ""]
     """1 when the weights moved, 0 when the step was skipped."""
@@ -31,7 +31,7 @@ class Update:
 def build_optimizer(trained: Mapping[str, nn.Module], optim: Optim) -> torch.optim.AdamW:
     """Return AdamW over networks that are already sharded, with its state allocated.
 
-    Matrices decay; biases, norms and other vectors do not. Mask tokens count as a matrix, as in V-JEPA 2.
+    Matrices decay. Biases, norms and other vectors do not. Mask tokens count as a matrix, as in V-JEPA 2.
 
     Source: facebookresearch/vjepa2, `init_opt`: no decay for biases and one-dimensional parameters.
     """
@@ -61,14 +61,14 @@ def update_weights(
 ) -> Update:
     """Update the weights, or skip the step if the loss or any gradient is not finite.
 
-    All ranks decide alike without the host: the norm is a sum over all shards and the loss a sum over all ranks, so one
-    number on one rank that is not finite makes them not finite on every rank.
+    All ranks decide alike without the host: the norm is a sum over all shards and the loss a sum over all ranks, so a
+    number that is not finite on any rank makes them not finite on every rank.
 
     Args:
         optimizer: with gradients that are already averaged over ranks.
         loss: loss of the whole step, summed over ranks.
         rates: learning rate and weight decay of this step.
-        clip_norm: largest norm of the gradient; None does not clip.
+        clip_norm: largest norm of the gradient, or None for no clipping.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Everything below works on this rank's shards: as DTensors they would cost the host four times as much.

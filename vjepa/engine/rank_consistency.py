@@ -41,7 +41,7 @@ def check_alike(world: World, facts: Mapping[str, str]) -> None:
         if odd:
             raise BadInput(
                 f"rank {', '.join(map(str, odd[:8]))} differs from the other ranks in {name} "
-                f"({values[odd[0]]}, the others {usual}); start all ranks with the same one"
+                f"({values[odd[0]]}, elsewhere {usual}). Start all ranks with the same settings, code and data."
             )
 
 
@@ -56,8 +56,8 @@ def check_frozen_code() -> None:
         place = Path(str(importlib.import_module(room).__file__)).resolve().parent
         if place.parent != Path(str(frozen)).resolve():
             raise BadInput(
-                f"this rank runs {room} from {place.parent} and not the frozen code in {frozen}; see to PYTHONPATH, "
-                f".pth files and the profile's `python` and `setup`"
+                f"this rank runs {room} from {place.parent} and not the frozen code in {frozen}. See to PYTHONPATH, "
+                f".pth files and the profile's `python` and `setup`."
             )
 
 
@@ -110,8 +110,7 @@ def code_digest() -> str:
 def first_batch(run: Run, plan: Plan, *, number: int) -> str:
     """Return a hash of a batch as this rank would see it: samples, pixels and masks.
 
-    Pixels are those of the first lane alone, decoded by every rank, so that another version of a decoder or of the
-    resize shows.
+    Every rank decodes the pixels of the first lane, so that a different version of a decoder or of the resize shows.
 
     Args:
         run: the run.

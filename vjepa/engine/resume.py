@@ -1,4 +1,4 @@
-"""Settings that may change between two attempts of a run: those that leave the steps already made unchanged."""
+"""Settings that may change between two attempts of a run, since they leave the steps already made unchanged."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ SCHEDULE = (
 def check_changes(
     then: Mapping[str, Any], run: Run, *, step: int, manifests: Sequence[str], manifests_then: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Compare the settings of a checkpoint with those of the resumed run.
+    """Compare the settings of a checkpoint with the settings of the resumed run.
 
     Args:
         then: resolved settings in the checkpoint.
@@ -54,8 +54,8 @@ def check_changes(
     if list(manifests) != list(manifests_then):
         raise BadInput(
             f"the corpora changed since step {step} (their manifests were {list(manifests_then)}, are "
-            f"{list(manifests)}); restore the old ones, or give another folder with --out (and start=CHECKPOINT to "
-            f"begin from these weights)"
+            f"{list(manifests)}). Restore the old corpora, or give another folder with --out (and start=CHECKPOINT to "
+            f"begin from these weights)."
         )
     then = move_renamed(dict(then), Run.renamed)
     before, now = dict(_flatten(then)), dict(_flatten(run.model_dump(mode="json")))
@@ -69,8 +69,8 @@ def check_changes(
             continue
         why = "past steps would have used other rates" if name in SCHEDULE else "past steps would differ"
         raise BadInput(
-            f"{name} was {old} when step {step} was saved and is {new} now: {why}; set it back, or give another folder "
-            f"with --out (and start=CHECKPOINT to begin it from these weights)"
+            f"{name} was {old} when step {step} was saved and is {new} now: {why}. Set it back, or give another folder "
+            f"with --out (and start=CHECKPOINT to begin it from these weights)."
         )
     return changes
 

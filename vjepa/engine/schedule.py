@@ -8,7 +8,7 @@ from vjepa.config import Optim, Run
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one optimizer update."""
+    """Rates of an optimizer update."""
 
     lr: float
     weight_decay: float
@@ -21,15 +21,15 @@ def rates_at(step: int, run: Run) -> Rates:
         lr     start_lr /‾‾‾ cosine | linear | constant \\ final_lr
                0      warmup_steps                 steps - 1
 
-    The first update uses `start_lr`, the one after the warm-up `lr`, the last one `final_lr`: the ends
-    are reached, unlike in V-JEPA 2, which stretches its schedules by 1.25.
+    The first update uses `start_lr`, the first after the warm-up `lr`, the last `final_lr`. The ends are reached,
+    unlike in V-JEPA 2, which stretches its schedules by 1.25.
 
     Args:
-        step: number of updates made before this one, in 0 .. steps - 1.
+        step: number of earlier updates, in 0 .. steps - 1.
         run: the run, for `steps` and `optim`.
 
-    Source: V-JEPA 2 (arXiv:2506.09985), section 2: linear warm-up, constant rate, linear cooldown; cosine is
-    V-JEPA's (arXiv:2404.08471).
+    Source: V-JEPA 2 (arXiv:2506.09985), section 2: linear warm-up, constant rate, linear cooldown. The cosine is from
+    V-JEPA (arXiv:2404.08471).
     """
     optim, last = run.optim, run.steps - 1
     done = step / last if last else 1.0

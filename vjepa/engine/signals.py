@@ -1,8 +1,8 @@
 """Stop signals: a signal sets a flag, the ranks agree, and the loop ends at the same step on all ranks.
 
-A rank that saved alone after a signal would wait for the others without end. Therefore every rank votes in every step.
-The votes are summed with the loss, and all ranks read the sum one step later. On a GPU it is two steps later, so that
-the host may be a whole step ahead of the device.
+A rank that saved alone after a signal would wait for the other ranks without end. Therefore every rank votes in every
+step. The votes are summed with the loss, and all ranks read the sum a step later. On a GPU it is two steps later, so
+that the host may be a whole step ahead of the device.
 """
 
 import logging
@@ -20,7 +20,7 @@ from vjepa.distributed.world import World
 log = logging.getLogger(__name__)
 
 STOPPED = 75
-"""Exit code of a run that saved and stopped; requeue to resume (EX_TEMPFAIL)."""
+"""Exit code of a run that saved and stopped (EX_TEMPFAIL). Requeue to resume it."""
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
@@ -77,7 +77,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(world: World) -> Iterator[Stop]:
-    """Catch USR2 (time limit), TERM and INT (Ctrl-C; twice to stop at once), and restore the handlers at the end."""
+    """Catch USR2 (time limit), TERM and INT (Ctrl-C, twice to stop at once), and restore the handlers at the end."""
     stop = Stop(world)
     before = {number: signal.signal(number, stop._on_signal) for number in SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""Batches that a run never uses: those between a checkpoint it went back to and the steps that went wrong after it.
+"""Batches that a run never uses, from the checkpoint it went back to until the last bad step after it.
 
     skipped = [(40, 7)]      step   38  39  40  41 ...
                              batch  38  39  47  48 ...
@@ -39,7 +39,7 @@ def batch_of(step: int, skipped: SkippedBatches) -> int:
 
 
 class Stream(Iterator[Batch]):
-    """Batches of the steps of a run, without the skipped ones."""
+    """Batches of the steps of a run, without the skipped batches."""
 
     def __init__(self, open_clips: Callable[[int], ClipLoader], *, step: int, skipped: SkippedBatches) -> None:
         """Args:

@@ -48,14 +48,14 @@ MEMORY_ADVICE = (
 
 
 def train(run: Run, folder: Path) -> int:
-    """Train one model from where the last attempt stopped to the last step.
+    """Train a model from the end of the last attempt to the last step.
 
     Args:
         run: all settings.
-        folder: folder of the run; a folder with checkpoints is resumed.
+        folder: folder of the run. A folder with checkpoints is resumed.
 
     Returns:
-        Exit code: 0 done, 75 saved and stopped; requeue to resume.
+        Exit code: 0 done, 75 saved and stopped (requeue to resume).
 
     Raises:
         BadInput: the folder is in use, the data is missing, or settings do not fit the checkpoint.
@@ -197,7 +197,7 @@ def open_clips(run: Run, plan: Plan, folder: Path, world: World, batch: int) -> 
 
 @contextmanager
 def manual_garbage_collection() -> Iterator[None]:
-    """Disable automatic garbage collection; `Attempt.record` collects on all ranks at the same step."""
+    """Disable automatic garbage collection. `Attempt.record` collects on all ranks at the same step."""
     gc.collect()
     gc.disable()
     try:

@@ -23,8 +23,8 @@ class Accelerator:
     memory_gib: float
 
 
-# What MFU is relative to; the first `name` in the device's own name counts. NVIDIA's data sheets, dense, SXM versions
-# unless the name says another.
+# Peak rates for MFU. The first `name` in the device's own name counts. NVIDIA's data sheets, dense, SXM versions unless
+# the name says another.
 ACCELERATORS = {
     "a100": Accelerator("A100", 312e12, 80),
     "h100-pcie": Accelerator("H100 PCIe", 756e12, 80),
@@ -98,7 +98,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits into a GPU's memory."""
+        """True if the run fits into a GPU's memory."""
         return self.memory_gib <= USABLE * self.accelerator.memory_gib
 
     @property
@@ -107,7 +107,7 @@ class Estimate:
         return HEADROOM * self.clips_per_gpu / self.step_s * mean_frames(self.run) / FRAMES_PER_CORE_S
 
     def advice(self) -> list[str]:
-        """Changes of settings: those that make it fit when it does not, cheapest first, else those that save time."""
+        """Changes of settings that make it fit, cheapest first, or that save time if it fits already."""
         found: dict[str, str] = {}
         for name, value, why in self._savings() if self.fits else self._remedies():
             other = self._with(name, value)
@@ -125,7 +125,7 @@ class Estimate:
         )
 
     def _savings(self) -> Iterator[tuple[str, int | str, str]]:
-        """Yield settings that cost less time than those of the run, if they fit. Those that save most come first."""
+        """Yield settings that fit and cost less time than the settings of the run. The largest savings come first."""
         settings, nodes = self.run.parallel, self.gpus // self.per_node
         if nodes > 1 and settings.copies(self.gpus, self.per_node) == 1:
             yield "replicate", "auto", "fits too, and keeps the weights inside nodes"
@@ -288,7 +288,7 @@ def count_communication(run: Run, counts: StepCounts, gpus: int, copies: int = 1
     """Return the bytes that a GPU receives in a step, by kind.
 
     Inside a copy of the model, weights are gathered in the working type: twice for trained networks (forward and
-    backward), once for small ones, which stay gathered, and for other networks of the forward pass. Gradients are
+    backward), once for small networks, which stay gathered, and for other networks of the forward pass. Gradients are
     scattered in fp32. Between copies, shards of gradients are summed.
     """
     shards = gpus // copies

@@ -297,8 +297,8 @@ def cut_videos(shards: Path, settings: AttentiveSettings) -> VideoCut:
     else:
         if len(keys) < MIN_VIDEOS:
             raise BadInput(
-                f"split {split!r} has {len(keys)} labelled videos; the probe needs at least {MIN_VIDEOS}, give another "
-                "--split or a --train-split"
+                f"split {split!r} has {len(keys)} labelled videos; the probe needs at least {MIN_VIDEOS}. Give another "
+                "--split or a --train-split."
             )
         check_classes(f"{shards}, split {split!r}", label, [labels[key] for key in keys])
         half, two_thirds = len(keys) // 2, len(keys) * 2 // 3

@@ -50,7 +50,7 @@ class Baselines:
     untrained_seeds: tuple[int, ...] = ()
     """Seeds of encoders of the same shape with initial weights."""
     pixels: bool = False
-    """Whether raw pixels are evaluated as features."""
+    """Evaluate raw pixels as features, too."""
 
 
 class CommonSettings(Settings):
@@ -126,7 +126,7 @@ class Result:
     """The scores of an evaluation and how they were measured."""
 
     protocol: Mapping[str, Any]
-    """How the scores were measured, by name. Pages and model cards print it as a sentence."""
+    """Conditions of the measurement, by name. Pages and model cards print it as a sentence."""
     rows: Sequence[ScoreRow]
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further top-level entries of the JSON file."""
@@ -185,7 +185,7 @@ class EvaluationContext:
     out: Path | None = None
     """The result file, if it is written. Further files of the evaluation are named after it."""
     overwrite: bool = False
-    """Whether files of an earlier result are replaced."""
+    """Replace files of an earlier result."""
     untrained: Sequence[VideoEncoder] = ()
     """An encoder for each seed of `Baselines.untrained_seeds`."""
     pixels: VideoEncoder | None = None

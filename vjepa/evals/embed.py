@@ -113,11 +113,11 @@ def embed(
         split: split of a corpus.
         clips_per_video: clips of each video, evenly spaced.
         views: views of each clip. 1 is the whole frame, more are squares of it.
-        short: treatment of videos shorter than a clip; by default as in the model's training.
+        short: treatment of videos shorter than a clip, by default as in the model's training.
         clip_s: seconds of video that a clip spans. The default is that of the model's training.
         every_s: seconds from the start of a clip to the next, instead of `clips_per_video`. Clips may overlap.
         part: which encoder of a run or checkpoint.
-        device: torch device. The default is a GPU if there is one.
+        device: torch device. The default is a GPU, if any.
         batch: clips that are encoded together.
         workers: decoding processes of each rank.
         timeout_s: time limit for opening and decoding a file, in seconds.
@@ -128,7 +128,7 @@ def embed(
             `clips_per_video` and `every_s` are given.
     """
     if every_s is not None and clips_per_video != 1:
-        raise BadInput(f"--clips-per-video {clips_per_video} and --every-s {every_s:g} exclude each other; give one")
+        raise BadInput(f"--clips-per-video {clips_per_video} and --every-s {every_s:g} exclude each other; drop one")
     check_free(out, overwrite=overwrite)
     check_suffix(out)
     encoder = load_encoder(model, part)
@@ -295,7 +295,7 @@ def open_parts(out: Path, facts: Mapping[str, Any], *, overwrite: bool) -> Path:
         if changed:
             raise BadInput(
                 f"{parts} holds parts of another command ({changed[0]} was {before.get(changed[0])!r}, is "
-                f"{facts[changed[0]]!r}); finish that command, or give --overwrite to start again"
+                f"{facts[changed[0]]!r}). Finish that command, or give --overwrite to start again."
             )
         log.info("resuming from %d parts in %s", len(list(parts.glob("*.parquet"))), parts)
         return parts

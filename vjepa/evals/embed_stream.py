@@ -63,11 +63,11 @@ class StreamReader(Protocol):
 
 @dataclass(frozen=True)
 class Pace:
-    """Which tubelets of a stream have a row."""
+    """Selects the tubelets of a stream that have a row."""
 
     tubelet_s: Fraction
     every_s: Fraction | None = None
-    """Seconds of video from row to row. By default every tubelet has one."""
+    """Seconds of video from row to row. By default every tubelet has a row."""
 
     def has_row(self, tubelet: int) -> bool:
         """Tell whether a multiple of `every_s` seconds is reached with this tubelet, counted from 0."""
@@ -77,7 +77,7 @@ class Pace:
 
 
 def read_pace(text: str | None, encoder: VideoEncoder) -> Pace:
-    """Read the distance of rows, such as `1s`, `500ms` or `2min`; a bare number counts seconds.
+    """Read the distance of rows, such as `1s`, `500ms` or `2min`. A bare number counts seconds.
 
     Raises:
         BadInput: it is not a time, or shorter than a tubelet.
@@ -110,7 +110,7 @@ def embed_stream(
     timeout_s: float = TIMEOUT_S,
     overwrite: bool = False,
 ) -> EmbedSummary:
-    """Write the features of whole videos, one row per tubelet. Under torchrun the ranks share the videos.
+    """Write the features of whole videos, a row per tubelet. Under torchrun the ranks share the videos.
 
     Args:
         model: a run, a checkpoint, or an export, with a causal encoder and true rotary positions.
@@ -122,7 +122,7 @@ def embed_stream(
         split: split of a corpus.
         clip_s: seconds that as many frames span as a clip had in training, which sets the rate of frames.
         part: which encoder of a run or checkpoint.
-        device: torch device. The default is a GPU if there is one.
+        device: torch device. The default is a GPU, if any.
         timeout_s: time limit for decoding between two frames, in seconds.
         overwrite: replace `out` and discard its unfinished parts.
 

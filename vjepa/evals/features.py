@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 BATCH = 8  # clips that are encoded together
 
 Pooling = Literal["clip", "time", "token"]
-"""One feature for a clip [D], for each time [t D], or for each token [t h w D]."""
+"""A feature for a clip [D], for each time [t D], or for each token [t h w D]."""
 
 
 # ---- encoders and pixels
@@ -68,7 +68,7 @@ class PixelEncoder(VideoEncoder):
         return tokens.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
     def shrink(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B d"]:
-        """Return the frames of each clip, shrunk to one pixel per token."""
+        """Return the frames of each clip, shrunk to a pixel per token."""
         values = (frames.float() / 255).flatten(0, 1).permute(0, 3, 1, 2)
         size = (frames.shape[2] // self.model.patch_px, frames.shape[3] // self.model.patch_px)
         return adaptive_avg_pool2d(values, size).reshape(len(frames), -1)
@@ -126,7 +126,7 @@ def clips_for(
     Args:
         model: the model, for size, length and frame rate.
         shards, split, per_video, views, max_videos: as in `EvalClips`.
-        short: treatment of videos shorter than a clip; by default as in the model's training.
+        short: treatment of videos shorter than a clip, by default as in the model's training.
 
     Raises:
         BadInput: see `EvalClips`.
@@ -137,7 +137,7 @@ def clips_for(
 
 
 def trained_short(model: VideoEncoder | WorldModel) -> Short:
-    """Return how a model's training treated videos shorter than a clip; `leave_out` if it is not recorded."""
+    """Return how a model's training treated videos shorter than a clip, or `leave_out` if it is not recorded."""
     try:
         return "hold" if model.provenance["settings"]["data"]["clip"]["short"] == "hold" else "leave_out"
     except (KeyError, TypeError):
@@ -274,7 +274,7 @@ def read_features(
     Features are kept in `context.cache`, by encoders, corpus and clips, and are not computed again.
 
     Args:
-        encoders: by name. All have the clip size of the first one.
+        encoders: by name. All have the clip size of the first.
         shards: the corpus.
         clips: its clips.
         context: ranks, cache and progress.

@@ -26,11 +26,11 @@ from vjepa_data.settings import BadInput
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
-CHUNK = 1024  # clips whose cosines with all others are in memory together
+CHUNK = 1024  # clips whose cosines with all other clips are in memory together
 
 
 class KnnSettings(EvaluationSettings):
-    """Settings of the vote of nearest neighbours. Each clip is classified once, and all others may vote."""
+    """Settings of the vote of nearest neighbours. Each clip is classified once, and all other clips may vote."""
 
     label: str
     """Label to predict: a word, a whole number or a boolean."""

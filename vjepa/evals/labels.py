@@ -1,4 +1,4 @@
-"""Labels of the samples of a corpus: which can be predicted, and why others cannot.
+"""Labels of the samples of a corpus, and the reasons why some cannot be predicted.
 
 Words, booleans and whole numbers are classes, other numbers are numbers. Whole numbers with too many values for classes
 are numbers too. Null, NaN and infinite values count as missing.
@@ -40,7 +40,7 @@ def _is_scalar(value: object) -> bool:
 
 @dataclass(frozen=True)
 class LabelValues:
-    """The values that a label has, one for each video that has it."""
+    """The values of a label, for each video that has it."""
 
     fit: Sequence[Value]
     report: Sequence[Value]
@@ -72,12 +72,12 @@ class LabelValues:
 
 
 def _shared(values: Iterable[str]) -> int:
-    """Return how many values are equal to another one."""
+    """Return how many values are equal to another value."""
     return sum(count for count in Counter(values).values() if count > 1)
 
 
 def read_labels(shards: Path, split: str) -> dict[str, dict[str, Any]]:
-    """Return the labels of each sample of a split, by key; samples that cannot be read are logged and left out.
+    """Return the labels of each sample of a split, by key. Unreadable samples are logged and left out.
 
     Raises:
         BadInput: the split is missing.
@@ -107,7 +107,7 @@ def read_class_labels(shards: Path, split: str, label: str) -> dict[str, str]:
         if label in names:
             raise BadInput(
                 f"{shards}: label {label!r} in split {split!r} is not a class but {type(other).__name__} "
-                f"({other!s:.40}); give another label, or predict numbers with `vjepa eval probe`"
+                f"({other!s:.40}). Give another label, or predict numbers with `vjepa eval probe`."
             )
         raise BadInput(f"{shards}: no class label {label!r} in split {split!r}, which has {known}; give another label")
     if len(found) < len(labels):
@@ -123,7 +123,7 @@ def check_classes(where: str, label: str, values: Sequence[str]) -> None:
     """Reject a label that is different for most videos, before features are computed.
 
     Raises:
-        BadInput: it has one value, or most videos share theirs with no other.
+        BadInput: it has a single value, or most videos have a value of their own.
     """
     if len(set(values)) < 2:
         raise BadInput(
@@ -131,6 +131,6 @@ def check_classes(where: str, label: str, values: Sequence[str]) -> None:
         )
     if 2 * (shared := _shared(values)) < len(values):
         raise BadInput(
-            f"{where}: only {shared} of {len(values)} videos share their value of {label!r} with another; give another "
-            "--label, or more videos"
+            f"{where}: only {shared} of {len(values)} videos share their value of {label!r} with another. Give another "
+            "--label, or more videos."
         )

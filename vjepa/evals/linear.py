@@ -46,7 +46,7 @@ class ProbeSettings(EvaluationSettings):
     """Split to fit on. The default is two thirds of the videos of `split`, and one third to report on."""
 
     labels: tuple[str, ...] | None = None
-    """Labels to predict. The default is all that can be predicted; the result says which are left out and why."""
+    """Labels to predict. The default is all predictable labels. The result says which labels are left out and why."""
 
     clips_per_video: int = Field(default=3, ge=1)
     """Clips of each video, evenly spaced."""
@@ -193,7 +193,7 @@ def _tasks(
             tasks.append(ProbeTask(name, kind, _token_tables(fit, report, field)))
     if not tasks:
         reasons = "; ".join(f"{name!r} {reason}" for name, reason in list(left_out.items())[:3])
-        raise BadInput(f"{where}: none of its labels ({', '.join(known)}) can be predicted: {reasons}; give others")
+        raise BadInput(f"{where}: none of its labels ({', '.join(known)}) can be predicted: {reasons}; choose others")
     return tasks, left_out
 
 

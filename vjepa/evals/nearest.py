@@ -55,9 +55,9 @@ def nearest_page(
         query: a video file, whose middle clip is compared.
         out: the page.
         split: split of the corpus.
-        count: clips to show, at most one of each video.
+        count: clips to show, at most one per video.
         max_videos: videos to compare with. The default is all.
-        short: treatment of videos shorter than a clip; by default as in the model's training.
+        short: treatment of videos shorter than a clip, by default as in the model's training.
         part: which encoder of a run or checkpoint.
         overwrite: replace an earlier page.
 

@@ -1,6 +1,6 @@
 """Labels of tokens that lie on an object, from the object tracks in the JSON of generated videos.
 
-`labels["tracks"]` is a list of objects. Its lists have one entry per frame of the video file:
+`labels["tracks"]` is a list of objects. Its lists have an entry per frame of the video file:
 
     {"shape": "disc", "size": 0.17, "x": [...], "y": [...], "visible": [...]}
 
@@ -71,7 +71,7 @@ def mean_velocity(clip: EvalClip) -> Float[ndarray, " 2"]:
 
 
 def token_labels(clip: EvalClip, grid: Grid, model: Model, *, clip_number: int) -> TokenLabels:
-    """Label the tokens of one clip that lie on an object which is visible throughout the tubelet.
+    """Label the tokens of a clip that lie on an object which is visible throughout the tubelet.
 
     A token belongs to the object whose centre is nearest in units of the object's size, if the token lies within that
     size. A linear probe maps a token to these labels. Pixels and untrained encoders are at chance there, so scores

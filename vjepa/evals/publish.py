@@ -12,7 +12,7 @@ def find_record(model: Path) -> Path:
     """Return the run folder whose W&B record a model belongs to.
 
     Args:
-        model: a run, or one of its checkpoints.
+        model: a run or its checkpoint.
 
     Raises:
         BadInput: it is neither, or the run has no W&B record.
@@ -30,7 +30,7 @@ def publish(result: Result, model: Path) -> None:
 
     Args:
         result: of an evaluation of that model.
-        model: a run, or one of its checkpoints.
+        model: a run or its checkpoint.
 
     Raises:
         BadInput: it is neither, or the run has no W&B record.

@@ -1,6 +1,6 @@
 """The evaluations that `vjepa eval NAME MODEL SHARDS` runs. Never imports torch.
 
-An evaluation is one module with a settings class and `evaluate(model, data, settings, context) -> Result`, see
+An evaluation is a module with a settings class and `evaluate(model, data, settings, context) -> Result`, see
 `vjepa.evals.base`. Its entry in this table makes it a command. Other packages add their evaluations with
 
     EVALUATIONS["mine"] = EvaluationEntry("my_module", "MySettings", "a line of help")

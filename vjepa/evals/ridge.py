@@ -67,7 +67,7 @@ def ridge_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
     Args:
         train, test: rows of different clips.
         kind: `class` gives accuracy. `number` gives R2, which is 1 - squared errors / squared distances to the mean of
-            `train`, each summed over all rows and the k targets (in one unit).
+            `train`, each summed over all rows and the k targets (in the same unit).
         seed: seed of the resampling and of the folds.
 
     Raises:
@@ -103,7 +103,7 @@ class _TargetCodes:
     def __init__(self, target: Target, kind: Kind) -> None:
         self.classes = np.unique(target) if kind == "class" else None
         if self.classes is not None and len(self.classes) < 2:
-            raise ValueError(f"all rows to train on have one class ({self.classes[0]!r}); give rows of two classes")
+            raise ValueError(f"all rows to train on have the class {self.classes[0]!r}; give rows of two classes")
         self.mean = self(target).mean(0)
 
     def __call__(self, target: Target) -> Float[ndarray, "n k"]:
@@ -152,7 +152,7 @@ class _LinearMap:
 def _fit(
     features: Float[Tensor, "n d"], codes: Float[ndarray, "n k"], penalties: Sequence[float] = PENALTIES
 ) -> list[_LinearMap]:
-    """Fit a ridge regression for each penalty, from one decomposition of the smaller Gram matrix, in fp64."""
+    """Fit a ridge regression for each penalty, from a decomposition of the smaller Gram matrix, in fp64."""
     rows, width = features.shape
     y = torch.from_numpy(codes)
     bias = y.mean(0)

@@ -46,7 +46,7 @@ def run_evaluation(
     overwrite: bool = False,
     wandb: bool = False,
 ) -> Result:
-    """Evaluate a model on a corpus; under torchrun the ranks share the work.
+    """Evaluate a model on a corpus. Under torchrun the ranks share the work.
 
     Args:
         name: an evaluation of `vjepa.evals.registry`.

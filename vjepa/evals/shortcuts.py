@@ -41,7 +41,7 @@ def _shrink(frame: ndarray) -> Float[ndarray, " d"]:
 
 
 def audit(films: ViolationSet, hints: Mapping[str, Sequence[Float[ndarray, " d"]]]) -> list[dict[str, Any]]:
-    """Return, for each statistic, the accuracy on scenes left out, and whether it is within what chance explains.
+    """Return, for each statistic, the accuracy on scenes left out, and whether chance explains it.
 
     The band is the binomial 95 % band of 50 %.
     """
@@ -73,7 +73,7 @@ def _predict(x: Float[ndarray, "n d"], labels: Bool[ndarray, " n"], groups: Int[
 
 
 def _fit(x: Float[ndarray, "n d"], labels: Bool[ndarray, " n"]) -> Float[ndarray, " d1"]:
-    """Fit a logistic regression with weight decay; the last weight is the bias."""
+    """Fit a logistic regression with weight decay. The last weight is the bias."""
     inputs = torch.from_numpy(np.append(x, np.ones((len(x), 1)), axis=1))
     target = torch.from_numpy(labels).double()
     weights = torch.zeros(inputs.shape[1], dtype=torch.float64, requires_grad=True)

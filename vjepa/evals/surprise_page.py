@@ -1,4 +1,4 @@
-"""The page of a violation of expectation: accuracy by condition, and films beside their surprise over time.
+"""The page of a violation of expectation: accuracy by condition, and films with their surprise over time.
 
 Letters: F frames, P height and width in pixels.
 """

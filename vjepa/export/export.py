@@ -6,7 +6,7 @@
     vjepa export RUN --out DIR --format onnx      loads with `onnxruntime.InferenceSession("DIR/model.onnx")`
 
 Every export is loaded again by the program that it is meant for. It must give the same features and predictions, bit
-for bit, in fp32 on the CPU; otherwise the export fails. Tensors are read, written and freed one at a time.
+for bit, in fp32 on the CPU. Otherwise the export fails. Tensors are read, written and freed in turn.
 """
 
 import importlib.metadata
@@ -78,10 +78,11 @@ def export(
             masks), or 0 if it is the only kind.
         probe: a probe that `vjepa eval attentive` trained on this model. An `hf` export is then a classifier,
             `VJEPA2ForVideoClassification`, from which `AutoModel` still loads the encoder.
-        results: files that `vjepa eval` wrote about this model, for the card, beside those in the folder of a run.
-        licence: licence of the weights for the model card; the choice is yours.
+        results: files that `vjepa eval` wrote about this model, for the card, in addition to files in the folder of a
+            run.
+        licence: licence of the weights for the model card, which the owner chooses.
         stream: export a step of a stream, with the cache as inputs and outputs, instead of a pass over clips.
-        window: tubelets that a token of the stream attends to; the default is that of `model.stream()`.
+        window: tubelets that a token of the stream attends to, by default as in `model.stream()`.
         overwrite: replace an earlier export.
 
     Returns:
@@ -89,7 +90,7 @@ def export(
 
     Raises:
         BadInput: there is no such model, the format cannot express it, transformers is missing, or `out` exists.
-        ValueError: the loaded export does not give the same features; nothing is written.
+        ValueError: the loaded export does not give the same features. Nothing is written.
     """
     check_free(out, overwrite=overwrite)
     if format not in PROGRAMS and (stream or window is not None):
@@ -177,8 +178,8 @@ def _own_results(source: Path, weights: Weights) -> list[Result]:
 def _require_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
         raise BadInput(
-            "an hf export is verified with transformers, which is not installed; "
-            "run pip install 'vjepa-pretrain[hf]', or use --format native"
+            "an hf export is verified with transformers, which is not installed. "
+            "Run pip install 'vjepa-pretrain[hf]', or use --format native."
         )
     try:
         from transformers import VJEPA2Model  # noqa: F401  transformers imports its own dependencies late
@@ -194,7 +195,7 @@ def _require_transformers() -> None:
         raise BadInput(f"transformers cannot be loaded ({reason}); {remedy}, or use --format native") from None
 
 
-# Settings of a model that `config.json` can express. The others must have their default, which is V-JEPA 2's value.
+# Settings of a model that `config.json` can express. Other settings must have their default, which is V-JEPA 2's value.
 EXPRESSIBLE = ("encoder", "predictor", "patch_px", "tubelet_frames", "init_std")
 
 
@@ -213,7 +214,7 @@ def _require_expressible(weights: Weights) -> None:
 
 
 def _with_predictor(weights: Weights) -> Weights:
-    """Add an untrained predictor to a model without one, since `VJEPA2Model` always has one. The card says so."""
+    """Add an untrained predictor to a model that has none, since `VJEPA2Model` requires it. The card says so."""
     if weights.mask_tokens:
         return weights
     log.warning("the model has no predictor; the export gets an untrained one, so use its features only")
@@ -252,7 +253,7 @@ def _read_probe(path: Path, weights: Weights, format: Format) -> Classifier:
     if classifier.heads != encoder.heads:
         raise BadInput(
             f"{path} has {classifier.heads} heads, and VJEPA2ForVideoClassification gives a probe as many as the "
-            f"encoder; train it with {encoder.heads} heads"
+            f"encoder. Train it with {encoder.heads} heads."
         )
     return classifier
 

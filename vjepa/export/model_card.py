@@ -189,7 +189,7 @@ _USAGES = {"hf": _HF_USAGE, "native": _NATIVE_USAGE, "pt2": _PROGRAM_USAGE, "onn
 
 _ROLLOUT = """
 frames = torch.zeros(1, 1, {px}, {px}, 3, dtype=torch.uint8)  # the frames that are known, B T H W C, RGB
-actions = torch.zeros(1, 8, CHANNELS)  # in their own units: those between the frames, then those of the steps
+actions = torch.zeros(1, 8, CHANNELS)  # in their own units: between the frames, then for each step
 with torch.no_grad():
     predicted = model.rollout(frames, actions)  # [B steps h w D], to compare with model.latents(later frames)"""
 

@@ -4,8 +4,8 @@
     model.latents(frames)                uint8 [B T H W C] to [B T h w D], each frame alone
     model.rollout(frames, actions)       the frames that are known, and the actions between and after them
 
-`vjepa export` copies this file, with the network modules that it imports, beside the weights. The copies need torch and
-transformers alone.
+`vjepa export` copies this file, with the network modules that it imports, to the folder of the weights. The copies need
+torch and transformers alone.
 
 Letters: B clips, T frames, H W pixels, h w rows and columns of tokens, D channels of a latent, V actions, A channels of
 an action, S steps.
@@ -88,8 +88,8 @@ class VJEPAWorldModel(PreTrainedModel):
 
         Args:
             frames: uint8 [B T H W C], the frames that are known, at `config.fps`.
-            actions: [B V A] in their own units, V = T - 1 + S: those between the known frames, then one for each step.
-                Of a model with states, each action is followed by the state of the frame before it.
+            actions: [B V A] in their own units, V = T - 1 + S: the actions between the known frames, then an action for
+                each step. Of a model with states, each action is followed by the state of the frame before it.
         """
         return self.dynamics.rollout(self, frames, actions)
 

@@ -69,12 +69,12 @@ def write_program(path: Path, weights: Weights) -> dict[str, Any]:
 
 @torch.no_grad()
 def write_stream_step(path: Path, weights: Weights, window: int | None = None) -> dict[str, Any]:
-    """Trace one step of a stream for any number of videos, load it back, and compare features beyond the window.
+    """Trace a step of a stream for any number of videos, load it back, and compare features beyond the window.
 
     Args:
         path: file to write. `.pt2` or `.onnx` tells the format.
         weights: a causal model with true rotary positions.
-        window: tubelets that a token attends to, its own included; the default is that of `model.stream()`.
+        window: tubelets that a token attends to, its own included, by default as in `model.stream()`.
 
     Raises:
         BadInput: the model cannot stream.
@@ -109,7 +109,7 @@ def _write(
     path: Path, eager: nn.Module, example: tuple[Tensor, ...], dynamic: Any, *, inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> tuple[Run, dict[str, str]]:  # fmt: skip
-    """Trace a module and write it; return the program as loaded from the file, and versions."""
+    """Trace a module and write it. Return the program as loaded from the file, and versions."""
     program = torch.export.export(eager, example, dynamic_shapes=dynamic, strict=True)
     versions = {"torch": str(torch.__version__)}
     if path.suffix == ".pt2":
@@ -134,11 +134,11 @@ def require_onnx() -> None:
     """Check that the packages for ONNX are installed.
 
     Raises:
-        BadInput: one is missing.
+        BadInput: a package is missing.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(
-            f"an onnx export is made and verified with {', '.join(missing)}, which is not installed; "
-            "run pip install 'vjepa-pretrain[onnx]', or use --format pt2"
+            f"an onnx export is made and verified with {', '.join(missing)}, which is not installed. "
+            "Run pip install 'vjepa-pretrain[onnx]', or use --format pt2."
         )

@@ -1,6 +1,6 @@
 """Load an export again by the program that it is meant for, and compare its numbers with ours.
 
-In fp32 on the CPU the largest difference must be 0.0. Models are in memory one after another, never two at once.
+In fp32 on the CPU the largest difference must be 0.0. Models are in memory in turn, never two at once.
 
 Letters: T frames, H W pixels, C channels, N tokens of a clip, V visible, K hidden, D width, LD width times levels.
 """
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def fixed_clip(weights: Weights) -> UInt8[Tensor, "1 T H W C"]:
-    """Return a fixed clip of noise in the size that the model was trained on, of at least one tubelet."""
+    """Return a fixed clip of noise in the size that the model was trained on, of at least a tubelet."""
     frames = max(weights.frames, weights.model.tubelet_frames)
     draw = generator(0, "export check")
     return torch.from_numpy(draw.integers(0, 256, (1, frames, weights.px, weights.px, 3), dtype="uint8"))
@@ -40,7 +40,7 @@ def _halves(tokens: int) -> tuple[Int[Tensor, "1 V"], Int[Tensor, "1 K"]]:
 
 @torch.no_grad()
 def _ours(weights: Weights, mask_kind: int) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 K LD"]]:
-    """Return features of the fixed clip and predictions of its second half; without a predictor, features twice.
+    """Return features of the fixed clip and predictions of its second half, or features twice without a predictor.
 
     The first half is encoded with the full clip in sight, as Hugging Face does.
     """
@@ -95,7 +95,7 @@ def _hf_clip(weights: Weights) -> Float[Tensor, "1 T C H W"]:
 
 
 def load_with_transformers(kind: str, folder: Path, **options: Any) -> tuple[Any, str]:
-    """Load a model as users of transformers do, with every tensor matched; return it with transformers' version."""
+    """Load a model as users of transformers do, with every tensor matched, and return it with transformers' version."""
     import transformers
 
     had_progress_bar = transformers.utils.logging.is_progress_bar_enabled()
@@ -112,7 +112,7 @@ def load_with_transformers(kind: str, folder: Path, **options: Any) -> tuple[Any
 
 
 def align(model: nn.Module) -> Any:
-    """Align the parameters of a model like those of ours; see `aligned`."""
+    """Align the parameters of a model like the parameters of our models (`aligned`)."""
     for parameter in model.parameters():
         parameter.data = aligned(parameter.data)
     return model

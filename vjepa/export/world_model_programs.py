@@ -60,7 +60,7 @@ class _Encode(nn.Module):
 
 
 class _Step(nn.Module):
-    """One step of a rollout. The window is left to the caller, who drops old keys and values."""
+    """A step of a rollout. The window is left to the caller, who drops old keys and values."""
 
     def __init__(self, dynamics: FrameDynamics | LatentDynamics, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Step(nn.Module):
 
 
 def dynamics_of(model: WorldModel) -> FrameDynamics | LatentDynamics:
-    """Return the dynamics predictor of a model that has one."""
+    """Return the dynamics predictor of a model that has it."""
     dynamics = model.parts["dynamics"]
     assert isinstance(dynamics, (FrameDynamics, LatentDynamics))
     return dynamics
@@ -111,7 +111,7 @@ def empty_past(dynamics: DynamicsPredictor, clips: int) -> Float[Tensor, "L B S 
 
 
 def tokens_per_frame(dynamics: DynamicsPredictor, grid: tuple[int, int]) -> int:
-    """Return the tokens of a frame in the past: with `condition: token` those of action and state too."""
+    """Return the tokens of a past frame, with `condition: token` also the tokens of its action and state."""
     extra = 1 + bool(dynamics.states) if dynamics.condition == "token" else 0
     return grid[0] * grid[1] + extra
 

@@ -14,14 +14,14 @@ class ActionSettings(MethodSettings):
     """Signal that acts between frames. It must be among `data.signals`."""
 
     action_channels: int = Field(ge=1)
-    """Numbers of an action between two frames: the columns of the signal; with `combine: stack` times the rows."""
+    """Numbers of an action between two frames: the columns of the signal, times the rows with `combine: stack`."""
 
     normalise: Literal["z", "none"] = "z"
     """Scale signals by their statistics over the train split, which the corpus holds, or read them as they are
     (V-JEPA 2-AC)."""
 
     rollout_steps: int = Field(default=2, ge=0)
-    """Steps that are predicted from prediction to prediction; 0 for none. V-JEPA 2-AC: 2."""
+    """Steps that are predicted from prediction to prediction, or 0 for none. V-JEPA 2-AC: 2."""
 
     rollout_weight: float = Field(default=1.0, ge=0)
     """Weight of the mean error over these steps."""
@@ -45,8 +45,8 @@ class ActionSettings(MethodSettings):
         lengths = sorted({source.frames or data.clip.frames for source in data.sources})
         if len(lengths) > 1:
             raise ValueError(
-                f"objective {self.name} needs clips of one length, but sources have {lengths} frames; give all sources "
-                "the same frames"
+                f"objective {self.name} needs clips of one length, but sources have {lengths} frames. Give all sources "
+                "the same frames."
             )
         if lengths[0] < needed:
             raise ValueError(

@@ -40,16 +40,16 @@ class ActedClips:
     step: int
     slots: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
-    """Keys of the B T frames in the feature cache, if there is one."""
+    """Keys of the B T frames in the feature cache, if any."""
 
 
 def read_clips(
     batch: Batch, device: torch.device, action: tuple[str, int], state: tuple[str, int] | None = None
 ) -> ActedClips:
-    """Bring clips of one length and their signals to the device.
+    """Bring clips of equal length and their signals to the device.
 
     Args:
-        batch: a batch with one group of clips.
+        batch: a batch with a single group of clips.
         device: where they go.
         action, state: name of the signal, and its channels.
 
@@ -92,7 +92,7 @@ class CorpusScale(ActionScale):
 
     def __init__(self, data: Data | None, signals: dict[str, int]):
         """Args:
-        data: the corpora; None leaves signals as they are.
+        data: the corpora. None leaves signals as they are.
         signals: channels of each signal, in the order in which they are concatenated.
         """
         super().__init__(sum(signals.values()))

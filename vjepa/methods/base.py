@@ -102,7 +102,7 @@ class MaskedClips:
 
     @property
     def is_still(self) -> bool:
-        """Whether these are still pictures that were not repeated to fill a tubelet."""
+        """True for still pictures that were not repeated to fill a tubelet."""
         return self.frames.shape[2] == 1
 
 
@@ -159,7 +159,7 @@ class Method(ABC):
         """
 
     def example_signals(self, clips: int, frames: int, device: torch.device) -> Mapping[str, Signal]:
-        """Return signals of the shapes that `prepare` reads, with any values; by default none.
+        """Return signals of the shapes that `prepare` reads, with any values. By default none.
 
         `vjepa estimate` counts a step without a corpus, and a corpus alone knows these shapes.
 

@@ -5,8 +5,9 @@
     FOLDER/IDENTITY/WRITER.keys        for each record: hash of the frame's pixels, checksum of the record
 
 A frame is found by its pixels, after crop and flip, so a changed corpus or crop never finds the features of another.
-A changed encoder has another identity. Each process writes files of its own and reads those of all. A record counts
-once its key is written, and a damaged record is computed again. When the disk is full, nothing more is written.
+A changed encoder has another identity. Each process writes files of its own and reads the files of all processes. A
+record counts once its key is written, and a damaged record is computed again. When the disk is full, nothing more is
+written.
 
 Letters: F frames, Y X pixels, N tokens of a frame, D width.
 """
@@ -53,7 +54,7 @@ def frame_keys(frames: UInt8[Tensor, "F Y X C"]) -> list[bytes]:
 
 
 class FeatureCache:
-    """Features of frames under one encoder."""
+    """Features of frames under an encoder."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Open the features that exist.
@@ -85,7 +86,7 @@ class FeatureCache:
         *,
         device: torch.device,
     ) -> Float[Tensor, "F N D"]:
-        """Return the features of frames, and encode and store the missing ones.
+        """Return the features of frames, and encode and store the missing features.
 
         All ranks must call this together. Where any rank lacks a frame, every rank calls `encode`, since the encoder's
         weights may be sharded.

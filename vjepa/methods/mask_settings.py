@@ -38,7 +38,7 @@ class ReferenceMask(Settings):
 
     groups: int | None = Field(default=None, ge=1)
     """How many such groups the global batch has: `batch_size / batch`. Slots `s`, `s + groups`, ... then form a group,
-    as they lie on one rank: with `groups` ranks, each draws and packs a single group. By default neighbouring slots
+    as they lie on one rank. With `groups` ranks, each draws and packs a single group. By default neighbouring slots
     form a group, so that every rank draws many groups and has as many lengths. Either way masks do not depend on the
     number of ranks."""
 
@@ -66,5 +66,5 @@ class CausalMask(Settings):
 
 Mask = Annotated[BalancedMask | ReferenceMask | RandomMask | TubeMask | CausalMask, Field(discriminator="mode")]
 
-# V-JEPA and V-JEPA 2: eight small rectangles ("short range") and two large ones ("long range").
+# V-JEPA and V-JEPA 2: eight small rectangles ("short range") and two large rectangles ("long range").
 BLOCKS = (BalancedMask(blocks=8, block_share=0.15), BalancedMask(blocks=2, block_share=0.7))

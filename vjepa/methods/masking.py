@@ -91,7 +91,7 @@ def sample_masks(kinds: Sequence[MaskKind], grid: Grid, *, seed: int, step: int,
                 if kind.visible_tubelets >= grid.t:
                     raise BadInput(
                         f"masks: visible_tubelets ({kind.visible_tubelets}) must be below the clip's tubelets "
-                        f"({grid.t}); try {max(1, grid.t // 2)}, or longer clips"
+                        f"({grid.t}). Try {max(1, grid.t // 2)}, or longer clips."
                     )
                 seen = np.zeros((len(slots), grid.tokens), dtype=bool)
                 seen[:, : kind.visible_tubelets * grid.cells] = True
@@ -269,8 +269,8 @@ def reference_masks(
                 break
         else:
             raise BadInput(
-                f"masks: {kind.blocks} blocks of {t}x{h}x{w} tokens cover the whole grid {grid.t}x{grid.h}x{grid.w}; "
-                "use fewer or smaller blocks"
+                f"masks: {kind.blocks} blocks of {t}x{h}x{w} tokens cover the whole grid {grid.t}x{grid.h}x{grid.w}. "
+                "Use fewer or smaller blocks."
             )
         flat = seen.flatten()
         visible.append(flat.nonzero()[:, 0])

@@ -60,7 +60,7 @@ class MethodSettings(Settings):
         """Reject combinations with other settings of the run that the method cannot train.
 
         Raises:
-            ValueError: which settings do not fit, and what to set.
+            ValueError: settings that do not fit, with their remedy.
         """
 
 
@@ -78,7 +78,7 @@ def check_window(run: RunSettings) -> None:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """Where the two halves of a method are defined."""
+    """Modules that define the settings and the networks of a method."""
 
     settings: str | type[MethodSettings]
     """The settings class, or its place as `module:class`."""
@@ -130,5 +130,5 @@ def read_method_settings(given: Any) -> Any:
     if name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f". Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}{hint}")
+        raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}{hint}")
     return import_class(METHODS[name].settings).model_validate({**given, "name": name})

@@ -1,7 +1,7 @@
 """Collapse monitors: numbers that fall or rise when features collapse, which the loss does not show.
 
-All are tensors on the device. They are computed over the features of all ranks, with one sum over ranks of
-`1 + D + D * D` numbers and a decomposition for which the host waits. Compute them every hundred steps or so.
+All are tensors on the device. They are computed over the features of all ranks, with a sum over ranks of `1 + D + D *
+D` numbers and a decomposition for which the host waits. Compute them every hundred steps or so.
 
 Letters: n features, D channels.
 """

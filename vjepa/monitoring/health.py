@@ -22,7 +22,7 @@ class Unhealthy(RuntimeError):
 
     def __init__(self, text: str, *, healthy: int, last: int) -> None:
         """Args:
-        text: what is wrong.
+        text: the fault.
         healthy: last step known to be healthy.
         last: updates made.
         """

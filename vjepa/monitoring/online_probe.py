@@ -49,7 +49,7 @@ class ProbeRunner:
         if len(everyone) < 4:
             raise BadInput(
                 f"track.probe: {len(everyone)} of the videos of {settings.shards} ({settings.split}) have the label "
-                f"{settings.label!r}; give another label or split, or more videos"
+                f"{settings.label!r}. Give another label or split, or more videos."
             )
         self._videos = np.array([video for video, _ in everyone])
         labels = [label for _, label in everyone]

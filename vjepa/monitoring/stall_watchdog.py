@@ -55,7 +55,7 @@ class StallWatchdog:
     def _alarms(self, stall_s: float) -> list[Alarm]:
         grace_s = min(GRACE_S, self._settings.stall_s)
         end = Alarm(max(self._settings.hang_s, stall_s), self._end)
-        # The ranks after rank 0 look later, and only if nobody has reported by then.
+        # The ranks after rank 0 look later, and only if no rank has reported by then.
         turn = 1 + min(self._rank, LATER_TURNS)
         return [Alarm(stall_s, self._dump), Alarm(stall_s + turn * grace_s, self._name_the_late), end]
 

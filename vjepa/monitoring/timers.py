@@ -16,7 +16,7 @@ Mark = float | torch.cuda.Event
 
 
 class StepTimer:
-    """Times the parts of a step: `prepare`, `forward`, `backward` and `optimizer`, and what the host does between."""
+    """Times the parts of a step: `prepare`, `forward`, `backward`, `optimizer`, and host work between."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type == "cuda"

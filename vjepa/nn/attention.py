@@ -8,8 +8,8 @@ The sequences of a step (every clip under every mask) are concatenated in a tens
 A token attends to all tokens of its own sequence or, with `times`, to tokens of its own time and earlier, and with
 `oldest` to none before that time.
 
-- `sdpa`: one call of torch's scaled_dot_product_attention for each run. It works everywhere. Masks with exact counts
-  make few runs, so the other two have little to gain.
+- `sdpa`: a call of torch's scaled_dot_product_attention for each run. It works everywhere. Masks with exact counts make
+  few runs, so the other two have little to gain.
 - `varlen`: torch's variable-length attention, in a single call. Needs CUDA and half precision. Has no `times`.
 - `xformers`: `memory_efficient_attention` under a `BlockDiagonalMask`, in a single call. Needs CUDA. Has no `times`.
 
@@ -47,8 +47,8 @@ class Segments:
     """The sequences of a packed tensor, prepared for a backend."""
 
     runs: tuple[Run, ...]
-    """(sequences, tokens in each) of neighbours of equal length. Empty for `varlen`, whose other fields say it all:
-    torch.compile would compile a block anew for every number of runs."""
+    """(sequences, tokens in each) of neighbours of equal length. Empty for `varlen`, whose other fields suffice:
+    torch.compile would recompile a block for every number of runs."""
 
     backend: Backend = "sdpa"
     """Backend for more than one run. A single run is an ordinary batch and always uses sdpa."""
@@ -82,7 +82,7 @@ class Segments:
             backend: result of `choose`.
             device: device of the packed tensor.
             times: time of each token. A token then attends to its own time and earlier times only.
-            oldest: the earliest time that each token attends to. By default there is no limit.
+            oldest: the earliest time that each token attends to. By default without a limit.
         """
         joined: list[Run] = []
         for count, length in runs:

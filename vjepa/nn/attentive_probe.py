@@ -2,7 +2,7 @@
 
 Letters: B clips, N tokens of a clip, D width, H heads.
 
-Source: V-JEPA 2 (arXiv:2506.09985), attentive probe. Parameter names are those of the released classifiers.
+Source: V-JEPA 2 (arXiv:2506.09985), attentive probe. Parameter names follow the released classifiers.
 """
 
 import json
@@ -136,8 +136,8 @@ class AttentiveProbe(nn.Module):
                 layer.weight.div_(math.sqrt(2 * number))
 
 
-# Our parameter names (V-JEPA 2's) and those of Hugging Face's `VJEPA2ForVideoClassification`, where a fused tensor is
-# split in two or three. Each row stands for a `weight` and a `bias`, except that of the query.
+# Our parameter names (V-JEPA 2's) and the names of Hugging Face's `VJEPA2ForVideoClassification`, where a fused tensor
+# is split in two or three. Each row stands for a `weight` and a `bias`, except that of the query.
 HF_PROBE_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pooler.query_tokens", ("pooler.query_tokens",)),
     ("pooler.blocks.{i}.norm1", ("pooler.self_attention_layers.{i}.layer_norm1",)),

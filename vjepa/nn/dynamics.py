@@ -7,7 +7,7 @@
 Attention is causal over frames without a mask over tokens: the queries of a frame meet a slice of the keys. A cache of
 keys and values makes a step of a rollout cost one frame, with the same result as the full pass.
 
-Actions, and states if there are any, enter in one of two ways:
+Actions, and states if any, enter in one of two ways:
 
     adaln   they scale, shift and gate every block (adaptive layer norm, arXiv:2212.09748); the output is a change of z
     token   they are tokens in front of the frame's own, at its time and row and column 0, which equals the rotation in
@@ -65,7 +65,7 @@ class FrameAttention(nn.Module):
         x: tokens of the new frames.
         rotation: rotation of each new token, the same for all clips.
         tokens: tokens of a frame, N.
-        window: frames to attend to, with the frame itself; None for all.
+        window: frames to attend to, with the frame itself. None for all.
         past: keys and values of earlier frames.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B S 3 H d]
@@ -128,7 +128,7 @@ class DynamicsBlock(nn.Module):
         window: int | None,
         past: Past | None,
     ) -> tuple[Float[Tensor, "B S D"], Past]:
-        """Args are positional, as recomputation passes them on; they are those of `FrameAttention.forward`."""
+        """Args are positional, as recomputation passes them on, and as in `FrameAttention.forward`."""
         ask = {"tokens": tokens, "window": window, "past": past}
         if self.modulation is None or condition is None:
             attended, seen = self.attn(self.norm1(x), rotation, **ask)
@@ -151,7 +151,7 @@ class DynamicsPredictor(nn.Module):
             settings: `predictor` for the size, `window`, `condition`, positions.
             latent: channels of a token of a latent, E.
             actions: channels of an action, A.
-            states: channels of a state, C; 0 for none.
+            states: channels of a state, C, or 0 for none.
         """
         super().__init__()
         self.settings, size = settings, settings.predictor
@@ -186,7 +186,7 @@ class DynamicsPredictor(nn.Module):
 
         Args:
             latents: the new frames.
-            actions: what acts after each of them.
+            actions: the action after each of them.
             states: the state at each of them, for a predictor with states.
             cache: result of the call for the frames before. By default there are none.
             grid: rows and columns of the tokens of a frame, N = rows * columns.
@@ -224,7 +224,7 @@ class DynamicsPredictor(nn.Module):
     def _condition(
         self, actions: Float[Tensor, "B T A"], states: Float[Tensor, "B T C"] | None
     ) -> tuple[Float[Tensor, "B T _K D"] | None, Float[Tensor, "B T D"] | None]:
-        """Return condition tokens in front of each frame, or what modulates the blocks."""
+        """Return condition tokens in front of each frame, or the conditions that modulate the blocks."""
         assert (states is not None) == bool(self.states), "states are given if and only if the predictor has them"
         parts = [self.action_encoder(actions)]
         if states is not None:
@@ -254,7 +254,7 @@ class DynamicsPredictor(nn.Module):
 
         Args:
             latents: latents of the first T frames.
-            actions: what acts after each of the frames before the last prediction, U >= T.
+            actions: the action after each of the frames before the last prediction, U >= T.
             states: the state at each of these frames, for a predictor with states.
             grid: rows and columns of the tokens of a frame.
             detach: let no gradient flow from a step into the steps before it.

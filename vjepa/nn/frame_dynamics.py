@@ -28,7 +28,7 @@ class FramePredictions(NamedTuple):
     """Frames 1 to T - 1, each from the true frames before it."""
 
     shuffled: Float[Tensor, "B U N D"]
-    """The same under other actions, without gradient."""
+    """Predictions under other actions, without gradient."""
 
     rollout: Float[Tensor, "B S N D"]
     """Frames from the end of the prefix on, from prediction to prediction."""
@@ -43,7 +43,7 @@ class FrameDynamics(DynamicsPredictor):
     """A dynamics predictor of the features of an encoder."""
 
     scales: ActionScale
-    """Scale of the actions, then of the states. Only a loaded model has it; a method applies the scale itself."""
+    """Scale of the actions, then of the states. Only a loaded model has it. A method applies the scale itself."""
 
     def __init__(self, settings: Model, *, actions: int, states: int = 0, seed: int = 0):
         """Build the predictor and initialize it, unless on the meta device.
@@ -76,7 +76,7 @@ class FrameDynamics(DynamicsPredictor):
         steps: int,
         detach: bool,
     ) -> FramePredictions:
-        """Return everything that a loss needs, in one call, since FSDP2 gathers parameters around `forward`.
+        """Return everything that a loss needs, in a single call, since FSDP2 gathers parameters around `forward`.
 
         Args:
             features: features of the frames after the layer norm, without gradient.
@@ -117,8 +117,8 @@ class FrameDynamics(DynamicsPredictor):
         Args:
             encoder: the encoder of the model.
             frames: the frames that are known.
-            actions: unscaled actions: those between the frames, then those of the S steps, V = T - 1 + S. Of a model
-                with states, each is followed by the state of the frame before it.
+            actions: unscaled actions between the frames, then of the S steps, V = T - 1 + S. Of a model with states,
+                each is followed by the state of the frame before it.
 
         Raises:
             BadInput: the actions have another number of channels, or there are too few.
@@ -128,7 +128,7 @@ class FrameDynamics(DynamicsPredictor):
     def rollout_from(
         self, latents: Float[Tensor, "B T h w D"], actions: Float[Tensor, "B V AC"]
     ) -> Float[Tensor, "B S h w D"]:
-        """Predict the features of the frames that follow given latents. Arguments and errors are those of `rollout`."""
+        """Predict the features of the frames that follow given latents. Arguments and errors are as in `rollout`."""
         split = self._split(self.scales.for_rollout(actions, known=latents.shape[1], states=self.states))
         grid = (latents.shape[2], latents.shape[3])
         return self.predict_steps(latents.flatten(2, 3), *split, grid=grid, transform=normed).unflatten(2, grid)

@@ -59,7 +59,7 @@ class Grid:
 def clip_grid(frames: int, px: int, model: Model) -> Grid:
     """Return the token grid of a square clip as the encoder receives it.
 
-    A still image (one frame) is repeated until it fills a tubelet, unless the model embeds still images separately.
+    A still image is repeated until it fills a tubelet, unless the model embeds still images separately.
 
     Args:
         frames: frames of the clip as it was loaded.

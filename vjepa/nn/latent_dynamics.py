@@ -31,7 +31,7 @@ class ActionScale(nn.Module):
         return (actions - self.mean) / self.std
 
     def for_rollout(self, actions: Float[Tensor, "B V A"], *, known: int, states: int = 0) -> Float[Tensor, "B V A"]:
-        """Scale the actions of a rollout: those between the known frames, then those of the steps to predict.
+        """Scale the actions of a rollout: between the known frames, then of the steps to predict.
 
         Args:
             actions: unscaled actions.
@@ -46,7 +46,7 @@ class ActionScale(nn.Module):
             of_state = f" ({states} of them for the state)" if states else ""
             raise BadInput(
                 f"actions are {list(actions.shape)}; {known} frames need at least {known} actions of {channels} "
-                f"channels{of_state}: those between the frames, then those of the steps to predict"
+                f"channels{of_state}: first between the frames, then for each step to predict"
             )
         return self(actions)
 
@@ -69,7 +69,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Leave tokens as they are."""
+        """Initialize the mean to 0 and the scale to 1, which leaves tokens unchanged."""
         self.mean.zero_()
         self.std.fill_(1)
         self.is_set.zero_()
@@ -79,7 +79,7 @@ class Centre(nn.Module):
 
 
 class Predictions(NamedTuple):
-    """The latents of a batch and what is predicted of them."""
+    """The latents of a batch and their predictions."""
 
     latents: Float[Tensor, "B T E"]
     """Latents of the frames, z."""
@@ -88,7 +88,7 @@ class Predictions(NamedTuple):
     """Predictions of frames 1 to T - 1, each from the true latents before it. U = T - 1."""
 
     shuffled: Float[Tensor, "B U E"]
-    """The same under other actions, without gradient."""
+    """Predictions under other actions, without gradient."""
 
     rollout: Float[Tensor, "B S E"]
     """Predictions of frames 1 to S from frame 0 alone."""
@@ -104,13 +104,13 @@ class FrameEncoder(Protocol):
 
 
 class LatentDynamics(DynamicsPredictor):
-    """A projector of frames and a dynamics predictor of its latents, which are one token each."""
+    """A projector of frames and a dynamics predictor of its latents, with a single token per latent."""
 
     actions: ActionScale
-    """Scale of the actions. Only a loaded model has it; a method applies the scale itself."""
+    """Scale of the actions. Only a loaded model has it. A method applies the scale itself."""
 
     centre: Centre
-    """Centre of the tokens. Only a loaded model has it; a method passes its own."""
+    """Centre of the tokens. Only a loaded model has it. A method passes its own."""
 
     def __init__(self, settings: Model, *, tokens: int, hidden: int, latent: int, actions: int, seed: int = 0):
         """Build the networks and initialize them, unless on the meta device.
@@ -148,8 +148,8 @@ class LatentDynamics(DynamicsPredictor):
         """
         if tokens.shape[2] != self.tokens:
             raise BadInput(
-                f"frames have {tokens.shape[2]} tokens, the projector reads {self.tokens}; give frames of the "
-                "size that the model was trained on"
+                f"frames have {tokens.shape[2]} tokens, the projector reads {self.tokens}. Give frames of the "
+                "size that the model was trained on."
             )
         centred = centre(tokens.flatten(2).float())
         return self.projector(centred.to(tokens.dtype)).float()
@@ -162,7 +162,7 @@ class LatentDynamics(DynamicsPredictor):
         steps: int,
         centre: Centre,
     ) -> Predictions:
-        """Return everything that a loss needs, in one call, since FSDP2 gathers parameters around `forward`.
+        """Return everything that a loss needs, in a single call, since FSDP2 gathers parameters around `forward`.
 
         Args:
             tokens: features of the frames, each encoded alone.
@@ -192,7 +192,7 @@ class LatentDynamics(DynamicsPredictor):
         Args:
             encoder: the encoder of the model.
             frames: the frames that are known.
-            actions: unscaled actions: those between the frames, then those of the S steps, V = T - 1 + S.
+            actions: unscaled actions between the frames, then of the S steps, V = T - 1 + S.
 
         Raises:
             BadInput: the actions have another number of channels, or there are too few.
@@ -202,6 +202,6 @@ class LatentDynamics(DynamicsPredictor):
     def rollout_from(
         self, latents: Float[Tensor, "B T 1 1 E"], actions: Float[Tensor, "B V A"]
     ) -> Float[Tensor, "B S 1 1 E"]:
-        """Predict the latents of the frames that follow given latents. Arguments and errors are those of `rollout`."""
+        """Predict the latents of the frames that follow given latents. Arguments and errors are as in `rollout`."""
         scaled = self.actions.for_rollout(actions, known=latents.shape[1])
         return self.predict_steps(latents.flatten(2, 3), scaled)[:, :, None]

@@ -1,4 +1,4 @@
-"""A memory of a video: one vector per cell of a coarse grid, updated by every clip through gates.
+"""A memory of a video: a vector per cell of a coarse grid, updated by every clip through gates.
 
     clip i  --encoder-->  tokens  --mean over time, m x m cells-->  e_i
     u, r   = sigmoid(W e_i + V m_{i-1})                              one number per channel: update, read
@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
     earlier: Int[Tensor, "B P"]
     later: Int[Tensor, "B P"]
     shown: Bool[Tensor, "B P M"]
-    """Cells of the later clip that the predictor sees. It predicts the others."""
+    """Cells of the later clip that the predictor sees. It predicts the other cells."""
 
 
 class Forecasts(NamedTuple):
@@ -141,7 +141,7 @@ class ClipMemory(nn.Module):
         return self.predictor_proj(self.predictor_norm(found)).unflatten(0, pairs.earlier.shape).float()
 
     def forward(self, clips: Float[Tensor, "B K M F"], later: Float[Tensor, "B K M F"], pairs: Pairs) -> Forecasts:
-        """Predict later clips with the memory and without it, in one call, since FSDP2 gathers parameters around it."""
+        """Predict later clips with and without the memory, in one call, since FSDP2 gathers parameters around it."""
         single = self.remember(clips.flatten(0, 1)[:, None]).unflatten(0, clips.shape[:2])[:, :, 0]
         return Forecasts(
             self.forecast(self.remember(clips), clips, later, pairs), self.forecast(single, clips, later, pairs)

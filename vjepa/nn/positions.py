@@ -65,7 +65,7 @@ def rotations(
     Returns:
         Tables for S tokens.
 
-    Source: V-JEPA 2 (arXiv:2506.09985), 3-D RoPE; `interleaved` as in V-JEPA 2.1 (arXiv:2603.14482).
+    Source: V-JEPA 2 (arXiv:2506.09985), 3-D RoPE, and `interleaved` as in V-JEPA 2.1 (arXiv:2603.14482).
     """
     device = positions[0][1].device
     if form == "sincos":

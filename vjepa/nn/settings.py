@@ -76,7 +76,7 @@ class Model(Settings):
 
     window: int | None = Field(default=None, ge=1)
     """Reach of attention that looks back, the newest included: tubelets in a causal encoder, frames in a dynamics
-    predictor. By default all earlier ones of the clip. A stream (`vjepa embed --stream`) takes it as its window."""
+    predictor. By default all earlier tubelets of the clip. A stream (`vjepa embed --stream`) takes it as its window."""
 
     condition: Literal["adaln", "token"] = "adaln"
     """How actions enter a dynamics predictor: they scale, shift and gate its blocks, or they are tokens
@@ -93,7 +93,7 @@ class Model(Settings):
     for each matrix, with which tiny models learn faster."""
 
     rope: Literal["tiled", "interleaved", "sincos"] = "tiled"
-    """3-D positions. Rotary: `tiled` is V-JEPA 2's form, which Hugging Face can express; `interleaved` is a true
+    """3-D positions. Rotary: `tiled` is V-JEPA 2's form, which Hugging Face can express. `interleaved` is a true
     rotation (V-JEPA 2.1). Not rotary: `sincos` adds the sines and cosines of the first V-JEPA to the tokens."""
 
     rope_cells: int | None = Field(default=None, ge=2)
@@ -101,7 +101,7 @@ class Model(Settings):
     resolution changes (V-JEPA 2.1: 16). By default positions are counted."""
 
     levels: tuple[int, ...] = ()
-    """Blocks, counted from 0, whose features are predicted side by side; the last block must be among them. By default
+    """Blocks, counted from 0, whose features are predicted side by side. The last block must be among them. By default
     the last block alone. V-JEPA 2.1 takes the ends of quarters: [5, 11, 17, 23] of 24."""
 
     predict_context: bool = False

@@ -1,12 +1,12 @@
-"""A causal encoder over a video without end: keys and values of the last tubelets, one tubelet at a time.
+"""A causal encoder over a video without end: keys and values of the last tubelets, updated tubelet by tubelet.
 
     tubelet t  --embed-->  x  --block--> .. --block-->  features of tubelet t
                                  |
                    keys and values of tubelets t - W + 1 .. t, a ring per block:  slot t % W is the newest
 
-Features of tubelet t are those of one pass over the whole video in which a token attends to its own tubelet and to the
-W - 1 before it (`model.window: W`). They are not those of a pass over the last W tubelets: a key of a deep block was
-made when tubelets were in sight that have left the ring since, so features reach back depth * (W - 1) tubelets.
+Features of tubelet t equal the features of a single pass over the whole video, in which a token attends to its own
+tubelet and to the W - 1 before it (`model.window: W`). A pass over the last W tubelets alone would differ: the keys of
+a deep block also saw tubelets that have left the ring since, so features reach back depth * (W - 1) tubelets.
 
 Keys are rotated at their time since the start of the stream. Rotary products depend on differences of times only, if
 the form is a true rotation (`interleaved`). Times are counted in integers and their angles are computed in fp64, so
@@ -37,7 +37,7 @@ def check_streamable(model: Model) -> None:
     """Check that features of a tubelet depend on the past alone and positions on differences of times.
 
     Raises:
-        BadInput: they do not. The text says what to train instead.
+        BadInput: they do not. The text names the settings to train with.
     """
     remedy = "train with model.causal: true and model.rope: interleaved, as configs/vjepa2_causal_vitb16_224px_32f.yaml"
     if not model.causal:
@@ -137,7 +137,7 @@ class EncoderStream:
         """Encode the next whole tubelets. How frames are cut into calls does not matter.
 
         Raises:
-            BadInput: the frames are not whole tubelets, or their number or size differs from those before.
+            BadInput: the frames are not whole tubelets, or their number or size differs from the earlier frames.
         """
         settings = self.encoder.settings
         batch, _, frames, height, width = pixels.shape
@@ -178,7 +178,7 @@ class EncoderStream:
         if tuple(keys.shape) != expected or keys.shape != values.shape:
             raise BadInput(
                 f"the state of a stream has keys {list(keys.shape)}, and this model with a window of {self.window} "
-                f"has {list(expected)}; go on with the model and the window that began it"
+                f"has {list(expected)}. Go on with the model and the window that began it."
             )
         weight = self.encoder.patch_embed.proj.weight
         self.time, self._grid = time, Grid(1, rows, columns)
@@ -200,7 +200,7 @@ class EncoderStream:
         if before != now:
             raise BadInput(
                 f"the stream began with {before[0]} videos of {before[1]} x {before[2]} tokens and goes on with "
-                f"{now[0]} of {now[1]} x {now[2]}; begin a new stream"
+                f"{now[0]} of {now[1]} x {now[2]}. Begin a new stream."
             )
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def _rows_and_columns(height: int, width: int, settings: Model) -> tuple[int, in
 
 
 class StreamStep(nn.Module):
-    """One step of a stream without hidden state, for export: the cache comes in and goes out.
+    """A step of a stream without hidden state, for export: the cache is an input and an output.
 
     `keys` and `values` hold the W tubelets before, the newest last. A step drops the oldest. The first cache is zeros.
     """
@@ -274,12 +274,12 @@ class StreamStep(nn.Module):
         """Encode the next tubelet of each stream.
 
         Args:
-            frames: the frames of one tubelet.
+            frames: the frames of a tubelet.
             keys, values: of the W tubelets before.
             time: number of tubelets before.
 
         Returns:
-            Features of the tubelet [B n D], a class token's first; keys, values and time for the next step.
+            Features of the tubelet [B n D], a class token's first. Keys, values and time for the next step.
         """
         cells, extra = self.grid.cells, int(self.encoder.settings.class_token)
         x = embed_tubelets(self.encoder, (frames.movedim(-1, 1).float() / 255 - self.mean) / self.std, self.grid)

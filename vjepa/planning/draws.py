@@ -37,7 +37,7 @@ class Draws:
         Args:
             iteration: iteration of the planner.
             samples, horizon, actions: shape for each episode.
-            colour: exponent of the power spectrum over the horizon; 0 is white noise, 2 a random walk.
+            colour: exponent of the power spectrum over the horizon. 0 is white noise, 2 a random walk.
         """
         shape = (samples, horizon, actions)
         rows = [

@@ -1,4 +1,4 @@
-"""`vjepa plan`: a model, a world and a planner, beside everything that it must be compared with.
+"""`vjepa plan`: a model, a world and a planner, with the agents that they are compared with.
 
     plan.json        settings, task counts, and a row for each agent and group of tasks
     episodes.jsonl   every distance and every action, a line for each batch; an interrupted evaluation continues here
@@ -103,7 +103,7 @@ class PlanSettings:
 
 
 def effort_of(planner: str, **changes: Any) -> Effort:
-    """Return the effort of a planner by default, with the given changes; None changes nothing."""
+    """Return the effort of a planner by default, with the given changes. None changes nothing."""
     given = {name: value for name, value in changes.items() if value is not None}
     default = DEFAULT_EFFORT["cem" if planner == "inverse" else planner]  # pyright: ignore[reportArgumentType]
     if "samples" in given and "elites" not in given:
@@ -194,7 +194,7 @@ class Contenders:
 
     @property
     def _true_cost(self) -> CostName:
-        """A true distance takes no learned one: `min` has the same form as `temporal`."""
+        """A true distance replaces the learned distance: `min` has the same form as `temporal`."""
         return "min" if self.settings.cost == "temporal" else self.settings.cost
 
     @property
@@ -232,7 +232,7 @@ class Evaluation:
 
 
 def check_fit(world: World, *, channels: int, fps: float) -> None:
-    """Check that a model's actions are those of a world.
+    """Check that a model's actions match the actions of a world.
 
     Args:
         world: the world.
@@ -295,7 +295,7 @@ def evaluate(
     """Play all agents, and write the result.
 
     Args:
-        model_path: a run, a checkpoint or an export with a dynamics predictor; None plays the other agents alone.
+        model_path: a run, a checkpoint or an export with a dynamics predictor. None plays the other agents alone.
         settings: the evaluation.
         out: folder of the result. An evaluation that was interrupted there continues.
         part: weights of a run to use.

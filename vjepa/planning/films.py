@@ -1,4 +1,4 @@
-"""Films of planned episodes: the frame with the plans that the planner weighed, beside the goal, above their cost.
+"""Films of planned episodes: the frame with the plans that the planner weighed, the goal, and their cost below.
 
 Letters: F frames, N samples, H steps of a plan, P Q height and width in pixels.
 """
@@ -17,7 +17,7 @@ from vjepa.planning.worlds import SimulatedWorld, Tasks
 SCALE_PX = 192
 CURVE_PX = 48
 FAN = 12
-"""Plans that are drawn, the best of those that were evaluated last."""
+"""Plans that are drawn: the best plans of the last evaluation."""
 
 BLUE, ORANGE, GREY = (37, 99, 235), (234, 115, 23), (138, 147, 163)
 
@@ -37,7 +37,7 @@ def film(world: SimulatedWorld, agent: PlannerAgent, task: Tasks, *, px: int, bu
     Args:
         world: the world. The first two columns of its state are a position in sides of the frame.
         agent: the planner.
-        task: one task.
+        task: the task.
         px: height and width of the frames that the agent sees.
         budget: steps of the episode.
     """

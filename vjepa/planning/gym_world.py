@@ -1,7 +1,7 @@
 """Environments of gymnasium as worlds: `--world gym:gym_pusht/PushT-v0`, a process for each episode.
 
 An environment must render to an array (`render_mode="rgb_array"`), have a bounded box of actions, report success as
-`info["is_success"]`, and tell what its goal looks like: `info["goal_frame"]`, or an entry of GOALS.
+`info["is_success"]`, and show its goal: `info["goal_frame"]`, or an entry of GOALS.
 
 Letters: E episodes, A columns of an action, P height and width in pixels.
 """
@@ -49,7 +49,8 @@ class GymWorld:
         """Make the environment once, for its bounds and the picture of its goal.
 
         Raises:
-            BadInput: gymnasium or the environment is missing, or the environment does not say what a planner needs.
+            BadInput: gymnasium or the environment is missing, or the environment lacks information that a planner
+                needs.
         """
         try:
             import gymnasium

@@ -46,7 +46,7 @@ class TaskSet:
     groups: dict[str, Tasks]
     drawn: int
     solved: int
-    """Tasks among those drawn that were at the goal from the start."""
+    """Drawn tasks that were at the goal from the start."""
 
 
 def draw_tasks(
@@ -218,7 +218,7 @@ def run_agents(
         world: the world.
         agents: makers of agents by name. An agent is made when it has something to play.
         tasks: the tasks.
-        records: what is done, and where results go.
+        records: finished episodes, and the place of new results.
         px: height and width of the frames.
         budget: steps of an episode.
         batch: episodes that are played together. Results do not depend on it.

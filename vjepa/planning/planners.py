@@ -27,7 +27,7 @@ PlannerName = Literal["cem", "icem", "mppi", "sampling", "adam"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a planner computes, and how widely it searches. A planner ignores the fields that it does not name."""
+    """Computation of a planner, and width of its search. A planner ignores the fields that it does not name."""
 
     samples: int = 64
     """Random plans in an iteration. `adam`: random starts. Two more are evaluated: the first guess and rest."""
@@ -44,19 +44,19 @@ class Effort:
     """Least standard deviation of samples, relative to the width of the box."""
 
     colour: float = 2.0
-    """Exponent of the noise over time; 0 is white noise."""
+    """Exponent of the noise over time. 0 is white noise."""
 
     temperature: float = 0.3
     """`mppi`: cost that lowers the weight of a plan by a factor e, in standard deviations of the cost."""
 
     decay: float = 0.8
-    """`sampling`: factor of the standard deviation from one iteration to the next."""
+    """`sampling`: factor of the standard deviation between iterations."""
 
     kept: float = 0.3
-    """`icem`: share of the elites that the next iteration evaluates again beside its samples."""
+    """`icem`: share of the elites that the next iteration evaluates again in addition to its samples."""
 
     shrink: float = 1.25
-    """`icem`: divisor of the number of samples from one iteration to the next, down to twice the elites."""
+    """`icem`: divisor of the number of samples between iterations, down to twice the elites."""
 
     step_size: float = 0.05
     """`adam`: learning rate, relative to the width of the box."""
@@ -75,7 +75,7 @@ DEFAULT_EFFORT: dict[PlannerName, Effort] = {
     "sampling": Effort(),
     "adam": Effort(samples=8, elites=1, iterations=40),
 }
-"""What a planner does unless told otherwise. Tuned by hand on two rooms; the first four evaluate 320 plans or fewer."""
+"""Default effort of each planner. Tuned by hand on two rooms. The first four evaluate 320 plans or fewer."""
 
 
 class Box(NamedTuple):
@@ -95,7 +95,7 @@ class Box(NamedTuple):
         return (self.low + self.high) / 2
 
     def clip(self, actions: Float[Tensor, "*_ A"]) -> Float[Tensor, "*_ A"]:
-        """Move actions to the nearest ones in the box."""
+        """Move actions to the nearest actions in the box."""
         return torch.minimum(torch.maximum(actions, self.low), self.high)
 
 
@@ -163,8 +163,8 @@ def _cross_entropy(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Ef
 def mppi(cost: Cost, start: Tensor, box: Box, draws: Draws, effort: Effort) -> Tensor:
     """Average all samples with weights exp(-cost / temperature), the cost in standard deviations of the samples'.
 
-    The standard deviation of the samples follows the same weights. Source: arXiv:1509.01149; weights on a cost without
-    unit, as a temperature that does not fit the cost picks a single sample or averages all.
+    The standard deviation of the samples follows the same weights. Source: arXiv:1509.01149, with weights on a cost
+    without unit, as a temperature that does not fit the cost picks a single sample or averages all.
     """
     best, mean = _Best(), box.clip(start)
     std = (effort.spread * box.width).expand_as(mean)
@@ -252,7 +252,7 @@ def _samples(
 
 
 def _lowest(plans: Float[Tensor, "E N H A"], costs: Float[Tensor, "E N"], count: int) -> Float[Tensor, "E K H A"]:
-    """Return the plans of least cost, best first; of equal plans the earlier first. NaN counts as infinite."""
+    """Return the plans of least cost, best first. Of equal plans the earlier is first. NaN counts as infinite."""
     order = costs.nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)[:, :count]
     return plans[torch.arange(len(plans), device=plans.device)[:, None], order]
 

@@ -40,7 +40,7 @@ class Policy:
         """Args:
         model: a model with a dynamics predictor, on any device.
         low, high: bounds of the actions, which no action leaves.
-        planner, cost: how actions are found, and what a plan costs; `temporal` needs a network of its own.
+        planner, cost: the search for actions, and the cost of a plan. `temporal` needs a network of its own.
         effort: how much to compute. By default as the planner was tuned.
         horizon: steps of a plan.
         execute: steps that are carried out before the next plan.
@@ -59,7 +59,7 @@ class Policy:
         self.reset()
 
     def reset(self, episode: int = 0) -> None:
-        """Begin an episode: forget the plan. The number of the episode separates its draws from those of others."""
+        """Begin an episode: forget the plan. Its number separates its draws from the draws of other episodes."""
         self._episode, self._step, self._queue = episode, 0, []
 
     def act(

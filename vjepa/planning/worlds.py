@@ -5,7 +5,7 @@
     play.step(actions)                 one frame further
     play.distance()                    how far each episode is from its goal, for the score
 
-A world that can also be computed ahead from any state has a `simulator`. The oracle and the diagnosis need one.
+A world that can also be computed ahead from any state has a `simulator`. The oracle and the diagnosis need it.
 
 Letters: E episodes, N samples, H steps of a plan, S columns of a state, A columns of an action, L columns of a layout,
 P height and width in pixels.
@@ -55,7 +55,7 @@ class Simulator(Protocol):
     """A world that can be set to any state. Rows are independent."""
 
     def step(self, states: ndarray, actions: ndarray, layouts: ndarray) -> ndarray:
-        """Return the states [E S] one frame later."""
+        """Return the states [E S] of the next frame."""
         ...
 
     def distance(self, states: ndarray, goals: ndarray) -> ndarray:
@@ -73,7 +73,7 @@ class Simulator(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Episodes at one step. A learned model is given the frames and the pictures of the goals, and nothing else."""
+    """Episodes at the same step. A learned model is given the frames and the pictures of the goals alone."""
 
     frames: UInt8[ndarray, "E P P 3"]
     goals: UInt8[ndarray, "E P P 3"]
@@ -109,7 +109,7 @@ class Play(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the episodes hold."""
+        """Free the resources of the episodes."""
         ...
 
 
@@ -146,7 +146,7 @@ class World(Protocol):
 
 
 class SimulatedWorld:
-    """One of the worlds of `vjepa_data.worlds`."""
+    """A world of `vjepa_data.worlds`."""
 
     fps = float(FPS)
 

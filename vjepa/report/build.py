@@ -58,7 +58,7 @@ def report(
     else:
         raise BadInput(
             f"{source} is not a run (config.yaml), a model (model.json, config.json, state.json) or a corpus "
-            "(manifest.json); give such a folder"
+            "(manifest.json). Give such a folder."
         )
     with new_file(path, overwrite=True) as file:
         file.write_text(text)

@@ -1,6 +1,6 @@
 """The page of a run: curves, training clips, features, evaluations, data and attempts.
 
-The page says what it cannot show, for instance clips of unreachable shards.
+The page names missing parts, for instance clips of unreachable shards.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A picture of actions over frames, in which an action that is a row early or late is seen.
 
     frame 0   frame 7   frame 15           frames of a clip, each at its place in time
-       |   a0    |   a1    |               actions act between two frames: a step from one frame to the next
+       |   a0    |   a1    |               actions act between two frames: a step between the two
        |  ====   |  =====  |               change of the picture between the two frames
        s0        s1        s2              states are points at their frames
 
@@ -32,7 +32,7 @@ MAX_COLUMNS = 8
 
 LAGS = (-2, -1, 0, 1, 2)
 CLEAR = 0.3
-"""Smallest correlation that is reported as a relation. Without one, 24 clips of 17 frames stay below 0.1."""
+"""Smallest correlation that is reported as a relation. Without a relation, 24 clips of 17 frames stay below 0.1."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def draw_signal_sheet(run: Run, path: Path, *, step: int = 0) -> None:
     if form not in ("png", "svg", "pdf"):
         raise BadInput(f"unsupported picture format {path.suffix!r} of {path}; use .png, .svg or .pdf")
     if not run.data.signals:
-        raise BadInput(f"run {run.name} reads no signals; name those of its corpus in data.signals")
+        raise BadInput(f"run {run.name} reads no signals; name the signals of its corpus in data.signals")
     from matplotlib.figure import Figure
 
     ask = {"seed": run.seed, "batch_size": run.batch_size, "step": step, "slots": CLIPS}
@@ -142,7 +142,7 @@ def draw_signal_sheet(run: Run, path: Path, *, step: int = 0) -> None:
 
 
 def _draw_clip(figure, clips: Clips, i: int, specs: Mapping[str, SignalSpec]) -> None:
-    """Draw the frames of a clip, the change of the picture, and each signal, on one axis of frames."""
+    """Draw the frames of a clip, the change of the picture, and each signal, on a common axis of frames."""
     frames = clips.frames[i].numpy()
     count, lines = len(frames), 1 + len(specs)
     boxes = figure.subplots(1 + lines, 1, sharex=True, height_ratios=[1.6] + [1] * lines)

@@ -3,12 +3,12 @@
 | release | recognized by | parts in the file |
 |---|---|---|
 | V-JEPA 2.1 | `norms_block`, `patch_embed_img` | `encoder`, `target_encoder`, `predictor`, or `ema_encoder` alone |
-| V-JEPA 2 | no table of positions, or other marks of it beside an unused one | the same |
+| V-JEPA 2 | no table of positions, or an unused table and other marks | the same |
 | V-JEPA | `pos_embed`: fixed sines and cosines, compared with ours | the same |
 
 The authors' own loader says of V-JEPA 2's files "state_dict has pos_embed but we use RoPE", so the table alone does
 not tell the release: see `_release`. Parameter names are ours behind wrappers (`module.backbone.`), and forks also
-write one flat mapping. Files are read with `weights_only`, so no code in them is run.
+write a flat mapping. Files are read with `weights_only`, so no code in them is run.
 """
 
 import argparse
@@ -44,7 +44,7 @@ INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrap
 FLAT = ("state_dict", "model", "model_state_dict")
 FLAT_PREFIX = re.compile(r"^((module|model|_orig_mod)\.)*")
 
-# Types of values that forks keep beside the tensors and that hold data alone: numpy's numbers and arrays, arguments.
+# Types of values that forks keep with the tensors and that hold data alone: numpy's numbers and arrays, arguments.
 HARMLESS: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
@@ -76,22 +76,22 @@ class Sizes:
     """Settings that cannot be inferred from the tensors of a file."""
 
     heads: int | None = None
-    """Attention heads of the encoder; by default from the registry's model of this width and depth."""
+    """Attention heads of the encoder, by default from the registry's model of this width and depth."""
     predictor_heads: int | None = None
-    """By default 12 as in V-JEPA 2; for the first V-JEPA as many as the encoder has."""
+    """By default 12 as in V-JEPA 2. For the first V-JEPA as many as the encoder has."""
     px: int | None = None
     """By default inferred from `pos_embed`, or 256."""
     frames: int | None = None
     """By default inferred from `pos_embed`, or 16."""
     fps: float = 4.0
     mask_tokens: tuple[int, ...] | None = None
-    """Mask token of the file for each of our kinds of mask; by default all tokens in their order. V-JEPA 2 trained
-    only the first token of files with one clip length, so use (0, 0) for two kinds of mask."""
+    """Mask token of the file for each of our kinds of mask. By default all tokens in their order. V-JEPA 2 trained only
+    the first token of files with a single clip length, so use (0, 0) for two kinds of mask."""
     positions: Positions | None = None
-    """Positions of the model; by default told by several marks of the file."""
+    """Positions of the model, by default recognized by several marks of the file."""
     objective: Objective | None = None
-    """Method whose output layers an added predictor has; by default told by the encoder. Not for a file that has a
-    predictor, whose layers tell."""
+    """Method whose output layers an added predictor has. By default recognized by the encoder. Not for a file that has
+    a predictor, whose layers determine it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def read_fair_checkpoint(path: Path, sizes: Sizes) -> FairCheckpoint:
     if release == "V-JEPA" and grid is None:
         raise BadInput(
             f"{path}: its pos_embed {list(encoder['pos_embed'].shape)} is not a table of sines and cosines of time, "
-            "rows and columns in equal parts; learned positions are not supported, and --positions rope ignores them"
+            "rows and columns in equal parts. Learned positions are not supported, and --positions rope ignores them."
         )
     px = sizes.px or (grid.h * model.patch_px if grid else 256)
     frames = sizes.frames or (grid.t * model.tubelet_frames if grid else 16)
@@ -179,7 +179,7 @@ def _release(
     if first and second:
         raise BadInput(
             f"{path} may be of V-JEPA ({'; '.join(first)}) or of V-JEPA 2 with an unused pos_embed "
-            f"({'; '.join(second)}); give --positions sincos for the first, --positions rope for the second"
+            f"({'; '.join(second)}). Give --positions sincos for the first, --positions rope for the second."
         )
     return "V-JEPA 2" if second else "V-JEPA"
 
@@ -198,8 +198,9 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         found = re.search(r"(?:GLOBAL|global:?|class) `?([\w.]+\.\w+)", str(error))
         what = f" ({found[1]})" if found else ""
         raise BadInput(
-            f"{path} holds Python objects beside tensors and numbers{what}; it is not read, because that would run its "
-            "code. Where you trust it, save the parts encoder, target_encoder and predictor alone with torch.save"
+            f"{path} holds Python objects in addition to tensors and numbers{what}. It is not read, because "
+            "that would run its code. Where you trust it, save the parts encoder, target_encoder and "
+            "predictor alone with torch.save."
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "it ends early")
@@ -232,7 +233,7 @@ def _parts(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _part(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor] | None:
-    """Return the tensors of one part under our names: without wrappers, the mask tokens as one tensor."""
+    """Return the tensors of a part under our names: without wrappers, the mask tokens as a single tensor."""
     found = next((content[name] for name in names if isinstance(content.get(name), Mapping)), None)
     if found is None:
         return None
@@ -322,12 +323,12 @@ def _grid_of(table: Tensor) -> Grid | None:
 
 
 def _drop_positions(path: Path, part: dict[str, Tensor] | None, grid: Grid | None) -> bool:
-    """Remove the table of positions of a part and return whether it had one.
+    """Remove the table of positions of a part and return whether there was a table.
 
     Args:
         path: the file.
         part: its tensors.
-        grid: the grid whose positions our network computes, which the table must equal; None to leave it unused.
+        grid: the grid whose positions our network computes, which the table must equal. None leaves the table unused.
 
     Raises:
         BadInput: the table differs.
@@ -340,7 +341,7 @@ def _drop_positions(path: Path, part: dict[str, Tensor] | None, grid: Grid | Non
 
 
 def _differs(table: Tensor, grid: Grid) -> float:
-    """Return the largest difference of a table [1 N D] from our positions; 0 below rounding of the last bit."""
+    """Return the largest difference of a table [1 N D] from our positions, or 0 below rounding of the last bit."""
     if table.dim() != 3 or table.shape[1] != grid.tokens:
         return math.inf
     ours = sine_cosine(grid, torch.arange(grid.tokens)[None], table.shape[2])

@@ -18,8 +18,8 @@ from vjepa.weights.tensors import InFiles, SafeTensors, Tensors, read_json, some
 from vjepa.weights.weights import Weights, sized_encoder
 from vjepa_data.errors import BadInput
 
-# Our names and those of `VJEPA2Model`. `{i}` is the number of a block. Where one of our tensors is three of theirs,
-# its rows are split in thirds. Each entry stands for a `weight` and a `bias`, except for the mask tokens.
+# Our names and the names of `VJEPA2Model`. `{i}` is the number of a block. Where one of our tensors is three tensors
+# there, its rows are split in thirds. Each entry stands for a `weight` and a `bias`, except for the mask tokens.
 HF_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("encoder.patch_embed.proj", ("encoder.embeddings.patch_embeddings.proj",)),
     ("encoder.blocks.{i}.norm1", ("encoder.layer.{i}.norm1",)),
@@ -63,7 +63,7 @@ UNSET = ("None", "False", "0", "1", "[]")
 
 
 def hf_names(model: config.Model) -> dict[str, tuple[str, ...]]:
-    """Return the names in `VJEPA2Model` of each of our tensors; three names where rows are split in thirds."""
+    """Return the names in `VJEPA2Model` of each of our tensors, three names where rows are split in thirds."""
     names: dict[str, tuple[str, ...]] = {}
     for ours, theirs in HF_NAMES:
         depth = (model.encoder if ours.startswith("encoder.") else model.predictor).depth
@@ -107,7 +107,7 @@ def hf_config(weights: Weights) -> dict[str, Any]:
 
 
 def read_huggingface(path: Path) -> Weights:
-    """Open a folder of `VJEPA2Model` or of its classifier, exported by us or published by others.
+    """Open a folder of `VJEPA2Model` or of its classifier, exported by us or published elsewhere.
 
     Raises:
         BadInput: the folder holds another kind of model, or an unsupported variant.
@@ -125,8 +125,8 @@ def read_huggingface(path: Path) -> Weights:
     index = path / "model.safetensors.index.json"
     if not index.is_file() and not (path / "model.safetensors").is_file() and list(path.glob("pytorch_model*.bin")):
         raise BadInput(
-            f"{path}: its tensors are in pytorch_model.bin, which could run code; load it with transformers where you "
-            "trust it, and save_pretrained to another folder"
+            f"{path}: its tensors are in pytorch_model.bin, which could run code. Load it with transformers where you "
+            "trust it, and save_pretrained to another folder."
         )
     theirs = InFiles(index) if index.is_file() else SafeTensors(path / "model.safetensors")
     tensors = FromHF(theirs, model, provenance.get("mask_token_order"))
@@ -171,8 +171,8 @@ def _model_of_hf(path: Path, content: dict[str, Any]) -> config.Model:
 def mask_token_order(count: int, kind: int) -> list[int]:
     """Return which of our mask tokens goes to each index of an export.
 
-    The token of `kind` goes to index 1 (modulo their number), the only one that `VJEPA2Model` uses. The token that was
-    there takes its place.
+    The token of `kind` goes to index 1 (modulo their number), the only index that `VJEPA2Model` uses. The token that
+    was there takes its place.
     """
     order, used = list(range(count)), 1 % count
     order[used], order[kind] = order[kind], order[used]

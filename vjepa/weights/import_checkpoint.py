@@ -3,7 +3,7 @@
     vjepa import vitl.pt --out runs/vitl                 a file of V-JEPA, V-JEPA 2 or 2.1 as its authors release it
     vjepa import DIR --out runs/vitl                     a Hugging Face folder, or a native export
 
-Tensors are copied byte for byte and the optimizer state starts at zero. Other architectures are rejected; the error
+Tensors are copied byte for byte and the optimizer state starts at zero. Other architectures are rejected. The error
 lists the first mismatched parameters.
 """
 
@@ -51,7 +51,7 @@ def import_checkpoint(source: Path, out: Path, sizes: Sizes = DEFAULT_SIZES, *, 
         Folder of the checkpoint.
 
     Raises:
-        BadInput: the source is missing, holds Python objects, or is an unsupported model; or `out` exists.
+        BadInput: the source is missing, holds Python objects, or is an unsupported model, or `out` exists.
     """
     if source.is_file():
         found = read_fair_checkpoint(source, sizes)
@@ -83,13 +83,13 @@ Parts = dict[str, dict[str, Tensor]]
 def run_for_weights(
     model: config.Model, *, px: int, frames: int, fps: float, kinds: int, objective: Objective | None = None
 ) -> config.Run:
-    """Return the settings of a run with this model and form of clips; all other settings are placeholders.
+    """Return the settings of a run with this model and form of clips. All other settings are placeholders.
 
     Args:
         model: the networks.
         px, frames, fps: form of the clips.
         kinds: kinds of mask.
-        objective: method of the run; by default the one whose output layers the predictor has.
+        objective: method of the run, by default recognized by the predictor's output layers.
 
     Raises:
         BadInput: no method trains such a model.

@@ -1,7 +1,7 @@
 """Load a trained model from any of four layouts, which are told apart by the files in the folder.
 
 runs/X                      a run: its newest complete checkpoint, in the place that its settings name
-runs/X/checkpoints/step_*   one checkpoint, written at any world size
+runs/X/checkpoints/step_*   a checkpoint, written at any world size
 a native export             model.json, model.safetensors
 a Hugging Face folder       config.json of model_type vjepa2, model.safetensors
 """
@@ -21,7 +21,7 @@ from vjepa_data.errors import BadInput
 
 
 def load(path: Path | str, part: Part = "target") -> WorldModel:
-    """Load a trained model onto the CPU in fp32; see `vjepa.load`.
+    """Load a trained model onto the CPU in fp32 (see `vjepa.load`).
 
     Raises:
         BadInput: there is no model at the path, it is damaged, or it is of another kind.
@@ -30,7 +30,7 @@ def load(path: Path | str, part: Part = "target") -> WorldModel:
 
 
 def load_encoder(path: Path | str, part: Part = "target") -> VideoEncoder:
-    """Load only the encoder of a trained model; see `vjepa.load_encoder`.
+    """Load only the encoder of a trained model (see `vjepa.load_encoder`).
 
     Raises:
         BadInput: as for `load`.
@@ -57,8 +57,8 @@ def read_weights(path: Path, part: Part = "target") -> Weights:
         weights = read_huggingface(path)
     else:
         raise BadInput(
-            f"{path}: not a model: it has no checkpoints/, state.json, model.json or config.json; "
-            "give a run, a checkpoint, or a folder made by `vjepa export`"
+            f"{path}: not a model: it has no checkpoints/, state.json, model.json or config.json. "
+            "Give a run, a checkpoint, or a folder made by `vjepa export`."
         )
     check_shapes(path, weights)
     return weights

@@ -21,7 +21,7 @@ Loaded = TypeVar("Loaded", VideoEncoder, WorldModel)
 
 
 def load(folder: Path | str, part: str = "target") -> WorldModel:
-    """Load a native export onto the CPU in fp32. It holds one encoder, so `part` has no effect.
+    """Load a native export onto the CPU in fp32. It holds a single encoder, so `part` has no effect.
 
     Raises:
         BadInput: the folder is incomplete or damaged, or of another version.
@@ -30,7 +30,7 @@ def load(folder: Path | str, part: str = "target") -> WorldModel:
 
 
 def load_encoder(folder: Path | str, part: str = "target") -> VideoEncoder:
-    """Load the encoder of a native export; otherwise like `load`."""
+    """Load the encoder of a native export, otherwise like `load`."""
     return _build(VideoEncoder, Path(folder))
 
 
@@ -58,8 +58,8 @@ def check_there(path: Path) -> None:
         )
     if not path.exists():
         raise BadInput(
-            f"{path}: no such model; give a run, a checkpoint, or a folder made by `vjepa export` (download a model of "
-            "the Hugging Face hub first: `hf download NAME --local-dir DIR`)"
+            f"{path}: no such model. Give a run, a checkpoint, or a folder made by `vjepa export` (download a model of "
+            "the Hugging Face hub first: `hf download NAME --local-dir DIR`)."
         )
 
 
@@ -72,14 +72,14 @@ def open_native(folder: Path) -> tuple[dict[str, Any], SafeTensors]:
     content = read_json(folder / "model.json")
     if content.get("format") != FORMAT:
         raise BadInput(
-            f"{folder / 'model.json'}: format {content.get('format')!r}, this version reads {FORMAT}; "
-            "export the model again"
+            f"{folder / 'model.json'}: format {content.get('format')!r}, this version reads {FORMAT}. "
+            "Export the model again."
         )
     return content, SafeTensors(folder / "model.safetensors")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the origin of a model as `vjepa export` recorded it; empty for models of other projects."""
+    """Return the origin of a model as `vjepa export` recorded it. Empty for models of other projects."""
     file = folder / "provenance.json"
     return read_json(file) if file.is_file() else {}
 

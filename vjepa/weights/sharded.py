@@ -21,7 +21,7 @@ from vjepa_data.errors import BadInput
 
 
 def read_checkpoint(path: Path, part: Part) -> Weights:
-    """Open a checkpoint, or the newest intact one of a run.
+    """Open a checkpoint, or the newest intact checkpoint of a run.
 
     Args:
         path: its folder.
@@ -77,7 +77,7 @@ def read_frozen_encoder(path: Path, run: config.Run, tensors: Tensors) -> Tensor
 
 
 class Sharded(Tensors):
-    """All tensors of a sharded checkpoint; each is assembled from its shards when it is used."""
+    """All tensors of a sharded checkpoint. Each is assembled from its shards when it is used."""
 
     def __init__(self, path: Path) -> None:
         """Open the checkpoint in this folder and verify its files.

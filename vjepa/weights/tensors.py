@@ -1,4 +1,4 @@
-"""Named tensors on disk and in memory, read one at a time; and the two kinds of file that an export is made of.
+"""Named tensors on disk and in memory, read in turn, and the two kinds of file in an export.
 
 This module imports torch and safetensors alone, so that a native export loads without our other dependencies.
 """
@@ -36,7 +36,7 @@ class Tensors(Mapping[str, Tensor], ABC):
         return len(self.names)
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of one part (`encoder`, `predictor`) without its prefix."""
+        """Return the tensors of a part (`encoder`, `predictor`) without its prefix."""
         return {key.removeprefix(f"{name}."): self[key] for key in self if key.startswith(f"{name}.")}
 
 
@@ -75,7 +75,7 @@ class Renamed(Tensors):
 
 
 class Joined(Tensors):
-    """The tensors of two places; of a name in both, the first."""
+    """The tensors of two places. The first place wins where both have a name."""
 
     def __init__(self, first: Tensors, second: Tensors) -> None:
         self.places = {**dict.fromkeys(second, second), **dict.fromkeys(first, first)}
@@ -108,7 +108,7 @@ class SafeTensors(Tensors):
         tensor = self.file.get_tensor(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise BadInput(f"{self.path}: {name} is {kind}, as in quantized models; give one of float tensors")
+            raise BadInput(f"{self.path}: {name} is {kind}, as in quantized models; give a model of float tensors")
         return aligned(tensor.float())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ class InFiles(Tensors):
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor at an address that is a multiple of 64 bytes, as torch allocates; copied only if need be.
+    """Return the tensor at an address that is a multiple of 64 bytes, as torch allocates, copied only if need be.
 
     The last bit of a matrix product depends on the alignment of its inputs, and a tensor that is mapped from a file
     starts anywhere.
@@ -143,10 +143,10 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors one after another, so that only one is in memory at a time.
+    """Write tensors in turn, so that only one is in memory at a time.
 
     The library's `save_file` needs all of them in memory. For 16 tensors of 32 MB the peak is 1.0 times the file with
-    safetensors 0.8.0 and 0.13 times with this function: two tensors, the one being written and the next.
+    safetensors 0.8.0 and 0.13 times with this function: two tensors, the current and the next.
     Source: the format of huggingface/safetensors: length of the header, header in JSON, data.
     """
     body = path.with_suffix(".body")
@@ -205,5 +205,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first three names and the number of others, for an error text."""
+    """Return the first three names and the number of further names, for an error text."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

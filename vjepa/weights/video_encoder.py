@@ -1,4 +1,4 @@
-"""The frozen encoder of a trained model: clips of uint8 frames in, one feature per token out.
+"""The frozen encoder of a trained model: clips of uint8 frames in, a feature per token out.
 
 This module imports torch and the network alone, so that a native export loads without our other dependencies.
 
@@ -24,7 +24,7 @@ class VideoEncoder(nn.Module):
 
     Attributes:
         model: sizes, patch, positions.
-        px: height and width of those clips.
+        px: height and width of the clips.
         frames: frames per clip.
         fps: frames per second of video time.
         provenance: run, step, settings and corpora, as far as they are known.
@@ -58,7 +58,7 @@ class VideoEncoder(nn.Module):
         return Grid.of(steps, height, width, self.model)
 
     def forward(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
-        """Encode RGB clips of one shape; H and W are multiples of the patch, T of the tubelet.
+        """Encode RGB clips of equal shape. H and W are multiples of the patch, T of the tubelet.
 
         A still picture (T = 1) is repeated to fill a tubelet, unless the model has `still_tokens`.
 
@@ -76,7 +76,7 @@ class VideoEncoder(nn.Module):
 
         Args:
             frames: RGB clips of one shape.
-            visible: sorted token ids, see `Grid`; by default all tokens.
+            visible: sorted token ids (see `Grid`), by default all tokens.
             levels: return the features of all `model.levels` side by side, the last block's last. By default, and for
                 a model without levels, L = 1: the last block alone.
 
@@ -87,7 +87,7 @@ class VideoEncoder(nn.Module):
         return self.encoder([View(normalise(self._filled(frames)), visible)], levels=levels)[0]
 
     def stream(self, window: int | None = None) -> VideoStream:
-        """Begin to encode a video without end, one tubelet at a time and in flat memory; see `VideoStream`.
+        """Begin to encode a video without end, tubelet by tubelet in constant memory (see `VideoStream`).
 
         Args:
             window: tubelets that a token attends to, its own included. By default `model.window`, else the tubelets
@@ -104,7 +104,7 @@ class VideoEncoder(nn.Module):
 
 
 def check_frames(frames: Any) -> None:
-    """Check that frames are a uint8 tensor [B T H W 3]; the error says which call makes them one.
+    """Check that frames are a uint8 tensor [B T H W 3]. The error names the call that converts them.
 
     Raises:
         BadInput: they are not.
@@ -113,8 +113,8 @@ def check_frames(frames: Any) -> None:
     is_array = not is_tensor and hasattr(frames, "__array_interface__")
     if not is_tensor and not is_array:
         raise BadInput(
-            f"frames are a uint8 tensor [B T H W 3], got a {type(frames).__name__}; of a list of clips make one with "
-            "torch.stack, of a list of pictures with torch.from_numpy(numpy.stack(pictures))[None]"
+            f"frames are a uint8 tensor [B T H W 3], got a {type(frames).__name__}. Convert a list "
+            "of clips with torch.stack, and a list of pictures with torch.from_numpy(numpy.stack(pictures))[None]"
         )
     shape, kind = tuple(frames.shape), str(frames.dtype).removeprefix("torch.")
     advice = ["torch.from_numpy(frames)"] if is_array else []

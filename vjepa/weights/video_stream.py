@@ -27,7 +27,7 @@ class VideoStream:
     """
 
     def __init__(self, encoder: "VideoEncoder", window: int | None = None) -> None:
-        """Begin a stream; `model.stream()` is the usual way to do so.
+        """Begin a stream, usually through `model.stream()`.
 
         Args:
             encoder: the encoder of a model.
@@ -53,21 +53,21 @@ class VideoStream:
 
     @property
     def class_features(self) -> Float[Tensor, "B t D"] | None:
-        """Features of the class token after each tubelet of the last call; None for a model without a class token."""
+        """Features of the class token after each tubelet of the last call, or None without a class token."""
         return self._stream.class_features
 
     @torch.no_grad()
     def __call__(self, frames: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B t h w D"]:
         """Encode the next frames: whole tubelets, in order, at the model's rate (`model.fps`).
 
-        The features of a tubelet are those of one pass over all frames so far in which a token attends to its own
-        tubelet and to the `window` - 1 before it. They do not depend on how frames are cut into calls.
+        The features of a tubelet equal the features of a single pass over all frames so far, in which a token attends
+        to its own tubelet and to the `window` - 1 before it. They do not depend on how frames are cut into calls.
 
         Args:
             frames: RGB frames of B videos that run side by side. T is a multiple of the tubelet.
 
         Raises:
-            BadInput: the frames have another form, or another size than those before.
+            BadInput: the frames have an unsupported form, or another size than earlier frames.
 
         Example:
             >>> model = vjepa.load("levjepa-native")
@@ -84,7 +84,7 @@ class VideoStream:
         Frames at the end that do not fill a tubelet give no features.
 
         Args:
-            frames: single RGB frames at the model's rate, such as those of a camera.
+            frames: single RGB frames at the model's rate, such as frames of a camera.
         """
         waiting: list[Tensor] = []
         for frame in frames:

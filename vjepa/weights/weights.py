@@ -32,14 +32,14 @@ class Weights:
     fps: float
     """Frames per second of video time."""
     masks: tuple[config.Mask, ...]
-    """Kinds of mask, in the order of the predictor's mask tokens; empty if unknown."""
+    """Kinds of mask, in the order of the predictor's mask tokens. Empty if unknown."""
     tensors: Tensors
     """`encoder.*`, and the other parts under their names (`predictor.*`). They are read when they are used."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mask_tokens(self) -> int:
-        """Number of mask tokens of the predictor; 0 for a model without a predictor (LeVJEPA)."""
+        """Number of mask tokens of the predictor, or 0 for a model without a predictor (LeVJEPA)."""
         name = "predictor.mask_tokens"
         return self.tensors.shape(name)[0] if name in self.tensors else 0
 
@@ -63,7 +63,7 @@ def random_encoder(like: VideoEncoder, seed: int) -> VideoEncoder:
 
 
 def sized_encoder(width: int, depth: int, heads: int, mlp_ratio: float) -> config.EncoderSize:
-    """Return the settings of an encoder of this size, under its registry name if it has one."""
+    """Return the settings of an encoder of this size, under its registry name, if any."""
     for name, numbers in config.ENCODERS.items():
         if numbers[:3] == (width, depth, heads) and int(width * numbers[3]) == int(width * mlp_ratio):
             return config.EncoderSize.model_validate(name)
@@ -80,10 +80,10 @@ def expected_shapes(model: config.Model, mask_tokens: int) -> dict[str, tuple[in
 
 
 def check_shapes(path: Path, weights: Weights) -> None:
-    """Check that the tensors are those that the settings describe.
+    """Check that the tensors match the settings.
 
     Raises:
-        BadInput: they are not; the text names the first that do not fit.
+        BadInput: they do not match. The text names the first mismatches.
     """
     with torch.device("meta"):
         parts = {

@@ -8,7 +8,7 @@
     model.stream(window=16)                       causal models with true rotary positions
 
 The networks other than the encoder are listed in `PARTS`. Each is recognized by the names of its tensors and never by
-the method that trained it. A new network is one entry there; loading, export and this class stay as they are.
+the method that trained it. A new network is an entry there. Loading, export and this class stay as they are.
 
 This module imports torch and our networks alone, so that a native export loads without our other dependencies.
 
@@ -99,7 +99,7 @@ def part_kinds(names: Collection[str]) -> list[PartKind]:
 
 
 class WorldModel(nn.Module):
-    """A frozen model. Move it with `.to(device)`; frames and tokens must then be on that device.
+    """A frozen model. Move it with `.to(device)`. Frames and tokens must then be on that device.
 
     Gradients flow from results to floating-point inputs, never into the parameters.
 
@@ -115,11 +115,11 @@ class WorldModel(nn.Module):
     def __init__(
         self, model: Model, tensors: Tensors, *, px: int, frames: int, fps: float, provenance: Mapping[str, Any]
     ) -> None:
-        """Build all networks on the CPU; `vjepa.load` is the usual way to do so.
+        """Build all networks on the CPU, usually through `vjepa.load`.
 
         Args:
             model: sizes, patch, positions.
-            tensors: `encoder.*`, and those of the other parts under their names.
+            tensors: `encoder.*`, and the tensors of the other parts under their names.
             px, frames, fps: form of the clips that the model was trained on last.
             provenance: where the model came from.
         """
@@ -150,7 +150,7 @@ class WorldModel(nn.Module):
 
     @property
     def levels(self) -> int:
-        """Levels of features that `predict` and `targets` give side by side; 1 for most models."""
+        """Levels of features that `predict` and `targets` give side by side. Most models have 1."""
         return max(1, len(self.model.levels))
 
     @property
@@ -159,11 +159,11 @@ class WorldModel(nn.Module):
         return frozenset(("encode", *(kind.capability for kind in self._kinds)))
 
     def encode(self, frames: UInt8[Tensor, "B T H W C"], *, levels: bool = False) -> Float[Tensor, "B t h w LD"]:
-        """Encode RGB clips of one shape.
+        """Encode RGB clips of equal shape.
 
         Args:
             frames: H and W are multiples of the patch, T of the tubelet. A still picture (T = 1) fills a tubelet.
-            levels: return all levels side by side, the last block's last; by default the last block alone, L = 1.
+            levels: return all levels side by side, the last block's last. By default the last block alone, L = 1.
 
         Raises:
             BadInput: the frames have another form.
@@ -177,7 +177,7 @@ class WorldModel(nn.Module):
         return self.encoder.features(frames, levels=levels).unflatten(1, (grid.t, grid.h, grid.w))
 
     def stream(self, window: int | None = None) -> VideoStream:
-        """Begin to encode a video without end, one tubelet at a time and in flat memory; see `VideoStream`.
+        """Begin to encode a video without end, tubelet by tubelet in constant memory (see `VideoStream`).
 
         Args:
             window: tubelets that a token attends to, its own included. By default `model.window`, else the tubelets
@@ -208,20 +208,19 @@ class WorldModel(nn.Module):
     ) -> Float[Tensor, "B K LD"]:
         """Predict the features of hidden tokens from the visible tokens of the same clips.
 
-        A token's id is `(t * grid.h + row) * grid.w + column`. Ids of one clip may come in any order and need not
-        cover the clip. Training encodes the context with the trained encoder (`part="encoder"`) and predicts the
-        features of the moving average (`part="target"`).
+        A token's id is `(t * grid.h + row) * grid.w + column`. Ids of a clip may come in any order and need not cover
+        the clip. Training encodes the context with the trained encoder (`part="encoder"`) and predicts the features of
+        the moving average (`part="target"`).
 
         Args:
-            context: frames, of which only the visible tokens are encoded; or features of the visible tokens, of all
+            context: frames, of which only the visible tokens are encoded, or features of the visible tokens, of all
                 levels, as `encoder.features(frames, visible, levels=True)` returns them.
             visible: ids of the visible tokens.
             hidden: ids of the tokens to predict.
             mask_kind: which mask token stands for hidden tokens: the place of its kind in the masks of the run.
             grid: grid of the clips. Only needed with features, and only if the clips do not have the size that the
                 model was trained on.
-            still: the features are those of still pictures. Only for a model with `still_tokens`; frames tell it
-                themselves.
+            still: the features come from still pictures. Only for features, and for a model with `still_tokens`.
 
         Returns:
             Features to compare with `targets`, all levels side by side.
@@ -251,8 +250,8 @@ class WorldModel(nn.Module):
         expected = (*visible.shape, self.levels * self.width)
         if tuple(context.shape) != expected:
             raise BadInput(
-                f"features of the visible tokens are {list(expected)}, got {list(context.shape)}; "
-                "take them from model.encoder.features(frames, visible, levels=True)"
+                f"features of the visible tokens are {list(expected)}, got {list(context.shape)}. "
+                "Take them from model.encoder.features(frames, visible, levels=True)."
             )
         return predictor([PredictorInput(context, visible, hidden, grid, mask_kind, still=still)])[0]
 
@@ -263,8 +262,9 @@ class WorldModel(nn.Module):
 
         Args:
             frames: the frames that are known, at the rate of the model's clips.
-            actions: actions in their own units: those between the known frames, then one for each step to predict,
-                V = T - 1 + S. Of a model with states, each action is followed by the state of the frame before it.
+            actions: actions in their own units: the actions between the known frames, then an action for each step to
+                predict, V = T - 1 + S. Of a model with states, each action is followed by the state of the frame before
+                it.
 
         Returns:
             Latents to compare with `latents`. A model whose latents are vectors has h = w = 1.

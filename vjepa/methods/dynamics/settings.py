@@ -32,15 +32,15 @@ class DynamicsSettings(ActionSettings):
     """Power of the absolute error. V-JEPA 2-AC: 1. jepa-wms (arXiv:2512.24497) found 2 better in planning."""
 
     random_prefix: bool = False
-    """Begin the rollout after a random number of true frames, the same for all clips of a step. By default after
-    one."""
+    """Begin the rollout after a random number of true frames, the same for all clips of a step. By default after one
+    frame."""
 
     detach: bool = False
     """Let no gradient flow from a step of the rollout into the steps before it (jepa-wms)."""
 
     @property
     def state_signal(self) -> tuple[str, int] | None:
-        """Name and channels of the state, if there is one."""
+        """Name and channels of the state, if any."""
         return None if self.state is None else (self.state, self.state_channels)
 
     def with_absolute_paths(self) -> "DynamicsSettings":

@@ -7,9 +7,9 @@
 The gradient goes through both views. The moving average of the encoder is kept for evaluation alone.
 
 LeVJEPA: arXiv:2608.27395. `model.class_token` and `model.causal` together are the published form: attention sees the
-past only, and one token attends to all others. Without them attention goes both ways, and an embedding is the mean of
-visible tokens. Two things differ here: small crops are cut on the device from the pixels of the global view, and keep
-their hue.
+past only, and the class token attends to all other tokens. Without them attention goes both ways, and an embedding is
+the mean of visible tokens. Two things differ here: small crops are cut on the device from the pixels of the global
+view, and keep their hue.
 
 B clips, V crops, T frames, Y X pixels, D width, E width of the embedding.
 """

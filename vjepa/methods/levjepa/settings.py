@@ -72,5 +72,5 @@ class LeVJEPASettings(MethodSettings):
         if run.accumulate > 1:
             raise ValueError(
                 f"objective levjepa compares all clips of a step, so parallel.accumulate ({run.accumulate}) would "
-                "change the result; use more ranks or a smaller batch_size"
+                "change the result. Use more ranks or a smaller batch_size."
             )

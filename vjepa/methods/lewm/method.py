@@ -8,10 +8,10 @@
          + temporal * (z_{t+1} - z_t)^2  + straight * (1 - cos of neighbouring differences)
 
 The gradient goes through predictions and targets. SIGReg compares the global batch: its value and gradient are the same
-on one rank and on many. The projector reads tokens that are centred and scaled by the statistics of the run's first
-batch, which a checkpoint keeps. No network has running statistics, so an export computes what was trained.
+on any number of ranks. The projector reads tokens that are centred and scaled by the statistics of the run's first
+batch, which a checkpoint keeps. No network has running statistics, so an export computes the trained function.
 
-LeWM: arXiv:2603.19312. The inverse model and the temporal term are those of PLDM (arXiv:2502.14819) and eb_jepa
+LeWM: arXiv:2603.19312. The inverse model and the temporal term come from PLDM (arXiv:2502.14819) and eb_jepa
 (arXiv:2602.03604). LeWM has no rollout loss, and reads the class token through an MLP with batch norm.
 
 Letters: B clips, T frames, U = T - 1 intervals, Y X pixels, N tokens of a frame, D width, E channels of a latent,
@@ -177,7 +177,7 @@ class LeWM(Method):
         )
 
     def _encode_frames(self, encoder: nn.Module, frames: Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B T N D"]:
-        """Encode each frame alone, repeated to fill a tubelet; with a class token, return that token alone."""
+        """Encode each frame alone, repeated to fill a tubelet. With a class token, return that token alone."""
         model = self.run.model
         alone = frames.flatten(0, 1)[:, :, None]
         if not model.still_tokens:

@@ -15,13 +15,13 @@ class LeWMSettings(ActionSettings):
     name: Literal["lewm"] = "lewm"
 
     action_channels: int = Field(default=2, ge=1)
-    """Numbers of an action between two frames: the columns of the signal; with `combine: stack` times the rows."""
+    """Numbers of an action between two frames: the columns of the signal, times the rows with `combine: stack`."""
 
     latent: tuple[int, int] = (256, 32)
     """Hidden channels of the projector, and channels of a latent."""
 
     rollout_steps: int = Field(default=8, ge=0)
-    """Steps that are predicted from the first frame alone, from prediction to prediction; 0 for none. LeWM trains
+    """Steps that are predicted from the first frame alone, from prediction to prediction, or 0 for none. LeWM trains
     without, PLDM with 16."""
 
     regularizer_weight: float = Field(default=0.09, ge=0)
@@ -54,8 +54,8 @@ class LeWMSettings(ActionSettings):
         self.check_clips(run, self.action)
         if run.data.clip.sequence > 1:
             raise ValueError(
-                f"objective lewm compares frames of all clips, but data.clip.sequence is {run.data.clip.sequence}; set "
-                "it to 1"
+                f"objective lewm compares frames of all clips, but data.clip.sequence is {run.data.clip.sequence}. Set "
+                "it to 1."
             )
         if run.model.levels or run.model.predict_context or run.model.causal:
             raise ValueError(
@@ -64,5 +64,5 @@ class LeWMSettings(ActionSettings):
         if run.accumulate > 1:
             raise ValueError(
                 f"objective lewm compares all clips of a step, so parallel.accumulate ({run.accumulate}) would change "
-                "the result; use more ranks or a smaller batch_size"
+                "the result. Use more ranks or a smaller batch_size."
             )

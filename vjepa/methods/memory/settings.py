@@ -23,8 +23,8 @@ class MemorySettings(MethodSettings):
     """Pairs of an earlier and a later clip of each sequence that are compared in a step."""
 
     shown: int = Field(default=2, ge=0)
-    """Cells of the later clip that the predictor sees, so that it can tell what is in sight again. The others are
-    predicted."""
+    """Cells of the later clip that the predictor sees, so that it can tell which part of the scene is visible again.
+    The other cells are predicted."""
 
     gap_clips: tuple[int, ...] = (2, 8)
     """Ends of the ranges of gaps, in clips, for which the gain of memory is logged: 1-2, 3-8, and more."""

@@ -18,7 +18,7 @@ class MaskedPredictionSettings(MethodSettings):
     """p of mean(|error|^p) / p."""
 
     predicts_context: ClassVar[bool] = False
-    """Whether the method predicts visible tokens too."""
+    """True if the method also predicts visible tokens."""
 
     @property
     def mask_kinds(self) -> tuple[Mask, ...]:

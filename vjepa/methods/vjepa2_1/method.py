@@ -5,8 +5,8 @@
     c, positions of hidden tokens --> predictor --> z of hidden tokens, y of visible tokens
     loss = mean |z - h|  +  weight(step) * mean |y - h| / sqrt(distance to the nearest hidden token)
 
-The second term makes tokens describe their own position. Alone it would cost features of motion; several depths repair
-that. V-JEPA 2.1: arXiv:2603.14482.
+The second term makes tokens describe their own position. Alone it would weaken features of motion, which several depths
+repair. V-JEPA 2.1: arXiv:2603.14482.
 
 B clips, N tokens of a clip, V visible, K hidden, L levels, D width, LD their product, M kinds of mask.
 """
