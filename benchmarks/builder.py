@@ -7,7 +7,7 @@
     python benchmarks/builder.py fixtures                    200 inputs, every kind of odd and damaged file
 
 Needs the ffmpeg command. Without --videos it makes its own: 720p, 10 s, 30 fps, moving texture with grain. On a shared
-machine read the CPU seconds (user and system, all processes), not the wall clock; methods take turns within each round.
+machine read the CPU seconds (user and system, all processes), not the wall clock. Methods take turns within each round.
 """
 
 import argparse

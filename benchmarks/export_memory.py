@@ -38,7 +38,7 @@ thread.join()
 print(json.dumps({"before_mb": before, "peak_mb": peak}))
 """
 
-# One rank: it draws whole parameters one at a time, keeps its rows of each, and saves them with those of all others.
+# One rank: it draws whole parameters in turn, keeps its rows of each, and saves them with the rows of all other ranks.
 RANK = """
 import os, sys, warnings
 from pathlib import Path

@@ -4,7 +4,8 @@
 
 SHARDS is a corpus of `vjepa synthesize two_room`. The predictor is that of configs/dynamics_two_room.yaml, on encoders
 of several sizes with random weights. A step is `prepare`, loss, backward and AdamW, in CPU milliseconds of one thread.
-The loader's work is measured beside it, since it is the same with and without a cache. Losses must be equal to the bit.
+The loader's work is measured separately, since it is the same with and without a cache. Losses must be equal to the
+bit.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 Alterations are drawn from a seeded generator: flipped bits in headers or payload, overwritten runs, cut ends, removed
 and repeated pieces, and lengths set to extremes. Each file is probed, searched for scenes and bars, hashed, and stored
 whole and in part, in a pool of child processes. Exceptions other than a refusal, crashes, and silence for more than
-`--timeout` seconds are counted and listed; the files of these are kept.
+`--timeout` seconds are counted and listed, and their files are kept.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def alter(data: bytes, draw: random.Random) -> bytes:
 
 
 def tasks(seeds: list[Path], folder: Path, files: int, seed: int) -> Iterator[AnalyzeTask]:
-    """Write the altered files one by one, and yield their analysis."""
+    """Write the altered files in turn, and yield their analysis."""
     for number in range(files):
         draw = random.Random(f"{seed}/{number}")
         origin = draw.choice(seeds)

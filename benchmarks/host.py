@@ -4,9 +4,9 @@
     python benchmarks/host.py --before PATH                  another tree too, a block of steps of each in turn
     python benchmarks/host.py --leak 3000                    objects and memory over 3,000 steps
 
-The model has the depth of ViT-L (24 blocks, predictor of 12) and next to no width, so that nearly all of the time is
-what the host needs to queue a step on a GPU. The process group is pretended: rank 0 of `--ranks`, whose messages go
-nowhere. A GPU's driver costs more for each kernel, so that these are lower bounds.
+The model has the depth of ViT-L (24 blocks, predictor of 12) and a tiny width, so that nearly all of the time is the
+host's, to queue a step on a GPU. The process group is pretended: rank 0 of `--ranks`, whose messages go nowhere. A
+GPU's driver costs more for each kernel, so that these are lower bounds.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """A file of the first V-JEPA, written by its authors' own classes, imported and held against them number by number.
 
     VJEPA2_REFERENCE=/somewhere python benchmarks/import_live.py            compare
-    VJEPA2_REFERENCE=/somewhere python benchmarks/import_live.py --record   write tests/downstream/vjepa1.npz anew
+    VJEPA2_REFERENCE=/somewhere python benchmarks/import_live.py --record   write tests/downstream/vjepa1.npz
 
-Parameters are a function of their names, so that the recording holds features only; `tests/downstream/test_adopt.py`
-compares with it where there is no clone.
+Parameters are a function of their names, so that the recording holds features only. `tests/downstream/test_adopt.py`
+compares with it without a clone.
 """
 
 import argparse

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 
 def load(file: Path) -> ModuleType:
-    """A file of the tests, which are no package."""
+    """A file of the tests, which are not a package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec
     assert spec.loader

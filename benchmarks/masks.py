@@ -1,4 +1,4 @@
-"""Measure the time to draw masks for 24 clips of 16 frames at 256 px, by mode, beside V-JEPA 2's sampler.
+"""Measure the time to draw masks for 24 clips of 16 frames at 256 px, by mode, and with V-JEPA 2's sampler.
 
     VJEPA2_REFERENCE=/path/to/vjepa2 python benchmarks/masks.py
 

@@ -5,8 +5,8 @@
     vjepa train demo --out encoder 'data.sources=[{shards: curtains}]' data.crop.scale=[1,1] data.crop.flip=0
     python benchmarks/memory.py encoder curtains --out memory.json
 
-The loss, its pairs and the networks are those of `vjepa train memory_curtain`; batches are whole videos. Features and
-trained memories are kept in the folder `--cache`, from which an interrupted command goes on.
+The loss, its pairs and the networks are as in `vjepa train memory_curtain`. Batches are whole videos. Features and
+trained memories are kept in the folder `--cache`, from which an interrupted command continues.
 """
 
 import argparse

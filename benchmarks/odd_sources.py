@@ -57,14 +57,14 @@ A, B = b"a" * 700, b"b" * 700
 
 @dataclass(frozen=True)
 class Odd:
-    """An input, and what must be read from it."""
+    """An input and its expected sources."""
 
     name: str
     make: Callable[[Path], Path]
     labels: dict[str, Any] | None = None
     """Labels by name of the sources that are used. None: only the names in `contents` count."""
     refused: int = 0
-    """Sources that are refused; -1 for any number above 0."""
+    """Sources that are refused, or -1 for any number above 0."""
     error: str = ""
     """Part of the error, if the whole input must be refused."""
     contents: dict[str, bytes] | None = None
@@ -344,7 +344,7 @@ GROUPS = (encodings, csv_forms, times, json_forms, templates, parquets, lists, f
 
 
 def fate(odd: Odd, folder: Path) -> str:
-    """Read an input, and return `right`, `refused` or what is wrong."""
+    """Read an input, and return `right`, `refused` or the fault."""
     try:
         found = ingest([str(odd.make(folder))], spec=load_settings(Spec, None, odd.settings).settings)
     except BadInput as error:

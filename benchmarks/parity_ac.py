@@ -3,8 +3,9 @@
     VJEPA2_REFERENCE=/path/to/vjepa2 python benchmarks/parity_ac.py [--record]
 
 Our weights load into the published class by name. Compared are the output and the gradients of all parameters. Pictures
-are square, as in its training: for others, it scales the columns by the number of rows, and ours counts them.
-`--record` writes the published outputs to `tests/numerics/fixtures/`, with which a test compares without a clone.
+are square, as in its training. For other shapes the reference scales the columns by the number of rows, and our code
+counts them. `--record` writes the published outputs to `tests/numerics/fixtures/`, with which a test compares without a
+clone.
 """
 
 import sys
@@ -25,7 +26,7 @@ WIDTH, HEADS, DEPTH, EMBED, CONDITIONS, PATCH = 96, 4, 3, 48, 7, 16
 CASES = ((64, 8), (64, 3), (112, 5))
 """Pixels and frames."""
 RECORDED_EVERY = 2
-"""Tokens per recorded one, to keep the recording below 100 KB."""
+"""Tokens per recorded token, to keep the recording below 100 KB."""
 
 
 def main() -> int:
@@ -96,7 +97,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def compare_recorded(recorded: dict[str, np.ndarray]) -> float:
-    """Return the largest relative difference between our outputs and recorded ones."""
+    """Return the largest relative difference between our outputs and the recorded outputs."""
     ours = predictor()
     with torch.no_grad():
         return max(

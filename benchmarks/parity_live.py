@@ -1,7 +1,7 @@
 """Hold our network, masks, training step and run files against a clone of facebookresearch/vjepa2, number by number.
 
     VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py            compare, a minute on a core
-    VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py --record   write tests/numerics/fixtures anew
+    VJEPA2_REFERENCE=/somewhere python benchmarks/parity_live.py --record   write tests/numerics/fixtures
 
 The fixtures are numbers that came out of the reference, so that `tests/numerics` compares with it where there is no
 clone.
@@ -41,7 +41,7 @@ FIXTURES = Path(__file__).parent.parent / "tests" / "numerics" / "fixtures"
 
 Numbers = dict[str, np.ndarray]
 
-# (name, kind, grid, clips, first seed): the released kinds, at several sizes, and what else the sampler can do.
+# (name, kind, grid, clips, first seed): the released kinds, at several sizes, and the sampler's other features.
 MASK_CASES = (
     ("short-256px-16f", ReferenceMask(blocks=8, spatial_scale=(0.15, 0.15)), Grid(8, 16, 16), 24, 0),
     ("long-256px-16f", ReferenceMask(blocks=2, spatial_scale=(0.7, 0.7)), Grid(8, 16, 16), 24, 0),
@@ -351,7 +351,7 @@ RUN_FILES = {
     "vitg16_384px_64f": "vitg16/cooldown-384px-64f",
 }
 
-# Its lengths are what was left over from trials; 800 epochs of 300, and 40 of 300, are those of the paper.
+# Its lengths are left over from trials. The paper has 800 epochs of 300, and 40 of 300.
 LEFT_OVER = {"vitl16_256px_16f": 800, "vith16_256px_16f": 800, "vitg16_256px_64f": 40}
 
 
@@ -362,7 +362,7 @@ def reference_settings(folder: Path) -> Numbers:
     for name, path in RUN_FILES.items():
         file = yaml.safe_load((folder / "configs" / "train" / f"{path}.yaml").read_text())
         data, model, optim, crop = (file[group] for group in ("data", "model", "optimization", "data_aug"))
-        with mock.patch.object(registry, "VisionTransformer", dict):  # what it would be built with
+        with mock.patch.object(registry, "VisionTransformer", dict):  # its arguments instead of the network
             size = registry.__dict__[model["model_name"]]()
         warmup = optim["warmup"] * optim["ipe"]
         epochs, ipe = (LEFT_OVER[name], 300) if name in LEFT_OVER else (optim["epochs"], optim["ipe"])

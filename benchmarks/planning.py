@@ -1,11 +1,11 @@
-"""How many plans per second? Our CEM beside that of eb_jepa, with the same model at the same sizes, in one run.
+"""Measure plans per second: our CEM and eb_jepa's, with the same model at the same sizes, in one run.
 
     python benchmarks/planning.py MODEL [--eb-jepa CHECKOUT] [--episodes 8] [--rounds 3]
 
 Both find plans of --horizon steps with --iterations rounds of --samples plans, for the same frames and goals of two
-rooms. The planner of eb_jepa (`CEMPlanner` with `ReprTargetDistMPCObjective`) plans one episode after the other, and
-hands a frame for each sample to the model, as its `GCAgent.unroll` does. A predictor call is a step of the dynamics for
-one plan. Our planner evaluates the first guess, rest, and the mean beside its samples, and these count.
+rooms. The planner of eb_jepa (`CEMPlanner` with `ReprTargetDistMPCObjective`) plans episodes in turn, and hands a frame
+for each sample to the model, as its `GCAgent.unroll` does. A predictor call is a step of the dynamics for one plan. Our
+planner evaluates the first guess, rest, and the mean beside its samples, and these count.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Compare the stored form of real files with what the ffmpeg command shows of them.
+"""Compare the stored form of real files with the frames of the ffmpeg command.
 
     python benchmarks/real_files.py FOLDER... [--workers 2] [--list]
 
 Every video file below each folder is stored as `vjepa shard` stores it, whole and from 40 to 60 % of its length. Each
 stored frame is compared with that of `ffmpeg -vf fps=RATE,scale=W:H` at the same time: number of frames, picture
 (orientation and colour included) and repeated pictures. A refused file counts as rightly refused if ffmpeg reports
-errors, finds no video, or the rule that refuses it is one that the page of datasets states.
+errors, finds no video, or the page of datasets states the rule that refuses it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ENCODE = Encode(short_side_px=64, preset="ultrafast", crf=18)
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of one file."""
+    """The result for a file."""
 
     name: str
     kind: str

@@ -1,12 +1,13 @@
-"""Measure a training step beside V-JEPA 2's own, on the same clips, masks and sizes.
+"""Compare a training step with V-JEPA 2's own, on the same clips, masks and sizes.
 
     python benchmarks/step.py                                                ours alone
     VJEPA2_REFERENCE=/somewhere python benchmarks/step.py                    both, a step of each in turn
     python benchmarks/step.py --encoder vit_large --px 256 --frames 16 --batch 24 --precision bf16 --compile   a GPU
 
-Data is synthetic and on the device. Theirs is their networks, wrappers, optimizer and loss in the order of their loop,
-without DDP and without activation checkpointing, which their files switch on and which would make it slower; ours is
-everything `vjepa train` does between two batches. Masks are their sampler's, cut to the fewest tokens of the batch.
+Data is synthetic and on the device. The reference step is V-JEPA 2's networks, wrappers, optimizer and loss in the
+order of its loop, without DDP and without activation checkpointing, which its files switch on and which would slow it
+down. Our step is everything that `vjepa train` does between two batches. Masks are their sampler's, cut to the fewest
+tokens of the batch.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Speed, memory and exactness of a streamed encoder, on one core: `python benchmarks/streaming.py --out FILE`.
+"""Speed, memory and exactness of a streamed encoder on one core: `python benchmarks/streaming.py --out FILE`.
 
     equality    features of a stream against one windowed pass, T = 64 tubelets, W 4 16 64, chunks of 1, 2, 5
     flatness    resident memory and time per tubelet over 10,000 tubelets

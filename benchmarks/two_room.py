@@ -1,15 +1,15 @@
-"""How well do world models predict two rooms? Train, roll out on held-out episodes, one table.
+"""Measure how well world models predict two rooms: train, roll out on held-out episodes, print a table.
 
     python benchmarks/two_room.py --out runs/two_room --seeds 3 [--episodes 2000] [--only NAME] [key=value ...]
 
-    lewm        configs/lewm_two_room.yaml, every seed; beside it the same model untrained, with its own readout
+    lewm        configs/lewm_two_room.yaml, every seed, and the same model untrained, with its own readout
     no_inverse  lewm without the inverse model, first seed
     shuffled    lewm trained with the actions of other clips, first seed: the action gain must stay 1
     vjepa       dynamics on the frozen encoder of a tiny V-JEPA 2, trained on the same videos, first seed
 
 A linear readout of the state is fitted on latents of training episodes. It reads the predicted latents of held-out
 episodes, 1 to 16 steps after the last frame that was seen. The error is the distance to the true position, in pixels of
-a frame of 64. Beside it: the readout of the true latents (the floor), the same rollout under the actions of other
+a frame of 64. For comparison: the readout of the true latents (the floor), the same rollout under the actions of other
 episodes, and the position of the last frame that was seen (copy-last). The action gain is that of the last 50 steps of
 training. Corpus, runs and results that exist are used again.
 """
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def run_variant(name: str, folder: Path, settings: list[str]) -> None:
-    """Train a variant and write its errors beside it, unless they exist."""
+    """Train a variant and write its errors next to its folder, unless they exist."""
     results = folder.with_suffix(".json")
     if results.exists():
         return
@@ -120,7 +120,7 @@ def make_corpus(out: Path, episodes: int) -> Path:
 def train(config: str, folder: Path, settings: list[str]) -> float:
     """Train unless it is done, and return the CPU seconds of the trainer and its loader."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    last = {each.partition("=")[0]: each for each in settings}  # those of the command line come last
+    last = {each.partition("=")[0]: each for each in settings}  # settings of the command line come last
     vjepa_command("train", config, "--out", folder, *last.values())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -158,7 +158,7 @@ def evaluate(model: WorldModel, *, fit: int = 100, test: int = 200) -> dict[str,
 
     Args:
         model: the model.
-        fit: training episodes of the readout; they are the first of the corpus.
+        fit: training episodes of the readout, the first of the corpus.
         test: held-out episodes.
     """
     known, frames = episodes(0, fit)
@@ -191,7 +191,7 @@ def fit_readout(latents: Tensor, states: Tensor) -> Tensor:
     """Return the linear map from latents and 1 to states, by ridge regression.
 
     The penalty is 1e-3 of the mean variance of a channel, for token features, which have more channels than there are
-    frames. Beside 32 channels it changes nothing.
+    frames. With 32 channels it changes nothing.
     """
     x = with_one(latents)
     gram = x.T @ x

@@ -2,7 +2,7 @@
 
     python examples/custom_evaluation.py MODEL CORPUS [RESULT.json]
 
-One settings class, one function, one registry line. The shell loads the model, adds the baselines and writes the file.
+A settings class, a function, a registry line. The shell loads the model, adds the baselines and writes the file.
 """
 
 import sys
@@ -54,7 +54,7 @@ EVALUATIONS["retrieval"] = EvaluationEntry(  # the one registry line
 
 
 def main(model: Path, corpus: Path, out: Path | None = None) -> Result:
-    """Evaluate a model on the train split of a corpus and print one line for each encoder."""
+    """Evaluate a model on the train split of a corpus and print a line for each encoder."""
     result = run_evaluation("retrieval", model, corpus, {"split": "train"}, out=out)
     for row in result.rows:
         print(f"{row.features}: {row.value:.2f} [{row.low:.2f} {row.high:.2f}]")

@@ -2,7 +2,7 @@
 
     python examples/custom_method.py CORPUS [FOLDER]
 
-One settings class, one method class, one registry line. Training, checkpoints, resume and loading are unchanged.
+A settings class, a method class, a registry line. Training, checkpoints, resume and loading are unchanged.
 """
 
 import sys

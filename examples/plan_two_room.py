@@ -3,7 +3,7 @@
     vjepa train lewm_two_room                  # docs/worlds.md
     python examples/plan_two_room.py runs/lewm_two_room two_room.mp4 [EPISODES]
 
-The film shows the current frame beside the goal.
+The film shows the current frame next to the goal.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Generate videos, shard them, pretrain a tiny model and encode a video with it: seconds on one core.
+"""Generate videos, shard them, pretrain a tiny model and encode a video with it, in seconds on one core.
 
 python examples/train_tiny.py [FOLDER]
 """
@@ -41,7 +41,7 @@ def tiny_run(corpus: Path, *, steps: int = 50) -> Run:
 
 
 def main(folder: Path) -> torch.Tensor:
-    """Go from raw videos to the features of one clip, [1 t h w D]."""
+    """Go from raw videos to the features of a clip, [1 t h w D]."""
     write_corpus(folder / "videos", videos=24, seed=0)
     shard([str(folder / "videos")], folder / "shards", spec=SPEC, workers=1)
     train(tiny_run(folder / "shards"), folder / "run")  # the same line resumes a run that was killed

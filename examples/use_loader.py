@@ -20,7 +20,7 @@ BATCH_SIZE = 8  # clips per step, over all ranks
 
 
 def open_stream(corpus: Path, *, step: int = 0, rank: int = 0, world: int = 1) -> ClipLoader:
-    """Return the batches of one rank, from any step on. The step is all that a checkpoint must hold of the loader."""
+    """Return the batches of a rank, from any step on. The step is all that a checkpoint must hold of the loader."""
     data = Data.model_validate(
         {"sources": [{"shards": str(corpus)}], "clip": {"frames": 4, "fps": 6}, "crop": {"px": 48}}
     )
@@ -42,7 +42,7 @@ def train_steps(model: nn.Module, batches: Iterator[Batch], *, steps: int) -> li
 
 
 def hash_clips(batches: list[Batch]) -> dict[int, str]:
-    """Return a hash of the pixels of each slot of one step, whichever rank read it."""
+    """Return a hash of the pixels of each slot of a step, for any rank that read it."""
     return {
         slot: hashlib.sha256(clip.numpy().tobytes()).hexdigest()
         for batch in batches

@@ -20,7 +20,7 @@ from vjepa.config import Run  # noqa: E402
 from vjepa_data.corpus import remote  # noqa: E402
 from vjepa_data.corpus.format import SampleRecord, ShardWriter, read_record, write_manifest  # noqa: E402
 
-# A machine that is busy must not fail what it is slow at.
+# Slow tests must not fail on a busy machine.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
 
@@ -93,13 +93,13 @@ def write_tiny_corpus(folder: Path, codec: str = "libx264") -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty samples in three shards; read only."""
+    """Twenty samples in three shards, not to be changed."""
     return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_corpus: Path) -> Callable[..., Run]:
-    """Make a run of a few seconds; nested settings are given as `optim={"lr": 1.0}` and replace single names."""
+    """Make a run of a few seconds. Nested settings such as `optim={"lr": 1.0}` replace single names."""
     return maker_of_runs(tiny_corpus)
 
 

@@ -1,4 +1,4 @@
-"""The command line: exit codes, parsing, and one-line errors for everything that a user can fix."""
+"""The command line: exit codes, parsing, and single-line errors for everything that a user can fix."""
 
 import importlib
 import os

@@ -45,7 +45,7 @@ def test_a_config_states_its_estimated_cost(path: Path) -> None:
 
 
 def test_v_jepa_2_ac_has_the_published_numbers() -> None:
-    """Those of configs/train/vitg16/droid-256px-8f.yaml and, for the batch, of arXiv:2506.09985."""
+    """Values of configs/train/vitg16/droid-256px-8f.yaml and, for the batch, of arXiv:2506.09985."""
     epoch, run = 300, load("vjepa2_ac_vitg16_256px_8f").settings
     clip, crop, model, optim = run.data.clip, run.data.crop, run.model, run.optim
     objective = run.objective.model_dump()

@@ -1,4 +1,4 @@
-"""Several ranks on one machine, for tests: one process imports torch, every rank of every scenario is forked from it.
+"""Several ranks on a machine, for tests: a process imports torch, and every rank of every scenario is forked from it.
 
     python ranks.py JOBS.json       [{"scenario": "trained", "world": 2, "out": ..., "settings": {...}, ...}, ...]
 
@@ -108,7 +108,7 @@ def odd_code(run: Run, out: Path, job: dict[str, Any]) -> Any:
 
 
 def odd_pixels(run: Run, out: Path, job: dict[str, Any]) -> Any:
-    """The last rank's decoder is off by one in a single pixel."""
+    """The last rank's decoder is off by one level in a single pixel."""
     if os.environ["RANK"] == "1":
         honest = ClipLoader.__next__
 
@@ -180,7 +180,7 @@ def count_messages() -> Counter[str]:
 
 
 def inspected(run: Run, out: Path, job: dict[str, Any]) -> Any:
-    """Take a few steps by hand; count messages, follow the average, and compare with an unsharded target."""
+    """Take a few steps by hand. Count messages, follow the average, and compare with an unsharded target."""
     counts = count_messages()
     with join(run.parallel) as world:
         method, networks = training.build_networks(run, world)
@@ -273,7 +273,7 @@ SCENARIOS = {
 
 
 def be_rank(rank: int, job: dict[str, Any], port: int) -> None:
-    """The life of one forked rank."""
+    """Run a scenario in a forked rank."""
     world, out = job["world"], Path(job["out"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **job.get("environment", {})}
@@ -285,7 +285,7 @@ def be_rank(rank: int, job: dict[str, Any], port: int) -> None:
 
 
 def fork_ranks(job: dict[str, Any]) -> list[int]:
-    """Start the ranks of a job; only some of them, if it says so."""
+    """Start the ranks of a job, or only the ranks that it names."""
     Path(job["out"]).mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -302,7 +302,7 @@ def fork_ranks(job: dict[str, Any]) -> list[int]:
 
 
 def wait(pid: int, *, until_s: float) -> int:
-    """Wait for a rank, but not for ever, and return its exit code."""
+    """Wait a limited time for a rank, and return its exit code."""
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if time.perf_counter() > until_s:
             os.kill(pid, signal.SIGKILL)
@@ -311,7 +311,7 @@ def wait(pid: int, *, until_s: float) -> int:
 
 
 def main() -> None:
-    """Run all jobs, one after the other."""
+    """Run all jobs in turn."""
     for job in json.loads(Path(sys.argv[1]).read_text()):
         start_s = time.perf_counter()
         record = Path(job["out"]) / "run" / "environment.json"
@@ -324,7 +324,7 @@ def main() -> None:
             ):
                 time.sleep(0.01)
             time.sleep(job["kill_after_s"])
-            os.kill(pids[-1], signal.SIGKILL)  # the others must notice by themselves
+            os.kill(pids[-1], signal.SIGKILL)  # the other ranks must notice by themselves
         codes = [wait(pid, until_s=start_s + job.get("limit_s", LIMIT_S)) for pid in pids]
         (Path(job["out"]) / "exit_codes.json").write_text(json.dumps(codes))
         print(f"{job['scenario']} x{job['world']}: {time.perf_counter() - start_s:.1f} s", flush=True)

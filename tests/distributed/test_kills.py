@@ -57,7 +57,7 @@ def kill_and_compare(
     losses: Sequence[str] = ("prediction", "explained"),
     networks: Sequence[str] = ("target",),
 ) -> int:
-    """Train once in peace and once through kills, `limit_s` at most each; compare every step's loss and the weights.
+    """Train once in peace and once through kills, `limit_s` at most each. Compare every step's loss and the weights.
 
     Returns:
         Number of attempts that the killed run took.
@@ -95,7 +95,7 @@ def kill_and_compare(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     attempts = json.loads((out / "kills" / "run" / "environment.json").read_text())["attempts"]
     starts = [attempt["step"] for attempt in attempts]
-    assert starts == sorted(starts)  # a kill never costs what an earlier attempt had saved
+    assert starts == sorted(starts)  # a kill never loses steps that an earlier attempt saved
     return len(attempts)
 
 

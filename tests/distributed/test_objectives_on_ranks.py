@@ -1,6 +1,6 @@
-"""Every objective is the same number, with the same gradient, on two ranks as on one.
+"""Every objective has the same value and gradient on one rank and on two.
 
-The file is its own program: `python test_objectives_on_ranks.py OUT` is one rank, and writes what it found.
+The file is its own program: `python test_objectives_on_ranks.py OUT` runs a rank and writes its results.
 """
 
 import os
@@ -109,7 +109,7 @@ def settings(case: str) -> Run:
 
 
 def masked_clips(run: Run, slots: range) -> list[MaskedClips]:
-    """Clips of some slots; with pictures the first half of all slots are pictures."""
+    """Clips of some slots. With pictures, the first half of all slots are pictures."""
     found = []
     stills = range(CLIPS // 2) if run.model.still_tokens else range(0)
     for frames, own in ((1, [s for s in slots if s in stills]), (4, [s for s in slots if s not in stills])):
@@ -122,7 +122,7 @@ def masked_clips(run: Run, slots: range) -> list[MaskedClips]:
 
 
 def acted_clips(run: Run, slots: range) -> ActedClips:
-    """Clips of some slots with actions, one of which is not valid."""
+    """Clips of some slots with actions, of which one is invalid."""
     draws = [generator(0, "acted", slot) for slot in slots]
     frames = np.stack([draw.standard_normal((4, 3, PX, PX), dtype="float32") for draw in draws])
     actions = np.stack([draw.standard_normal((3, 2), dtype="float32") for draw in draws])
@@ -153,7 +153,7 @@ def write_encoder(folder: Path) -> None:
 
 
 def main(out: Path) -> None:
-    """One rank: the loss and all gradients of every case."""
+    """Compute the loss and all gradients of every case on this rank."""
     torch.set_num_threads(1)
     found: dict[str, dict[str, torch.Tensor]] = {}
     with join(settings("vjepa2").parallel) as world:

@@ -201,7 +201,7 @@ def test_a_rank_that_differs_is_named_before_the_first_step(runs: Path, name: st
 
 
 def test_a_sleeping_rank_is_named_with_its_collective_and_all_end(runs: Path) -> None:
-    # Ended by their watchdogs, so that a launcher may start them again; whoever is slower to it sees the other go.
+    # Ended by their watchdogs, so that a launcher may start them again; the slower rank sees the other exit.
     assert all("Connection closed" in answer["error"] for answer in answers(runs, "asleep"))
     log = (runs / "asleep" / "run" / "log.txt").read_text()
     assert "rank 1 has not joined gloo:" in log

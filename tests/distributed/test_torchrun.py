@@ -1,4 +1,4 @@
-"""`vjepa train` as people start it: several processes by torchrun, that speak with one voice."""
+"""`vjepa train` as people start it: several processes by torchrun, of which one prints."""
 
 import os
 import subprocess

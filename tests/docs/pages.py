@@ -1,7 +1,7 @@
 """Run the fenced blocks of a documentation page in order, as a reader would, at a size that a test can afford.
 
-`sh` and `python` blocks are run; `text`, `yaml` and unnamed blocks are only shown. A `sh` block is one bash script with
-`vjepa` (see `command_server`) and the environment's `python` first on the path; a `python` block is one program.
+`sh` and `python` blocks are run. `text`, `yaml` and unnamed blocks are only shown. A `sh` block is a bash script with
+`vjepa` (see `command_server`) and the environment's `python` first on the path. A `python` block is a program.
 """
 
 import os
@@ -20,7 +20,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block of a page."""
+    """A fenced block of a page."""
 
     language: str
     text: str
@@ -40,7 +40,7 @@ def run_page(page: Path, folder: Path, *, smaller: Mapping[str, str] | None = No
         page: the Markdown file.
         folder: working directory of every block, with the files that the page assumes.
         smaller: text of the page -> text to run instead, for sizes that a test cannot afford. A text that does not
-            occur in the page fails the test, so that replacements do not outlive what they replace.
+            occur in the page fails the test, so that no obsolete replacement remains.
 
     Returns:
         The output of each block that was run.
@@ -54,7 +54,7 @@ def run_page(page: Path, folder: Path, *, smaller: Mapping[str, str] | None = No
 
 
 def run_block(block: Block, folder: Path, *, page: Path, smaller: Mapping[str, str]) -> str:
-    """Run one block and return its output. A non-zero exit code fails the test with the line of the page."""
+    """Run a block and return its output. A non-zero exit code fails the test with the line of the page."""
     text = block.text
     for old, new in smaller.items():
         text = text.replace(old, new)

@@ -35,7 +35,7 @@ def test_the_dynamics_predictor_equals_the_recorded_reference() -> None:
 
 
 def test_the_comparison_of_steps_detects_a_shared_mask_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference has this defect: one token for all kinds of mask."""
+    """The reference has this defect: a single token for all kinds of mask."""
     forward = Predictor.forward
 
     def with_one_token(self: Predictor, inputs):

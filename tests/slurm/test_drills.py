@@ -74,7 +74,7 @@ def test_a_cancelled_run_is_cancelled_in_slurm(results: dict[str, Future[DrillRe
 
 
 def test_a_node_with_two_failures_is_excluded_on_slurm(results: dict[str, Future[DrillRun]]) -> None:
-    """The three failures fall on two nodes, so that one node has two of them."""
+    """The three failures fall on two nodes, so that a node has two of them."""
     run = results["bad-node"].result()
     *failed, last = [event["nodes"][0] for event in run.events("start")]
     assert run.outcomes() == ["failed", "failed", "failed", "done"], run.log()

@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Trouble:
-    """Fault of an answer; none by default."""
+    """Fault of an answer, by default none."""
 
     status: int | None = None
     """The answer is only this status."""
@@ -50,7 +50,7 @@ class Trouble:
     form: str = "plain"
     """Form of complete files, sent with status 200: "chunked", "chunked and cut", "gzip" or "without length"."""
     largest_range: int | None = None
-    """Bytes that a range may have; longer ones are shortened."""
+    """Longest range in bytes. Longer ranges are shortened."""
     login: str | None = None
     """`Authorization` that a request must have."""
 
