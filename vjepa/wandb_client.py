@@ -37,6 +37,8 @@ class WandbRun:
         self._failed: set[str] = set()
         self._ours = _keep_files_in(folder / "wandb", told_not_to_send=run.track.wandb == "offline")
         try:
+            import wandb  # noqa: F401  takes seconds on a busy machine, which are not a hang
+
             mode, reason = _within(self._timeout_s, lambda: _choose_mode(run.track.wandb, self._timeout_s))
         except Exception as error:  # noqa: BLE001  see the class
             log.warning("W&B cannot be used (%s); metrics.jsonl has it all", _first_line(error))
@@ -48,7 +50,7 @@ class WandbRun:
             try:
                 self._run = _within(2 * self._timeout_s, lambda mode=attempt: _start(run, folder, run_id, mode))
             except _Hangs as error:
-                log.warning("W&B cannot be used (%s); metrics.jsonl has it all", error)
+                log.warning("W&B cannot be used %s (%s); metrics.jsonl has it all", attempt, error)
                 return
             except Exception as error:  # noqa: BLE001  see the class
                 reason = _first_line(error)

@@ -209,7 +209,7 @@ def test_a_service_that_does_not_start_does_not_hold_a_run(tiny_run: MakeRun, tm
     child = [sys.executable, "-c", WITH_A_DEAD_SERVICE, str(tmp_path / "run.yaml"), str(core)]
     done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "ended\n"
-    assert "W&B cannot be used (it did not answer in 2 s); metrics.jsonl has it all" in done.stderr
+    assert "W&B cannot be used offline (it did not answer in 2 s); metrics.jsonl has it all" in done.stderr
 
 
 @pytest.fixture
