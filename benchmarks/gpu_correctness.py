@@ -56,7 +56,8 @@ def machine(out: Path, toy: bool) -> Iterator[dict[str, Any]]:
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
         yield {"what": "memory", "free_gib": free / 2**30, "total_gib": total / 2**30}
-    device, others = torch.device("cuda" if on_gpu else "cpu"), ("varlen", "xformers")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    others: tuple[Backend, ...] = ("varlen", "xformers")
     for name in others:
         reason = refusal(name, device, torch.bfloat16, head_widths=(64, 32))
         yield {"what": f"attention {name}: {reason or 'agrees with sdpa'}"}
