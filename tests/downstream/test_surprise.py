@@ -106,6 +106,15 @@ def test_the_area_under_the_curve_is_that_of_all_pairs() -> None:
     assert auroc(np.array([1.0, np.nan]), np.array([False, True]))[0] == 0.0
 
 
+def test_a_group_cancels_what_films_look_like(tmp_path: Path) -> None:
+    """Each end adds 5 or 0, and each film that is impossible adds 1: pairs are half right, groups are all right."""
+    films = [Film(f"{n}", tmp_path, "law", "one", possible=n < 2) for n in range(4)]
+    violations = ViolationSet("test", films, [(0, 2), (1, 3)])
+    windows = [np.array([[value]], np.float32) for value in (5.0, 0.0, 1.0, 6.0)]
+    rows = {row.metric: row for row in score_rows(violations, "law", "model", windows)}
+    assert (rows["pairs"].value, rows["groups"].value, rows["groups"].clips) == (0.5, 1.0, 1)
+
+
 def test_a_secret_split_is_answered(films: Path, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("filename\n" + "".join(f"film{n}\n" for n in range(2)))
     for number, path in enumerate(sorted((films / "possible").glob("*.mp4"))[:2]):

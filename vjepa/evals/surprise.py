@@ -7,13 +7,16 @@ The surprise of the window is the mean L1 distance between prediction and layer-
 the mean, or the maximum, over its windows. A pair counts if the impossible film surprises strictly more. Ties and
 NaN count as wrong.
 
+A group of films that share their halves counts if its impossible films together surprise strictly more than its
+possible films. What the end of a film looks like, whatever came before, cancels out there.
+
 Nothing is chosen on the films. The scores are those of the mean over all context lengths, and each context length is
 reported beside them (`by_context`).
 
 Letters: B windows, F frames of a film, T frames of a window, N tokens of a window, V tokens that are seen, C contexts.
 
 Source: Garrido et al., "Intuitive physics understanding emerges from self-supervised pretraining on natural videos"
-(arXiv:2502.11831).
+(arXiv:2502.11831). Groups are the relative error of IntPhys (arXiv:1803.07616).
 """
 
 import hashlib
@@ -292,9 +295,9 @@ def score_rows(
 ) -> list[ScoreRow]:
     """Return the scores of a condition for one kind of surprise.
 
-    `pairs` is the pair accuracy of the mean over windows and contexts. For all conditions together there are also the
-    pair accuracy of the maximum over windows, the area under the curve, and the accuracy of a threshold for single
-    films.
+    `pairs` is the pair accuracy of the mean over windows and contexts, and `groups` that of groups with
+    several pairs. For all conditions together there are also the pair accuracy of the maximum over windows, the area
+    under the curve, and the accuracy of a threshold for single films.
     """
     pairs = pairs_of(films, condition)
     if not pairs:
@@ -305,8 +308,11 @@ def score_rows(
         replace(ScoreRow.accuracy(condition, name, pair_accuracy(surprise, pairs), groups), metric=metric)
         for metric, surprise in {"pairs": values["mean"], "pairs, max": values["max"]}.items()
     ]
+    if groups < len(pairs):
+        share = group_accuracy(values["mean"], films, pairs)
+        rows.insert(1, replace(ScoreRow.accuracy(condition, name, share, groups), metric="groups"))
     if condition != "all":
-        return rows[:1]
+        return rows[:-1]
     used = sorted({film for pair in pairs for film in pair})
     labels = np.array([not films.films[film].possible for film in used])
     surprise = values["max"][used]
@@ -324,6 +330,15 @@ def pairs_of(films: ViolationSet, condition: str) -> list[tuple[int, int]]:
 def pair_accuracy(surprise: Float[ndarray, " n"], pairs: Sequence[tuple[int, int]]) -> float:
     """Return the share of pairs whose impossible film surprises strictly more."""
     return float(np.mean([surprise[impossible] > surprise[possible] for possible, impossible in pairs]))
+
+
+def group_accuracy(surprise: Float[ndarray, " n"], films: ViolationSet, pairs: Sequence[tuple[int, int]]) -> float:
+    """Return the share of groups whose impossible films together surprise strictly more than their possible films."""
+    margins: dict[str, float] = {}
+    for possible, impossible in pairs:
+        group = films.films[possible].group
+        margins[group] = margins.get(group, 0.0) + float(surprise[impossible] - surprise[possible])
+    return float(np.mean([margin > 0 for margin in margins.values()]))
 
 
 def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
@@ -362,7 +377,7 @@ def auroc(values: Float[ndarray, " n"], labels: ndarray) -> tuple[float, float, 
 def by_context(
     films: ViolationSet, found: Mapping[str, Sequence[Float[ndarray, "B C"]]], contexts: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return the pair accuracy at each context length, for the mean and the maximum over windows."""
+    """Return the accuracy of pairs and of groups at each context length, for the mean and the maximum over windows."""
     rows = []
     for name, windows in found.items():
         if not any(len(one) for one in windows):
@@ -373,30 +388,31 @@ def by_context(
                 if pairs := pairs_of(films, condition):
                     rows += [
                         {"features": name, "condition": condition, "windows": how, "context_frames": frames}
-                        | {"accuracy": pair_accuracy(values, pairs), "pairs": len(pairs)}
+                        | {"accuracy": pair_accuracy(values, pairs), "groups": group_accuracy(values, films, pairs)}
+                        | {"pairs": len(pairs)}
                         for frames, values in zip(contexts, surprise.T, strict=True)
                     ]
     return rows
 
 
 def by_dose(films: ViolationSet, found: Mapping[str, Sequence[Float[ndarray, "B C"]]]) -> list[dict[str, Any]]:
-    """Return the pair accuracy (mean over windows and contexts) by condition and by the time of hiding."""
+    """Return the accuracy of pairs and of groups (mean over windows and contexts) by condition and time of hiding."""
     rows = []
     for name, windows in found.items():
         if not any(len(one) for one in windows):
             continue
         values = np.array([film_surprise(one, "mean").mean() for one in windows])
-        cells: dict[tuple[str, int], list[bool]] = {}
-        for possible, impossible in films.pairs:
-            film = films.films[possible]
+        cells: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        for pair in films.pairs:
+            film = films.films[pair[0]]
             if film.dose is not None:
-                cells.setdefault((film.condition, film.dose), []).append(bool(values[impossible] > values[possible]))
-        for (condition, dose), right in sorted(cells.items()):
-            share = float(np.mean(right))
-            low, high = wilson(share, len(right) // 2 or 1)
+                cells.setdefault((film.condition, film.dose), []).append(pair)
+        for (condition, dose), pairs in sorted(cells.items()):
+            share = pair_accuracy(values, pairs)
+            low, high = wilson(share, len(pairs) // 2 or 1)
             rows.append(
                 {"features": name, "condition": condition, "hidden_frames": dose, "accuracy": share, "low": low}
-                | {"high": high, "pairs": len(right)}
+                | {"high": high, "groups": group_accuracy(values, films, pairs), "pairs": len(pairs)}
             )
     return rows
 

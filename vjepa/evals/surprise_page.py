@@ -41,7 +41,8 @@ def surprise_page(films: ViolationSet, result: Result, model: WorldModel, frame_
         *((name, f"{overall[name].value:.0%}") for name in ("random init", "copy pixels", "oracle") if name in overall),
     ]
     sections = [
-        Section("Pairs by condition", _explanation(result), _by_condition(result)),
+        Section("Pairs by condition", _explanation(result), _by_condition(result, "pairs")),
+        *([Section("Groups by condition", GROUPS, groups)] if (groups := _by_condition(result, "groups")) else []),
         *_doses(result.details["by_dose"]),
         Section("Shortcuts", SHORTCUTS, _shortcuts(result.details["shortcuts"])),
         Section("Most surprising", BEST, _pairs(films, best, scores, model, frame_step)),
@@ -51,6 +52,10 @@ def surprise_page(films: ViolationSet, result: Result, model: WorldModel, frame_
 
 
 SHORTCUTS = "Accuracy of a logistic regression without any sequence of events, on scenes left out. The band is chance."
+GROUPS = (
+    "Share of groups whose impossible films together surprise more than their possible films. The films of a group "
+    "have the same halves, so that what a half looks like cancels out."
+)
 BEST = "The pairs whose impossible film surprised the model most, compared with the possible film."
 WORST = "The pairs whose impossible film surprised the model least, compared with the possible film."
 
@@ -62,21 +67,23 @@ def _explanation(result: Result) -> str:
     )
 
 
-def _by_condition(result: Result) -> str:
-    rows = [task for task, metric in result.tasks if metric == "pairs"]
+def _by_condition(result: Result, metric: str) -> str:
+    rows = [task for task, of in result.tasks if of == metric]
+    if not rows:
+        return ""
     columns = result.columns
     lines = [["condition", *map(escape, columns)]]
     for task in rows:
-        cells = result.tasks[task, "pairs"]
+        cells = result.tasks[task, metric]
         lines.append(
             [escape(task), *(f"{cells[name].value:.2f} <small>{cells[name].uncertainty}</small>" for name in columns)]
         )
     shown = [name for name in ("pretrained", "random init", "copy pixels", "copy features") if name in columns]
     series = {
-        name: [(cell.value, cell.low, cell.high) for cell in (result.tasks[task, "pairs"][name] for task in rows)]
+        name: [(cell.value, cell.low, cell.high) for cell in (result.tasks[task, metric][name] for task in rows)]
         for name in shown
     }
-    return plots.bars(rows, series, title="pair accuracy") + html.table(lines)
+    return plots.bars(rows, series, title=f"accuracy of {metric}") + html.table(lines)
 
 
 def _doses(rows: Sequence[Mapping[str, Any]]) -> list[Section]:

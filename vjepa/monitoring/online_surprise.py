@@ -6,7 +6,15 @@ import torch
 
 from vjepa.config import OnlineSurprise, Run
 from vjepa.distributed.world import World
-from vjepa.evals.surprise import SurpriseSettings, Windows, film_surprise, masked_surprise, pair_accuracy, pairs_of
+from vjepa.evals.surprise import (
+    SurpriseSettings,
+    Windows,
+    film_surprise,
+    group_accuracy,
+    masked_surprise,
+    pair_accuracy,
+    pairs_of,
+)
 from vjepa.methods.base import Networks, named_parameters
 from vjepa.monitoring.online_model import copy_model
 from vjepa.weights.world_model import part_kinds
@@ -53,7 +61,7 @@ class SurpriseRunner:
         """Compare all films on the first rank. All ranks must call it together, to gather sharded weights.
 
         Returns:
-            `surprise/pairs` and `surprise/LAW`, shares of the pairs. Empty on other ranks.
+            `surprise/pairs`, and shares of the quadruplets: `surprise/groups` and `surprise/LAW`. Empty on other ranks.
         """
         model = copy_model(self._run, self._world, self._networks)
         if model is None:
@@ -65,9 +73,9 @@ class SurpriseRunner:
                 for clips in self._clips
             ]
         )
-        shares = {name: pairs_of(self._films, name) for name in ("all", *LAWS)}
+        pairs = {law: pairs_of(self._films, law) for law in LAWS[: self.settings.quadruplets]}
         return {
-            f"surprise/{'pairs' if name == 'all' else name}": pair_accuracy(values, pairs)
-            for name, pairs in shares.items()
-            if pairs
+            "surprise/pairs": pair_accuracy(values, self._films.pairs),
+            "surprise/groups": group_accuracy(values, self._films, self._films.pairs),
+            **{f"surprise/{law}": group_accuracy(values, self._films, pairs[law]) for law in pairs},
         }
