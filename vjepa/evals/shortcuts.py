@@ -24,6 +24,8 @@ NAMES = ("random frame", "mean frame", "mean difference", "file size")
 
 SIDE, FOLDS, WEIGHT_DECAY = 8, 5, 1e-2
 
+NEWTON_STEPS = 20  # 6 to 11 are enough for a change below 1e-8, on random and on separable data
+
 
 def features(frames: UInt8[ndarray, "F H W 3"], path: Path, number: int) -> dict[str, Float[ndarray, " d"]]:
     """Return the statistics of a film that `audit` reads, by name. Film `number` always draws the same random frame."""
@@ -73,17 +75,12 @@ def _predict(x: Float[ndarray, "n d"], labels: Bool[ndarray, " n"], groups: Int[
 
 
 def _fit(x: Float[ndarray, "n d"], labels: Bool[ndarray, " n"]) -> Float[ndarray, " d1"]:
-    """Fit a logistic regression with weight decay. The last weight is the bias."""
-    inputs = torch.from_numpy(np.append(x, np.ones((len(x), 1)), axis=1))
-    target = torch.from_numpy(labels).double()
-    weights = torch.zeros(inputs.shape[1], dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        solver.zero_grad()
-        value = F.binary_cross_entropy_with_logits(inputs.double() @ weights, target) + WEIGHT_DECAY * weights @ weights
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return weights.detach().numpy()
+    """Fit a logistic regression with weight decay by Newton's method. The last weight is the bias."""
+    inputs = np.append(x, np.ones((len(x), 1)), axis=1).astype(np.float64)
+    weights, decay = np.zeros(inputs.shape[1]), 2 * WEIGHT_DECAY
+    for _ in range(NEWTON_STEPS):
+        share = 1 / (1 + np.exp(-inputs @ weights))
+        gradient = inputs.T @ (share - labels) / len(x) + decay * weights
+        curvature = (inputs.T * (share * (1 - share))) @ inputs / len(x) + decay * np.eye(len(weights))
+        weights -= np.linalg.solve(curvature, gradient)
+    return weights
