@@ -169,7 +169,7 @@ def record(
     """Encode all consecutive clips of a split, shared among the ranks.
 
     Raises:
-        BadInput: the corpus has no curtains, or too short ones.
+        BadInput: the corpus has no curtains, or only short curtains.
     """
     reader = CorpusFrames(data, split=split, px=model.px, fps=model.fps)
     videos = range(len(reader.keys))[:max_videos]
@@ -206,7 +206,7 @@ def _encode(model: WorldModel, clips: Tensor, side: int) -> Float[Tensor, "N M F
 
 
 def _question(video: int, act: Mapping[str, Any], clip_s: float, clips: int) -> Question | None:
-    """Return the question about an act; None if no clip fits behind the curtain or after its opening."""
+    """Return the question about an act, or None if no clip fits behind the curtain or after its opening."""
     fps = act["fps"]
     last, returned = int(act["open"] / fps / clip_s + 1e-6) - 1, -int(-act["opened"] / fps // clip_s)
     if last * clip_s < act["closed"] / fps - 1e-6 or returned >= clips or (returned + 1) * clip_s > act["end"] / fps:
@@ -219,12 +219,12 @@ def _question(video: int, act: Mapping[str, Any], clip_s: float, clips: int) -> 
 # ---- readouts
 
 _Reader = Callable[[Float[Tensor, "N M F"]], Float[Tensor, "N M D"]]
-"""From the clips of a video so far to what is known at each of them."""
+"""A function from the clips of a video so far to the state after each of them."""
 
 
 @torch.no_grad()
 def _features(reader: _Reader, recording: Recording) -> Float[Tensor, "A d"]:
-    """Return the features at each question: those of all cells, and their mean."""
+    """Return the features at each question, of all cells and their mean."""
     known = [reader(clips) for clips in recording.clips]
     at = torch.stack([known[question.video][question.clip] for question in recording.questions])
     return torch.cat((at.flatten(1), at.mean(1)), dim=1).float()

@@ -1,4 +1,4 @@
-"""The page of recall against delay: curves, tables, and films beside the error of predictions with and without memory.
+"""The page of recall against delay: curves, tables, and films with the error of predictions with and without memory.
 
 Letters: F frames, P height and width in pixels, N clips.
 """

@@ -1,4 +1,4 @@
-"""Violation of expectation: does a film that breaks a law of physics surprise the model more than one that obeys it?
+"""Violation of expectation: does a film that breaks a law of physics surprise the model more than a film that obeys it?
 
     vjepa eval surprise MODEL FOLDER --out surprise.json      writes surprise.html too
 
@@ -74,7 +74,7 @@ class SurpriseSettings(CommonSettings):
     """Shown frames between the starts of two windows."""
 
     mask_kind: int = Field(default=0, ge=0)
-    """Which of the model's mask tokens stands for what is to be predicted."""
+    """Index of the model's mask token that stands for the hidden part."""
 
     untrained: int = Field(default=5, ge=0)
     """Number of untrained models of the same shape to compare with."""
@@ -189,7 +189,7 @@ def untrained_model(like: WorldModel, seed: int, *, encoder: bool = True) -> Wor
     Args:
         like: the model.
         seed: of the initial weights.
-        encoder: also the encoder is untrained; otherwise it is the trained one.
+        encoder: also the encoder is untrained. Otherwise it is the trained encoder.
     """
     predictor = like.predictor
     assert predictor is not None
@@ -226,7 +226,7 @@ def _measure(
     settings: SurpriseSettings,
     context: EvaluationContext,
 ) -> dict[str, list[Float[ndarray, "B C"]]]:
-    """Return the surprise of each window of each film, by the name of the score. What was measured before is kept."""
+    """Return the surprise of each window of each film, by the name of the score. Earlier measurements are kept."""
     predictor = model.predictor
     assert predictor is not None
     facts = [[film.name, film.first, _file_facts(film.path)] for film in films.films]
@@ -293,7 +293,7 @@ def film_surprise(windows: Float[ndarray, "B C"], how: str) -> Float[ndarray, " 
 def score_rows(
     films: ViolationSet, condition: str, name: str, windows: Sequence[Float[ndarray, "B C"]]
 ) -> list[ScoreRow]:
-    """Return the scores of a condition for one kind of surprise.
+    """Return the scores of a condition for a kind of surprise.
 
     `pairs` is the pair accuracy of the mean over windows and contexts, and `groups` that of groups with
     several pairs. For all conditions together there are also the pair accuracy of the maximum over windows, the area
@@ -342,7 +342,7 @@ def group_accuracy(surprise: Float[ndarray, " n"], films: ViolationSet, pairs: S
 
 
 def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-    """Make one row of those that untrained models of several seeds have for a score: their mean, and all of them."""
+    """Join the rows of untrained models of several seeds for a score: their mean, and all values."""
     joined: dict[tuple[str, str, str], list[ScoreRow]] = {}
     for row in rows:
         features = RANDOM if row.features.startswith(RANDOM) else row.features
@@ -431,7 +431,7 @@ def film_scores(films: ViolationSet, found: Mapping[str, Sequence[Float[ndarray,
 def write_submission(file: Path, films: ViolationSet, windows: Sequence[Float[ndarray, "B C"]]) -> None:
     """Write answers for a split whose truth is secret: of each scene, the less surprising half is called possible.
 
-    Without scenes, the less surprising half of all films is. The lines are those of the IntPhys 2 leader board.
+    Without scenes, it is the less surprising half of all films. The lines follow the IntPhys 2 leader board.
     """
     values = np.array([film_surprise(one, "mean").mean() for one in windows])
     scenes: dict[str, list[int]] = {}

@@ -27,7 +27,7 @@ Pixels = UInt8[Tensor, "B T H W 3"]
 def _pixel_surprise(
     predict: Callable[[Float[Tensor, "B C H W 3"], int], Float[Tensor, "B N H W 3"]],
 ) -> Callable[[Pixels, Sequence[int]], Float[ndarray, "B C"]]:
-    """Return the mean L1 error of a prediction of all later frames from the first ones."""
+    """Return the mean L1 error of a prediction of all later frames from the first frames."""
 
     def score(frames: Pixels, contexts: Sequence[int]) -> Float[ndarray, "B C"]:
         values = frames.float()
@@ -104,7 +104,7 @@ def oracle_surprise(path: Path, frames: UInt8[ndarray, "F H W 3"], frame_step: i
     """Return how far a film of ours is from what a tracker expects that knows the first half exactly.
 
     The tracker follows the laws of the generator from the scene of the first half, and compares pixels after the
-    change. It is the ceiling of what can be reached.
+    change. It is the highest score that can be reached.
 
     Returns:
         Mean L1 distance, or None for films without the labels of `vjepa synthesize violations`.

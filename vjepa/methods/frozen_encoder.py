@@ -28,7 +28,7 @@ class FrozenEncoder(Encoder):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Read the file; each rank keeps its shard.
+        """Read the file. Each rank keeps its shard.
 
         Raises:
             BadInput: the file is missing or damaged, or its encoder has another size than the settings.

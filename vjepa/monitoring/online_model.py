@@ -10,7 +10,7 @@ from vjepa.weights.world_model import WorldModel, part_kinds
 
 
 def copy_model(run: Run, world: World, networks: Networks) -> WorldModel | None:
-    """Return what `vjepa.load` would read from a checkpoint that is written now, on the first rank's device.
+    """Return the model that `vjepa.load` would read from a checkpoint written now, on the first rank's device.
 
     All ranks must call it together, to gather sharded weights. Ranks other than the first get None.
     """
