@@ -104,7 +104,7 @@ def find_file(given: str | Path, shipped: Sequence[Path]) -> Path:
     if path.name not in known:
         near = difflib.get_close_matches(path.name, known, n=1)
         meant = f". Did you mean {near[0]}?" if near else ""
-        raise BadInput(f"{given} is neither a file nor among the shipped {', '.join(known)}{meant}")
+        raise BadInput(f"{given} is neither a file nor one of the shipped {', '.join(known)}{meant}")
     return known[path.name]
 
 
