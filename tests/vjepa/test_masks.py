@@ -146,7 +146,7 @@ def test_causal_shows_the_first_tubelets() -> None:
 
 
 def test_causal_without_a_future_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"visible_tubelets \(8\) must be below the clip's tubelets \(8\); try 4"):
+    with pytest.raises(BadInput, match=r"visible_tubelets \(8\) must be below the clip's tubelets \(8\)\. Try 4"):
         sample_masks([CausalMask(visible_tubelets=8)], PLAIN, seed=0, step=0, slots=[0])
 
 
