@@ -160,7 +160,7 @@ def test_a_run_resumes_exactly_and_its_model_remembers(corpus: Path, tmp_path: P
     settings = {"supervised_steps": 2, "seeds": 2, "split": "train"}
     result = run_evaluation("memory", whole, corpus, settings, out=tmp_path / "memory.json")
     rows = {(row.task, row.features): row for row in result.rows}
-    names = {"trained memory", "random memory", "raw context", "average", "window", "supervised", "prior"}
+    names = {"trained memory", "random memory", "raw context", "average", "window", "in sight", "supervised", "prior"}
     assert {row.features for row in result.rows} == names
     curves = result.details["retention_by_gap_s"]
     assert len({tuple(curve) for curve in curves.values()}) == 1
@@ -217,5 +217,6 @@ def test_only_what_remembers_recalls_what_the_window_cannot_see() -> None:
     recalled = {name: values["4"] for name, values in curve(rows).items()}
     assert recalled["supervised"] > 0.7
     assert recalled["average"] > 0.9  # without distractors an average is enough
+    assert recalled["in sight"] > 0.9
     assert recalled["window"] < 0.5
     assert {row.task for row in rows if row.metric == "R2"} == {"evolution, 4 s", "interference, 4 s"}

@@ -10,13 +10,14 @@ Videos are read as consecutive clips, from start to end. At the last clip before
 
 from the memory and from features that need no training: the encoder's own (its window is a clip, which shows a curtain
 alone, so it must be at chance: otherwise the scenes leak), exponential averages, raw context of as many numbers as the
-memory has, and memories with random weights. A memory of the same form that is trained with the labels bounds what the
-features allow. The gain of memory needs no labels: 1 - error with the memory / error from the last clip alone, at
-openings and at clips behind the curtain.
+memory has, and memories with random weights. Two columns bound recall: the encoder's features of a clip that shows the
+object (`in sight`), and a memory of the same form that is trained with the labels (`supervised`). The gain of memory
+needs no labels: 1 - error with the memory / error from the last clip alone, at openings and behind the curtain.
 
 Letters: N clips of a video (_N: of each its own), M cells, F channels of a feature, D width of the memory, A acts.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,9 @@ DECAYS = (0.5, 0.8, 0.95)
 
 BATCH = 64
 RESAMPLED = 1000
+IN_SIGHT = "in sight"
+"""Name of the encoder's features of a clip that shows the object: a memory that only keeps them recalls no more."""
+
 TAUGHT = 8
 """Videos of a step of the memory that is trained with the labels."""
 
@@ -139,6 +143,7 @@ def score_memories(
         "raw context": [_context(max(1, memory.size.width // model.encoder.width))],
         "average": [_averages],
         "window": [lambda clips: clips],
+        IN_SIGHT: [lambda clips: clips],
     }
     if settings.supervised_steps:
         taught = (_train_with_labels(model, memory, fit, settings.supervised_steps, seed) for seed in seeds)
@@ -146,7 +151,8 @@ def score_memories(
     kinds["prior"] = [lambda clips: torch.zeros(len(clips), 1, 1)]  # of a constant, the readout is the prior
     rows: list[ScoreRow] = []
     for name, readers in context.track(list(kinds.items()), "readouts"):
-        tables = [(_features(reader, fit), _features(reader, report)) for reader in readers]
+        seen = name == IN_SIGHT
+        tables = [(_features(reader, fit, seen=seen), _features(reader, report, seen=seen)) for reader in readers]
         rows += _score(name, tables, fit.questions, report.questions, settings.seed)
     return rows + _gains(trained, report, settings.seed)
 
@@ -223,10 +229,10 @@ _Reader = Callable[[Float[Tensor, "N M F"]], Float[Tensor, "N M D"]]
 
 
 @torch.no_grad()
-def _features(reader: _Reader, recording: Recording) -> Float[Tensor, "A d"]:
-    """Return the features at each question, of all cells and their mean."""
+def _features(reader: _Reader, recording: Recording, *, seen: bool) -> Float[Tensor, "A d"]:
+    """Return features of all cells and their mean: at each question, or while its object is `seen` at the start."""
     known = [reader(clips) for clips in recording.clips]
-    at = torch.stack([known[question.video][question.clip] for question in recording.questions])
+    at = torch.stack([known[each.video][each.start if seen else each.clip] for each in recording.questions])
     return torch.cat((at.flatten(1), at.mean(1)), dim=1).float()
 
 
@@ -328,28 +334,33 @@ def _train_with_labels(model: Model, like: ClipMemory, fit: Recording, steps: in
 def _gains(trained: Sequence[ClipMemory], report: Recording, seed: int) -> list[ScoreRow]:
     """Return the gain of memory for clips after an opening, and for the last clip behind the curtain."""
     errors: dict[str, list[tuple[int, float, float]]] = {"openings": [], "elsewhere": []}
-    for memory in trained:
-        for number, question in enumerate(report.questions):
-            distance = question.returned - question.clip
-            later = [clip for clip in (question.returned, question.clip) if clip >= distance]
-            found = _errors(memory, report.clips[question.video], later, distance, generator(seed, "gain", number))
-            for name, remembered, alone in zip(errors, *found, strict=False):
-                errors[name].append((question.video, float(remembered), float(alone)))
+    for memory, (video, asked) in itertools.product(trained, _by_video(report.questions).items()):
+        pairs = [("openings", question.clip, question.returned) for question in asked]
+        pairs += [("elsewhere", 2 * clip - returned, clip) for _, clip, returned in pairs if 2 * clip >= returned]
+        names, earlier, later = zip(*pairs, strict=True)
+        found = _errors(memory, report.clips[video], earlier, later, generator(seed, "gain", video))
+        for name, remembered, alone in zip(names, *found.tolist(), strict=True):
+            errors[name].append((video, remembered, alone))
     return [_gain_row(f"memory gain, {name}", np.array(each), seed) for name, each in errors.items() if each]
+
+
+def _by_video(questions: Sequence[Question]) -> dict[int, list[Question]]:
+    return {video: list(group) for video, group in itertools.groupby(questions, key=lambda question: question.video)}
 
 
 @torch.no_grad()
 def _errors(
-    memory: ClipMemory, clips: Float[Tensor, "N M F"], later: Sequence[int], distance: int, draw: np.random.Generator
-) -> Float[np.ndarray, "2 P"]:
-    """Return the errors of predictions of later clips from clips before them, with the memory and from one clip alone.
+    memory: ClipMemory, clips: Float[Tensor, "N M F"], earlier: Sequence[int], later: Sequence[int],
+    draw: np.random.Generator,
+) -> Float[np.ndarray, "2 P"]:  # fmt: skip
+    """Return the errors of predictions of later clips from earlier ones, with the memory and from one clip alone.
 
     The predictor sees an eighth of the cells of the later clip.
     """
     device = next(memory.parameters()).device
     order = draw.permuted(np.tile(np.arange(memory.cells), (len(later), 1)), axis=1)
-    at, shown = torch.tensor(later), torch.from_numpy(order < max(1, memory.cells // 8))
-    pairs = Pairs(*(each[None].to(device) for each in (at - distance, at, shown)))
+    shown = torch.from_numpy(order < max(1, memory.cells // 8))
+    pairs = Pairs(*(each[None].to(device) for each in (torch.tensor(earlier), torch.tensor(later), shown)))
     video = clips[None].to(device)
     return torch.cat(list(forecast_errors(memory, video, video, pairs).values())).cpu().numpy()
 
@@ -375,7 +386,8 @@ def films_of(memory: ClipMemory, report: Recording, frames: CorpusFrames, model:
     for gap_s, question in sorted(first.items()):
         clips, distance = report.clips[question.video], question.returned - question.clip
         later = range(max(question.start, distance), min(question.returned + distance, len(clips)))
-        remembered, alone = _errors(memory, clips, later, distance, generator(0, "film", question.video))
+        earlier = [clip - distance for clip in later]
+        remembered, alone = _errors(memory, clips, earlier, list(later), generator(0, "film", question.video))
         number = report.numbers[question.video]
         pixels = torch.cat(list(frames.frames(number)))[later.start * model.frames : later.stop * model.frames]
         yield Film(

@@ -17,7 +17,7 @@ from vjepa.viz.plots import Curve
 from vjepa_data import html
 from vjepa_data.html import Section
 
-CURVES = ("trained memory", "average", "random memory", "supervised", "window")
+CURVES = ("trained memory", "average", "in sight", "supervised", "window")
 """Features whose curves are drawn. All of them are in the table."""
 
 STRIP_FRAMES = 16
@@ -63,8 +63,8 @@ def memory_page(result: Result, films: Sequence[Film]) -> str:
 
 RETENTION = (
     "Accuracy of a linear readout of the shape behind the curtain, one of four, at the last clip before the curtain "
-    "opens. The window is the encoder's own clip, which shows the curtain alone. The band is the 95 % interval of the "
-    "trained memory over resampled videos."
+    "opens. The window is the encoder's own clip, which shows the curtain alone. In sight is a clip that shows the "
+    "object. The band is the 95 % interval of the trained memory over resampled videos."
 )
 EVOLUTION = "R2 of the place of an object that goes on moving behind the curtain. Zero is a prediction of the mean."
 INTERFERENCE = "R2 of the number of objects that passed in front of the curtain."
