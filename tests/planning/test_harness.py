@@ -221,6 +221,7 @@ def test_a_row_counts_first_success_and_the_end_apart():
     assert row is not None
     assert (row.reached, row.held, row.median_steps, row.episodes) == (2, 1, 2.0, 3)
     assert row.low < 2 / 3 < row.high
+    assert row.held_low < 1 / 3 < row.held_high
 
 
 # Errors

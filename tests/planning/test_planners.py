@@ -125,8 +125,13 @@ def test_coloured_noise_keeps_its_variance_and_gains_correlation():
 
 
 def test_costs_are_their_formulas():
-    distances, start = torch.tensor([[[3.0, 1.0, 2.0]]]), torch.tensor([4.0])
-    assert cost_of("last", distances, start).item() == 2
-    assert cost_of("sum", distances, start).item() == 2
-    assert cost_of("min", distances, start).item() == pytest.approx(1 + 2 * TIME_PRICE * 4 + HOLD * 2)
-    assert cost_of("temporal", distances, start).item() == pytest.approx(1 + 2 + HOLD * 2)
+    distances = torch.tensor([[[3.0, 1.0, 2.0]]])
+    assert cost_of("last", distances).item() == 2
+    assert cost_of("sum", distances).item() == 2
+    assert cost_of("min", distances).item() == pytest.approx(1 + TIME_PRICE * (3 + 1) + HOLD * 2)
+    assert cost_of("temporal", distances).item() == pytest.approx(1 + 2 + HOLD * 2)
+
+
+def test_a_plan_that_stays_costs_less_than_leaving_and_returning():
+    stay, leave = cost_of("min", torch.tensor([[[0.1, 0.1, 0.1, 0.1], [2.0, 4.0, 2.0, 0.1]]]))[0]
+    assert stay < leave

@@ -59,15 +59,26 @@ class FrameAttention(nn.Module):
         self.proj = nn.Linear(settings.width, settings.width)
 
     def forward(
-        self, x: Float[Tensor, "B S D"], rotation: Rotation, *, tokens: int, window: int | None, past: Past | None
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: Rotation | None,
+        *,
+        tokens: int,
+        window: int | None,
+        past: Past | None,
     ) -> tuple[Float[Tensor, "B S D"], Past]:
         """Args:
         x: tokens of the new frames.
-        rotation: rotation of each new token, the same for all clips.
+        rotation: rotation of each new token, the same for all clips. None if each attends to itself alone.
         tokens: tokens of a frame, N.
         window: frames to attend to, with the frame itself. None for all.
         past: keys and values of earlier frames.
         """
+        if rotation is None:
+            width = x.shape[-1]
+            values = F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
+            nothing = values[:, :0].unflatten(-1, (self.heads, -1))
+            return self.proj(values), Past(nothing, nothing)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B S 3 H d]
         queries, keys = rotate(qkv[:, :, :2], rotation).unbind(2)
         values = qkv[:, :, 2]
@@ -123,7 +134,7 @@ class DynamicsBlock(nn.Module):
         self,
         x: Float[Tensor, "B S D"],
         condition: Float[Tensor, "B T D"] | None,
-        rotation: Rotation,
+        rotation: Rotation | None,
         tokens: int,
         window: int | None,
         past: Past | None,
@@ -134,8 +145,10 @@ class DynamicsBlock(nn.Module):
             attended, seen = self.attn(self.norm1(x), rotation, **ask)
             x = x + attended
             return x + self.mlp(self.norm2(x)), seen
-        changes = self.modulation(F.silu(condition)).repeat_interleave(tokens, dim=1).chunk(6, dim=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = changes
+        changes = self.modulation(F.silu(condition))
+        if tokens > 1:
+            changes = changes.repeat_interleave(tokens, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = changes.chunk(6, dim=-1)
         attended, seen = self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation, **ask)
         x = x + (1 + gate1) * attended
         return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2), seen
@@ -203,12 +216,14 @@ class DynamicsPredictor(nn.Module):
         if extra is not None:
             x = torch.cat((extra, x), dim=2)
             ids = torch.cat((ids[:, :1].expand(-1, extra.shape[2]), ids), dim=1)
-        rotation = rotations(
-            [(Grid(seen + frames, *grid), ids.flatten()[None])],
-            head_width=self.size.width // self.size.heads,
-            form=self.form,
-        )
         tokens = x.shape[2]
+        rotation = None
+        if torch.is_grad_enabled() or not frames == tokens == self.window == 1:
+            rotation = rotations(
+                [(Grid(seen + frames, *grid), ids.flatten()[None])],
+                head_width=self.size.width // self.size.heads,
+                form=self.form,
+            )
         x = x.flatten(1, 2)  # [B S D]
         pasts: Sequence[Past | None] = cache.blocks if cache else [None] * len(self.predictor_blocks)
         after = []

@@ -21,11 +21,6 @@ from vjepa.planning.worlds import Simulator, View, World
 from vjepa_data.errors import BadInput
 from vjepa_data.rng import generator
 
-MOST_TOGETHER = 8
-"""Episodes that a model plans together on a CPU. More gain little."""
-
-EVERYTHING = 1 << 30
-
 
 @dataclass
 class Counts:
@@ -124,44 +119,17 @@ class PlannerAgent:
         self._device = torch.device(device)
         self._box = make_box(low, high, self._device)
         self._plans: Float[Tensor, "E H A"] | None = None
-        self._together: int | None = None
         self.last: tuple[Tensor, Tensor] | None = None
         """Plans [E N H A] that were evaluated last, and their costs [E N]."""
 
     def act(self, view: View, step: int) -> Float[ndarray, "E X A"]:
         """Plan for each episode."""
-        start = self._first_guess(len(view), step)
-        if self._together is None and len(view) > 1:
-            self._together = self._measure_together(view)
-        together = self._together or 1
-        rows = [slice(e, e + together) for e in range(0, len(view), together)]
-        self._plans = torch.cat([self._plan(view.take(part), start[part], step) for part in rows])
+        planning = self._planning
+        draws = Draws(planning.seed, [int(n) for n in view.tasks.numbers], step, self._device)
+        cost, start = self._counted(self._scorer.cost(view)), self._first_guess(len(view), step)
+        self._plans = PLANNERS[planning.planner](cost, start, self._box, draws, planning.effort)
         self.counts.plans += len(view)
-        return self._plans[:, : self._planning.execute].double().cpu().numpy()
-
-    @torch.no_grad()
-    def _measure_together(self, view: View) -> int:
-        """Return how many episodes may be planned together without a change of their costs, bit by bit.
-
-        A CPU's matrix products choose their order of summation by the shape of the batch. For small models the order
-        is mostly the same, and a batch of eight episodes is twice as fast as one.
-        """
-        planning, most = self._planning, min(MOST_TOGETHER, len(view))
-        if self._scorer.is_elementwise or self._device.type != "cpu":
-            return EVERYTHING
-        if planning.planner == "adam":
-            return 1
-        numbers = [int(n) for n in view.tasks.numbers[:most]]
-        for samples in (planning.effort.samples + 2, planning.effort.samples + 1):
-            draws = Draws(planning.seed, numbers, 0, self._device)
-            noise = draws.normal(0, samples=samples, horizon=min(2, planning.horizon), actions=len(self._box.low))
-            actions = self._box.clip(self._box.middle + noise * self._box.width)
-            alone = [self._scorer.cost(view.take(slice(e, e + 1)))(actions[e : e + 1]) for e in range(most)]
-            for count in range(2, most + 1):
-                found = self._scorer.cost(view.take(slice(0, count)))(actions[:count])
-                if not torch.equal(found, torch.cat(alone[:count])):
-                    return 1
-        return most
+        return self._plans[:, : planning.execute].double().cpu().numpy()
 
     def _first_guess(self, episodes: int, step: int) -> Float[Tensor, "E H A"]:
         """Return the rest of the last plans, or the middle of the box."""
@@ -171,12 +139,6 @@ class PlannerAgent:
         if self._plans is None or step == 0:
             return rest
         return torch.cat((self._plans[:, planning.execute :], rest[:, : planning.execute]), dim=1)
-
-    def _plan(self, view: View, start: Float[Tensor, "E H A"], step: int) -> Float[Tensor, "E H A"]:
-        planning = self._planning
-        draws = Draws(planning.seed, [int(n) for n in view.tasks.numbers], step, self._device)
-        cost = self._counted(self._scorer.cost(view))
-        return PLANNERS[planning.planner](cost, start, self._box, draws, planning.effort)
 
     def _counted(self, cost: Cost) -> Callable[[Tensor], Tensor]:
         def score(actions: Tensor) -> Tensor:

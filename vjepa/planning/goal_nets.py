@@ -188,12 +188,13 @@ def steps_between(net: GoalNet, now: Float[Tensor, "B D"], goal: Float[Tensor, "
 
 
 def temporal_distance(net: GoalNet) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a network's temporal distance of latents [E N H h w C] to goals [E h w C]."""
+    """Return a network's temporal distance of latents [R H h w C] to goals [R h w C]."""
 
     def distance(latents: Tensor, goals: Tensor) -> Tensor:
-        shape = latents.shape[:3]
-        wide = goals[:, None, None].expand_as(latents)
-        return steps_between(net, latents.flatten(3).flatten(0, 2), wide.flatten(3).flatten(0, 2)).view(shape)
+        wide = goals[:, None].expand_as(latents)
+        return steps_between(net, latents.flatten(2).flatten(0, 1), wide.flatten(2).flatten(0, 1)).view(
+            latents.shape[:2]
+        )
 
     return distance
 

@@ -29,6 +29,10 @@ class Row:
     high: float
     """95 % interval of the share that was reached (Wilson)."""
 
+    held_low: float
+    held_high: float
+    """95 % interval of the share that was held."""
+
     median_steps: float | None
     """Median of the first step at the goal, over the episodes that reached it."""
 
@@ -56,7 +60,9 @@ def make_row(lines: Sequence[Mapping[str, Any]], *, agent: str, group: str, goal
         return None
     at_goal = np.asarray(np.concatenate([line["distances"] for line in own]) < goal_distance)
     is_reached = np.asarray(np.any(at_goal, axis=1))
-    low, high = wilson(float(is_reached.mean()), len(is_reached))
+    (low, high), (held_low, held_high) = (
+        wilson(float(share.mean()), len(share)) for share in (is_reached, at_goal[:, -1])
+    )
     first = at_goal.argmax(1)[is_reached]
     return Row(
         agent=agent,
@@ -66,6 +72,8 @@ def make_row(lines: Sequence[Mapping[str, Any]], *, agent: str, group: str, goal
         held=int(at_goal[:, -1].sum()),
         low=max(0.0, low),
         high=min(1.0, high),
+        held_low=max(0.0, held_low),
+        held_high=min(1.0, held_high),
         median_steps=float(np.median(first)) if len(first) else None,
         seconds=round(sum(line["seconds"] for line in own), 3),
         plans=sum(line["plans"] for line in own),
@@ -83,7 +91,7 @@ def make_rows(
     return [row for row in found if row is not None]
 
 
-HEAD = ("tasks", "agent", "success %", "95 % interval", "held %", "steps", "plans/s", "calls/s")
+HEAD = ("tasks", "agent", "success %", "95 % interval", "held %", "95 %", "steps", "plans/s", "calls/s")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -94,6 +102,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{100 * row.share:.1f}",
         f"{100 * row.low:.1f} to {100 * row.high:.1f} ({row.reached}/{row.episodes})",
         f"{100 * row.held / row.episodes:.1f}",
+        f"{100 * row.held_low:.1f} to {100 * row.held_high:.1f}",
         "" if row.median_steps is None else f"{row.median_steps:g}",
         f"{row.plans / row.seconds:.1f}" if row.plans and row.seconds else "",
         f"{row.calls / row.seconds:,.0f}" if row.calls and row.seconds else "",

@@ -6,11 +6,10 @@
                       are read from latents
 
 The last bits of a matrix product may depend on the shape of its batch, and so would plans. On a CPU frames are encoded
-one by one, and `PlannerAgent` plans episodes together only where it has measured that their costs are the same alone.
-The true dynamics treat rows elementwise and compute all episodes together.
+one by one, and plans are computed by `RowWise`. The true dynamics treat rows elementwise.
 
-Letters: E episodes, N samples, H steps of a plan, S columns of a state, A columns of an action, P height and width in
-pixels, h w rows and columns of a latent, D channels of a latent.
+Letters: E episodes, N samples, R plans of all episodes, H steps of a plan, S columns of a state, A columns of an
+action, P height and width in pixels, h w rows and columns of a latent, D channels of a latent.
 """
 
 from collections.abc import Callable
@@ -22,38 +21,37 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from vjepa.nn.latent_dynamics import LatentDynamics
 from vjepa.planning.costs import Cost, CostName, cost_of
+from vjepa.planning.rows import RowWise
 from vjepa.planning.worlds import Simulator, Tasks, View
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.errors import BadInput
 
 LatentDistance = Callable[[Tensor, Tensor], Tensor]
-"""Latents [E N H h w D] and goals [E h w D] to distances [E N H]."""
+"""Latents [R H h w D] and goals [R h w D] to distances [R H]."""
 
 
 @runtime_checkable
 class Scorer(Protocol):
     """Makes the cost of plans that begin at a view."""
 
-    is_elementwise: bool
-    """Whether the cost of an episode is the same bit by bit in any company."""
-
     has_gradient: bool
 
     def cost(self, view: View) -> Cost:
-        """Return the cost of plans from the current frames."""
+        """Return the cost of plans from the current frames. That of an episode is the same in any company, on a CPU."""
         ...
 
 
-def squared_error(latents: Float[Tensor, "E N H h w D"], goals: Float[Tensor, "E h w D"]) -> Float[Tensor, "E N H"]:
+def squared_error(latents: Float[Tensor, "R H h w D"], goals: Float[Tensor, "R h w D"]) -> Float[Tensor, "R H"]:
     """Return the mean squared difference of latents."""
-    return (latents - goals[:, None, None]).square().mean((-1, -2, -3))
+    return (latents - goals[:, None]).square().mean((-1, -2, -3))
 
 
 class OracleScorer:
     """True dynamics and true distance."""
 
-    is_elementwise, has_gradient = True, False
+    has_gradient = False
 
     def __init__(self, simulator: Simulator, cost: CostName) -> None:
         self._simulator = simulator
@@ -61,12 +59,12 @@ class OracleScorer:
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current states."""
-        states, tasks, start = view.states, view.tasks, torch.from_numpy(view.distance)
+        states, tasks = view.states, view.tasks
 
         def score(actions: Tensor) -> Tensor:
             futures, spread = simulate_plans(self._simulator, states, tasks, actions)
             flat = self._simulator.distance(futures.reshape(-1, futures.shape[-1]), spread.goals)
-            return cost_of(self._cost, torch.from_numpy(flat).view(actions.shape[:3]), start).to(actions.device)
+            return cost_of(self._cost, torch.from_numpy(flat).view(actions.shape[:3])).to(actions.device)
 
         return score
 
@@ -89,12 +87,17 @@ def simulate_plans(
 class LearnedScorer:
     """Learned dynamics and a distance of latents."""
 
-    is_elementwise, has_gradient = False, True
+    has_gradient = True
 
     def __init__(self, model: WorldModel, cost: CostName, distance: LatentDistance = squared_error) -> None:
         check_model(model)
-        self.model, self._distance = model, distance
+        self.model = model
         self._cost: CostName = cost
+
+        def after_steps(now: Tensor, goals: Tensor, actions: Tensor) -> Tensor:
+            return distance(model.rollout_from(now[:, None], actions), goals)
+
+        self._after_steps = RowWise(after_steps, tokens=tokens_of(model))
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current frames."""
@@ -102,10 +105,11 @@ class LearnedScorer:
 
     def cost_of_latents(self, now: Float[Tensor, "E h w D"], goals: Float[Tensor, "E h w D"]) -> Cost:
         """Return the cost of plans from latents."""
-        start = self._distance(now[:, None, None], goals)[:, 0, 0]
 
         def score(actions: Tensor) -> Tensor:
-            return cost_of(self._cost, self._distance(predict(self.model, now, actions), goals), start)
+            shape = actions.shape[:3]
+            distances = self._after_steps(*_per_plan(shape[1], now, goals), actions.flatten(0, 1))
+            return cost_of(self._cost, distances.view(shape))
 
         return score
 
@@ -124,25 +128,30 @@ class ShuffledScorer(LearnedScorer):
 class TrueDynamicsScorer:
     """True dynamics and a distance of latents: every true state is rendered and encoded."""
 
-    is_elementwise, has_gradient = False, False
+    has_gradient = False
 
     def __init__(
         self, model: WorldModel, simulator: Simulator, cost: CostName, distance: LatentDistance = squared_error
     ) -> None:
-        self.model, self._simulator, self._distance = model, simulator, distance
+        self.model, self._simulator = model, simulator
         self._cost: CostName = cost
+        self._distance = RowWise(
+            lambda frames, goals: distance(model.latents(frames[:, None]), goals)[:, 0], tokens=frame_tokens(model)
+        )
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current states."""
-        now, goals = encode(self.model, view.frames, view.goals)
-        states, tasks = view.states, view.tasks
-        start = self._distance(now[:, None, None], goals)[:, 0, 0]
+        (goals,) = encode(self.model, view.goals)
+        alone = [view.take(slice(e, e + 1)) for e in range(len(view))]  # the frames of all plans need much memory
 
         def score(actions: Tensor) -> Tensor:
-            futures, spread = simulate_plans(self._simulator, states, tasks, actions)
-            frames = self._simulator.render(futures.reshape(len(spread), -1), spread.layouts, self.model.px)
-            latents = encode(self.model, frames, alone=False)[0].unflatten(0, actions.shape[:3])
-            return cost_of(self._cost, self._distance(latents, goals), start)
+            found = []
+            for row, one in enumerate(alone):
+                futures, spread = simulate_plans(self._simulator, one.states, one.tasks, actions[row : row + 1])
+                frames = self._simulator.render(futures.reshape(len(spread), -1), spread.layouts, self.model.px)
+                pixels = torch.from_numpy(frames).to(goals.device)
+                found.append(self._distance(pixels, *_per_plan(len(frames), goals[row : row + 1])))
+            return cost_of(self._cost, torch.stack(found).view(actions.shape[:3]))
 
         return score
 
@@ -150,26 +159,35 @@ class TrueDynamicsScorer:
 class TrueDistanceScorer:
     """Learned dynamics and true distance: states are read from predicted latents."""
 
-    is_elementwise, has_gradient = False, False
+    has_gradient = False
 
     def __init__(
         self, model: WorldModel, simulator: Simulator, cost: CostName, readout: Callable[[Tensor], Tensor]
     ) -> None:
-        self.model, self._simulator, self._readout = model, simulator, readout
+        self.model, self._simulator = model, simulator
         self._cost: CostName = cost
+        self._states = RowWise(
+            lambda now, actions: readout(model.rollout_from(now[:, None], actions)), tokens=tokens_of(model)
+        )
 
     def cost(self, view: View) -> Cost:
         """Return the cost of plans from the current frames."""
         (now,) = encode(self.model, view.frames)
-        goals, start = view.tasks.goals, torch.from_numpy(view.distance)
+        goals = view.tasks.goals
 
         def score(actions: Tensor) -> Tensor:
-            states = self._readout(predict(self.model, now, actions)).double().cpu().numpy()
-            rows = np.arange(len(goals)).repeat(actions.shape[1] * actions.shape[2])
+            shape = actions.shape[:3]
+            states = self._states(*_per_plan(shape[1], now), actions.flatten(0, 1)).double().cpu().numpy()
+            rows = np.arange(len(goals)).repeat(shape[1] * shape[2])
             flat = self._simulator.distance(states.reshape(len(rows), -1), goals[rows])
-            return cost_of(self._cost, torch.from_numpy(flat).view(actions.shape[:3]), start).to(actions.device)
+            return cost_of(self._cost, torch.from_numpy(flat).view(shape)).to(actions.device)
 
         return score
+
+
+def _per_plan(plans: int, *latents: Float[Tensor, "E h w D"]) -> list[Float[Tensor, "R h w D"]]:
+    """Repeat the latents of each episode for each of its plans."""
+    return [each.repeat_interleave(plans, dim=0) for each in latents]
 
 
 # The model
@@ -212,13 +230,14 @@ def encode(model: WorldModel, *frames: ndarray, alone: bool = True) -> tuple[Flo
     return tuple(latents(given) for given in frames)
 
 
-def predict(
-    model: WorldModel, now: Float[Tensor, "E h w D"], actions: Float[Tensor, "E N H A"]
-) -> Float[Tensor, "E N H h w D"]:
-    """Return the latents after each step of each plan."""
-    episodes, samples = actions.shape[:2]
-    latents = now[:, None].expand(-1, samples, -1, -1, -1).flatten(0, 1)[:, None]  # [EN 1 h w D]
-    return model.rollout_from(latents, actions.flatten(0, 1)).unflatten(0, (episodes, samples))
+def frame_tokens(model: WorldModel) -> int:
+    """Return the tokens of a frame in the encoder."""
+    return (model.px // model.model.patch_px) ** 2
+
+
+def tokens_of(model: WorldModel) -> int:
+    """Return the tokens of a latent."""
+    return 1 if isinstance(model.parts["dynamics"], LatentDynamics) else frame_tokens(model)
 
 
 def device_of(model: WorldModel) -> torch.device:
