@@ -24,6 +24,7 @@ EXPECT = Expect(frames=48, width=96, height=64)
 BAD_DECORD = """
 import os, sys, time
 class DECORDError(Exception): pass
+class DECORDLimitReachedError(Exception): pass
 def cpu(n): return n
 class VideoReader:
     def __init__(self, file, **_):

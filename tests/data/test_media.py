@@ -110,8 +110,7 @@ def test_a_clip_that_decord_cannot_decode_is_rejected(monkeypatch: pytest.Monkey
     def fail() -> None:
         raise DECORDError("a stack of C++\nError sending packet.")
 
-    decord = SimpleNamespace(DECORDError=DECORDError)
-    monkeypatch.setattr(tasks, "open_decord", lambda data: (SimpleNamespace(next=fail), decord))
+    monkeypatch.setattr(tasks, "open_decord", lambda data: (SimpleNamespace(next=fail), (DECORDError,)))
     info = VideoInfo(1, "mp4", "h264", "yuv420p", 8, 8, (4, 1), 1.0, 4, 0.0, False)
     with pytest.raises(Refused) as caught:
         tasks.read_with_decord(b"", info)

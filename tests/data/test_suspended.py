@@ -21,6 +21,7 @@ from vjepa_data.settings import Clip, Crop, Data, Loader, Source
 SLOW_DECORD = """
 import threading, time
 class DECORDError(Exception): pass
+class DECORDLimitReachedError(Exception): pass
 def cpu(n): return n
 def work():
     end = time.thread_time() + 0.08

@@ -14,7 +14,7 @@ from vjepa_data.media import frames as frames_module
 from vjepa_data.media.canonical import ClipFormat
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.probe import probe
-from vjepa_data.media.timeline import dense_rate, mean_rate
+from vjepa_data.media.timeline import dense_rate, mean_rate, read_packets
 from vjepa_data.media.transcode import SourceSample, StoredClip, check, stored_rate, transcode
 from vjepa_data.media.video import Reason, Refused, VideoInfo
 from vjepa_data.spec import Encode, Filter
@@ -309,3 +309,15 @@ def _delayed(path: Path, seconds: float) -> bytes:
                 packet.stream = stream
                 new.mux(packet)
     return out.read_bytes()
+
+
+def test_packets_of_a_stream_that_appears_late_are_skipped():
+    read = iter([av.Packet(1), IndexError("list index out of range"), av.Packet(2)])
+
+    def demux() -> Iterator[av.Packet]:  # PyAV's check reads memory that it does not own, so no file is certain to fail
+        for packet in read:
+            if isinstance(packet, IndexError):
+                raise packet
+            yield packet
+
+    assert [packet.size for packet in read_packets(demux)] == [1, 2]

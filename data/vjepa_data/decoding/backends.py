@@ -66,7 +66,7 @@ def _decord(video: bytes, frames: np.ndarray, expect: Expect) -> np.ndarray:
             pictures = np.stack([unpadded(reader[number].asnumpy()) for number in frames.tolist()])
         else:
             pictures = np.from_dlpack(_Frames(reader.get_batch(frames)))  # pyright: ignore[reportArgumentType]
-    except (decord.DECORDError, RuntimeError, IndexError) as e:
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError) as e:
         raise Unreadable("error", f"decord: {e}") from e
     return _mirrored(video, pictures) if is_turned(video) else pictures
 

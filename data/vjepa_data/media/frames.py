@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from vjepa_data.child_process import heartbeat
-from vjepa_data.media.timeline import BROADCAST, RAW, SLOTTED, PacketClock, declared_rate, is_flush
+from vjepa_data.media.timeline import BROADCAST, RAW, SLOTTED, PacketClock, declared_rate, is_flush, read_packets
 from vjepa_data.media.video import FORMATS, Reason, Refused, SeekPoint, VideoInfo, open_video, video_stream
 
 STEPS_BACK_S = (0, 1, 2, 4, 8, 16, 32)
@@ -201,7 +201,7 @@ class Pass:
 
     def _packets(self, container: av.container.InputContainer) -> Iterator[av.Packet]:
         try:
-            yield from container.demux(self._stream)
+            yield from read_packets(lambda: container.demux(self._stream))
         except FFmpegError as error:
             raise self._damaged(error) from None
 

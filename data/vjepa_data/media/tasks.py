@@ -306,10 +306,10 @@ def read_with_decord(data: bytes, info: VideoInfo) -> ClipFormat:
     Raises:
         Refused: decord cannot open the clip or decode its first frame.
     """
-    reader, decord = open_decord(data)
+    reader, errors = open_decord(data)
     try:
         height, width = unpadded(reader.next().asnumpy()).shape[:2]
-    except (decord.DECORDError, RuntimeError) as error:
+    except errors as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     return ClipFormat(len(reader), info.rate, width, height)
 

@@ -6,7 +6,7 @@ Headers may lack the length of a video, give that of another track, or be wrong.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -88,6 +88,25 @@ def is_flush(packet: av.Packet) -> bool:
     return packet.size == 0 and packet.dts is None and packet.pts is None
 
 
+def read_packets(demux: Callable[[], Iterator[av.Packet]]) -> Iterator[av.Packet]:
+    """Yield packets, and skip those of streams that appear after the header.
+
+    PyAV raises IndexError for some of these. The next call reads on at the next packet.
+
+    Args:
+        demux: starts or continues to read the packets of a container.
+
+    Raises:
+        FFmpegError: the file cannot be read further.
+    """
+    while True:
+        try:
+            yield from demux()
+        except IndexError:
+            continue
+        return
+
+
 @dataclass
 class Track:
     """The packets of a video stream that can be displayed, in the order of decoding."""
@@ -143,7 +162,7 @@ def scan(path: Path) -> list[Track]:
         name = container.format.name
         clocks = {index: PacketClock(name, track.time_base, track.rate) for index, track in tracks.items()}
         try:
-            for packet in container.demux(usable):
+            for packet in read_packets(lambda: container.demux(usable)):
                 heartbeat()
                 if not is_flush(packet):
                     _add(tracks[packet.stream_index], packet, clocks[packet.stream_index], name)

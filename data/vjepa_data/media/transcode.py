@@ -409,7 +409,7 @@ def decode_all(data: bytes, *, frames: int, width: int, height: int, samples: Se
     Raises:
         Refused: decord fails, returns a different number or size of frames, or a frame differs from its sample.
     """
-    reader, decord = open_decord(data)
+    reader, errors = open_decord(data)
     wanted = {sample.number: sample.thumbnail for sample in samples}
     shapes = set()
     try:
@@ -419,7 +419,7 @@ def decode_all(data: bytes, *, frames: int, width: int, height: int, samples: Se
             shapes.add(picture.shape)
             if number in wanted and np.abs(thumbnail(picture) - wanted[number]).mean() > MAX_DIFFERENCE:
                 raise Refused(Reason.CHECK_FAILED, f"frame {number} of {frames} differs from its source")
-    except (decord.DECORDError, RuntimeError) as error:
+    except errors as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
     if len(reader) != frames or shapes != {(height, width, 3)}:
         raise Refused(
@@ -428,16 +428,17 @@ def decode_all(data: bytes, *, frames: int, width: int, height: int, samples: Se
         )
 
 
-def open_decord(data: bytes) -> tuple[Any, Any]:
-    """Open a clip with decord, and return the reader and the library.
+def open_decord(data: bytes) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Open a clip with decord, and return the reader and the exceptions that it raises for damaged clips.
 
     decord loads a second FFmpeg, which only a child process should do.
     """
     import decord
 
+    errors = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError)
     try:
-        return decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1), decord
-    except (decord.DECORDError, RuntimeError) as error:
+        return decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=1), errors
+    except errors as error:
         raise Refused(Reason.CHECK_FAILED, f"decord: {decord_message(error)}") from None
 
 
