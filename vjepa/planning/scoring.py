@@ -223,7 +223,7 @@ def encode(model: WorldModel, *frames: ndarray, alone: bool = True) -> tuple[Flo
     device = device_of(model)
 
     def latents(given: ndarray) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(given)).to(device)[:, None]
+        pixels = torch.from_numpy(np.require(given, requirements=["C", "W"])).to(device)[:, None]
         parts = pixels.split(1 if alone and device.type == "cpu" else len(pixels))
         return torch.cat([model.latents(part)[:, 0] for part in parts])
 
