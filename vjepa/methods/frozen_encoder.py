@@ -1,27 +1,46 @@
-"""A frozen encoder for methods that train on its features.
+"""A pretrained encoder that a run uses as it is: read from a native export, and kept in checkpoints as its sha256.
 
-The encoder is read from a native export. It receives no gradient, and no checkpoint holds it: a checkpoint holds the
-sha256 of its file, and a run that resumes with another file stops.
+It receives no gradient, and no checkpoint holds its weights. A run that resumes with another file stops.
 """
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder
 from vjepa.nn.init import assign
+from vjepa.nn.settings import Model as ModelSettings
 from vjepa.nn.shapes import Model
 from vjepa_data.errors import BadInput
+
+
+def read_model(folder: Path) -> ModelSettings:
+    """Return the settings of the networks of a native export.
+
+    Raises:
+        BadInput: there is none in the folder.
+    """
+    try:
+        content: Any = json.loads((folder / "model.json").read_text())
+        return ModelSettings.model_validate(content["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise BadInput(
+            f"{folder} is not a native export ({reason}); make one with `vjepa export --format native`"
+        ) from None
 
 
 class FrozenEncoder(Encoder):
     """The encoder of a native export, read when the weights are initialized."""
 
-    def __init__(self, settings: Model, path: Path, *, attention: Backend):
+    def __init__(self, settings: Model, path: Path, *, attention: Backend = "sdpa"):
         self.path = path
         super().__init__(settings, attention=attention)
         self.requires_grad_(False)
@@ -57,7 +76,7 @@ def open_weights(folder: Path) -> safe_open:
         return safe_open(folder / "model.safetensors", framework="pt")
     except (FileNotFoundError, SafetensorError) as error:
         raise BadInput(
-            f"objective.encoder {folder} is not a native export ({error}); make one with `vjepa export --format native`"
+            f"{folder} is not a native export ({error}); make one with `vjepa export --format native`"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """Settings of V-JEPA 2. Never imports torch."""
 
+import os
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -17,6 +18,11 @@ class MaskedPredictionSettings(MethodSettings):
     loss_exponent: float = Field(default=1.0, gt=0)
     """p of mean(|error|^p) / p."""
 
+    teacher: str | None = None
+    """Native export whose encoder gives the targets, in place of the moving average (SALT, arXiv:2509.24317, stage 2,
+    and distillation). It stays as it is, and may have another width: a linear map then follows the predictor.
+    Checkpoints hold its path and sha256, and no target. The student is exported."""
+
     predicts_context: ClassVar[bool] = False
     """True if the method also predicts visible tokens."""
 
@@ -24,6 +30,10 @@ class MaskedPredictionSettings(MethodSettings):
     def mask_kinds(self) -> tuple[Mask, ...]:
         """Kinds of mask through which every clip is seen."""
         return self.masks
+
+    def with_absolute_paths(self) -> "MaskedPredictionSettings":
+        """Return the same settings with absolute paths."""
+        return self.model_copy(update={"teacher": self.teacher and os.path.abspath(self.teacher)})
 
     def check(self, run: RunSettings) -> None:
         """Reject a class token, which stays untrained, and a predictor without the output layers that are trained."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vjepa.methods.base import Loss, MaskedClips, Networks, sample_tokens
+from vjepa.methods.base import Loss, MaskedClips, Networks
 from vjepa.methods.vjepa2.method import VJEPA2, predictor_inputs
 from vjepa.methods.vjepa2_1.settings import VJEPA21Settings
 from vjepa.nn.encoder import View
@@ -34,14 +34,14 @@ class VJEPA21(VJEPA2):
         assert isinstance(settings, VJEPA21Settings)
         levels, weight = max(1, len(model.levels)), context_weight(step, settings)
         with torch.no_grad():
-            features = networks["target"]([View(clips.frames) for clips in inputs], levels=True)
+            features = self.target(networks)([View(clips.frames) for clips in inputs], levels=True)
             targets = [_norm_each_level(h.float(), levels) for h in features]  # [B N L*D]
 
         pairs = [(clips, mask) for clips in inputs for mask in clips.masks]
         wholes = [mask.select(h) for clips, h in zip(inputs, targets, strict=True) for mask in clips.masks]
         views = [View(mask.select(clips.frames), mask.visible) for clips, mask in pairs]
         contexts = networks["encoder"](views, levels=True)
-        predictions = networks["predictor"](predictor_inputs(contexts, pairs))
+        predictions = self.mapped(networks, networks["predictor"](predictor_inputs(contexts, pairs)))
         of_hidden, of_visible = predictions[: len(pairs)], predictions[len(pairs) :]
 
         by_kind = [torch.zeros((), device=targets[0].device) for _ in settings.masks]
@@ -56,8 +56,10 @@ class VJEPA21(VJEPA2):
                 h = whole.take_along_dim(ids[..., None], dim=1)
                 by_kind[mask.kind] = by_kind[mask.kind] + self.weighted_error(prediction.float() - h, share)
                 baseline = baseline + self.weighted_error(mean - h, share)
-        last = [h[..., -model.encoder.width :] for h in targets]
-        return self.total(by_kind, baseline, pairs, features=sample_tokens(last))
+        width = targets[0].shape[-1] // levels
+        own = [h[..., -model.encoder.width :] for h in contexts]
+        features = self.monitored([h[..., -width:] for h in targets], own)
+        return self.total(by_kind, baseline, pairs, features=features)
 
     def weighted_error(self, difference: Float[Tensor, "B n LD"], weight: Tensor) -> Float[Tensor, ""]:
         """Return the weighted |difference|^p / p, averaged over tokens and channels and summed over clips."""
