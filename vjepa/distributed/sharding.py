@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vjepa.compat import ATTENTION_OPERATIONS, forget_forward, keep_compiled_variants
+from vjepa.compat import ATTENTION_OPERATIONS, forget_forward, keep_compiled_variants, local
 from vjepa.config import Parallel
 from vjepa.methods.base import Networks
 
@@ -119,10 +119,20 @@ def materialise(networks: Networks, device: torch.device, *, seed: int) -> None:
         with torch.no_grad():
             for tensor in (*network.parameters(), *network.buffers()):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-        network.init_weights(seed)  # pyright: ignore[reportCallIssue]
+        if name in networks.averages:  # drawing the weights again would take as long as the first time
+            _copy_shards(network, networks.trained[networks.averages[name].of])
+        else:
+            network.init_weights(seed)  # pyright: ignore[reportCallIssue]
         for path, parameter in network.named_parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            assert not local.isnan().any(), f"{name}.{path} was not initialised"
+            assert not local(parameter).isnan().any(), f"{name}.{path} was not initialised"
+
+
+@torch.no_grad()
+def _copy_shards(network: nn.Module, source: nn.Module) -> None:
+    """Fill a network with the weights of another that is sharded alike."""
+    for one, other in ((network.parameters(), source.parameters()), (network.buffers(), source.buffers())):
+        for tensor, value in zip(one, other, strict=True):
+            local(tensor).copy_(local(value))
 
 
 def local_shards(network: nn.Module) -> list[Tensor]:

@@ -96,6 +96,12 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def from_first(self, value: Tensor) -> Tensor:
+        """Return the tensor of rank 0 on every rank, on the device and without waiting for it."""
+        same = value.clone()
+        dist.broadcast(same, src=0)
+        return same
+
 
 @contextmanager
 def join(settings: Parallel) -> Iterator[World]:

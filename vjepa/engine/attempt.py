@@ -101,7 +101,9 @@ class Attempt:
             network = self.networks.trained[average.of]
             key = "drift" if name == "target" else f"drift_{name}"
             found[key] = drift(local_shards(average.network), local_shards(network), self.world.sum)
-        return {f"monitor/{name}": value for name, value in found.items()}
+        # A decomposition may differ in its last bits between GPUs, and ranks must come to one verdict on a collapse.
+        agreed = self.world.from_first(torch.stack(list(found.values())))
+        return {f"monitor/{name}": value for name, value in zip(found, agreed, strict=True)}
 
     def write(self) -> None:
         """Write the records of the last steps and check the health of the run."""

@@ -236,8 +236,12 @@ class MaskingMethod(Method):
 
 def sample_tokens(features: Sequence[Float[Tensor, "_B _N D"]]) -> Float[Tensor, "tokens D"]:
     """Return at most `MONITORED_TOKENS` of the tokens, evenly spread over clips and positions."""
-    tokens = torch.cat([h.flatten(0, 1) for h in features])
-    return tokens[:: -(-len(tokens) // MONITORED_TOKENS)].clone()  # a view would keep all of them
+    tokens = [h.flatten(0, 1) for h in features]
+    every, first, kept = -(-sum(map(len, tokens)) // MONITORED_TOKENS), 0, []
+    for each in tokens:
+        kept.append(each[-first % every :: every])
+        first += len(each)
+    return torch.cat(kept)  # a view would keep all of them
 
 
 @torch.no_grad()
