@@ -83,8 +83,8 @@ class Parallel(Settings):
     """Compile each block with torch.compile."""
 
     attention: Literal["auto", "sdpa", "varlen", "xformers"] = "auto"
-    """Attention backend. `auto` takes the first of varlen, xformers, sdpa that passes a small test on this
-    machine. The order is fixed, so that all ranks and all attempts of a run agree."""
+    """Attention backend. `auto` times those of varlen, xformers and sdpa that pass a small test on the shapes of the
+    first step, once, and takes the fastest. `choices.json` in the run folder records it for later attempts."""
 
     offload: bool = False
     """Keep the slices of weights, gradients and moments in the memory of the host, and update them there (FSDP2's

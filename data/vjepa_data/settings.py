@@ -162,8 +162,9 @@ class Loader(Settings):
     start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
     """Start method of worker processes, as in `multiprocessing`."""
 
-    decoder: Literal["decord", "torchcodec", "pyav"] = "decord"
-    """Video decoder. All three return identical pixels for files written by `vjepa shard`."""
+    decoder: Literal["decord", "torchcodec", "pyav", "auto"] = "decord"
+    """Video decoder. All three return identical pixels for files written by `vjepa shard`. `auto`: training decodes
+    a few clips of the corpus with each at its first start, and takes the fastest whose pixels are identical there."""
 
     crop_on: Literal["cpu", "device"] = "cpu"
     """Device that resizes crops. `device` saves a twentieth of the workers' time. It computes in floats and may differ
@@ -173,6 +174,11 @@ class Loader(Settings):
     """Time budget of a decode worker for a clip, in seconds during which it computes or sleeps. A worker that exceeds
     it is killed and the sample is replaced. Clips that need longer at 25 million pixels per second, such as 4K, get
     that longer time."""
+
+    @property
+    def fixed_decoder(self) -> Literal["decord", "torchcodec", "pyav"]:
+        """The decoder, which is decord for `auto` where nothing was measured."""
+        return "decord" if self.decoder == "auto" else self.decoder
 
     cache: str | None = None
     """Folder for verified copies of remote shards. Not needed for local shards."""

@@ -2,6 +2,7 @@
 
 runs/X/config.yaml        the settings, resolved
        environment.json   every attempt: time, host, versions, first step, changed settings
+       choices.json       what was measured once to choose the decoder and the attention, if asked
        log.txt  metrics.jsonl  rejected.jsonl  checkpoints/  stacks/  wandb/
 """
 

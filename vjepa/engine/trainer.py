@@ -18,6 +18,7 @@ from vjepa.distributed.sharding import materialise, shard
 from vjepa.distributed.world import World, join
 from vjepa.engine import skipped_batches
 from vjepa.engine.attempt import Attempt
+from vjepa.engine.choices import attention_of, decoder_of
 from vjepa.engine.loop import train_steps
 from vjepa.engine.optimizer import build_optimizer
 from vjepa.engine.rank_consistency import check_data, check_frozen_code, check_program
@@ -31,12 +32,13 @@ from vjepa.monitoring.periodic import PeriodicTasks
 from vjepa.monitoring.stall_watchdog import StallWatchdog
 from vjepa.monitoring.throughput import Throughput
 from vjepa.monitoring.timers import StepTimer
-from vjepa.nn.attention import choose
+from vjepa.nn.attention import Backend, choose
 from vjepa_data.reader.device_prefetch import ahead
 from vjepa_data.reader.loader import ClipLoader
 from vjepa_data.reader.pipeline import open_plan
 from vjepa_data.reader.plan import Plan
 from vjepa_data.reader.signals import described_signals
+from vjepa_data.settings import Loader
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +109,9 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         watchdog = at_end.enter_context(closing(StallWatchdog(run.health, folder, world)))
         skipped = world.first(lambda: skipped_batches.read(folder)) or (metadata.passed_over if metadata else ())
         plan = open_plan(run.data, seed=run.seed, batch_size=run.batch_size, loader=run.loader)
+        loader = decoder_of(run, plan, folder, world)
         stream = skipped_batches.Stream(
-            lambda batch: open_clips(run, plan, folder, world, batch), step=step, skipped=skipped
+            lambda batch: open_clips(run, plan, folder, world, batch, loader), step=step, skipped=skipped
         )
         clips = at_end.enter_context(closing(stream))
         manifests = check_data(run, world, plan, number=skipped_batches.batch_of(step, skipped))
@@ -117,7 +120,7 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
             changes = check_changes(
                 metadata.settings, run, step=step, manifests=manifests, manifests_then=metadata.manifests
             )
-        method, networks = build_networks(run, world)
+        method, networks = build_networks(run, world, attention_of(run, folder, world))
         optimizer = build_optimizer(networks.trained, run.optim)
         origin = newest or world.first(lambda: checkpoint.resolve(to_path(run.start)) if run.start else None)
         if origin:
@@ -158,12 +161,18 @@ def start(run: Run, folder: Path, world: World) -> Iterator[Attempt]:
         )
 
 
-def build_networks(run: Run, world: World) -> tuple[Method, Networks]:
-    """Return the method and its networks, sharded over the ranks, with the initial weights of the run's seed."""
+def build_networks(run: Run, world: World, attention: Backend | None = None) -> tuple[Method, Networks]:
+    """Return the method and its networks, sharded over the ranks, with the initial weights of the run's seed.
+
+    Args:
+        run: the settings.
+        world: the ranks.
+        attention: backend in the place of that of the settings.
+    """
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     stacks = (run.model.encoder, run.model.predictor)
     attention = choose(
-        run.parallel.attention,
+        attention or run.parallel.attention,
         world.device,
         dtype,
         head_widths=[stack.width // stack.heads for stack in stacks],
@@ -178,11 +187,13 @@ def build_networks(run: Run, world: World) -> tuple[Method, Networks]:
     return method, networks
 
 
-def open_clips(run: Run, plan: Plan, folder: Path, world: World, batch: int) -> ClipLoader:
-    """Open this rank's stream of clips at the number of a batch."""
+def open_clips(
+    run: Run, plan: Plan, folder: Path, world: World, batch: int, loader: Loader | None = None
+) -> ClipLoader:
+    """Open this rank's stream of clips at the number of a batch, with the loader of the settings or another."""
     return ClipLoader(
         run.data,
-        run.loader,
+        loader or run.loader,
         seed=run.seed,
         batch_size=run.batch_size,
         rank=world.rank,

@@ -67,7 +67,7 @@ class Rate:
 def measure_stages(data: Data, loader: Loader, *, seed: int, batch_size: int, clips: int = 100) -> Stages:
     """Measure the CPU time of each stage with some clips, stage by stage."""
     plan = open_plan(data, seed=seed, batch_size=batch_size, loader=loader)
-    decoder = DecodeWorker(loader.decoder, timeout_s=loader.decode_timeout_s)
+    decoder = DecodeWorker(loader.fixed_decoder, timeout_s=loader.decode_timeout_s)
     spent: dict[str, float] = {"plan": 0.0, "read": 0.0, "ask": 0.0, "crop": 0.0}
     out: dict[int, torch.Tensor] = {}
     size = 0

@@ -263,7 +263,7 @@ class Decode:
         info = get_worker_info()
         self.row = self.board[info.id if info else 0].numpy()
         self.known: set[tuple[int, int]] = set()
-        decoder = DecodeWorker(self.loader.decoder, timeout_s=self.loader.decode_timeout_s)
+        decoder = DecodeWorker(self.loader.fixed_decoder, timeout_s=self.loader.decode_timeout_s)
         try:
             before = _Decoding([])
             for _, of_video in itertools.groupby(samples, key=_video):
