@@ -55,6 +55,17 @@ def test_a_decoder_with_other_pixels_is_not_chosen(tiny_run: MakeRun, monkeypatc
     assert found.refused["pyav"] == "its pixels differ from those of decord"
 
 
+def test_the_losses_with_the_chosen_decoder_are_those_of_any(tiny_run: MakeRun, tmp_path: Path) -> None:
+    losses = []
+    for decoder in ("auto", "pyav"):
+        folder = tmp_path / decoder
+        assert train(tiny_run(loader={"decoder": decoder}, steps=2, track={"every_steps": 1}), folder) == 0
+        losses.append(
+            [json.loads(line)["loss/prediction"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        )
+    assert losses[0] == losses[1]
+
+
 def test_a_run_records_its_decoder_and_keeps_it(tiny_run: MakeRun, tmp_path: Path, world: World) -> None:
     run = tiny_run(loader={"decoder": "auto"})
     first = decoder_of(run, plan_of(run), tmp_path, world)
@@ -63,15 +74,6 @@ def test_a_run_records_its_decoder_and_keeps_it(tiny_run: MakeRun, tmp_path: Pat
     (tmp_path / "choices.json").write_text(json.dumps({"decoder": {"choice": "torchcodec", "measured": {}}}))
     assert decoder_of(run, plan_of(run), tmp_path, world).decoder == "torchcodec"
     assert decoder_of(tiny_run(), plan_of(run), tmp_path, world) == tiny_run().loader
-
-
-def test_the_losses_with_the_chosen_decoder_are_those_of_any(tiny_run: MakeRun, tmp_path: Path) -> None:
-    losses = []
-    for decoder in ("auto", "pyav"):
-        folder = tmp_path / decoder
-        assert train(tiny_run(loader={"decoder": decoder}, steps=2, track={"every_steps": 1}), folder) == 0
-        losses.append([json.loads(line)["loss/prediction"] for line in (folder / "metrics.jsonl").open()])
-    assert losses[0] == losses[1]
 
 
 def test_shapes_are_those_of_the_masks(tiny_run: MakeRun) -> None:

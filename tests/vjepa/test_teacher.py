@@ -15,8 +15,10 @@ from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.methods.base import MaskedClips, create_method
 from vjepa.methods.masking import sample_masks
+from vjepa.methods.vjepa2.method import predictor_inputs
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
+from vjepa.weights.sharded import Sharded
 from vjepa.weights.tensors import write_safetensors
 from vjepa_data.errors import BadInput
 
@@ -64,7 +66,7 @@ def test_the_loss_is_the_distance_to_the_features_of_the_teacher(tiny_run: Calla
     errors = []
     for mask in clips.masks:
         (context,) = networks["encoder"]([View(clips.frames, mask.visible)])
-        question = vjepa.methods.vjepa2.method.predictor_inputs([context], [(clips, mask)])
+        question = predictor_inputs([context], [(clips, mask)])
         (z,) = networks["predictor"](question)
         errors.append((z - h.take_along_dim(mask.hidden[..., None], dim=1)).abs().mean())
     torch.testing.assert_close(found.value, torch.stack(errors).mean())
@@ -83,7 +85,7 @@ def student(tiny_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFacto
 
 def test_a_checkpoint_holds_the_student_and_no_target(student: tuple[Run, Path]) -> None:
     run, folder = student
-    names = vjepa.weights.sharded.Sharded(checkpoint.resolve(folder)).names
+    names = Sharded(checkpoint.resolve(folder)).names
     parts = {name.partition(".")[0] for name in names}
     assert {"encoder", "predictor", "teacher_map", "teacher_file"} <= parts
     assert not {"target", "teacher"} & parts
@@ -96,7 +98,10 @@ def test_a_student_resumes_with_the_losses_of_an_unbroken_run(student: tuple[Run
     assert train(longer, folder) == 0
     assert train(longer, tmp_path / "whole") == 0
     resumed, whole = (
-        [(row["step"], row["loss/prediction"]) for row in map(json.loads, (each / "metrics.jsonl").open())]
+        [
+            (row["step"], row["loss/prediction"])
+            for row in map(json.loads, (each / "metrics.jsonl").read_text().splitlines())
+        ]
         for each in (folder, tmp_path / "whole")
     )
     assert resumed == whole
