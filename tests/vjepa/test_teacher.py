@@ -16,6 +16,7 @@ from vjepa.engine.trainer import train
 from vjepa.methods.base import MaskedClips, create_method
 from vjepa.methods.masking import sample_masks
 from vjepa.methods.vjepa2.method import predictor_inputs
+from vjepa.methods.vjepa2.settings import VJEPA2Settings
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.grid import Grid
 from vjepa.weights.sharded import Sharded
@@ -38,7 +39,7 @@ def write_teacher(folder: Path, run: Run, *, seed: int = 5, **model: Any) -> Pat
     return folder
 
 
-WIDE = {"encoder": {"name": "custom", "width": 40, "depth": 1, "heads": 2}}
+WIDE: dict[str, Any] = {"encoder": {"name": "custom", "width": 40, "depth": 1, "heads": 2}}
 
 
 def with_teacher(tiny_run: Callable[..., Run], teacher: Path, **changes: Any) -> Run:
@@ -109,7 +110,8 @@ def test_a_student_resumes_with_the_losses_of_an_unbroken_run(student: tuple[Run
 
 def test_a_student_resumes_with_its_own_teacher_only(student: tuple[Run, Path], tiny_run: Callable[..., Run]) -> None:
     run, folder = student
-    teacher = Path(run.objective.teacher)
+    assert isinstance(run.objective, VJEPA2Settings)
+    teacher = Path(str(run.objective.teacher))
     kept = (teacher / "model.safetensors").read_bytes()
     write_teacher(teacher, tiny_run(), seed=6, **WIDE)
     try:

@@ -51,7 +51,7 @@ def attention_of(run: Run, folder: Path, world: World) -> Backend | None:
     shapes = step_shapes(run, clips=run.batch_size // world.size // run.parallel.accumulate)
     widths = [width for _, _, width in shapes]
     named: tuple[Backend, ...] = ("varlen", "xformers")
-    own = [
+    own: list[Backend] = [
         name
         for name in named
         if refusal(
