@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -134,6 +135,9 @@ def test_file_descriptors_and_memory_do_not_leak(corpus: Path):
     at_work = draw(5)
     at_rest = held()
     assert draw(60) <= at_work
+    deadline = time.monotonic() + 60
+    while not held() <= at_rest and time.monotonic() < deadline:  # workers end in the background
+        time.sleep(0.1)
     assert held() <= at_rest
     assert at_work[1] == at_rest[1] + 4  # buffers of two workers, their states, and the board of the watchdog
 

@@ -209,7 +209,7 @@ def test_lanes_that_do_not_divide_the_batch_are_refused(lanes: int, hint: str):
 
 
 def test_a_world_that_does_not_divide_the_lanes_is_refused():
-    with pytest.raises(BadInput, match="try 2, 4, 8 ranks"):
+    with pytest.raises(BadInput, match="Try 2, 4, 8 ranks"):
         Plan([Shards([10])], [1], seed=0, batch_size=8).slots(0, 5)
 
 

@@ -169,7 +169,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(hf_folder: Path, train
         (lambda folder: (folder / "checkpoints").mkdir(parents=True), "no complete checkpoint"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "not JSON"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text('{"model_type": "vit"}')), "only vjepa2"),
-        (lambda folder: (folder.mkdir(), (folder / "model.json").write_text("{}")), "export the model again"),
+        (lambda folder: (folder.mkdir(), (folder / "model.json").write_text("{}")), "Export the model again"),
     ],
 )
 def test_an_invalid_source_is_reported_in_one_line(tmp_path: Path, make: Callable, message: str) -> None:
