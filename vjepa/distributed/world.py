@@ -188,7 +188,7 @@ def _place() -> tuple[int, int, int]:
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, 1)) > 1:
             raise BadInput(
-                f"this job has {os.environ[name]} processes ({name}), but RANK and WORLD_SIZE are not set. Start it "
+                f"this process is one of {os.environ[name]} ({name}), but RANK and WORLD_SIZE are not set. Start it "
                 f"with vjepa launch or torchrun, or start a single task."
             )
     return 0, 1, 0
