@@ -19,9 +19,13 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vjepa.config import Run
 
 BLOCKS, STEPS, WARM_UP = 4, 10, 3
 
@@ -57,6 +61,27 @@ def main() -> None:
         print(f"before / now: {ratio:.2f}")
 
 
+def narrow_run(ranks: int, depth: Sequence[int]) -> "Run":
+    """Return a run with the depth of a real model, and so few channels that a step costs the host's work alone."""
+    from vjepa.config import Run
+
+    return Run.model_validate(
+        {
+            "name": "host",
+            "steps": 10**6,
+            "batch_size": 2 * ranks,
+            "precision": "fp32",  # bf16 arithmetic of a CPU takes longer than everything that is measured here
+            "data": {"sources": [{"shards": "none"}], "clip": {"frames": 4}, "crop": {"px": 32}},
+            "model": {
+                "encoder": {"name": "custom", "width": 64, "depth": depth[0], "heads": 1},
+                "predictor": {"width": 32, "depth": depth[1], "heads": 1},
+                "patch_px": 8,
+            },
+            "optim": {"lr": 1e-4, "decay": "constant", "ema": 0.99925},
+        }
+    )
+
+
 def work(args: argparse.Namespace) -> None:
     """Make steps as a pretended rank, and print the CPU ms of each part of each step, or the growth."""
     import torch
@@ -64,7 +89,6 @@ def work(args: argparse.Namespace) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from vjepa.config import Run
     from vjepa.distributed import sharding
     from vjepa.distributed.world import World
     from vjepa.engine import loop
@@ -79,21 +103,7 @@ def work(args: argparse.Namespace) -> None:
     group = dist.group.WORLD
     assert group is not None
     world = World(0, args.ranks, torch.device("cpu"), mesh, control=group, storage=group)
-    run = Run.model_validate(
-        {
-            "name": "host",
-            "steps": 10**6,
-            "batch_size": 2 * args.ranks,
-            "precision": "fp32",  # bf16 arithmetic of a CPU takes longer than everything that is measured here
-            "data": {"sources": [{"shards": "none"}], "clip": {"frames": 4}, "crop": {"px": 32}},
-            "model": {
-                "encoder": {"name": "custom", "width": 64, "depth": args.depth[0], "heads": 1},
-                "predictor": {"width": 32, "depth": args.depth[1], "heads": 1},
-                "patch_px": 8,
-            },
-            "optim": {"lr": 1e-4, "decay": "constant", "ema": 0.99925},
-        }
-    )
+    run = narrow_run(args.ranks, args.depth)
     # As many units of sharding as ViT-L has: 4 of its 24 blocks in one, and all of the predictor in another.
     sharding.UNIT_PARAMETERS = 4 * (12 * 64**2 + 13 * 64)  # pyright: ignore[reportAttributeAccessIssue]
     method, networks = build_networks(run, world)

@@ -93,10 +93,7 @@ def export(
         ValueError: the loaded export does not give the same features. Nothing is written.
     """
     check_free(out, overwrite=overwrite)
-    if format not in PROGRAMS and (stream or window is not None):
-        raise BadInput(f"a stream is exported as a program, not as {format}; use --format pt2 or onnx")
-    if window is not None and not stream:
-        raise BadInput("--window belongs to streams; add --stream, or leave it out")
+    _check_stream(format, stream=stream, window=window)
     if format == "onnx":
         require_onnx()
     weights = read_weights(source, part)
@@ -130,6 +127,13 @@ def export(
         (folder / "README.md").write_text(model_card(weights, provenance, licence))
     log.info("exported %s to %s (%s) and verified it", source, out, format)
     return provenance
+
+
+def _check_stream(format: Format, *, stream: bool, window: int | None) -> None:
+    if format not in PROGRAMS and (stream or window is not None):
+        raise BadInput(f"a stream is exported as a program, not as {format}; use --format pt2 or onnx")
+    if window is not None and not stream:
+        raise BadInput("--window belongs to streams; add --stream, or leave it out")
 
 
 def _write_form(
