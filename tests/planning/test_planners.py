@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vjepa.planning.costs import HOLD, TIME_PRICE, cost_of
 from vjepa.planning.draws import Draws, coloured
-from vjepa.planning.planners import DEFAULT_EFFORT, PLANNERS, Box, Effort, PlannerName
+from vjepa.planning.planners import DEFAULT_EFFORT, PLANNERS, Box, Effort, PlannerName, stop_early
 from vjepa_data.errors import BadInput
 
 BOX = Box(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]))
@@ -107,6 +107,19 @@ def test_adam_steps_its_optimizer():
     assert torch.allclose(moved, torch.tensor([0.1, -0.1]), atol=0.005), "two steps of the learning rate"
     gradient = 2 * steep * (start[0, 0] - target) * BOX.width
     assert not torch.allclose(moved / moved.norm(), -gradient / gradient.norm(), atol=0.1)
+
+
+def test_a_plan_that_passes_its_goal_stops_there():
+    box = Box(torch.full((2,), -1.0), torch.ones(2))
+
+    def cost(plans: Tensor) -> Tensor:
+        return cost_of("min", (plans.cumsum(2) - goal).norm(dim=-1))
+
+    plan = torch.tensor([[[1.0, 0.0], [0.5, 0.0], [0.0, 1.0], [-0.5, 0.0]]])
+    goal = torch.tensor([1.5, 0.0])
+    assert torch.equal(stop_early(cost, plan, box)[0], torch.cat((plan[0, :2], torch.zeros(2, 2))))
+    goal = plan.sum(1)[0] + torch.tensor([0.1, 0.1])
+    assert torch.equal(stop_early(cost, plan, box), plan), "every step brings it closer"
 
 
 def test_more_elites_than_samples_are_refused():

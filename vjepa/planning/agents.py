@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vjepa.planning.costs import Cost
 from vjepa.planning.draws import Draws
-from vjepa.planning.planners import PLANNERS, Box, Effort, PlannerName
+from vjepa.planning.planners import PLANNERS, Box, Effort, PlannerName, stop_early
 from vjepa.planning.scoring import Scorer
 from vjepa.planning.worlds import Simulator, View, World
 from vjepa_data.errors import BadInput
@@ -127,7 +127,10 @@ class PlannerAgent:
         planning = self._planning
         draws = Draws(planning.seed, [int(n) for n in view.tasks.numbers], step, self._device)
         cost, start = self._counted(self._scorer.cost(view)), self._first_guess(len(view), step)
-        self._plans = PLANNERS[planning.planner](cost, start, self._box, draws, planning.effort)
+        found = PLANNERS[planning.planner](cost, start, self._box, draws, planning.effort)
+        searched = self.last
+        self._plans = stop_early(cost, found, self._box)
+        self.last = searched
         self.counts.plans += len(view)
         return self._plans[:, : planning.execute].double().cpu().numpy()
 

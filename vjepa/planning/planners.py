@@ -225,6 +225,20 @@ PLANNERS: dict[PlannerName, Planner] = {
 assert tuple(PLANNERS) == get_args(PlannerName)
 
 
+@torch.no_grad()
+def stop_early(cost: Cost, plan: Float[Tensor, "E H A"], box: Box) -> Float[Tensor, "E H A"]:
+    """Return the plan of least cost among a plan and those that follow it for some steps and rest from then on.
+
+    Random samples hardly ever rest, so a search ends with plans that arrive and move on.
+    """
+    steps = torch.arange(plan.shape[1], device=plan.device)
+    goes_on = (steps <= steps[:, None])[..., None]  # row n follows the plan for n + 1 steps, the last row to its end
+    plans = torch.where(goes_on, plan[:, None], box.middle)
+    best = _Best()
+    best.add(plans.flip(1), cost(plans.flip(1)))
+    return best.plan
+
+
 def _guesses(mean: Float[Tensor, "E H A"], box: Box) -> Float[Tensor, "E N H A"]:
     """Return a plan and rest: random samples hardly ever propose to stay."""
     return torch.stack((mean, box.middle.expand_as(mean)), dim=1)
