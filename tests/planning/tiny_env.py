@@ -1,4 +1,4 @@
-"""A point that must reach the right edge, as an environment of gymnasium."""
+"""A point that must go right, to a line that is drawn at each reset, as an environment of gymnasium."""
 
 from typing import Any
 
@@ -14,22 +14,25 @@ class Point(gymnasium.Env[np.ndarray, np.ndarray]):
     observation_space = gymnasium.spaces.Box(0, 1, (2,), np.float64)
 
     def __init__(self, render_mode: str = "rgb_array") -> None:
-        self.render_mode, self.place = render_mode, np.zeros(2)
+        self.render_mode, self.place, self.goal = render_mode, np.zeros(2), 1.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
-        self.place = np.array([0.1, self.np_random.random()])
+        self.place, self.goal = np.array([0.1, self.np_random.random()]), 0.7 + 0.2 * self.np_random.random()
         return self.place, self._info()
 
     def step(self, action: np.ndarray):
         self.place = np.clip(self.place + action, 0, 1)
-        return self.place, 0.0, bool(self.place[0] > 0.9), False, self._info()
+        return self.place, 0.0, self._is_reached(), False, self._info()
 
     def render(self) -> Any:
         return self._draw(self.place[0])
 
     def _info(self) -> dict[str, Any]:
-        return {"is_success": self.place[0] > 0.9, "goal_frame": self._draw(1.0)}
+        return {"is_success": self._is_reached(), "goal_frame": self._draw(self.goal)}
+
+    def _is_reached(self) -> bool:
+        return bool(self.place[0] > self.goal)
 
     def _draw(self, x: float) -> np.ndarray:
         frame = np.zeros((PX, PX, 3), np.uint8)
@@ -37,4 +40,12 @@ class Point(gymnasium.Env[np.ndarray, np.ndarray]):
         return frame
 
 
+class Terse(Point):
+    """Reports success by its other name, and no picture of the goal."""
+
+    def _info(self) -> dict[str, Any]:
+        return {"success": self._is_reached()}
+
+
 gymnasium.register("tiny_env/Point-v0", f"{__name__}:Point")
+gymnasium.register("tiny_env/Terse-v0", f"{__name__}:Terse")

@@ -1,9 +1,9 @@
 """Environments of gymnasium as worlds: `--world gym:gym_pusht/PushT-v0`, a process for each episode.
 
 An environment must render to an array (`render_mode="rgb_array"`), have a bounded box of actions, report success as
-`info["is_success"]`, and show its goal: `info["goal_frame"]`, or an entry of GOALS.
+`info["is_success"]` or `info["success"]`, and show its goal: `info["goal_frame"]`, or a function of `gym_goals`.
 
-Letters: E episodes, A columns of an action, P height and width in pixels.
+Letters: E episodes, A columns of an action, H W P height and width in pixels.
 """
 
 import importlib
@@ -22,20 +22,18 @@ from vjepa_data.errors import BadInput
 from vjepa_data.rng import generator
 from vjepa_data.worlds.base import LayoutKind
 
-GOALS: dict[str, Any] = {
-    # The T at its goal, the agent in a corner.
-    "gym_pusht/PushT-v0": lambda env: [48.0, 48.0, *env.unwrapped.goal_pose],
-}
-"""Environments without `goal_frame`: the state to reset to (`options={"reset_to_state": ...}`) for its picture."""
-
 
 def make_environment(name: str) -> Any:
-    """Make an environment, whose package registers it when it is imported: NAMESPACE/NAME of package NAMESPACE."""
+    """Make an environment that shows its goal. Its package registers it when it is imported: NAMESPACE/NAME of package
+    NAMESPACE, or PACKAGE:NAME.
+    """
     import gymnasium
 
-    if "/" in name:
+    from vjepa.planning.gym_goals import ShowGoal
+
+    if "/" in name and ":" not in name:
         importlib.import_module(name.partition("/")[0])
-    return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
+    return ShowGoal(gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True))
 
 
 class GymWorld:
@@ -46,7 +44,7 @@ class GymWorld:
     """The distance is 0 after a success and 1 before."""
 
     def __init__(self, name: str) -> None:
-        """Make the environment once, for its bounds and the picture of its goal.
+        """Make the environment once, for its bounds and to see that it shows its goal.
 
         Raises:
             BadInput: gymnasium or the environment is missing, or the environment lacks information that a planner
@@ -63,25 +61,14 @@ class GymWorld:
         except (ModuleNotFoundError, gymnasium.error.Error) as error:
             raise BadInput(f"gymnasium has no environment {name!r} ({error}); pip install its package") from None
         try:
-            _, info = env.reset(seed=0)
             space = env.action_space
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
                 raise BadInput(f"{name} has actions {space}; a planner needs a box of one axis")
-            if "is_success" not in info:
-                raise BadInput(f"{name} does not report info['is_success'], so success cannot be counted")
             self.low, self.high = space.low.astype(np.float64), space.high.astype(np.float64)
             self.fps = float(env.metadata.get("render_fps", 10))
-            self._goal = self._goal_frame(env, info)
+            env.reset(seed=0)
         finally:
             env.close()
-
-    def _goal_frame(self, env: Any, info: dict[str, Any]) -> UInt8[ndarray, "H W 3"]:
-        if "goal_frame" in info:
-            return np.asarray(info["goal_frame"], np.uint8)
-        if self._id not in GOALS:
-            raise BadInput(f"{self._id} does not say what its goal looks like; report it as info['goal_frame']")
-        env.reset(seed=0, options={"reset_to_state": GOALS[self._id](env)})
-        return np.asarray(env.render(), np.uint8)
 
     def tasks(self, numbers: Sequence[int], *, seed: int, layout: LayoutKind) -> Tasks:
         """Return tasks: a start is the seed with which the environment is reset, a function of (seed, number)."""
@@ -99,20 +86,20 @@ class GymWorld:
 
     def play(self, tasks: Tasks, px: int) -> "GymPlay":
         """Start a process for each episode and reset it."""
-        return GymPlay(self._gym, partial(make_environment, self._id), self._goal, tasks, px)
+        return GymPlay(self._gym, partial(make_environment, self._id), tasks, px)
 
 
 class GymPlay:
     """Episodes of an environment, each in a process."""
 
-    def __init__(self, gym: Any, make: Any, goal: UInt8[ndarray, "H W 3"], tasks: Tasks, px: int) -> None:
+    def __init__(self, gym: Any, make: Any, tasks: Tasks, px: int) -> None:
         self.tasks, self._px = tasks, px
         mode = gym.vector.AutoresetMode.DISABLED
         # Processes fork from a server that has imported this module and no torch.
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "gymnasium"])
         self._envs = gym.vector.AsyncVectorEnv([make] * len(tasks), autoreset_mode=mode, context="forkserver")
         _, info = self._envs.reset(seed=[int(start) for start in tasks.starts[:, 0]])
-        self._goals = np.repeat(_resize(goal, px)[None], len(tasks), axis=0)
+        self._goals = np.stack([_resize(frame, px) for frame in info["goal_frame"]])
         self._is_reached = np.asarray(info["is_success"], bool)
         self._is_over = np.zeros(len(tasks), bool)
 
