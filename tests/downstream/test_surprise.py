@@ -81,6 +81,30 @@ def test_shortcuts_are_at_chance(tmp_path: Path) -> None:
     assert [row for row in rows if not row["is_chance"]] == []
 
 
+def test_halves_of_films_are_equal_after_compression(films: Path) -> None:
+    """So that a surprise without expectations ties in each group."""
+    found = read_violations(films)
+    frames = [np.asarray(shown) for shown in read_films(found.films, px=32, fps=12, frame_step=None, workers=1)]
+    for first in range(0, len(frames), 4):
+        aa, bb, ab, ba = frames[first : first + 4]
+        assert np.array_equal(ab, np.concatenate((aa[:24], bb[24:])))
+        assert np.array_equal(ba, np.concatenate((bb[:24], aa[24:])))
+        sizes = [film.path.stat().st_size for film in found.films[first : first + 4]]
+        assert sizes[0] + sizes[1] == sizes[2] + sizes[3]
+
+
+@pytest.mark.parametrize(("trace", "accuracy"), [(0.0, 0.5), (0.2, 1.0)])
+def test_an_audit_compares_groups(trace: float, accuracy: float, tmp_path: Path) -> None:
+    """Ends differ by far more than the trace, so that no regression on single films sees it."""
+    films = [Film(f"{n}", tmp_path, "law", f"{n // 4}", n % 4 < 2) for n in range(40)]
+    violations = ViolationSet("test", films, [(n + k, n + k + 2) for n in range(0, 40, 4) for k in (0, 1)])
+    ends = (100.0, 0.0, 0.0, 100.0)
+    values = [np.array([n // 4 * 10 + ends[n % 4] + trace * (n % 4 > 1)], np.float32) for n in range(40)]
+    rows = {row["statistic"]: row for row in shortcuts.audit(violations, {"file size": values})}
+    assert rows["file size"]["is_chance"]
+    assert (rows["file size, groups"]["accuracy"], rows["file size, groups"]["is_chance"]) == (accuracy, trace == 0)
+
+
 def test_an_audit_finds_a_shortcut(tmp_path: Path) -> None:
     films = [Film(f"{n}", tmp_path, "law", f"{n // 2}", n % 2 == 0) for n in range(60)]
     violations = ViolationSet("test", films, [(n, n + 1) for n in range(0, 60, 2)])

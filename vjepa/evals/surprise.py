@@ -7,8 +7,8 @@ The surprise of the window is the mean L1 distance between prediction and layer-
 the mean, or the maximum, over its windows. A pair counts if the impossible film surprises strictly more. Ties and
 NaN count as wrong.
 
-A group of films that share their halves counts if its impossible films together surprise strictly more than its
-possible films. What the end of a film looks like, whatever came before, cancels out there.
+A group of films that share their halves counts if its impossible films together surprise more than its possible films,
+and half if they surprise as much. What the end of a film looks like, whatever came before, cancels out there.
 
 Nothing is chosen on the films. The scores are those of the mean over all context lengths, and each context length is
 reported beside them (`by_context`).
@@ -333,12 +333,17 @@ def pair_accuracy(surprise: Float[ndarray, " n"], pairs: Sequence[tuple[int, int
 
 
 def group_accuracy(surprise: Float[ndarray, " n"], films: ViolationSet, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the share of groups whose impossible films together surprise strictly more than their possible films."""
-    margins: dict[str, float] = {}
-    for possible, impossible in pairs:
-        group = films.films[possible].group
-        margins[group] = margins.get(group, 0.0) + float(surprise[impossible] - surprise[possible])
-    return float(np.mean([margin > 0 for margin in margins.values()]))
+    """Return the share of groups whose impossible films together surprise more than their possible films.
+
+    Ties count half: a score without expectations ties in each group of ours, whose halves are equal. NaN is wrong.
+    """
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for pair in pairs:
+        groups.setdefault(films.films[pair[0]].group, []).append(pair)
+    possible, impossible = (
+        np.array([sum(float(surprise[pair[side]]) for pair in group) for group in groups.values()]) for side in (0, 1)
+    )
+    return float(np.mean(shortcuts.exceeds(impossible, possible)))
 
 
 def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:

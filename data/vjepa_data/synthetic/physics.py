@@ -318,9 +318,27 @@ def write_corpus(
     return paths
 
 
-def write_video(path: Path, frames: Sequence[UInt8[ndarray, "P Q 3"]] | UInt8[ndarray, "F P Q 3"], *, fps: int) -> None:
-    """Encode at high quality, since the builder encodes once more. A single thread makes the bytes reproducible."""
+def write_video(
+    path: Path,
+    frames: Sequence[UInt8[ndarray, "P Q 3"]] | UInt8[ndarray, "F P Q 3"],
+    *,
+    fps: int,
+    group_frames: int | None = None,
+) -> None:
+    """Encode at high quality, since the builder encodes once more. A single thread makes the bytes reproducible.
+
+    Args:
+        path: file to write.
+        frames: the pictures.
+        fps: frames per second.
+        group_frames: encode groups of so many frames independently, at a constant quantizer, so that equal groups are
+            equal after decoding, whatever the rest of the film shows. By default a single group has all frames.
+    """
     options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+    if group_frames is not None:
+        del options["crf"]
+        form = f"keyint={group_frames}:min-keyint={group_frames}:scenecut=0"
+        options |= {"qp": "12", "x264-params": form}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"

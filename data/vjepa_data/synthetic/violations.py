@@ -4,7 +4,8 @@ Films come in quadruplets. Two possible films A and B show the same picture arou
 between them is hidden. Two more films change over at that moment: A's first half with B's second half, and B's first
 half with A's second half. Both are impossible. Each half occurs once in a possible film and once in an impossible film,
 and the pictures before and after the change are identical in all four films, so neither a frame, nor half a film, nor
-the difference between two frames tells which films are impossible.
+the difference between two frames tells which films are impossible. Either half is encoded independently of the other,
+so that decoded films have these properties too.
 
 Seven laws are broken:
 
@@ -232,7 +233,7 @@ def write_violations(
         for name, frames in draw_films(scene, px).items():
             possible = name[0] == name[1]
             path = out / ("possible" if possible else "impossible") / f"film_{number:06d}_{name}.mp4"
-            write_video(path, frames, fps=FPS)
+            write_video(path, frames, fps=FPS, group_frames=scene.change)
             path.with_suffix(".json").write_text(json.dumps(describe(scene, name)) + "\n")
             films[name] = path.relative_to(out).as_posix()
             paths.append(path)
