@@ -42,6 +42,24 @@ def local_store() -> Any:
     return HashStore()
 
 
+def pretended_store() -> Any:
+    """Return the store of a process group of the backend `fake`, whose messages go nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def write_results(plan: Any) -> list[Any]:
+    """Return the reports of a rank that has written its part of a checkpoint, without writing anything."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    return [
+        WriteResult(index=item.index, size_in_bytes=0, storage_data=_StorageInfo("__0_0.distcp", number, 1))
+        for number, item in enumerate(plan.items)
+    ]
+
+
 def flight_records() -> list[dict[str, Any]]:
     """Return the entries of torch's flight recorders of this process, oldest first for each recorder."""
     from torch._C import _distributed_c10d as c10d

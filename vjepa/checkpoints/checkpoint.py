@@ -1,21 +1,25 @@
 """The checkpoint format, and how checkpoints are found, verified and restored. A checkpoint is complete or absent.
 
-    checkpoints/.step_00001000.part/      being written: the shards of every rank (DCP), then digests of all files
+    checkpoints/.step_00001000.part/      being written: a file of each rank (DCP), then digests of all files
     checkpoints/step_00001000/            fsynced, then renamed: complete
         .metadata  __0_0.distcp ...       DCP, readable at any number of ranks
         state.json                        step, settings, corpora, and size and xxh3 of every file
     checkpoints/latest                    name of the newest, for people only
 
+Each tensor is written by one rank, its owner (`owners`), and older checkpoints hold a slice of it from each rank. Both
+are read alike, at any number of ranks.
+
 DCP has no checksums: a flipped bit loads without an error. An interrupted save over an old checkpoint would leave a
 mixture that looks complete. Therefore every save has its own digests and a fresh folder, and ends with a rename.
 
-In an object store (`checkpoint.folder: s3://...`) every rank writes its slices to a disk of its node and uploads them,
+In an object store (`checkpoint.folder: s3://...`) every rank writes its file to a disk of its node and uploads them,
 and `state.json` is the last object: without it a `step_*` is not a checkpoint. `storage` defines the places, and
 `manager` writes checkpoints.
 """
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +30,14 @@ import torch
 import xxhash
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from vjepa.checkpoints import storage
-from vjepa.checkpoints.safe_unpickle import check_metadata
+from vjepa.checkpoints.owners import owners_of, spread_owned
+from vjepa.checkpoints.safe_unpickle import unpickle_metadata
+from vjepa.compat import local
 from vjepa.config import Checkpoint
 from vjepa.distributed.world import World
 from vjepa.methods.base import Networks, named_parameters
@@ -231,16 +238,55 @@ def load_into(tensors: Mapping[str, Tensor], path: Path, world: World) -> None:
         BadInput: on every rank, if the checkpoint holds other tensors.
         OSError: on every rank, if any rank cannot read it.
     """
-    world.first(lambda: check_metadata(path))  # all ranks read the same file, of 100 MB at 512 ranks
+    owners = owners_of(tensors, world.size)
+    # An older checkpoint has 100 MB of metadata at 512 ranks.
+    metadata = world.deal(lambda: split_metadata(unpickle_metadata(path), owners, world.size))
+    mine = [name for name in tensors if owners[name] == world.rank]
+    if world.size == 1:
+        owned = {name: local(tensors[name]) for name in mine}
+    else:
+        owned = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in mine}
+    failure = None
     try:
-        load(dict(tensors), storage_reader=storage.open_reader(path), process_group=world.storage)
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
+        read_tensors(owned, metadata, storage.open_reader(path))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        failure = error
+    failures = [(rank, one) for rank, one in enumerate(world.gather(failure)) if one is not None]
+    for rank, cause in failures:
         if isinstance(cause, OSError):
-            raise OSError(f"{path} cannot be read: rank {rank}: {cause}") from error
+            raise OSError(f"{path} cannot be read: rank {rank}: {cause}") from cause
         raise BadInput(
             f"{path} does not hold the model of the settings ({cause}); give a checkpoint of this size"
         ) from None
+    if world.size > 1:
+        spread_owned(owned, tensors, world)
+
+
+def split_metadata(metadata: Metadata, owners: Mapping[str, int], ranks: int) -> list[Metadata]:
+    """Return for each rank the metadata of the tensors that it owns."""
+    parts = [Metadata({}, storage_data={}) for _ in range(ranks)]
+    for name, owner in owners.items():
+        if name in metadata.state_dict_metadata:
+            parts[owner].state_dict_metadata[name] = metadata.state_dict_metadata[name]
+    for index, place in metadata.storage_data.items():
+        if index.fqn in owners:
+            parts[owners[index.fqn]].storage_data[index] = place
+    return parts
+
+
+def read_tensors(tensors: Mapping[str, Tensor], metadata: Metadata, reader: FileSystemReader) -> None:
+    """Read whole tensors from the files of a checkpoint, in place, without other ranks.
+
+    These are the steps of DCP's own `load`, which would read the metadata of all tensors again in each call.
+
+    Raises:
+        RuntimeError, ValueError: the checkpoint lacks a tensor, or holds it in another size.
+        OSError: a file cannot be read.
+    """
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(planner.create_local_plan(), planner).wait()
 
 
 def resolve(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Writing and pruning the checkpoints of a run, in the foreground or in the background.
 
-    save -> shards of every rank -> _commit: digests of all files -> _publish: state.json, sync, rename -> _prune
+    save -> file of every rank -> _commit: digests of all files -> _publish: state.json, sync, rename -> _prune
 
 The format, on disks and in object stores, is described in `checkpoint`.
 """
@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from vjepa.checkpoints import storage
 from vjepa.checkpoints.checkpoint import (
@@ -34,6 +33,7 @@ from vjepa.checkpoints.checkpoint import (
     step_dir,
     step_of,
 )
+from vjepa.checkpoints.owners import gather_owned
 from vjepa.config import Checkpoint
 from vjepa.distributed.world import World
 from vjepa_data.atomic import sync_folder
@@ -85,8 +85,8 @@ class CheckpointManager:
     def save(self, tensors: Mapping[str, Tensor], facts: CheckpointMetadata) -> None:
         """Write a checkpoint on all ranks together.
 
-        With `background`, training waits only for the copy to the host. A thread does the rest on its own process
-        group, because messages of two threads on the same group would be mixed up.
+        With `background`, training waits only for the exchange and the copy to the host. A thread does the rest on its
+        own process group, because messages of two threads on the same group would be mixed up.
 
         Args:
             tensors: sharded or replicated, by name. Equal names are replicas, and the copy of a single rank is kept.
@@ -103,19 +103,21 @@ class CheckpointManager:
             self.world.first(lambda: storage.withdraw(path))
         else:
             self.world.first(lambda: _fresh(part))
-        if not self.settings.background:
+        owned = gather_owned(tensors, self.world, copy=self.settings.background)
+
+        def write() -> None:
             with _failing_plainly(part):
-                save(dict(tensors), checkpoint_id=part, planner=_planner(), process_group=self.world.storage)
+                save(owned, checkpoint_id=part, process_group=self.world.storage)
             self._commit(part, path, facts)
+
+        if not self.settings.background:
+            write()
             self._on_saved(path)
             return
-        done = async_save(dict(tensors), checkpoint_id=part, planner=_planner(), process_group=self.world.storage)
 
         def finish() -> None:
             try:
-                with _failing_plainly(part):
-                    done.result()  # pyright: ignore[reportAttributeAccessIssue]
-                self._commit(part, path, facts)
+                write()
             except BaseException as error:  # noqa: BLE001  it is raised again where training waits
                 self._failure = error
 
@@ -249,15 +251,6 @@ def _failing_plainly(part: Path) -> Iterator[None]:
         if shutil.disk_usage(part).free < LITTLE_BYTES:
             raise OSError(errno.ENOSPC, what + os.strerror(errno.ENOSPC), str(part)) from error
         raise OSError(f"{what}{cause}") from error
-
-
-def _planner() -> DefaultSavePlanner:
-    """Return a planner that keeps the plan of the last save.
-
-    While no shard changes its place, ranks then send empty plans. Otherwise rank 0 would read, merge and write the
-    plans of all ranks in every save: 40 CPU seconds for a ViT-L on 128 ranks, and linear in the ranks.
-    """
-    return DefaultSavePlanner(enable_plan_caching=True)
 
 
 def _fresh(part: Path) -> None:

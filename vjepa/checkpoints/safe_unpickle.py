@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from vjepa.checkpoints import storage
 from vjepa_data.settings import BadInput
 
@@ -31,21 +33,24 @@ HARMLESS = {
 }
 
 
-def check_metadata(checkpoint: Path) -> None:
-    """Check that reading a checkpoint runs no code from it.
+def unpickle_metadata(checkpoint: Path) -> Metadata:
+    """Read DCP's metadata of a checkpoint without running code from it.
 
     Raises:
         BadInput: the metadata name other classes, or are not DCP metadata.
     """
     file = checkpoint / ".metadata"
     try:
-        _Harmless(io.BytesIO(storage.with_retries(file.read_bytes, file))).load()
+        found = _Harmless(io.BytesIO(storage.with_retries(file.read_bytes, file))).load()
     except _Strange as error:
         raise BadInput(
             f"{file} names {error}, which no checkpoint of ours does, and is not read: that might run foreign code"
         ) from None
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
         raise BadInput(f"{file} cannot be read ({error}); choose another checkpoint") from None
+    if not (isinstance(found, Metadata) and isinstance(found.storage_data, dict)):
+        raise BadInput(f"{file} holds no metadata of a checkpoint; choose another checkpoint")
+    return found
 
 
 class _Strange(Exception):

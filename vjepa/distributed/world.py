@@ -90,6 +90,25 @@ class World:
             raise error
         return result
 
+    def deal(self, function: Callable[[], list[T]]) -> T:
+        """Call a function on rank 0 only, and return the entry of its result that has this rank's number.
+
+        Raises:
+            BadInput, OSError: on every rank, if the function raised it on rank 0.
+        """
+        hands: list[Any] = []
+        if self.is_first:
+            try:
+                hands = [(hand, None) for hand in function()]
+            except (BadInput, OSError) as error:
+                hands = [(None, error)] * self.size
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, hands if self.is_first else None, src=0, group=self.control)
+        hand, error = box[0]
+        if error is not None:
+            raise error
+        return hand
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, on the device and without waiting for it."""
         total = value.clone()

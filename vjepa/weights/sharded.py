@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from vjepa import config
 from vjepa.checkpoints import checkpoint, storage
-from vjepa.checkpoints.safe_unpickle import check_metadata
+from vjepa.checkpoints.safe_unpickle import unpickle_metadata
 from vjepa.methods.dynamics.settings import DynamicsSettings
 from vjepa.methods.memory.settings import MemorySettings
 from vjepa.weights.tensors import Joined, Renamed, SafeTensors, Tensors
@@ -87,10 +86,8 @@ class Sharded(Tensors):
         """
         if damage := checkpoint.find_corruption(path):
             raise BadInput(f"{path} is damaged: {damage}; choose another checkpoint of the run")
-        check_metadata(path)
         self.reader = storage.open_reader(path)
-        self.metadata = self.reader.read_metadata()
-        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        self.metadata = unpickle_metadata(path)
         self.entries = {
             name: entry
             for name, entry in self.metadata.state_dict_metadata.items()
@@ -101,10 +98,7 @@ class Sharded(Tensors):
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        # These are the steps of DCP's own `load`, which would read the metadata of all tensors again for each call.
-        planner = DefaultLoadPlanner()
-        planner.set_up_planner({name: tensor}, self.metadata, is_coordinator=True)
-        self.reader.read_data(planner.create_local_plan(), planner).wait()
+        checkpoint.read_tensors({name: tensor}, self.metadata, self.reader)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
