@@ -125,6 +125,17 @@ def forget_forward(network: nn.Module) -> None:
                     group._post_forward_indices.clear()
 
 
+def differences(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the difference of each pair, in a few kernels for all."""
+    return torch._foreach_sub(tensors, others)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType, reportCallIssue]
+
+
+def square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all squares as a double, in a few kernels for all."""
+    norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType, reportCallIssue]
+    return torch.stack(list(norms)).double().square().sum()
+
+
 def move_towards(tensors: Sequence[Tensor], goals: Sequence[Tensor], share: Tensor) -> None:
     """Add `share` of the difference to each tensor, `tensor += share * (goal - tensor)`, in a few kernels for all."""
     change = torch._foreach_sub(goals, tensors)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType, reportCallIssue]

@@ -130,7 +130,7 @@ class Job:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
         if not info.slurm:
             inherited.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides all GPUs if the profile requests none
-        common = {**inherited, **common_environment(run), **self.environment}
+        common = {**inherited, **common_environment(run, cores=self.cores), **self.environment}
         common |= code_environment(Path(self.code), common)
         environments = {rank: {**common, **rank_environment(info, rank, address, port)} for rank in ranks}
         for rank, environment in environments.items():

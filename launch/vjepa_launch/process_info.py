@@ -1,8 +1,10 @@
 """The rank, node, environment variables and state of a process of a job."""
 
+import hashlib
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +83,17 @@ def reachable_address(first_node: str) -> str:
     return first_node
 
 
-def common_environment(run: Path) -> dict[str, str]:
+def common_environment(run: Path, *, cores: int | None = None) -> dict[str, str]:
     """Return the variables that all ranks of a run share.
 
+    Args:
+        run: the run folder.
+        cores: CPU cores of a rank, if known.
+
     They give a single thread per process (loader workers multiply), GPU memory segments that can grow, stacks and a
-    record of collectives when NCCL times out, compiled kernels that survive a restart, and a Python stack for crashes
-    in native code.
+    record of collectives when NCCL times out, compiled kernels that survive a restart on the same node, and a Python
+    stack for crashes in native code. Compiled kernels are kept on the disk of each node: in the run folder, every rank
+    would write some hundred small files to the shared disk.
     """
     return {
         "OMP_NUM_THREADS": "1",
@@ -97,9 +104,17 @@ def common_environment(run: Path) -> dict[str, str]:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_BUFFER_SIZE": "20000",
         "TORCH_FR_DUMP_TEMP_FILE": str(run / "launch" / "collectives_"),
-        "TORCHINDUCTOR_CACHE_DIR": str(run / "launch" / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(node_cache(run) / "inductor"),
         "NCCL_DEBUG": "WARN",
+        # By default each rank starts 32 processes that compile.
+        **({"TORCHINDUCTOR_COMPILE_THREADS": str(cores)} if cores else {}),
     }
+
+
+def node_cache(run: Path) -> Path:
+    """Return the folder of a run on the disk of a node, the same for each attempt of the same user."""
+    name = hashlib.blake2b(str(run).encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"vjepa-{os.getuid()}" / name
 
 
 def code_environment(code: Path, inherited: Mapping[str, str]) -> dict[str, str]:

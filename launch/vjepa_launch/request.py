@@ -89,9 +89,10 @@ def slurm_parameters(folder: Path, request: Request) -> dict[str, Any]:
     cluster = request.cluster
     # Without --export=ALL, `sbatch: {export: NONE}` would also keep MASTER_PORT and PYTHONPATH from the ranks.
     srun = ["--kill-on-bad-exit=1", "--export=ALL", *cluster.srun]
-    if cluster.container_image:
+    is_pyxis = cluster.container_runtime == "pyxis"
+    if cluster.container_image and is_pyxis:
         srun.append(f"--container-image={cluster.container_image}")
-    if cluster.container_mounts:
+    if cluster.container_mounts and is_pyxis:
         srun.append(f"--container-mounts={','.join(cluster.container_mounts)}")
     code = shlex.quote(str(folder / "code"))
     # The same as `code_environment`. An empty entry after a trailing colon would mean the working folder.
@@ -134,7 +135,15 @@ def limit_min(cluster: Cluster) -> int:
 def interpreter(cluster: Cluster) -> str:
     """Return the interpreter as shell words. It starts with USR2 ignored, which would kill it during its imports."""
     ignore_usr2 = 'trap \'\' USR2; exec "$0" "$@"'
-    return shlex.join(["sh", "-c", ignore_usr2, cluster.python or sys.executable])
+    return shlex.join(["sh", "-c", ignore_usr2, *_apptainer(cluster), cluster.python or sys.executable])
+
+
+def _apptainer(cluster: Cluster) -> list[str]:
+    """Return the words that run a command in the image of a profile for apptainer."""
+    if cluster.container_image is None or cluster.container_runtime != "apptainer":
+        return []
+    mounts = ["--bind", ",".join(cluster.container_mounts)] if cluster.container_mounts else []
+    return ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else []), *mounts, cluster.container_image]
 
 
 def batch_lines(folder: Path, request: Request, array: tuple[int, int] | None) -> list[str]:

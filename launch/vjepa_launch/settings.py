@@ -92,7 +92,10 @@ class Cluster(LaunchSettings):
     """Further arguments of srun (`--cpu-bind=none`)."""
 
     container_image: str | None = None
-    """Image for pyxis (`--container-image`). `python` is then the interpreter inside the image."""
+    """Image for pyxis (`--container-image`), or for apptainer. `python` is then the interpreter inside the image."""
+
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """Program that runs the image: SLURM's plugin pyxis, or `apptainer exec`, which must be on the nodes' path."""
 
     container_mounts: tuple[str, ...] = ()
     """Folders to mount in the container under the same paths. They must include the run folder and the data."""

@@ -8,6 +8,7 @@ The files are copied, not installed with pip, which would need a build backend a
 A test compares the copy with the content of the wheel.
 """
 
+import compileall
 import hashlib
 import importlib.util
 import os
@@ -119,7 +120,7 @@ def freeze(run: Path) -> CodeSnapshot:
     for name, path in files.items():
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        _copy_module(path, target)
     # Digest the copies, because the clone may have been edited in the meantime.
     code = replace(code, digest=digest_files(list_files({package: temporary / package for package in PACKAGES})))
     frozen = run / "code"
@@ -131,6 +132,25 @@ def freeze(run: Path) -> CodeSnapshot:
     write_json(launch_folder(run) / "code.json", asdict(code))
     (launch_folder(run) / "code.diff").write_text(diff)
     return verify(run)
+
+
+def _copy_module(source: Path, target: Path) -> None:
+    """Copy a file, and the bytecode of a module.
+
+    Otherwise some twenty processes of every rank would compile each module, and write it to the shared disk. Python
+    accepts bytecode for a source of the same time and size.
+    """
+    before = source.stat()
+    shutil.copyfile(source, target)
+    if source.suffix != ".py":
+        return
+    compiled, made = (Path(importlib.util.cache_from_source(str(path))) for path in (target, source))
+    after = source.stat()
+    if made.is_file() and (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
+        os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+        compiled.parent.mkdir(exist_ok=True)
+        shutil.copyfile(made, compiled)
+    compileall.compile_file(target, quiet=2)  # unless the bytecode is up to date
 
 
 def verify(run: Path) -> CodeSnapshot:

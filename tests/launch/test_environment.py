@@ -1,6 +1,7 @@
 """Variables of the user's shell, and settings of a profile that would undo ours."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from vjepa_launch import notes, slurm
-from vjepa_launch.process_info import code_environment
+from vjepa_launch.process_info import code_environment, common_environment
 from vjepa_launch.request import Request, slurm_parameters
 from vjepa_launch.settings import Cluster
 
@@ -40,6 +41,16 @@ def test_every_rank_gets_the_cores_and_variables_of_the_job() -> None:
     assert "--export=ALL" in found["srun_args"]
     assert any("SRUN_CPUS_PER_TASK" in line for line in found["setup"])
     assert found["wckey"] is None  # submitit would send its own
+
+
+def test_compiled_kernels_stay_on_the_node() -> None:
+    first, again, other = (common_environment(Path("/shared/run"), cores=12), common_environment(Path("/shared/run")),
+                           common_environment(Path("/shared/other")))  # fmt: skip
+    cache = first["TORCHINDUCTOR_CACHE_DIR"]
+    assert cache.startswith(tempfile.gettempdir())
+    assert again["TORCHINDUCTOR_CACHE_DIR"] == cache != other["TORCHINDUCTOR_CACHE_DIR"]
+    assert first["TORCHINDUCTOR_COMPILE_THREADS"] == "12"
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in again
 
 
 def test_frozen_code_comes_before_the_paths_of_the_profile() -> None:

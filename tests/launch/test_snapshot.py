@@ -25,7 +25,8 @@ def test_the_frozen_code_equals_the_wheel(tmp_path: Path) -> None:
         code = {name: wheel.read(name) for name in wheel.namelist() if not name.endswith(".yaml")}
     code = {name: content for name, content in code.items() if ".dist-info/" not in name}
     frozen = tmp_path / "run" / "code"
-    assert {str(path.relative_to(frozen)): path.read_bytes() for path in frozen.rglob("*") if path.is_file()} == code
+    files = [path for path in frozen.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {str(path.relative_to(frozen)): path.read_bytes() for path in files} == code
     assert "vjepa_launch/srun_shield.sh" in code
 
 
@@ -40,6 +41,18 @@ def test_frozen_code_comes_first_even_inside_the_clone(tmp_path: Path) -> None:
             [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=True
         )
         assert all(Path(file).is_relative_to(tmp_path / "code") for file in done.stdout.split())
+
+
+def test_frozen_modules_are_compiled_once_for_all_ranks(tmp_path: Path) -> None:
+    snapshot.freeze(tmp_path)
+    frozen = tmp_path / "code"
+    seen = {path: path.stat().st_mtime_ns for path in frozen.rglob("*.pyc")}
+    assert len(seen) == len(list(frozen.rglob("*.py")))
+    environment = {**os.environ, **code_environment(frozen, os.environ)}
+    program = "import vjepa.config, vjepa_launch.job; print(vjepa.config.load.__code__.co_filename)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(frozen))
+    assert {path: path.stat().st_mtime_ns for path in frozen.rglob("*.pyc")} == seen
 
 
 def test_changed_or_missing_frozen_code_is_rejected(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_a_container_wraps_the_ranks_but_not_finish_attempt(tmp_path: Path) -> N
     assert any(line.startswith(f"{sys.executable} -m vjepa_launch.finish_attempt") for line in lines)
 
 
+def test_apptainer_runs_the_interpreter_of_its_image(tmp_path: Path) -> None:
+    cluster = read("h200").model_copy(update={"container_runtime": "apptainer", "container_image": "/i/v.sif"})
+    step = next(line for line in describe(tmp_path / "run", cluster).splitlines() if line.startswith("srun --"))
+    assert "apptainer exec --nv --bind /shared:/shared /i/v.sif python3 -u -m submitit" in step
+    assert "--container-" not in step
+
+
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
     program = f"""
 import sys, yaml

@@ -84,6 +84,13 @@ def test_half_precision_features_are_measured_in_double() -> None:
         torch.testing.assert_close(monitor(x, alone)[name], value)
 
 
+def test_only_one_rank_decomposes() -> None:
+    features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    whole, part = monitor(features, lambda x: x), monitor(features, lambda x: x, decompose=False)
+    assert part["rankme"].isnan()
+    assert {name: part[name] for name in ("std", "covariance")} == {name: whole[name] for name in ("std", "covariance")}
+
+
 def test_drift_is_the_distance_of_weights() -> None:
     encoder = torch.nn.Linear(3, 4)
     target = copy.deepcopy(encoder)

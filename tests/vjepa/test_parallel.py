@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.attention import varlen  # registers its operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.config import Run
+from vjepa.distributed import numa
 from vjepa.distributed import world as worlds
 from vjepa.distributed.sharding import PRODUCTS, shard
 from vjepa.distributed.world import interface_addresses, join
@@ -103,6 +105,22 @@ def test_gloo_gets_the_interface_to_the_first_rank(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     worlds.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth9"
+
+
+def test_a_rank_is_bound_to_the_cores_of_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0000:1b:00.0").mkdir()
+    (tmp_path / "0000:1b:00.0" / "local_cpulist").write_text("0-3,8,10-11\n")
+    assert numa.near_cores("0000:1b:00.0", tmp_path) == {0, 1, 2, 3, 8, 10, 11}
+    assert numa.near_cores("0000:ff:00.0", tmp_path) == set()
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
+    for allowed in ({2, 3, 4}, {5}):  # the scheduler's choice
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        numa.bind_to_device(torch.device("cuda", 0), tmp_path)
+    numa.bind_to_device(torch.device("cpu"), tmp_path)
+    assert bound == [{2, 3}]
 
 
 def test_open_files_grow_with_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

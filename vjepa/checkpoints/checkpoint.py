@@ -151,19 +151,19 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     return CheckpointMetadata(**{**known, "passed_over": passed_over})
 
 
-def find_corruption(path: Path, *, only: Sequence[str] | None = None) -> str | None:
+def find_corruption(path: Path, *, files: Mapping[str, Any] | None = None) -> str | None:
     """Return the fault of a checkpoint in one line, or None if all files match their digests.
 
     Args:
         path: folder of the checkpoint.
-        only: names of the files to check, by default all. Ranks divide the files among themselves.
+        files: sizes and digests of the files to check, by default of all. Ranks divide the files among themselves.
     """
     try:
-        files = json.loads(_read_text(path / "state.json"))["files"]
+        files = json.loads(_read_text(path / "state.json"))["files"] if files is None else files
     except (OSError, ValueError, KeyError) as error:
         return f"state.json cannot be read ({type(error).__name__})"
-    for name in files if only is None else only:
-        wanted, file = files[name], path / name
+    for name, wanted in files.items():
+        file = path / name
         try:
             size = storage.with_retries(lambda file=file: file.stat().st_size, file)
             if size != wanted["bytes"]:
@@ -198,11 +198,8 @@ def find_newest(home: Path, world: World) -> Path | None:
     candidates = world.first(lambda: list_checkpoints(home))
     damaged = []
     for path in reversed(candidates):
-        try:
-            names = sorted(json.loads(_read_text(path / "state.json"))["files"])
-        except (OSError, ValueError, KeyError):
-            names = []  # `find_corruption` reports it
-        wrong = [one for one in world.gather(find_corruption(path, only=names[world.rank :: world.size])) if one]
+        mine = world.deal(lambda path=path: _share_files(path, world.size))
+        wrong = [one for one in world.gather(find_corruption(path, files=mine)) if one]
         if not wrong:
             world.first(lambda: [storage.set_aside(one, name="damaged") for one in damaged])
             return path
@@ -215,6 +212,15 @@ def find_newest(home: Path, world: World) -> Path | None:
             f"Restore one of them, or give another folder with --out to start from step 0."
         )
     return None
+
+
+def _share_files(path: Path, ranks: int) -> list[dict[str, Any] | None]:
+    """Return the record of the files that each rank verifies. It is read once, and has a line for each file."""
+    try:
+        files = sorted(json.loads(_read_text(path / "state.json"))["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return [None] + [{}] * (ranks - 1)  # rank 0 reads it again, and reports
+    return [dict(files[rank::ranks]) for rank in range(ranks)]
 
 
 def check_moved(run_folder: Path, home: Path) -> None:

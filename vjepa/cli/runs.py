@@ -125,6 +125,34 @@ def estimate(
     print(estimate(run, gpus=gpus, accelerator=kind, mfu=mfu, per_node=gpus_per_node, network_gb_s=network_gb_s).text())
 
 
+@verb("rehearse", example="rehearse vitg16_256px_16f --ranks 1024 parallel.replicate=auto")
+def rehearse(
+    config: Config,
+    /,
+    *,
+    ranks: Count,
+    per_node: Count = 8,
+    clips: Count = 100_000_000,
+    out: Path | None = None,
+    settings: Settings,
+) -> None:
+    """Rehearse the start of a run on many pretended ranks, and print seconds, bytes and sockets of a rank.
+
+    Args:
+        ranks: Number of pretended ranks.
+        per_node: Ranks of each node.
+        clips: Clips of the pretended corpus, if the shards of the run are missing.
+        out: JSON file to write the numbers to.
+    """
+    from vjepa.config import load
+    from vjepa.engine.rehearsal import rehearse
+
+    rehearsal = rehearse(load(config, settings).settings, ranks=ranks, per_node=per_node, clips=clips)
+    if out is not None:
+        out.write_text(rehearsal.json() + "\n")
+    print(rehearsal.text())
+
+
 @verb("train", example="train demo --out runs/demo steps=100")
 def train(config: Config, /, *, out: Path | None = None, settings: Settings) -> int:
     """Train in this process, or in any number of processes under torchrun.

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vjepa.compat import local_store
 from vjepa.config import Parallel
+from vjepa.distributed.numa import bind_to_device
 from vjepa_data.settings import BadInput
 
 T = TypeVar("T")
@@ -149,6 +150,7 @@ def join(settings: Parallel) -> Iterator[World]:
         )
     _check_loopback()
     device = _device(local)
+    bind_to_device(device)
     choose_interface()
     # Gloo connects every pair of ranks in every group. Only gradients on the host need it in addition to NCCL.
     on_host = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"

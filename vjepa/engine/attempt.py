@@ -96,12 +96,14 @@ class Attempt:
 
     def monitor(self, losses: Sequence[Loss]) -> dict[str, Tensor]:
         """Measure the spread of the features, and how far the averages are from their networks."""
-        found = monitor(torch.cat([loss.features for loss in losses]), self.world.sum)
+        features = torch.cat([loss.features for loss in losses])
+        found = monitor(features, self.world.sum, decompose=self.world.is_first)
         for name, average in self.networks.averages.items():
             network = self.networks.trained[average.of]
             key = "drift" if name == "target" else f"drift_{name}"
             found[key] = drift(local_shards(average.network), local_shards(network), self.world.sum)
-        # A decomposition may differ in its last bits between GPUs, and ranks must come to one verdict on a collapse.
+        # Rank 0 alone decomposes: results may differ in their last bits between GPUs, and ranks must come to one
+        # verdict on a collapse.
         agreed = self.world.from_first(torch.stack(list(found.values())))
         return {f"monitor/{name}": value for name, value in zip(found, agreed, strict=True)}
 

@@ -218,7 +218,7 @@ def rehearse(run: Run, *, ranks: int, per_node: int = 8, clips: int = 100_000_00
     is_real = all(Path(source.shards).exists() for source in run.data.sources)
     costs, plan_mib = {}, 0.0
     for rank in dict.fromkeys((0, ranks - 1)):
-        with _pretended(ranks, copies, rank) as world:
+        with pretended(ranks, copies, rank) as world:
             with world.stage("agree"):
                 check_program(run, world)
             before = _resident_mib()
@@ -229,7 +229,7 @@ def rehearse(run: Run, *, ranks: int, per_node: int = 8, clips: int = 100_000_00
                 _draw(run, plan, world)
             plan_mib = max(plan_mib, _resident_mib() - before)
             with world.stage("networks"):
-                tensors = _networks(run, world)
+                tensors = sharded_tensors(run, world)
             rehearse_checkpoint(tensors, world, copies=copies)
             with world.stage("record"):
                 _record(run, world)
@@ -308,7 +308,8 @@ def write_metadata(sent: Sequence[bytes], world: PretendedWorld, folder: Path, *
 
 
 @contextmanager
-def _pretended(ranks: int, copies: int, rank: int) -> Iterator[PretendedWorld]:
+def pretended(ranks: int, copies: int, rank: int) -> Iterator[PretendedWorld]:
+    """Join a pretended process group as a rank."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=pretended_store())
     try:
         flat = copies == 1
@@ -341,7 +342,7 @@ def _draw(run: Run, plan: Plan, world: PretendedWorld) -> None:
     sample_masks(run.objective.mask_kinds, grid, seed=run.seed, step=0, slots=slots)
 
 
-def _networks(run: Run, world: PretendedWorld) -> dict[str, Tensor]:
+def sharded_tensors(run: Run, world: PretendedWorld) -> dict[str, Tensor]:
     """Build and shard the networks on the meta device, and return the tensors of a checkpoint."""
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     with torch.device("meta"):
