@@ -20,8 +20,9 @@ from vjepa_data import html
 from vjepa_data.html import Section
 from vjepa_data.synthetic.physics import write_video
 
-FAILURES, SUCCESSES = 4, 2
-"""Films of hard tasks, the first of each kind."""
+FILMS = {"failed": 4, "left": 2, "reached": 2}
+"""Films of hard tasks, the first of each kind: never at the goal, away from it again at the end,
+at it at the end."""
 
 
 def write_page(found: Evaluation, out: Path) -> Path:
@@ -90,8 +91,9 @@ def _diagnosis(rows: Sequence[Row]) -> list[Section]:
 
 def _energy(found: Landscape) -> Section:
     text = (
-        "Distance of the predicted latent from the goal, for each action, darker for less. The cross is the true "
-        f"action, the ring the minimum. Median over {len(found.true)} starts: {np.median(found.distances):.2f} of the "
+        "Distance of the predicted latent from the goal, for each action, darker for less. The axes are the first two "
+        "columns of the action. The cross is the true action, the ring the minimum. "
+        f"Median over {len(found.true)} starts: {np.median(found.distances):.2f} of the "
         f"largest action apart, {np.median(found.angles):.0f} degrees."
     )
     return Section("Energy of actions", text, _draw_landscape(found))
@@ -123,25 +125,26 @@ def _films(found: Evaluation, world: SimulatedWorld, out: Path) -> list[Section]
     own = [line for line in found.lines if (line["agent"], line["group"]) == ("model", GROUP)]
     at_goal = np.concatenate([line["distances"] for line in own]) < world.goal_distance
     is_reached = np.asarray(np.any(at_goal, axis=1))
-    rows = [*np.flatnonzero(~is_reached)[:FAILURES], *np.flatnonzero(is_reached)[:SUCCESSES]]
+    kinds = np.select([~is_reached, ~at_goal[:, -1]], ["failed", "left"], "reached")
+    rows = [(kind, int(row)) for kind, count in FILMS.items() for row in np.flatnonzero(kinds == kind)[:count]]
     folder, parts = out / "films", []
     folder.mkdir(exist_ok=True)
-    for row in map(int, rows):
+    for kind, row in rows:
         task = found.tasks.groups[GROUP].take(slice(row, row + 1))
         shown = film(world, agent, task, px=model.px, budget=settings.budget)
-        kind = "reached" if is_reached[row] else "failed"
         path = folder / f"{kind}_{task.numbers[0]:06d}.mp4"
         write_video(path, shown.frames, fps=10)
         strip = plots.strip(shown.frames[plots.evenly(len(shown.frames))], height=plots.STRIP_PX)
         caption = f'<figcaption><a href="films/{path.name}">{path.name}</a></figcaption>'
-        parts.append(
-            f'<figure>{caption}<div class="wide"><img src="{plots.jpeg(strip)}" alt="{path.name}"></div></figure>'
-        )
+        width = shown.frames.shape[2]
+        player = f'<video src="films/{path.name}" width="{width}" controls muted preload="metadata"></video>'
+        pictures = f'<div class="wide"><img src="{plots.jpeg(strip)}" alt="{path.name}"></div>'
+        parts.append(f"<figure>{caption}{player}{pictures}</figure>")
     failures = int((~is_reached).sum())
     numbers = ", ".join(str(int(n)) for n in found.tasks.groups[GROUP].numbers[~is_reached][:100])
     text = (
         "Left the frame with the best plan in blue and the next best in grey, as the true world would carry them out; "
         f"right the goal; below the cost of each plan. {failures} of {len(is_reached)} hard tasks failed"
-        f"{': ' + numbers if failures else ''}."
+        f"{': ' + numbers if failures else ''}, and {int((kinds == 'left').sum())} left their goal again."
     )
     return [Section("Films", text, "".join(parts))]
