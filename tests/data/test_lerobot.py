@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vjepa_data.builder.lerobot import open_folder, write_rows
+from vjepa_data.builder.lerobot import open_folder, refusals, write_rows
 from vjepa_data.builder.shard import shard
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import BadInput
@@ -183,27 +183,51 @@ def test_an_episode_stays_in_one_split(tmp_path: Path):
     assert sum(len(splits) for splits in groups.values()) == 3
 
 
+LATE = [np.float32(i / FPS + 0.06) for i in range(FRAMES)]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rows_1": {"timestamp": [np.float32(i / FPS + 0.06) for i in range(FRAMES)]}}, "0.060 s from its frame"),
-        ({"rows_1": {"action": [[float("nan"), 0.0]] * FRAMES}}, "is not finite"),
-        ({"rows_1": {"episode_index": [2] * FRAMES}}, "belong to other episodes"),
-        ({"episode_1": {f"videos/{CAMERA}/from_timestamp": 1.5}}, "episode 2 begins at frame 24 of .*, expected 27"),
-        ({"episode_2": {"length": FRAMES + 3}}, "12 rows for 15 frames"),
+        ({"rows_1": {"timestamp": LATE}}, "row 0 of episode 1 is 0.060 s from its frame at 10 fps"),
+        ({"rows_1": {"timestamp": [np.float32("nan")] * FRAMES}}, "row 0 of episode 1 is nan s from its frame"),
+        ({"rows_1": {"action": [[0.0, 0.0]] * 4 + [[float("nan"), 0.0]] * 8}}, "row 4 of action of episode 1"),
+        ({"rows_1": {"action": [[0.0] * 3] * FRAMES}}, "action of episode 1 has 3 numbers, the spec has 2"),
+        ({"rows_1": {"episode_index": [2] * FRAMES}}, "rows of episode 1 belong to other episodes"),
+        ({"rows_1": {"action": [[0.0]] + [[0.0, 0.0]] * 11}}, "action of episode 1 has no numbers"),
+        ({"episode_1": {"length": FRAMES + 3}}, "12 rows for 15 frames of episode 1"),
+        (
+            {"episode_1": {f"videos/{CAMERA}/from_timestamp": 1.5}},
+            "episodes 1 and 2 share frames of file-000",
+        ),
     ],
 )
-def test_a_folder_whose_rows_do_not_fit_is_refused_with_the_reason(tmp_path: Path, changes: dict, reason: str):
+def test_an_episode_whose_rows_do_not_fit_is_refused_alone(tmp_path: Path, changes: dict, reason: str):
     write_v3(tmp_path / "robot", **changes)
-    with pytest.raises(BadInput, match=reason):
-        shard([str(tmp_path / "robot")], tmp_path / "corpus", spec=spec(), workers=1)
+    opened = open_folder(tmp_path / "robot", None)
+    found = {number: refused.detail for number, refused in refusals(opened, spec().signals).items()}
+    assert set(found) == ({1, 2} if "share" in reason else {1})
+    assert all(reason in detail for detail in found.values())
+    rows = np.load(write_rows(tmp_path / f"robot/videos/{CAMERA}/chunk-000/file-000.mp4", "action", None, 2))
+    truth, _ = episodes()
+    assert np.allclose(rows[: FRAMES - 1], truth.actions[0])
+
+
+def test_a_build_keeps_the_other_episodes_of_a_video(tmp_path: Path):
+    write_v3(tmp_path / "robot", rows_1={"timestamp": LATE})
+    shard([str(tmp_path / "robot")], tmp_path / "corpus", spec=spec(), workers=1)
+    index = Index(tmp_path / "corpus")
+    assert {index.read(sample).labels["episode"] for sample in range(len(index))} == {0, 2}
+    (reject,) = pq.read_table(tmp_path / "corpus/rejects.parquet").to_pylist()
+    assert (reject["reason"], reject["start_s"]) == ("bad_signal", FRAMES / FPS)
+    assert "0.060 s from its frame" in reject["detail"]
 
 
 def test_frames_of_a_deleted_episode_belong_to_none(tmp_path: Path):
     write_v3(tmp_path / "robot")
     meta = tmp_path / "robot/meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(meta).take([0, 2]), meta)
-    rows = np.load(write_rows(tmp_path / f"robot/videos/{CAMERA}/chunk-000/file-000.mp4", "state", None))
+    rows = np.load(write_rows(tmp_path / f"robot/videos/{CAMERA}/chunk-000/file-000.mp4", "state", None, 2))
     truth, _ = episodes()
     assert np.allclose(rows[:FRAMES], truth.states[0])
     assert np.allclose(rows[2 * FRAMES :], truth.states[2])

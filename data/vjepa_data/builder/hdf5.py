@@ -207,7 +207,7 @@ def write_rows(place: FileRef, name: str, signal: SignalSpec) -> Path:
         raise Refused(Reason.BAD_SIGNAL, f"{path.name}: rows of numbers of equal length are expected, found {kinds}")
     with np.errstate(over="ignore"):
         rows = np.concatenate([part.reshape(len(part), -1).astype(np.float32) for part in parts], axis=1)
-    return cache_rows("hdf5", (path, group, name, signal.source), rows)
+    return cache_rows("hdf5", name, (path, group, signal.source), rows)
 
 
 def _find_dataset(found: dict[str, Any], name: str) -> str:

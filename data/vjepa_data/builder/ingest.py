@@ -29,6 +29,7 @@ from vjepa_data.corpus.http_client import public_url
 from vjepa_data.media.fetch import SCHEMES, FileRef
 from vjepa_data.media.video import IMAGE_SUFFIXES, SUFFIXES, Reason, Refused
 from vjepa_data.settings import BadInput
+from vjepa_data.signal_spec import stored
 from vjepa_data.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -297,7 +298,9 @@ def _count_suffixes(paths: Sequence[Path]) -> str:
 def _lerobot(folder: Path, spec: Spec) -> Iterator[InputFile]:
     """Yield the episodes of a LeRobot folder as parts of its videos."""
     opened = lerobot.open_folder(folder, spec.camera)
+    refusals = lerobot.refusals(opened, stored(spec.signals))
     for episode in opened.episodes:
+        refused = refusals.get(episode.number)
         yield InputFile(
             name=f"{folder.name}/{episode.video.relative_to(folder).as_posix()}",
             file=FileRef(str(episode.video)),
@@ -305,6 +308,7 @@ def _lerobot(folder: Path, spec: Spec) -> Iterator[InputFile]:
             group=f"{folder.name}/episode {episode.number}",
             start_s=episode.start_s,
             end_s=opened.end_s(episode),
+            refused=refused and (refused.reason, refused.detail),
         )
 
 

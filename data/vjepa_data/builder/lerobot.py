@@ -6,14 +6,16 @@
 
 The folder is read with pyarrow and json, without the package `lerobot`. A signal `action` of the spec is the column
 `action`, and `state` is `state` or `observation.state`. Row `t` of an episode belongs to its frame `t`. Each episode is
-a group, so its clips stay in the same split.
+a group, so its clips stay in the same split. An episode with bad rows is refused alone, and the others of its video
+stay.
 
 Source of the layout: huggingface/lerobot, `lerobot/datasets` (Apache-2.0).
 """
 
 import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
 from vjepa_data.builder.row_cache import cache_rows
 from vjepa_data.errors import BadInput
 from vjepa_data.media.video import Reason, Refused
+from vjepa_data.signal_spec import SignalSpec
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -53,6 +57,10 @@ class LeRobotFolder:
     fps: float
     camera: str
     episodes: tuple[Episode, ...]
+
+    def first_frame(self, episode: Episode) -> int:
+        """Return the number of an episode's first frame in its video."""
+        return round(episode.start_s * self.fps)
 
     def end_s(self, episode: Episode) -> float:
         """Return the time of the end of an episode in its video."""
@@ -152,59 +160,118 @@ def _episodes_v3(folder: Path, info: dict[str, Any], key: str) -> Iterator[Episo
         )
 
 
-def write_rows(video: Path, name: str, camera: str | None) -> Path:
+def refusals(opened: LeRobotFolder, signals: Mapping[str, SignalSpec]) -> dict[int, Refused]:
+    """Return why episodes cannot be used, by their number: their rows are bad, or two good episodes share frames.
+
+    Args:
+        opened: the folder.
+        signals: the signals that are stored.
+    """
+    found = {}
+    for episode in opened.episodes:
+        try:
+            for name, signal in signals.items():
+                _read_rows(episode, name, opened.fps, columns=len(signal.columns))
+        except Refused as refused:
+            found[episode.number] = refused
+    good = [episode for episode in opened.episodes if episode.number not in found]
+    good.sort(key=lambda episode: (episode.video, opened.first_frame(episode)))
+    for one, other in itertools.pairwise(good if signals else ()):
+        first, start = opened.first_frame(one), opened.first_frame(other)
+        if one.video == other.video and start < first + one.length:
+            detail = (
+                f"episodes {one.number} and {other.number} share frames of {one.video.name}: {first} to "
+                f"{first + one.length - 1}, and {start} to {start + other.length - 1}"
+            )
+            found |= dict.fromkeys((one.number, other.number), Refused(Reason.BAD_SIGNAL, detail))
+    return found
+
+
+def write_rows(video: Path, name: str, camera: str | None, columns: int) -> Path:
     """Write the rows of a signal for all frames of a video to the user's cache, and return the file.
+
+    Frames of episodes that are refused, or of none, get rows of zeros.
 
     Args:
         video: a video of a LeRobot folder.
         name: name of the signal.
         camera: camera of the spec.
-
-    Raises:
-        Refused: the column is missing, times and frames differ by more than half a frame, or episodes overlap.
+        columns: number of columns of the signal.
     """
+    return cache_rows("lerobot", name, (video, camera), _video_rows(video, name, camera, columns))
+
+
+@functools.lru_cache(maxsize=4)
+def _video_rows(video: Path, name: str, camera: str | None, columns: int) -> Float[np.ndarray, "F A"]:
     folder = find_folder(video)
     assert folder is not None, f"{video} is not in a LeRobot folder"
     opened = open_folder(folder, camera)
-    own = sorted((e for e in opened.episodes if e.video == video), key=lambda episode: episode.start_s)
-    parts, frames = [], 0
+    own = [episode for episode in opened.episodes if episode.video == video]
+    rows = np.zeros((max(opened.first_frame(e) + max(0, e.length) for e in own), columns), np.float32)
     for episode in own:
-        first = round(episode.start_s * opened.fps)
-        if first < frames:
-            detail = f"episode {episode.number} begins at frame {first} of {video.name}, expected {frames} or later"
-            raise Refused(Reason.BAD_SIGNAL, detail)
-        rows = _read_rows(episode, name, opened.fps)
-        parts += [np.zeros((first - frames, rows.shape[1]), rows.dtype), rows]  # frames of no episode come before it
-        frames = first + episode.length
-    return cache_rows("lerobot", (video, name, camera), np.concatenate(parts))
+        first = opened.first_frame(episode)
+        try:
+            rows[first : first + episode.length] = _read_rows(episode, name, opened.fps, columns=columns)
+        except Refused:  # as `refusals` says, and no clip is cut here
+            continue
+    return rows
 
 
-def _read_rows(episode: Episode, name: str, fps: float) -> np.ndarray:
-    """Return the rows of an episode, [length, columns]."""
+@functools.lru_cache(maxsize=16)
+def _read_table(path: Path, name: str) -> tuple[str, pa.Table]:
+    """Return the column of a signal, and the table with it and the columns that place its rows."""
     try:
-        table = pq.read_table(episode.data)
+        have = pq.read_schema(path).names
+        column = next((c for c in (name, f"observation.{name}") if c in have), None)
+        if column is None:
+            detail = f"{path.name}: no column {name} or observation.{name} among {', '.join(have)}"
+            raise Refused(Reason.BAD_SIGNAL, detail)
+        wanted = [column, *(c for c in ("episode_index", "timestamp") if c in have)]
+        return column, pq.read_table(path, columns=wanted)
     except (OSError, pa.ArrowException) as error:
-        raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: {str(error).splitlines()[0]}") from None
-    column = next((c for c in (name, f"observation.{name}") if c in table.column_names), None)
-    if column is None:
-        have = ", ".join(table.column_names)
-        raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: no column {name} or observation.{name} among {have}")
-    part = table.slice(episode.first_row, episode.length)
+        raise Refused(Reason.BAD_SIGNAL, f"{path.name}: {str(error).splitlines()[0]}") from None
+
+
+def _read_rows(episode: Episode, name: str, fps: float, *, columns: int) -> Float[np.ndarray, "F A"]:
+    """Return the rows of an episode.
+
+    Raises:
+        Refused: the column is missing, rows and frames differ in number or by more than half a frame, or a row does not
+            have `columns` finite numbers.
+    """
+
+    def bad(detail: str) -> Refused:
+        return Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: {detail}")
+
+    column, table = _read_table(episode.data, name)
+    part = table.slice(episode.first_row, max(0, episode.length))
     if len(part) != episode.length:
-        detail = f"{len(part)} rows for {episode.length} frames of episode {episode.number}"
-        raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: {detail}")
+        raise bad(f"{len(part)} rows for {episode.length} frames of episode {episode.number}")
     if "episode_index" in table.column_names and set(part["episode_index"].to_pylist()) != {episode.number}:
-        raise Refused(
-            Reason.BAD_SIGNAL, f"{episode.data.name}: rows of episode {episode.number} belong to other episodes"
-        )
+        raise bad(f"rows of episode {episode.number} belong to other episodes")
     if "timestamp" in table.column_names:
-        apart = np.abs(part["timestamp"].to_numpy() - np.arange(episode.length) / fps)
-        if not (apart <= 0.5 / fps).all():
-            late = int(np.argmax(~(apart <= 0.5 / fps)))
-            detail = f"row {late} of episode {episode.number} is {apart[late]:.3f} s from its frame at {fps:g} fps"
-            raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: {detail}")
+        _check_times(part["timestamp"], episode, fps, bad)
     try:
         rows = np.array(part[column].to_pylist(), dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise Refused(Reason.BAD_SIGNAL, f"{episode.data.name}: column {column} has no numbers ({error})") from None
-    return rows.reshape(episode.length, -1)
+        raise bad(f"column {column} of episode {episode.number} has no numbers ({error})") from None
+    rows = rows.reshape(episode.length, -1)
+    if rows.shape[1] != columns:
+        raise bad(f"column {column} of episode {episode.number} has {rows.shape[1]} numbers, the spec has {columns}")
+    missing = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(missing):
+        count = f"{len(missing)} such rows" if len(missing) > 1 else "no other such row"
+        raise bad(f"row {missing[0]} of {column} of episode {episode.number} is not finite ({count})")
+    return rows
+
+
+def _check_times(times: pa.ChunkedArray, episode: Episode, fps: float, bad: Callable[[str], Refused]) -> None:
+    """Check that each row of an episode is within half a frame of its frame."""
+    try:
+        seconds = np.array(times.to_pylist(), dtype=np.float64).reshape(episode.length)
+    except (TypeError, ValueError) as error:
+        raise bad(f"timestamps of episode {episode.number} are not seconds ({error})") from None
+    apart = np.abs(seconds - np.arange(episode.length) / fps)
+    late = np.flatnonzero(~(apart <= 0.5 / fps))
+    if len(late):
+        raise bad(f"row {late[0]} of episode {episode.number} is {apart[late[0]]:.3f} s from its frame at {fps:g} fps")

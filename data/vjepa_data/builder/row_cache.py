@@ -10,16 +10,17 @@ from vjepa_data.atomic import atomic_write
 from vjepa_data.corpus.index import user_cache
 
 
-def cache_rows(kind: str, identity: tuple[object, ...], rows: np.ndarray) -> Path:
+def cache_rows(kind: str, name: str, identity: tuple[object, ...], rows: np.ndarray) -> Path:
     """Write the rows of a signal, and return the file.
 
     Args:
         kind: folder of the cache.
-        identity: values that tell these rows from all other rows.
+        name: name of the signal, which errors show as that of the file.
+        identity: values that tell these rows from all other rows of the same name.
         rows: [rows, columns].
     """
     text = "\0".join(map(str, identity)).encode()
-    path = user_cache() / kind / f"{hashlib.sha256(text).hexdigest()[:24]}.npy"
+    path = user_cache() / kind / hashlib.sha256(text).hexdigest()[:24] / f"{name}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     sink = io.BytesIO()
     np.lib.format.write_array(sink, np.ascontiguousarray(rows), version=(1, 0), allow_pickle=False)

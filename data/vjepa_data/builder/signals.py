@@ -165,7 +165,7 @@ def _sidecar(place: FileRef, name: str, kinds: tuple[str, ...], spec: Spec) -> P
     if place.is_remote or not place.is_whole:
         raise Refused(Reason.BAD_SIGNAL, f"{name} is read from a sidecar file of a local video, not from a tar or URL")
     if "npy" in kinds and lerobot.find_folder(Path(place.path)) is not None:
-        return lerobot.write_rows(Path(place.path), name, spec.camera)
+        return lerobot.write_rows(Path(place.path), name, spec.camera, len(spec.signals[name].columns))
     stem = Path(place.path).with_suffix("")
     found = [path for kind in kinds if (path := stem.with_name(f"{stem.name}.{name}.{kind}")).is_file()]
     if len(found) != 1:
