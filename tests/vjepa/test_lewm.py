@@ -24,7 +24,8 @@ from vjepa_data.builder.shard import shard
 from vjepa_data.corpus.index import Index
 from vjepa_data.errors import BadInput
 from vjepa_data.reader.loader import ClipLoader
-from vjepa_data.settings import Loader
+from vjepa_data.reader.signals import interval_statistics
+from vjepa_data.settings import Clip, Data, Loader, Source
 from vjepa_data.spec import Spec
 from vjepa_data.worlds.episodes import WORLDS
 from vjepa_data.worlds.files import write_episodes
@@ -237,6 +238,15 @@ def test_the_action_scale_is_that_of_the_corpus(rooms: Path, trained: Path):
     # Clips at 5 fps sum two rows of 10 Hz.
     assert torch.allclose(scale.actions.mean, 2 * torch.tensor(found.mean), atol=1e-6)
     assert torch.allclose(scale.actions.std, 2 * torch.tensor(found.std), atol=1e-6)
+
+
+@pytest.mark.parametrize("pace", [{"fps": 5}, {"frame_step": 2}, {"duration_s": 0.8}])
+def test_the_action_scale_follows_the_pace_of_the_source(rooms: Path, pace: dict[str, float]):
+    """Frames are two of 10 Hz apart, however the source says it."""
+    source = Source.model_validate({"shards": str(rooms), **pace})
+    data = Data(sources=(source,), clip=Clip(frames=4, fps=1), signals=("action",))
+    found = interval_statistics(data, "action")
+    assert np.allclose(found.std, 2 * np.array(Index(rooms).statistics["action"].std))
 
 
 def test_a_loaded_model_rolls_out_as_in_training(rooms: Path, trained: Path):

@@ -18,6 +18,7 @@ import numpy as np
 
 from vjepa_data.errors import BadInput
 from vjepa_data.rng import generator
+from vjepa_data.settings import Clip, Source
 
 if TYPE_CHECKING:
     from vjepa_data.corpus.index import Index
@@ -149,6 +150,15 @@ class Pace:
 
     def __str__(self) -> str:
         return f"at {self.fps:g} fps" if self.frame_step is None else f"{self.frame_step} frames apart"
+
+
+def pace_of(source: Source, clip: Clip) -> Pace:
+    """Return the rate of the clips of a source."""
+    if source.frame_step:
+        return Pace(frame_step=source.frame_step)
+    if source.duration_s:
+        return Pace(fps=(source.frames or clip.frames) / source.duration_s)
+    return Pace(fps=source.fps or clip.fps)
 
 
 class EligibleSamples:

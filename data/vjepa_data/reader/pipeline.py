@@ -28,12 +28,12 @@ from vjepa_data.decoding.decode_worker import DecodeWorker
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.reader import clip_times, crops
 from vjepa_data.reader.batch import Batch, Clips, RejectedSample, Signal, Uncropped
-from vjepa_data.reader.clip_times import EligibleSamples, Pace, read_keys
+from vjepa_data.reader.clip_times import EligibleSamples, pace_of, read_keys
 from vjepa_data.reader.plan import Draw, Plan
 from vjepa_data.reader.rejects import TooManyRejects
 from vjepa_data.reader.shared_buffers import InSharedBuffer, SharedBuffers
 from vjepa_data.reader.signals import CutSignal, check_signals, cut_signals, read_texts
-from vjepa_data.settings import Clip, Crop, Data, Loader, Source
+from vjepa_data.settings import Crop, Data, Loader
 from vjepa_data.signal_spec import member_of_signal, member_of_text, stored_name
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
         eligible = EligibleSamples(
             index,
             frames=source.frames or data.clip.frames,
-            pace=_pace(source, data.clip),
+            pace=pace_of(source, data.clip),
             hold=data.clip.short == "hold",
             without=read_keys(Path(source.without)) if source.without else (),
             sequence=data.clip.sequence,
@@ -87,14 +87,6 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
         window_shards=data.window_shards,
         clips_per_video=[source.per_video or data.clip.per_video for source in data.sources],
     )
-
-
-def _pace(source: Source, clip: Clip) -> Pace:
-    if source.frame_step:
-        return Pace(frame_step=source.frame_step)
-    if source.duration_s:
-        return Pace(fps=(source.frames or clip.frames) / source.duration_s)
-    return Pace(fps=source.fps or clip.fps)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vjepa_data.corpus.index import Index
 from vjepa_data.corpus.signal_statistics import SignalStatistics, pool
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.poses import pose_differences
-from vjepa_data.reader.clip_times import RATE_TOLERANCE, EligibleSamples, offsets
+from vjepa_data.reader.clip_times import RATE_TOLERANCE, EligibleSamples, offsets, pace_of
 from vjepa_data.reader.plan import Plan
 from vjepa_data.settings import Data
 from vjepa_data.signal_spec import SNAP_ROWS, SignalSpec, member_of_signal, member_of_text, stored_name
@@ -226,8 +226,7 @@ def interval_statistics(data: Data, name: str) -> SignalStatistics:
                 f"{index.place} has no statistics of signal {name!r}: it has no train split, or an earlier version "
                 "built it. Build it again, or set objective.normalise=none."
             )
-        fps = source.fps or data.clip.fps
-        rows = float(np.median(index.signal_rates[name])) / fps
+        rows = float(np.median(index.signal_rates[name] / pace_of(source, data.clip).rate(index.fps)))
         combine = index.signals[name].combine
         parts.append(index.statistics[name].of_intervals(combine=combine, rows_per_interval=rows))
     return pool(parts)
