@@ -11,6 +11,7 @@ from vjepa.config import Run
 from vjepa.viz.signal_plot import Lag, action_sizes, describe_lags, draw_signal_sheet, find_lag, picture_changes
 from vjepa_data.builder.shard import shard
 from vjepa_data.errors import BadInput
+from vjepa_data.settings import Clip
 from vjepa_data.spec import Spec
 from vjepa_data.worlds.episodes import WORLDS, simulate
 from vjepa_data.worlds.files import write_episodes
@@ -47,6 +48,23 @@ def test_unrelated_actions_are_reported_as_unrelated():
     assert "too few rows" in Lag({}).text("action")
 
 
+def test_held_frames_say_nothing_about_the_actions():
+    """Half of each clip repeats its last frame: no change, and no action."""
+    frames, actions, _ = episodes(12, 20)
+    noise = np.random.default_rng(0).normal(size=actions.shape)
+    frames, noise[:, 10:] = np.concatenate((frames[:, :11], frames[:, 10:11].repeat(9, 1)), axis=1), 0
+    valid = np.repeat([np.arange(19) < 10], 12, axis=0)
+    changes, sizes = picture_changes(frames), action_sizes(noise, "sum")
+    assert "follows the actions" in find_lag(changes, sizes).text("action")
+    assert "does not visibly follow" in find_lag(changes, sizes, valid).text("action")
+
+
+def test_a_signal_of_another_rate_is_shifted_in_seconds():
+    text = Lag({0: 0.1, 1: 0.9}).text("move", stored="pose", frame_s=1 / 30)
+    assert "the picture follows the actions 1 frame later" in text
+    assert "signals.pose.shift_s changed by -0.03333" in text
+
+
 def make_run(corpus: Path | str = "none", **data) -> Run:
     values = {"sources": [{"shards": str(corpus)}], "clip": {"frames": 6, "fps": 5}, "crop": CROP, **data}
     optim, model = {"lr": 1e-3}, {"encoder": "vit_tiny"}
@@ -75,3 +93,30 @@ def test_a_run_without_signals_has_no_sheet(tmp_path: Path):
         draw_signal_sheet(make_run(), tmp_path / "sheet.png")
     with pytest.raises(BadInput, match=r"unsupported picture format"):
         draw_signal_sheet(make_run(), tmp_path / "sheet.jpg")
+
+
+def test_odd_signals_are_drawn_and_compared(tmp_path: Path):
+    """Rates that are not the video's, names with signs, columns without units, more columns than are drawn."""
+    world, folder = WORLDS["two_room"], tmp_path / "in"
+    write_episodes(world, folder, episodes=2, seed=0, px=64, frames=20)
+    rng = np.random.default_rng(0)
+    for video in folder.glob("*.mp4"):
+        np.save(video.with_suffix(".fast.npy"), rng.normal(size=(84, 1)).astype(np.float32))
+        np.save(video.with_suffix(".slow.npy"), rng.normal(size=(7, 9)).astype(np.float32))
+    values = yaml.safe_load((folder / "spec.yaml").read_text())
+    values["signals"] = {
+        "action": values["signals"]["action"],
+        "fast": {"columns": ["_$a"], "units": [""], "kind": "action", "combine": "stack", "rate_hz": 42},
+        "slow": {"columns": [f"${i}$" for i in range(9)], "units": [""] * 9, "kind": "state", "rate_hz": 3},
+    }
+    shard([str(folder)], tmp_path / "corpus", spec=Spec.model_validate(values), workers=1)
+    run = make_run(tmp_path / "corpus", signals=["action", "fast", "slow"])
+    run = run.model_copy(update={"data": run.data.model_copy(update={"clip": Clip(frames=3, fps=2)})})
+    draw_signal_sheet(run, tmp_path / "sheet.svg")
+    drawn = (tmp_path / "sheet.svg").read_text()
+    assert "[]" not in drawn
+    assert "first 8 of 9" in drawn
+    action, fast = describe_lags(run)
+    assert "of the same row" in action
+    assert fast.startswith("fast: cannot be compared with the picture frame by frame")
+    assert "4.2 rows between two frames" in fast

@@ -6,7 +6,7 @@
        s0        s1        s2              states are points at their frames
 
 The mean change of the picture must rise and fall with the actions of the same interval. `find_lag` measures this over
-source rows.
+frames of the files.
 """
 
 from collections.abc import Mapping
@@ -14,51 +14,63 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 
 from vjepa.atomic import new_file
 from vjepa.config import Run
 from vjepa.viz.plots import COLOURS, FAINT, INK
+from vjepa_data.corpus.index import Index
 from vjepa_data.errors import BadInput
 from vjepa_data.reader import show
 from vjepa_data.reader.batch import Clips, Signal
 from vjepa_data.settings import Clip
-from vjepa_data.signal_spec import SignalSpec
+from vjepa_data.signal_spec import SignalSpec, stored_name
 
 CLIPS, LAG_SLOTS, LAG_FRAMES = 3, 24, 17
 MAX_COLUMNS = 8
 """Columns that are drawn of a signal."""
 
 LAGS = (-2, -1, 0, 1, 2)
+MIN_PAIRS = 8
+"""Fewest intervals for a correlation."""
+
 CLEAR = 0.3
 """Smallest correlation that is reported as a relation. Without a relation, 24 clips of 17 frames stay below 0.1."""
 
 
 @dataclass(frozen=True)
 class Lag:
-    """How well the change of the picture follows the actions of the same, earlier and later rows."""
+    """How well the change of the picture follows the actions of the same, earlier and later frames."""
 
     correlations: dict[int, float]
-    """Correlation of the change between two source frames with the size of the action `lag` rows later."""
+    """Correlation of the change between two frames of the file with the size of the action `lag` frames later."""
 
     @property
     def best(self) -> int:
-        """Number of rows by which the actions come late."""
+        """Number of frames by which the actions come late."""
         return max(self.correlations, key=lambda lag: (self.correlations[lag], -abs(lag)))
 
-    def text(self, name: str) -> str:
-        """Describe the result, with the setting that would mend it."""
+    def text(self, name: str, *, stored: str | None = None, frame_s: float | None = None) -> str:
+        """Describe the result, with the setting that would mend it.
+
+        Args:
+            name: name of the signal.
+            stored: the signal that it is derived from, if any, which has the setting.
+            frame_s: time between frames of the file, if the signal has another rate. None for a row per frame.
+        """
+        unit = "row" if frame_s is None else "frame"
         found = ", ".join(f"{lag:+d}: {value:.2f}" for lag, value in self.correlations.items())
         if not self.correlations or max(self.correlations.values()) < CLEAR:
-            return f"{name}: the picture does not visibly follow the actions ({found or 'too few rows'})"
+            return f"{name}: the picture does not visibly follow the actions ({found or f'too few {unit}s'})"
+        by = f"correlation by {unit}s later: {found}"
         if self.best == 0:
-            return f"{name}: the picture follows the actions of the same row (correlation by rows later: {found})"
-        rows = f"{abs(self.best)} row{'s' if abs(self.best) > 1 else ''} {'later' if self.best > 0 else 'earlier'}"
-        return (
-            f"{name}: the picture follows the actions {rows} "
-            f"(correlation by rows later: {found}); build with signals.{name}.shift_rows changed by {-self.best:+d}"
-        )
+            return f"{name}: the picture follows the actions of the same {unit} ({by})"
+        apart = f"{abs(self.best)} {unit}{'s' if abs(self.best) > 1 else ''} {'later' if self.best > 0 else 'earlier'}"
+        change = f"shift_rows changed by {-self.best:+d}"
+        if frame_s is not None:
+            change = f"shift_s changed by {-self.best * frame_s:+.4g}"
+        return f"{name}: the picture follows the actions {apart} ({by}); build with signals.{stored or name}.{change}"
 
 
 def picture_changes(frames: UInt8[ndarray, "B T H W C"]) -> Float[ndarray, "B U"]:
@@ -75,13 +87,25 @@ def action_sizes(values: Float[ndarray, "B U A"], combine: str) -> Float[ndarray
     return np.linalg.norm(scaled, axis=-1)
 
 
-def find_lag(changes: Float[ndarray, "B U"], sizes: Float[ndarray, "B U"]) -> Lag:
-    """Correlate changes of the picture with the sizes of actions some rows earlier and later."""
+def find_lag(
+    changes: Float[ndarray, "B U"], sizes: Float[ndarray, "B U"], valid: Bool[ndarray, "B U"] | None = None
+) -> Lag:
+    """Correlate changes of the picture with the sizes of actions some frames earlier and later.
+
+    Args:
+        changes, sizes: one for each interval between two frames.
+        valid: false where a frame is held or the source has no action. Such intervals are left out.
+    """
     count, found = changes.shape[1], {}
+    if valid is None:
+        valid = np.ones(changes.shape, dtype=bool)
     for lag in LAGS if count > 2 * max(LAGS) else ():
         own = slice(max(0, -lag), count - max(0, lag))
         other = slice(max(0, lag), count - max(0, -lag))
-        x, y = changes[:, own].ravel(), sizes[:, other].ravel()
+        both = valid[:, own] & valid[:, other]
+        if both.sum() < MIN_PAIRS:
+            continue
+        x, y = changes[:, own][both], sizes[:, other][both]
         spread = x.std() * y.std()
         found[lag] = float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else 0.0
     return Lag(found)
@@ -94,17 +118,32 @@ def describe_lags(run: Run, *, step: int = 0) -> list[str]:
     """
     texts = []
     for source in run.data.sources:
+        index = Index(source.shards, source.split, corpus=source.corpus)
         every = source.model_copy(update={"frames": None, "fps": None, "duration_s": None, "frame_step": 1})
         clip = Clip(frames=LAG_FRAMES, short="hold")
         data = run.data.model_copy(update={"sources": (every,), "clip": clip, "texts": ()})
-        ask = {"seed": run.seed, "batch_size": run.batch_size * LAG_SLOTS, "step": step, "slots": LAG_SLOTS}
-        (clips,), specs = show.clips(data, **ask)
-        changes = picture_changes(clips.frames.numpy())
-        for name, spec in specs.items():
-            if spec.combine is not None:
-                sizes = action_sizes(clips.signals[name].values.flatten(2).numpy(), spec.combine)
-                texts.append(find_lag(changes, sizes).text(name))
+        actions = [name for name in run.data.signals if index.signals[name].combine is not None]
+        stacked = [(name,) for name in actions if index.signals[name].combine == "stack"]
+        others = tuple(name for name in actions if (name,) not in stacked)
+        for names in filter(None, (others, *stacked)):  # a stack may not fit the rate of the file
+            ask = {"seed": run.seed, "batch_size": run.batch_size * LAG_SLOTS, "step": step, "slots": LAG_SLOTS}
+            try:
+                (clips,), _ = show.clips(data.model_copy(update={"signals": names}), **ask)
+            except BadInput as error:
+                texts.append(f"{names[0]}: cannot be compared with the picture frame by frame: {error}")
+                continue
+            texts += [_describe_lag(clips, name, index) for name in names]
     return texts
+
+
+def _describe_lag(clips: Clips, name: str, index: Index) -> str:
+    signal, combine = clips.signals[name], index.signals[name].combine
+    assert combine is not None, f"{name} is an action"
+    sizes = action_sizes(signal.values.flatten(2).numpy(), combine)
+    lag = find_lag(picture_changes(clips.frames.numpy()), sizes, signal.valid.numpy())
+    stored, frame_s = stored_name(name, index.signals), float(np.median(1 / index.fps))
+    is_row = np.allclose(index.signal_rates[stored] * frame_s, 1, rtol=1e-3)
+    return lag.text(name, stored=stored, frame_s=None if is_row else frame_s)
 
 
 def draw_signal_sheet(run: Run, path: Path, *, step: int = 0) -> None:
@@ -130,11 +169,16 @@ def draw_signal_sheet(run: Run, path: Path, *, step: int = 0) -> None:
     rows = [(clips, i) for clips in groups for i in range(len(clips))][:CLIPS]
     height = 1.6 + 1.1 * (1 + len(run.data.signals))
     figure = Figure(figsize=(13, 0.4 + height * len(rows)), layout="constrained", dpi=110)
-    figure.suptitle(f"{run.name}, step {step}: an action acts from its frame to the next", fontsize=10, color=INK)
+    figure.suptitle(
+        _plain(f"{run.name}, step {step}: an action acts from its frame to the next"), fontsize=10, color=INK
+    )
     panels = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for panel, (clips, i) in zip(panels, rows, strict=True):
         panel.suptitle(
-            f"slot {clips.slots[i]}: {clips.keys[i]} from {clips.start_s[i]:.3f} s", fontsize=8, x=0.01, ha="left"
+            _plain(f"slot {clips.slots[i]}: {clips.keys[i]} from {clips.start_s[i]:.3f} s"),
+            fontsize=8,
+            x=0.01,
+            ha="left",
         )
         _draw_clip(panel, clips, i, specs)
     with new_file(path, overwrite=True) as partial:
@@ -156,7 +200,7 @@ def _draw_clip(figure, clips: Clips, i: int, specs: Mapping[str, SignalSpec]) ->
     boxes[1].set_ylabel("change of\nthe picture", fontsize=6, color=FAINT)
     for box, (name, spec) in zip(boxes[2:], specs.items(), strict=True):
         _draw_signal(box, name, spec, clips.signals[name], i)
-        if spec.combine == "sum" and [column[-1] for column in spec.columns[:2]] == ["x", "y"]:
+        if spec.combine == "sum" and [column[-1:] for column in spec.columns[:2]] == ["x", "y"]:
             _draw_arrows(boxes[0], clips.signals[name], i)
     for box in boxes[1:]:
         box.tick_params(labelsize=6)
@@ -172,7 +216,7 @@ def _draw_signal(box, name: str, spec: SignalSpec, signal: Signal, i: int) -> No
     values, columns = signal.values[i].flatten(1).numpy(), len(spec.columns)  # [n, rows * columns]
     values = np.where(signal.valid[i].numpy()[:, None], values, np.nan)
     for j, (column, unit) in enumerate(zip(spec.columns[:MAX_COLUMNS], spec.units, strict=False)):
-        colour, label = COLOURS[j % len(COLOURS)], f"{column} [{unit}]"
+        colour, label = COLOURS[j % len(COLOURS)], _plain(f"{column} [{unit}]" if unit else column)
         if spec.combine is None:
             box.plot(values[:, j], "o-", color=colour, markersize=3, linewidth=0.5, label=label)
         else:
@@ -182,6 +226,12 @@ def _draw_signal(box, name: str, spec: SignalSpec, signal: Signal, i: int) -> No
     more = f"\n(first {MAX_COLUMNS} of {columns})" if columns > MAX_COLUMNS else ""
     box.set_ylabel(f"{name}\n{spec.combine or 'at frames'}{more}", fontsize=6, color=FAINT)
     box.legend(fontsize=6, frameon=False, loc="upper left", bbox_to_anchor=(1, 1.1), labelspacing=0.2)
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib draws as it is: no formula between dollar signs, no label hidden by an underscore."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _draw_arrows(box, signal: Signal, i: int) -> None:
