@@ -46,7 +46,8 @@ import torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 from vjepa import config
 from vjepa.distributed.world import join
-from vjepa.weights.import_checkpoint import initial_metadata, run_for_weights
+from vjepa.weights.import_checkpoint import run_for_weights
+from vjepa.weights.save_imported import initial_metadata
 from vjepa.weights.weights import expected_shapes
 from vjepa.checkpoints.manager import CheckpointManager
 model = config.Model.model_validate({"encoder": sys.argv[2]})

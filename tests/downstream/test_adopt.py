@@ -197,7 +197,7 @@ def spoil(change: Callable[[dict], object]) -> Callable[[Path, dict], None]:
         ),
         (
             spoil(lambda content: content["predictor"].update({"module.backbone.action_encoder.bias": torch.zeros(1)})),
-            "is a V-JEPA 2-AC checkpoint .* which is not supported",
+            r"predictor has action_encoder\.bias; this architecture is not supported",
         ),
         (
             spoil(lambda content: content["encoder"].pop("module.backbone.blocks.1.norm2.bias")),

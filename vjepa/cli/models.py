@@ -66,12 +66,13 @@ def import_model(
     """Import a published model as a checkpoint that training can start from.
 
     Args:
-        source: A released file of V-JEPA, 2 or 2.1, or a Hugging Face folder.
+        source: A released file of V-JEPA, 2, 2-AC or 2.1, or a Hugging Face folder.
         out: Folder for the checkpoint, laid out like a run folder.
         heads: Attention heads of a .pt file's encoder. By default the registry's number for its size.
-        predictor_heads: Attention heads of its predictor. By default 12, and for the first V-JEPA the encoder's.
+        predictor_heads: Attention heads of its predictor. By default 12, of V-JEPA 2-AC 16, of the first V-JEPA the
+            encoder's.
         px: Side of its clips, which a .pt file does not store. By default 256.
-        frames: Frames of its clips. By default 16.
+        frames: Frames of its clips. By default 16, and 8 for V-JEPA 2-AC.
         fps: Frames per second of its clips.
         mask_tokens: For each kind of mask, the number of the file's mask token.
         positions: Rotary (V-JEPA 2, 2.1) or added sines and cosines (V-JEPA). By default the release is recognized by

@@ -4,6 +4,7 @@
 |---|---|---|
 | V-JEPA 2.1 | `norms_block`, `patch_embed_img` | `encoder`, `target_encoder`, `predictor`, or `ema_encoder` alone |
 | V-JEPA 2 | no table of positions, or an unused table and other marks | the same |
+| V-JEPA 2-AC | the same, and `action_encoder` in the predictor | `encoder`, `predictor` |
 | V-JEPA | `pos_embed`: fixed sines and cosines, compared with ours | the same |
 
 The authors' own loader says of V-JEPA 2's files "state_dict has pos_embed but we use RoPE", so the table alone does
@@ -60,10 +61,10 @@ Positions = Literal["rope", "sincos"]
 """Rotary positions (V-JEPA 2 and 2.1), or sines and cosines that are added to the tokens (the first V-JEPA)."""
 
 # Parts of tensor names in checkpoints that are not supported.
-UNSUPPORTED = (
-    (".mlp.fc3.", "a model with SwiGLU"),
-    ("action_encoder.", "a V-JEPA 2-AC checkpoint"),
-)
+UNSUPPORTED = ((".mlp.fc3.", "a model with SwiGLU"),)
+
+ACTIONS = "action_encoder.weight"
+"""Tensor of the predictor that tells a file of V-JEPA 2-AC. Its settings are in `vjepa.weights.import_dynamics`."""
 
 # V-JEPA 2.1's levels by depth, where they are not the ends of quarters (arXiv:2603.14482).
 LEVELS = {48: (11, 23, 37, 47)}
@@ -104,6 +105,11 @@ class FairCheckpoint:
     online: dict[str, Tensor] | None
     average: dict[str, Tensor] | None
     predictor: dict[str, Tensor] | None
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether the predictor is that of V-JEPA 2-AC."""
+        return ACTIONS in (self.predictor or ())
 
 
 def read_fair_checkpoint(path: Path, sizes: Sizes) -> FairCheckpoint:
@@ -280,6 +286,9 @@ def _infer(
         still = "patch_embed_img.proj.weight" in encoder
         settings |= {"levels": ends, "still_tokens": still, "rope": "interleaved", "rope_cells": 16}
         settings["predict_context"] = predictor is None or "predictor_proj_context.weight" in predictor
+    if ACTIONS in (predictor or ()):
+        settings["condition"] = "token"
+        predictor_heads = sizes.predictor_heads or 16
     if predictor is not None and "predictor_norm.weight" in predictor:
         narrow = predictor["predictor_norm.weight"].shape[0]
         fc1 = predictor.get("predictor_blocks.0.mlp.fc1.weight")

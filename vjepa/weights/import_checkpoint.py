@@ -1,7 +1,7 @@
 """Import a model of another project as a checkpoint, to evaluate, export, or start a run from (`start=OUT`).
 
-    vjepa import vitl.pt --out runs/vitl                 a file of V-JEPA, V-JEPA 2 or 2.1 as its authors release it
-    vjepa import DIR --out runs/vitl                     a Hugging Face folder, or a native export
+    vjepa import vitl.pt --out runs/vitl      a file of V-JEPA, V-JEPA 2, 2-AC or 2.1 as its authors release it
+    vjepa import DIR --out runs/vitl          a Hugging Face folder, or a native export
 
 Tensors are copied byte for byte and the optimizer state starts at zero. Other architectures are rejected. The error
 lists the first mismatched parameters.
@@ -12,21 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from vjepa import config
 from vjepa.atomic import new_folder
-from vjepa.checkpoints.checkpoint import CheckpointMetadata
-from vjepa.checkpoints.manager import CheckpointManager
-from vjepa.checkpoints.run_folder import settings_hash, versions
-from vjepa.distributed.world import join
 from vjepa.methods.levjepa.method import Projector
 from vjepa.methods.levjepa.settings import LeVJEPASettings
 from vjepa.nn.predictor import Predictor
 from vjepa.weights.fair_checkpoints import Objective, Sizes, read_fair_checkpoint
+from vjepa.weights.import_dynamics import import_dynamics
 from vjepa.weights.load import read_weights
+from vjepa.weights.save_imported import save_imported
 from vjepa.weights.tensors import some
 from vjepa.weights.weights import expected_shapes
 from vjepa_data.errors import BadInput
@@ -55,6 +52,8 @@ def import_checkpoint(source: Path, out: Path, sizes: Sizes = DEFAULT_SIZES, *, 
     """
     if source.is_file():
         found = read_fair_checkpoint(source, sizes)
+        if found.has_actions:
+            return import_dynamics(source, out, found, sizes, overwrite=overwrite)
         model, px, frames, fps = found.model, found.px, found.frames, sizes.fps
         encoder = found.online or found.average or {}
         parts = {"encoder": encoder, "target": found.average or encoder, "predictor": found.predictor or {}}
@@ -70,7 +69,8 @@ def import_checkpoint(source: Path, out: Path, sizes: Sizes = DEFAULT_SIZES, *, 
     _check(source, model, parts)
     with new_folder(out, overwrite=overwrite, ours="imported") as folder:
         (folder / "imported").write_text(f"{source}\n")
-        _save(run, parts, folder, source)
+        tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        save_imported(run, tensors, folder, source, trained=("encoder", "predictor"))
     path = out / "checkpoints" / "step_00000000"
     log.info("%s: %s from %s, to be trained further by %s", path, model.encoder.name, source, objective)
     return path
@@ -136,30 +136,6 @@ def _select_mask_tokens(source: Path, predictor: dict[str, Tensor], sizes: Sizes
             raise BadInput(f"mask_tokens has {unknown[0]}, and the file has tokens 0 to {len(tokens) - 1}")
         predictor["mask_tokens"] = tokens[list(sizes.mask_tokens)]
     return len(predictor["mask_tokens"])
-
-
-def initial_metadata(run: config.Run, source: str) -> CheckpointMetadata:
-    """Return the metadata of an imported checkpoint."""
-    return CheckpointMetadata(
-        step=0,
-        world=1,
-        settings=run.model_dump(mode="json"),
-        settings_hash=settings_hash(run),
-        manifests=[],
-        wandb_id=None,
-        versions={**versions(), "imported_from": source},
-    )
-
-
-def _save(run: config.Run, parts: Parts, folder: Path, source: Path) -> None:
-    tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-    for part in ("encoder", "predictor"):
-        for name, tensor in parts[part].items():
-            tensors[f"optimizer.step.{part}.{name}"] = torch.zeros(())
-            tensors[f"optimizer.exp_avg.{part}.{name}"] = torch.zeros_like(tensor)
-            tensors[f"optimizer.exp_avg_sq.{part}.{name}"] = torch.zeros_like(tensor)
-    with join(run.parallel) as world:
-        CheckpointManager(folder, config.Checkpoint(), world).save(tensors, initial_metadata(run, source.name))
 
 
 def _new_predictor(source: Path, model: config.Model, objective: Objective) -> dict[str, Tensor]:
