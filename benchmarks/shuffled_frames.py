@@ -36,4 +36,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(f"{arguments.out}: {shuffle_films(arguments.films, arguments.out, arguments.seed)} films with shuffled frames")
+    print(
+        f"{arguments.out}: {shuffle_films(arguments.films, arguments.out, arguments.seed)} films with shuffled frames"
+    )

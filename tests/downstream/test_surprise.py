@@ -91,6 +91,7 @@ def test_halves_of_films_are_equal_after_compression(films: Path) -> None:
         assert np.array_equal(ba, np.concatenate((bb[:24], aa[24:])))
         sizes = [film.path.stat().st_size for film in found.films[first : first + 4]]
         assert sizes[0] + sizes[1] == sizes[2] + sizes[3]
+        assert np.array_equal(aa[23:25], bb[23:25])
 
 
 @pytest.mark.parametrize(("trace", "accuracy"), [(0.0, 0.5), (0.2, 1.0)])

@@ -15,7 +15,7 @@ A module of `vjepa.evals.registry` defines
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ TIMEOUT_S = 86400.0
 PATIENT = Parallel(timeout_s=TIMEOUT_S)
 
 CACHE = ".vjepa-features"
+
+RANDOM = "random init"
+"""Name of untrained networks in result rows, followed by a number if there are several."""
 
 T = TypeVar("T")
 Answer = TypeVar("Answer")
@@ -121,6 +124,24 @@ class ScoreRow:
 ROW_FIELDS = tuple(one.name for one in fields(ScoreRow) if one.name != "extra")
 
 
+def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
+    """Join the rows of untrained models of several seeds for a score: their mean, and all values."""
+    joined: dict[tuple[str, str, str], list[ScoreRow]] = {}
+    for row in rows:
+        features = RANDOM if row.features.startswith(RANDOM) else row.features
+        joined.setdefault((row.task, row.metric, features), []).append(row)
+    result = []
+    for (_, _, features), same in joined.items():
+        if features != RANDOM:
+            result += same
+            continue
+        values = [row.value for row in same]
+        bounds = {"low": min(row.low for row in same), "high": max(row.high for row in same)}
+        mean = float(np.mean(values))
+        result.append(replace(same[0], features=features, value=mean, extra={"seeds": values}, **bounds))
+    return result
+
+
 @dataclass(frozen=True)
 class Result:
     """The scores of an evaluation and how they were measured."""
@@ -195,7 +216,7 @@ class EvaluationContext:
         """Return the encoder of the model and its baselines under the names that result rows use."""
         found = {"pretrained": model.encoder}
         for number, encoder in enumerate(self.untrained):
-            found["random init" if len(self.untrained) == 1 else f"random init {number}"] = encoder
+            found[RANDOM if len(self.untrained) == 1 else f"{RANDOM} {number}"] = encoder
         return found | ({"pixels": self.pixels} if self.pixels is not None else {})
 
     def track(self, items: Sequence[T], text: str) -> Iterable[T]:

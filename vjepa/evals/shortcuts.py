@@ -5,8 +5,8 @@ the mean difference between neighbouring frames, and the size of the file. On fi
 chance only. If it is not, the films have a shortcut, and their scores say nothing about physics.
 
 Groups of films that share their halves are compared, too: the impossible films of a group together must not have larger
-files or larger differences than its possible films. Compression leaves such a trace if an encoder chooses the quality of
-the second half by the first.
+files or larger differences than its possible films. Compression leaves such a trace if the quality of the second half
+depends on the first.
 
 Letters: F frames, n films, d numbers per film.
 """

@@ -35,15 +35,13 @@ from torch import Tensor
 
 from vjepa.atomic import new_file
 from vjepa.evals import shortcuts
-from vjepa.evals.base import CommonSettings, EvaluationContext, Result, ScoreRow
+from vjepa.evals.base import RANDOM, CommonSettings, EvaluationContext, Result, ScoreRow, join_seeds
 from vjepa.evals.features import fingerprint
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.evals.ridge import wilson
 from vjepa.evals.surprise_baselines import copy_last_features, oracle_surprise, pixel_baselines
 from vjepa.evals.surprise_page import surprise_page
-from vjepa.nn.encoder import Encoder
-from vjepa.nn.predictor import Predictor
-from vjepa.weights.tensors import InMemory
+from vjepa.evals.untrained import untrained_model
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.evaluation.violations import ViolationSet, read_films, read_violations
 from vjepa_data.media.video import Refused
@@ -51,8 +49,6 @@ from vjepa_data.settings import BadInput
 
 Score = Callable[[UInt8[Tensor, "B T H W 3"], Sequence[int]], Float[ndarray, "B C"]]
 """Surprise of windows at each context length, in frames."""
-
-RANDOM = "random init"
 
 THRESHOLD_QUANTILE = 0.9  # of the surprise of possible films, as published
 
@@ -183,28 +179,12 @@ def masked_surprise(model: WorldModel, mask_kind: int) -> Score:
     return score
 
 
-def untrained_model(like: WorldModel, seed: int, *, encoder: bool = True) -> WorldModel:
-    """Return a model of the same shape before training.
-
-    Args:
-        like: the model.
-        seed: of the initial weights.
-        encoder: also the encoder is untrained. Otherwise it is the trained encoder.
-    """
-    predictor = like.predictor
-    assert predictor is not None
-    fresh = Encoder(like.model, seed=seed) if encoder else like.encoder.encoder
-    parts = {"encoder": fresh, "predictor": Predictor(like.model, len(predictor.mask_tokens), seed=seed)}
-    tensors = {
-        f"{part}.{name}": tensor for part, network in parts.items() for name, tensor in network.state_dict().items()
-    }
-    clip = {"px": like.px, "frames": like.frames, "fps": like.fps}
-    return WorldModel(like.model, InMemory(tensors), **clip, provenance={"part": "random", "seed": seed})
-
-
 def _scores(model: WorldModel, settings: SurpriseSettings, context: EvaluationContext) -> dict[str, Score]:
     if "predict" not in model.capabilities:
-        raise BadInput("this model has no masked predictor, and so no expectation; give one of vjepa2 or vjepa2_1")
+        raise BadInput(
+            "this model has no masked predictor, and so no expectation; give one of vjepa2 or vjepa2_1, "
+            "or `vjepa eval agency` for a model that predicts under actions"
+        )
     device = context.world.device
     random = [untrained_model(model, settings.seed + number).to(device) for number in range(settings.untrained)]
     half = untrained_model(model, settings.seed, encoder=False).to(device)
@@ -344,24 +324,6 @@ def group_accuracy(surprise: Float[ndarray, " n"], films: ViolationSet, pairs: S
         np.array([sum(float(surprise[pair[side]]) for pair in group) for group in groups.values()]) for side in (0, 1)
     )
     return float(np.mean(shortcuts.exceeds(impossible, possible)))
-
-
-def join_seeds(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-    """Join the rows of untrained models of several seeds for a score: their mean, and all values."""
-    joined: dict[tuple[str, str, str], list[ScoreRow]] = {}
-    for row in rows:
-        features = RANDOM if row.features.startswith(RANDOM) else row.features
-        joined.setdefault((row.task, row.metric, features), []).append(row)
-    result = []
-    for (_, _, features), same in joined.items():
-        if features != RANDOM:
-            result += same
-            continue
-        values = [row.value for row in same]
-        bounds = {"low": min(row.low for row in same), "high": max(row.high for row in same)}
-        mean = float(np.mean(values))
-        result.append(replace(same[0], features=features, value=mean, extra={"seeds": values}, **bounds))
-    return result
 
 
 def auroc(values: Float[ndarray, " n"], labels: ndarray) -> tuple[float, float, float]:

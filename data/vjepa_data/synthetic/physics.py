@@ -249,7 +249,7 @@ def _distance(shape: str, x: Float[ndarray, "..."], y: Float[ndarray, "..."], ra
 
 
 def describe(scene: Scene) -> dict[str, Any]:
-    """Return the labels of a video, including the path of every object."""
+    """Return the labels of a video. They describe every frame, see `vjepa_data.synthetic.maps`."""
     tracks = [
         {
             "shape": scene.shapes[k],
@@ -258,6 +258,7 @@ def describe(scene: Scene) -> dict[str, Any]:
             "size": round(float(scene.sizes[k]), 4),
             "x": [round(float(x), 4) for x in scene.centres[:, k, 0]],
             "y": [round(float(y), 4) for y in scene.centres[:, k, 1]],
+            "angle": [round(float(angle), 4) for angle in scene.angles[:, k]],
             "visible": [bool(seen) for seen in scene.visible[:, k]],
         }
         for k in range(len(scene.shapes))
@@ -270,6 +271,7 @@ def describe(scene: Scene) -> dict[str, Any]:
         "objects": len(scene.shapes),
         "gravity": round(scene.gravity, 4),
         "pillar": scene.pillar is not None,
+        **({"pillar_edges": [round(float(x), 4) for x in scene.pillar]} if scene.pillar else {}),
         "tracks": tracks,
     }
 
@@ -323,7 +325,7 @@ def write_video(
     frames: Sequence[UInt8[ndarray, "P Q 3"]] | UInt8[ndarray, "F P Q 3"],
     *,
     fps: int,
-    group_frames: int | None = None,
+    intra: bool = False,
 ) -> None:
     """Encode at high quality, since the builder encodes once more. A single thread makes the bytes reproducible.
 
@@ -331,14 +333,12 @@ def write_video(
         path: file to write.
         frames: the pictures.
         fps: frames per second.
-        group_frames: encode groups of so many frames independently, at a constant quantizer, so that equal groups are
-            equal after decoding, whatever the rest of the film shows. By default a single group has all frames.
+        intra: encode each frame alone, at a constant quantizer, so that equal frames are equal after decoding, whatever
+            the film shows before. By default frames are predicted from each other, which leaves traces.
     """
     options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
-    if group_frames is not None:
-        del options["crf"]
-        form = f"keyint={group_frames}:min-keyint={group_frames}:scenecut=0"
-        options |= {"qp": "12", "x264-params": form}
+    if intra:
+        options = {"qp": "12", "g": "1", "preset": "veryfast", "threads": "1"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"

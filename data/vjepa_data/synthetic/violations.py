@@ -4,8 +4,8 @@ Films come in quadruplets. Two possible films A and B show the same picture arou
 between them is hidden. Two more films change over at that moment: A's first half with B's second half, and B's first
 half with A's second half. Both are impossible. Each half occurs once in a possible film and once in an impossible film,
 and the pictures before and after the change are identical in all four films, so neither a frame, nor half a film, nor
-the difference between two frames tells which films are impossible. Either half is encoded independently of the other,
-so that decoded films have these properties too.
+the difference between two frames tells which films are impossible. Each frame is encoded alone, so that decoded films
+have these properties too.
 
 Seven laws are broken:
 
@@ -108,6 +108,10 @@ class Quadruplet:
         """Number of the first frame of the second half."""
         return FRAMES // 2
 
+    def screen_top(self, frame: int) -> float:
+        """Return the upper edge of the screen in a frame."""
+        return max(0.0, 1 - (frame + 1) / RISE) if self.rises else 0.0
+
 
 def draw_quadruplet(seed: int, number: int) -> Quadruplet:
     """Draw a quadruplet."""
@@ -167,9 +171,9 @@ def draw_film(scene: Quadruplet, film: Film, px: int = PX) -> UInt8[ndarray, "F 
         place = film.object.place(frame)
         if place is not None:
             _paint(canvas, draw_shape(film.object.shape, x - place[0], y - place[1], RADIUS, px), _colour(film.object))
-        top = max(0.0, 1 - (frame + 1) / RISE) if scene.rises else 0.0
         left, right = scene.screen
-        cover = np.clip(0.5 - (abs(x - 0.5) - (right - left) / 2) * px, 0, 1) * np.clip(0.5 + (y - top) * px, 0, 1)
+        cover = np.clip(0.5 - (abs(x - 0.5) - (right - left) / 2) * px, 0, 1)
+        cover = cover * np.clip(0.5 + (y - scene.screen_top(frame)) * px, 0, 1)
         _paint(canvas, cover, bricks)
     if scene.mirrored:
         picture = picture[:, :, ::-1]
@@ -233,7 +237,7 @@ def write_violations(
         for name, frames in draw_films(scene, px).items():
             possible = name[0] == name[1]
             path = out / ("possible" if possible else "impossible") / f"film_{number:06d}_{name}.mp4"
-            write_video(path, frames, fps=FPS, group_frames=scene.change)
+            write_video(path, frames, fps=FPS, intra=True)
             path.with_suffix(".json").write_text(json.dumps(describe(scene, name)) + "\n")
             films[name] = path.relative_to(out).as_posix()
             paths.append(path)
