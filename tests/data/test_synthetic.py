@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from vjepa_data.settings import BadInput
+from vjepa_data.synthetic import violations
+from vjepa_data.synthetic.maps import CLASSES, draw_maps
 from vjepa_data.synthetic.physics import COLOURS, Rules, describe, draw_frames, draw_scene, write_corpus
 
 ALONE = Rules(objects=(1, 1), pillar_share=0)
@@ -113,3 +115,45 @@ def test_an_impossible_corpus_is_an_error(tmp_path, videos, px):
     with pytest.raises(BadInput, match="must be"):
         write_corpus(tmp_path / "out", videos=videos, seed=0, px=px)
     assert not (tmp_path / "out").exists()
+
+
+def test_maps_agree_with_the_pixels() -> None:
+    """A pixel in the colour of an object is in its map, and the plain background is in no object."""
+    for number in range(12):
+        scene = draw_scene(0, number, frames=6, fps=2, rules=Rules(pillar_share=0.5))
+        frames, maps = draw_frames(scene, 48), draw_maps(describe(scene), range(6), 48)
+        for shape, colour in zip(scene.shapes, scene.colours, strict=True):
+            exact = (frames == np.rint(np.array(COLOURS[colour], np.float32) * 255)).all(-1)
+            assert exact.any()
+            assert (maps.objects[exact] == CLASSES.index(shape)).all()
+            assert (maps.depth[exact] == 2).all()
+        background = maps.objects == 0
+        assert np.abs(frames[background].astype(int) - 128).mean() < 3
+        assert (maps.objects == CLASSES.index("screen")).any() == (scene.pillar is not None)
+
+
+def test_maps_of_films_agree_with_the_pixels() -> None:
+    for number in range(7):
+        scene = violations.draw_quadruplet(0, number)
+        for name, frames in violations.draw_films(scene).items():
+            maps = draw_maps(violations.describe(scene, name), range(48), 64)
+            for half, part in zip(name, (slice(0, 24), slice(24, 48)), strict=True):
+                thing = getattr(scene, half).object
+                exact = (frames[part] == np.rint(np.array(COLOURS[thing.colour], np.float32) * 255)).all(-1)
+                assert (maps.objects[part][exact] == CLASSES.index(thing.shape)).all()
+            assert np.abs(frames[maps.objects == 0].astype(int) - 128).mean() < 2
+
+
+def test_flow_moves_a_frame_onto_the_next() -> None:
+    """A pixel of an object was in the object in the frame before, where its flow says."""
+    for number in range(6):
+        scene = draw_scene(0, number, frames=4, fps=4, rules=ALONE)
+        maps = draw_maps(describe(scene), range(4), 64)
+        assert np.isnan(maps.flow[0]).all()
+        for frame in range(1, 4):
+            y, x = np.nonzero(maps.objects[frame])
+            flow = maps.flow[frame, y, x] * 64
+            before = np.rint(np.stack((y, x), 1) - flow[:, ::-1]).astype(int).clip(0, 63)
+            assert (maps.objects[frame - 1][before[:, 0], before[:, 1]] > 0).mean() > 0.93
+            centre = scene.centres[frame, 0] - scene.centres[frame - 1, 0]
+            assert np.abs(flow.mean(0) / 64 - centre).max() < 0.01

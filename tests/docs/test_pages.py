@@ -55,6 +55,9 @@ def test_the_commands_of_the_physics_page_work(page_folder: Path) -> None:
     quick = "steps=2 batch_size=4 optim.warmup_steps=0"
     smaller = {"--videos 112": "--videos 7", "--videos 448": "--videos 4", "train surprise": f"train surprise {quick}"}
     smaller |= {"--out surprise.json": "--out surprise.json --untrained 1 --slide 8"}
+    smaller |= {"encode.short_side_px=48": "encode.short_side_px=48 split.val_share=0.5"}
+    smaller |= {"--out objects.json": "--out objects.json --random-seeds 1"}
     run_page(ROOT / "docs/physics.md", page_folder, smaller=smaller)
     assert json.loads((page_folder / "surprise.json").read_text())["kind"] == "surprise"
     assert (page_folder / "surprise.html").exists()
+    assert (page_folder / "objects.html").exists()

@@ -39,6 +39,12 @@ EVALUATIONS: dict[str, EvaluationEntry] = {
         "V-JEPA 2's attentive probe over a grid of learning rates, selected on separate videos",
         "Attentive probe",
     ),
+    "dense": EvaluationEntry(
+        "vjepa.evals.dense",
+        "DenseSettings",
+        "linear probes of each token for maps of objects, depth or movement",
+        "Dense probes",
+    ),
     "memory": EvaluationEntry(
         "vjepa.evals.memory",
         "MemoryEvalSettings",
@@ -51,6 +57,12 @@ EVALUATIONS: dict[str, EvaluationEntry] = {
         "SurpriseSettings",
         "violation of expectation, on generated films, IntPhys, GRASP, InfLevel or IntPhys 2",
         "Violation of expectation",
+    ),
+    "agency": EvaluationEntry(
+        "vjepa.evals.agency",
+        "AgencySettings",
+        "surprise of a model with actions, if the same film has its actions permuted",
+        "Agency",
     ),
 }
 

@@ -79,6 +79,21 @@ def ridge_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Scor
 def fit_ridge(train: Table, kind: Kind, *, seed: int = 0) -> Callable[[Table], Score]:
     """Return a function that scores any table by one fit to `train`, see `ridge_score`."""
     codes = _TargetCodes(train.target, kind)
+    predict, penalty = _fit_best(train, codes, seed)
+    return lambda test: _with_interval(predict(test.features), test, codes, seed, penalty)
+
+
+def fit_linear(train: Table, *, seed: int = 0) -> "LinearMap":
+    """Return the linear map from features to the numbers of `train`, with the penalty of `ridge_score`.
+
+    Raises:
+        ValueError: there are fewer than two clips to train on.
+    """
+    return _fit_best(train, _TargetCodes(train.target, "number"), seed)[0]
+
+
+def _fit_best(train: Table, codes: "_TargetCodes", seed: int) -> tuple["LinearMap", float]:
+    """Fit with the penalty that cross-validation chooses, and return the penalty too."""
     losses, errors = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
     for fold in _folds(train, seed):
         y = torch.from_numpy(codes(fold.held_out.target))
@@ -86,8 +101,7 @@ def fit_ridge(train: Table, kind: Kind, *, seed: int = 0) -> Callable[[Table], S
         losses += [_clip_losses(predicted, fold.held_out, codes).losses.sum() for predicted in predictions]
         errors += [float((predicted - y).square().sum()) for predicted in predictions]
     best = int(np.lexsort((errors, losses))[0])  # accuracies on few clips are often equal, then the error decides
-    predict = _fit(train.features, codes(train.target), (PENALTIES[best],))[0]
-    return lambda test: _with_interval(predict(test.features), test, codes, seed, PENALTIES[best])
+    return _fit(train.features, codes(train.target), (PENALTIES[best],))[0], PENALTIES[best]
 
 
 def prior_score(train: Table, test: Table, kind: Kind, *, seed: int = 0) -> Score:
@@ -132,7 +146,7 @@ def _folds(table: Table, seed: int) -> Iterator[_Fold]:
         yield _Fold(*(table.rows(np.flatnonzero(np.isin(table.clip, part))) for part in (inner, held)))
 
 
-class _LinearMap:
+class LinearMap:
     """Map x to (x - mean) / std @ weight + bias."""
 
     def __init__(
@@ -151,7 +165,7 @@ class _LinearMap:
 
 def _fit(
     features: Float[Tensor, "n d"], codes: Float[ndarray, "n k"], penalties: Sequence[float] = PENALTIES
-) -> list[_LinearMap]:
+) -> list[LinearMap]:
     """Fit a ridge regression for each penalty, from a decomposition of the smaller Gram matrix, in fp64."""
     rows, width = features.shape
     y = torch.from_numpy(codes)
@@ -172,7 +186,7 @@ def _fit(
         values, vectors = torch.linalg.eigh(x @ x.T)
         cross = vectors.T @ y
         weights = [x.T @ (vectors @ (cross / (values + p * rows)[:, None])) for p in penalties]
-    return [_LinearMap(mean, std, weight, bias) for weight in weights]
+    return [LinearMap(mean, std, weight, bias) for weight in weights]
 
 
 def _moments(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
