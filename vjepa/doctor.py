@@ -113,7 +113,7 @@ def read_shards(run: Run) -> list[Finding]:
     """Measure random reads of samples of each source, as in training. Reads from a cache count too."""
     findings = []
     for number, source in enumerate(run.data.sources):
-        index = Index(source.shards, source.split)
+        index = Index(source.shards, source.split, part_s=source.part_s)
         size, samples, started = 0, 0, time.perf_counter()
         while size < READ_MIB * 2**20 and time.perf_counter() - started < READ_S:
             # Steps of a large prime visit every sample once, each far from the previous sample.

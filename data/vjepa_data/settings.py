@@ -46,6 +46,10 @@ class Source(Settings):
     duration_s: float | None = Field(default=None, gt=0)
     """Instead of `fps`: length of a clip in seconds of video time, with its frames spread evenly."""
 
+    part_s: float | None = Field(default=None, gt=0)
+    """Length of the parts in which whole videos are drawn and read, in seconds, such as 120 for long sequences. The
+    corpus must have been built with `cut.part_s`, which is the default."""
+
     per_video: int | None = Field(default=None, ge=1)
     """Clips taken from a video of this source each time it is drawn. Default: `clip.per_video`."""
 

@@ -127,6 +127,21 @@ class Cut(Settings):
     threshold: float = Field(default=10.0, gt=0, le=100)
     """Change from frame to frame that begins a new scene, in percent. Unit and default are from FFmpeg's `scdet`."""
 
+    part_s: float | None = Field(default=None, gt=0)
+    """Length of the virtual parts of whole videos (`kind=none`), in seconds. A run draws parts and reads their bytes
+    alone. Default: a run draws and reads whole videos."""
+
+    @model_validator(mode="after")
+    def _parts_of_whole_videos(self) -> "Cut":
+        if self.part_s is not None and self.kind != "none":
+            raise ValueError(f"part_s divides whole videos, but kind is {self.kind}; set kind=none, or remove part_s")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: Any) -> dict[str, Any]:
+        """Omit unused settings of later versions, so that such corpora keep their bytes and hashes."""
+        return without_unused(serialize(self), "part_s")
+
 
 class Dedupe(Settings):
     """Rules to drop copies. The first source in order of name is kept."""
@@ -215,6 +230,8 @@ class Spec(Settings):
                 f"signals ({', '.join(self.signals)}) need videos, but media is images; remove the signals"
             )
         check_derived(self.signals)
+        if self.cut.part_s is not None and self.media == "images":
+            raise ValueError("cut.part_s divides videos, but media is images; remove cut.part_s")
         return self
 
     @model_serializer(mode="wrap")

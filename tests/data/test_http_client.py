@@ -9,7 +9,7 @@ from object_store import ObjectStore, Trouble
 
 from vjepa_data.builder.index_foreign import index_shards
 from vjepa_data.builder.ingest import ingest
-from vjepa_data.corpus import index, remote
+from vjepa_data.corpus import remote, sample_table
 from vjepa_data.corpus.http_client import Gone, public_url
 from vjepa_data.corpus.merge import merge
 from vjepa_data.corpus.remote import StoreUnreachable, read_blocks, read_range
@@ -141,17 +141,17 @@ def test_passwords_and_queries_do_not_enter_an_index(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"a mixture would keep the password"):
         merge(["http://me:pw@host/corpus"])
     with pytest.raises(BadInput, match=r"http://host/corpus\?\.\.\.: a query cannot follow"):
-        index.mirror("http://host/corpus?token=1", tmp_path)
+        sample_table.mirror("http://host/corpus?token=1", tmp_path)
 
 
 def test_caches_move_if_the_home_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/proc/nothing")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert index.user_cache().parent == tmp_path
+    assert sample_table.user_cache().parent == tmp_path
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "mine"))
-    assert index.user_cache() == tmp_path / "mine" / ".cache" / "vjepa_data"
+    assert sample_table.user_cache() == tmp_path / "mine" / ".cache" / "vjepa_data"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")

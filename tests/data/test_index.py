@@ -53,7 +53,7 @@ def test_columns_are_arrays_without_copies(corpus: Path):
 def test_a_large_index_is_memory_mapped(copy: Path, monkeypatch: pytest.MonkeyPatch):
     """Its file is written once."""
     want = Index(copy)
-    monkeypatch.setattr("vjepa_data.corpus.index.MAPPED_FROM", 10)
+    monkeypatch.setattr("vjepa_data.corpus.sample_table.MAPPED_FROM", 10)
     first = Index(copy)
     (file,) = (copy / ".index").iterdir()
     written = file.stat().st_mtime_ns
@@ -65,7 +65,7 @@ def test_a_large_index_is_memory_mapped(copy: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_index_of_a_read_only_corpus_goes_to_the_cache(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vjepa_data.corpus.index.MAPPED_FROM", 10)
+    monkeypatch.setattr("vjepa_data.corpus.sample_table.MAPPED_FROM", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (copy / ".index").write_text("in the way")  # works for root too, unlike permissions
     assert len(Index(copy)) == 26

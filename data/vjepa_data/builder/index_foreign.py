@@ -33,8 +33,8 @@ from vjepa_data.corpus.format import (
     write_manifest,
 )
 from vjepa_data.corpus.http_client import public_url
-from vjepa_data.corpus.index import prepare
 from vjepa_data.corpus.remote import is_remote
+from vjepa_data.corpus.sample_table import prepare
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.tasks import Examined, ExamineTask

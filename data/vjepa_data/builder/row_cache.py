@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vjepa_data.atomic import atomic_write
-from vjepa_data.corpus.index import user_cache
+from vjepa_data.corpus.sample_table import user_cache
 
 
 def cache_rows(kind: str, name: str, identity: tuple[object, ...], rows: np.ndarray) -> Path:

@@ -29,7 +29,7 @@ from vjepa_data.builder.select import analyze_sources, select_clips
 from vjepa_data.builder.status import StatusFile, Tally, read_builders, sum_tallies
 from vjepa_data.builder.write import write_shards
 from vjepa_data.corpus.format import Manifest, RejectRecord, read_manifest, read_record, write_manifest
-from vjepa_data.corpus.index import prepare
+from vjepa_data.corpus.sample_table import prepare
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.video import Reason
 from vjepa_data.settings import BadInput

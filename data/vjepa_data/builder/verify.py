@@ -16,8 +16,8 @@ import xxhash
 
 from vjepa_data.builder.tars import local_tar
 from vjepa_data.corpus.format import SAMPLE_COLUMNS, Manifest, ShardEntry, read_manifest
-from vjepa_data.corpus.index import mirror, user_cache
 from vjepa_data.corpus.remote import is_remote
+from vjepa_data.corpus.sample_table import mirror, user_cache
 from vjepa_data.decoding.backends import Expect
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.pool import WorkerPool

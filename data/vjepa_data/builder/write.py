@@ -17,6 +17,7 @@ from vjepa_data.builder.select import PlannedClip, info_from_json
 from vjepa_data.builder.signals import SidecarParts, with_sidecars
 from vjepa_data.builder.status import Tally
 from vjepa_data.corpus.format import RejectRecord, SampleRecord, ShardWriter, read_record
+from vjepa_data.corpus.parts import MEMBER
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.pool import WorkerPool
 from vjepa_data.media.tasks import StoredSample, StoreTask
@@ -125,6 +126,7 @@ def store_task(clip: PlannedClip, shard: int, position: int, file: FileRef, spec
         accept=spec.filter,
         may_copy=spec.mode == "copy",
         info=info_from_json(json.loads(clip.probe)) if clip.probe else None,
+        has_parts=spec.cut.part_s is not None,
     )
 
 
@@ -137,7 +139,8 @@ def _store(
         tally.rejects[answer.reason] = tally.rejects.get(answer.reason, 0) + 1
         return
     facts = {**sample_facts(clip, answer), **sidecars.facts}
-    sample = SampleRecord(clip.key, answer.clip.data, _suffix(clip), facts, sidecars.members, sidecars.derived)
+    members = {MEMBER: answer.gops, **sidecars.members} if answer.gops else sidecars.members
+    sample = SampleRecord(clip.key, answer.clip.data, _suffix(clip), facts, members, sidecars.derived)
     writer.write(sample)
     tally.bytes += len(sample.video)
     tally.video_s += sample.facts["stored"]["duration_s"]

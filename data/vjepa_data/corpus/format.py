@@ -3,7 +3,7 @@
     OUT/manifest.json               the corpus: its spec, its shards with their sha256, and a hash that is its name
     OUT/samples.parquet             one row per sample: everything needed to plan the reading order
     OUT/rejects.parquet             refused sources and clips, with reasons
-    OUT/shards/NAME-train-000000.tar    KEY.json, KEY.mp4 [, KEY.actions.npy, KEY.caption.txt], KEY.json, ...
+    OUT/shards/NAME-train-000000.tar    KEY.json, KEY.mp4 [, KEY.gops.bin, KEY.actions.npy, KEY.caption.txt], ...
     OUT/shards/000000.json          commit record, written last, when the tar is complete and on the disk
 
 A tar is written under a temporary name, synced and renamed. Its commit record is written after that. A shard with a
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import xxhash
 
 from vjepa_data.atomic import atomic_write, sync_folder, temporary_name
 from vjepa_data.corpus import signal_statistics
+from vjepa_data.corpus.parts import MEMBER
 from vjepa_data.errors import BadInput
 from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, stored, texts_of
 
@@ -351,7 +352,7 @@ def write_manifest(
         for number, record in enumerate(full)
         for position, row in enumerate(record["samples"])
     ]
-    extra = member_columns(stored(signals_of(spec)), texts_of(spec))
+    extra = extra_columns(spec)
     samples = table_bytes(rows, pa.schema([*SAMPLE_COLUMNS, *(pa.field(n, kind) for n, kind in extra.items())]))
     everything = [*(asdict(r) for r in rejects), *(reject for record in records for reject in record["rejects"])]
     everything.sort(key=lambda reject: (reject["source"], reject["start_s"] or 0.0, reject["stage"]))
@@ -377,14 +378,21 @@ def write_manifest(
     return manifest
 
 
-def member_columns(signals: Collection[str], texts: Collection[str]) -> dict[str, pa.DataType]:
-    """Return the columns that signals and texts, if any, add to the table of samples."""
+def extra_columns(spec: Mapping[str, Any]) -> dict[str, pa.DataType]:
+    """Return the columns that tables of GOPs, signals and texts, if any, add to the table of samples."""
     member = {"offset": pa.int64(), "size": pa.int64(), "xxh64": pa.string()}
     clock = {"rate_hz": pa.float64(), "start_s": pa.float64()}
-    columns = {
-        f"{member_of_signal(s)}.{name}": kind for s in sorted(signals) for name, kind in {**member, **clock}.items()
-    }
-    return columns | {f"{member_of_text(t)}.{name}": kind for t in sorted(texts) for name, kind in member.items()}
+    columns = {f"{MEMBER}.{name}": kind for name, kind in member.items()} if part_seconds(spec) else {}
+    for signal in sorted(stored(signals_of(spec))):
+        columns |= {f"{member_of_signal(signal)}.{name}": kind for name, kind in {**member, **clock}.items()}
+    for text in sorted(texts_of(spec)):
+        columns |= {f"{member_of_text(text)}.{name}": kind for name, kind in member.items()}
+    return columns
+
+
+def part_seconds(spec: Mapping[str, Any]) -> float | None:
+    """Return the length of the virtual parts of a corpus, in seconds, or None if it has none."""
+    return spec.get("cut", {}).get("part_s")
 
 
 def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:

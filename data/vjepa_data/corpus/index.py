@@ -7,13 +7,9 @@ hashes are checked, which finds damage that a tar reader accepts silently (a tru
 shards are read the same way, from a local copy (`cache`) or by range until there is a copy.
 """
 
-import contextlib
 import functools
-import hashlib
 import json
-import logging
 import os
-import tempfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,35 +19,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 import xxhash
 
-from vjepa_data.atomic import atomic_write, remove_leftovers, temporary_name
+from vjepa_data.corpus import parts
 from vjepa_data.corpus.cache import Cache
-from vjepa_data.corpus.format import Manifest, ShardEntry, is_ours, is_plain_path, member_columns, read_manifest
+from vjepa_data.corpus.format import ShardEntry, is_ours, is_plain_path, read_manifest
 from vjepa_data.corpus.http_client import Gone, public_url
-from vjepa_data.corpus.remote import is_remote, read_blocks, read_range
+from vjepa_data.corpus.remote import is_remote, read_range
+from vjepa_data.corpus.sample_table import NUMBERS, division_of, mirror, read_table, user_cache
 from vjepa_data.corpus.signal_statistics import SignalStatistics, read_statistics
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.signal_spec import member_of_signal, member_of_text, signals_of, stored, stored_name, texts_of
 
-log = logging.getLogger(__name__)
-
-MAPPED_FROM = 200_000  # samples; reading the parquet of fewer takes less than 0.1 s and 40 MB (measured once)
 OPEN_SHARDS = 128  # file descriptors that one process keeps
 GAP_BYTES = 1 << 16  # largest gap between members that are read together
-
-NUMBERS = {
-    "shard": np.int32,
-    "video_offset": np.int64,
-    "video_size": np.int64,
-    "json_offset": np.int64,
-    "json_size": np.int64,
-    "frames": np.int32,
-    "fps": np.float64,
-    "width": np.int32,
-    "height": np.int32,
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +91,13 @@ class Index:
     """Statistics of each signal over the train split. A corpus of an earlier version has none."""
 
     def __init__(
-        self, place: str | Path, split: str = "train", cache: Cache | None = None, *, corpus: str | None = None
+        self,
+        place: str | Path,
+        split: str = "train",
+        cache: Cache | None = None,
+        *,
+        corpus: str | None = None,
+        part_s: float | None = None,
     ) -> None:
         """Open a corpus.
 
@@ -119,9 +106,11 @@ class Index:
             split: name of the split to read.
             cache: where copies of remote shards are kept. Default: up to 100 GiB below `~/.cache`.
             corpus: hash that the corpus must have. Default: any.
+            part_s: length of virtual parts in seconds. Default: as the corpus was built.
 
         Raises:
-            BadInput: the corpus or split is missing, the hash differs, or the manifest points outside its folder.
+            BadInput: the corpus or split is missing, the hash differs, the manifest points outside its folder, or the
+                corpus was built without virtual parts.
         """
         self.place, self.split = str(place), split
         shown = public_url(self.place)
@@ -153,22 +142,29 @@ class Index:
         self.signals, self.texts = signals_of(manifest.spec), texts_of(manifest.spec)
         self.statistics = read_statistics(manifest.signals)
         in_shards = stored(self.signals)
-        extra = member_columns(in_shards, self.texts)
-        self._table = _read_table(folder, split, self.hash, extra)
+        self.parts = division_of(manifest, part_s, shown)
+        self._table = read_table(folder, split, manifest, self.parts)
         for name in [*NUMBERS, "xxh64"]:
             setattr(self, name, self._column(name))
+        self._first = self._column("first") if self.parts else None
         self._members = {
             member: tuple(self._column(f"{member}.{name}") for name in ("offset", "size", "xxh64"))
-            for member in (*map(member_of_signal, in_shards), *map(member_of_text, self.texts))
+            for member in (
+                *map(member_of_signal, in_shards),
+                *map(member_of_text, self.texts),
+                *([parts.MEMBER] if self.parts else []),
+            )
         }
         for name in ("rate_hz", "start_s"):
             columns = {signal: self._column(f"{member_of_signal(signal)}.{name}") for signal in in_shards}
             columns = {signal: columns[stored_name(signal, self.signals)] for signal in self.signals}
+            if name == "start_s" and self._first is not None:
+                columns = {signal: start_s - self._first / self.fps for signal, start_s in columns.items()}
             setattr(self, "signal_rates" if name == "rate_hz" else "signal_starts", columns)
-        said = manifest.splits[split]["samples"]
-        if len(self) != said:
+        said, found = manifest.splits[split]["samples"], self.videos
+        if found != said:
             raise BadInput(
-                f"{shown}: samples.parquet has {len(self)} samples of {split}, manifest.json {said}. "
+                f"{shown}: samples.parquet has {found} samples of {split}, manifest.json {said}. "
                 "Build the corpus again."
             )
         self.first = np.searchsorted(self.shard, np.arange(len(self.shards) + 1))
@@ -177,20 +173,43 @@ class Index:
     def __len__(self) -> int:
         return self._table.num_rows
 
+    @property
+    def videos(self) -> int:
+        """Number of stored videos: of samples, or of the videos that the samples are parts of."""
+        return len(self) if self._first is None else int((self._first == 0).sum())
+
+    def first_frame(self, sample: int) -> int:
+        """Return the number in its stored video of the first frame of a sample: 0, except for virtual parts."""
+        return 0 if self._first is None else int(self._first[sample])
+
+    def start_s(self, sample: int) -> float:
+        """Return the time of the first frame of a sample in its stored video, in seconds."""
+        first = self.first_frame(sample)
+        return first / float(self.fps[sample]) if first else 0.0
+
     def _column(self, name: str) -> np.ndarray:
         return self._table.column(name).chunk(0).to_numpy(zero_copy_only=True)
 
     def __reduce__(self) -> tuple:
-        return functools.partial(Index, corpus=self.hash), (self.place, self.split, self.cache)
+        part_s = self.parts.seconds if self.parts else None
+        return functools.partial(Index, corpus=self.hash, part_s=part_s), (self.place, self.split, self.cache)
 
     def key(self, sample: int) -> str:
         """Return the key of a sample."""
         return self._table.column("key")[sample].as_py()
 
+    def video_key(self, sample: int) -> str:
+        """Return the key of the stored video that a sample is, or is a part of."""
+        return self.key(sample).rpartition(parts.KEY_SUFFIX)[0] if self.parts else self.key(sample)
+
     def find(self, keys: Collection[str]) -> np.ndarray:
-        """Return the numbers of the samples with these keys, int64, ascending."""
+        """Return the numbers of the samples with these keys, int64, ascending. A video's key finds all of its parts."""
         wanted = pa.array(list(keys), pa.large_string())
-        found = pa.compute.is_in(self._table.column("key").chunk(0), wanted)  # pyright: ignore[reportAttributeAccessIssue]
+        own = self._table.column("key").chunk(0)
+        found = pa.compute.is_in(own, wanted)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.parts:
+            of_video = pa.compute.replace_substring_regex(own, rf"{parts.KEY_SUFFIX}\d+$", "")  # pyright: ignore[reportAttributeAccessIssue]
+            found = pa.compute.or_(found, pa.compute.is_in(of_video, wanted))  # pyright: ignore[reportAttributeAccessIssue]
         return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
     def url(self, sample: int) -> str:
@@ -209,18 +228,52 @@ class Index:
         """
         shard = self.shards[int(self.shard[sample])]
         file = self._files(int(self.shard[sample]))
-        columns = [(self.json_offset, self.json_size), (self.video_offset, self.video_size)]
+        columns = [(self.json_offset, self.json_size)]
         columns += [self._members[member][:2] for member in members]
+        hashes = [None, *(self._members[member][2] for member in members)]
+        if self.parts is None:
+            columns.append((self.video_offset, self.video_size))
+            hashes.append(self.xxh64)
         spans = [(int(offset[sample]), int(size[sample])) for offset, size in columns]
-        text, video, *others = _read_members(file, shard.file, spans)
-        hashes = [self.xxh64, *(self._members[member][2] for member in members)]
-        for data, column in zip((video, *others), hashes, strict=True):
-            if xxhash.xxh64_intdigest(data) != int(column[sample]):
-                if file.distrust():
-                    return self.read(sample, members)
-                raise Unreadable("hash", f"{shard.file} holds other bytes than were stored")
-        found = dict(zip(members, others, strict=True))
-        return Sample(self.key(sample), shard.file, self.suffix(sample), text, video, found)
+        text, *others = found = _read_members(file, shard.file, spans)
+        is_intact = all(
+            column is None or xxhash.xxh64_intdigest(data) == int(column[sample])
+            for data, column in zip(found, hashes, strict=True)
+        )
+        video = None
+        if is_intact:
+            video = others.pop() if self.parts is None else self._read_part(file, shard.file, sample, self.parts.gop)
+        if video is None:
+            if file.distrust():
+                return self.read(sample, members)
+            raise Unreadable("hash", f"{shard.file} holds other bytes than were stored")
+        named = dict(zip(members, others, strict=True))
+        return Sample(self.key(sample), shard.file, self.suffix(sample), text, video, named)
+
+    def _read_part(self, file: "_File | _RemoteFile", name: str, sample: int, gop: int) -> bytes | None:
+        """Read a virtual part as an mp4, or return None if its bytes were altered."""
+        kind, video_at = parts.gop_type(gop), int(self.video_offset[sample])
+        first, count = self.first_frame(sample) // gop, -(-int(self.frames[sample]) // gop)
+        table_at = int(self._members[parts.MEMBER][0][sample]) + first * kind.itemsize
+        head_size = min(parts.HEAD_BYTES, int(self.video_size[sample]))
+        spans = [(video_at, head_size), (table_at, count * kind.itemsize)]
+        head, table = _read_members(file, name, spans)
+        rows = np.frombuffer(table, kind)
+        sizes = rows["bytes"].sum(axis=1, dtype=np.int64)
+        ends = np.cumsum(sizes)
+        start = int(rows["offset"][0])
+        if start < 0 or start + int(ends[-1]) > int(self.video_size[sample]):
+            return None
+        description = parts.codec_description(head)
+        if description is None:
+            return None
+        (data,) = _read_members(file, name, [(video_at + start, int(ends[-1]))])
+        view = memoryview(data)
+        for row, end, size in zip(rows, ends.tolist(), sizes.tolist(), strict=True):
+            if parts.hash_of_gop(description, row, view[end - size : end]) != int(row["xxh64"]):
+                return None
+        shape = {"width": int(self.width[sample]), "height": int(self.height[sample]), "fps": float(self.fps[sample])}
+        return parts.part_as_mp4(description, rows, data, **shape, gop=gop)
 
     def read_labels(self, sample: int) -> dict[str, Any]:
         """Read the labels of a sample without its video.
@@ -321,131 +374,3 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
         parts.append(part)
         size, offset = size - len(part), offset + len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def mirror(url: str, cache: Path) -> Path:
-    """Copy the manifest and the table of a remote corpus to the cache. An unchanged table is not copied again.
-
-    Raises:
-        BadInput: a file is missing.
-    """
-    if url.startswith("http") and "?" in url:
-        raise BadInput(
-            f"{public_url(url)}?...: a query cannot follow the address of a corpus, which has many files. "
-            "Give the address without it, and a password in ~/.netrc."
-        )
-    folder = cache / "corpora" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("manifest.json", "samples.parquet"):
-        file = folder / name
-        if name == "samples.parquet" and file.exists():
-            said = read_manifest(folder).samples_sha256
-            if hashlib.sha256(file.read_bytes()).hexdigest() == said:
-                continue
-        try:
-            data = b"".join(read_blocks(f"{url}/{name}"))
-        except Gone as e:
-            raise BadInput(
-                f"{public_url(url)}/{name}: {e}; give the URL of a folder that `vjepa shard` or `vjepa index` wrote"
-            ) from e
-        atomic_write(file, data)
-    return folder
-
-
-def prepare(folder: Path, manifest: Manifest) -> None:
-    """Write the memory-mapped table of a large corpus in advance, so that the first run starts fast."""
-    extra = member_columns(stored(signals_of(manifest.spec)), texts_of(manifest.spec))
-    for split in manifest.splits:
-        _read_table(folder, split, manifest.hash, extra)
-
-
-def _read_table(folder: Path, split: str, corpus: str, extra: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read the rows of a split as a single chunk, memory-mapped if there are many."""
-    path = folder / "samples.parquet"
-    try:
-        rows = pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowInvalid) as e:
-        raise BadInput(f"{path} cannot be read ({e}); build the corpus again or restore this file") from e
-    if rows < MAPPED_FROM:
-        return _convert(path, split, extra)
-    for place in (folder / ".index", user_cache()):
-        file = place / f"{corpus[:32]}-{split}.arrow"
-        if not file.exists() and not _store(_convert(path, split, extra), file):
-            continue
-        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    raise BadInput(
-        f"neither {folder} nor {user_cache()} can be written; make either writable for the index of {rows} samples"
-    )
-
-
-def _convert(path: Path, split: str, extra: Mapping[str, pa.DataType]) -> pa.Table:
-    names = ["key", "suffix", "xxh64", *NUMBERS, *extra]
-    # A file opened by name is read by Arrow's thread pool, whose threads would stay in every worker.
-    buffer = pa.memory_map(str(path)).read_buffer()
-    with pq.ParquetFile(pa.BufferReader(buffer)) as file:
-        if missing := [name for name in names if name not in file.schema_arrow.names]:
-            raise BadInput(f"{path} has no column {missing[0]!r}; build the corpus again")
-        table = file.read(columns=[*names, "split"], use_threads=False)
-    table = table.filter(pyarrow.compute.equal(table["split"], split), null_selection_behavior="drop")  # pyright: ignore[reportAttributeAccessIssue]
-    columns: dict[str, pa.Array] = {
-        "key": table["key"].cast(pa.large_string()).combine_chunks(),
-        "suffix": table["suffix"].cast(pa.large_string()).combine_chunks(),
-    }
-    for name, kind in {"xxh64": pa.string(), **extra}.items():
-        if kind == pa.string():  # a hash in hexadecimal
-            hashes = bytes.fromhex("".join(table[name].to_pylist()))
-            columns[name] = pa.array(np.frombuffer(hashes, dtype=">u8").astype(np.uint64))
-        else:
-            columns[name] = pa.array(table[name].to_numpy())
-    for name, kind in NUMBERS.items():
-        columns[name] = pa.array(table[name].to_numpy().astype(kind, copy=False))
-    if (np.diff(table["shard"].to_numpy()) < 0).any():
-        raise BadInput(f"{path} is not sorted by shard; index the corpus again with `vjepa index`")
-    whole = pa.table(columns)
-    return whole.combine_chunks() if len(whole) else whole
-
-
-def _store(table: pa.Table, file: Path) -> bool:
-    """Write a table atomically, and return whether the folder is writable."""
-    temporary = temporary_name(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(file.parent)
-        with temporary.open("wb") as out:
-            with pa.ipc.new_file(out, table.schema) as writer:
-                writer.write_table(table)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.rename(file)
-    except OSError:
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return True
-
-
-def user_cache() -> Path:
-    """Return the folder of this user's caches, or a temporary folder if the home folder cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # unlike Path, never raises
-    return _writable_cache(home, tempfile.gettempdir())
-
-
-@functools.cache
-def _writable_cache(home: str, temporary: str) -> Path:
-    folder = Path(home) / "vjepa_data"
-    if not home.startswith("~") and _can_write(folder):
-        return folder
-    spare = Path(temporary) / f"vjepa_data-{os.getuid()}"
-    if not _can_write(spare) or spare.stat().st_uid != os.getuid():
-        spare = Path(tempfile.mkdtemp(prefix="vjepa_data-"))
-    log.warning("%s cannot be written, so remote files are cached in %s; set XDG_CACHE_HOME", folder, spare)
-    return spare
-
-
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)

@@ -21,8 +21,8 @@ import yaml
 from vjepa_data.atomic import atomic_write
 from vjepa_data.corpus.format import read_manifest
 from vjepa_data.corpus.http_client import public_url
-from vjepa_data.corpus.index import mirror, user_cache
 from vjepa_data.corpus.remote import is_remote
+from vjepa_data.corpus.sample_table import mirror, user_cache
 from vjepa_data.settings import BadInput, Source
 
 RARE = 1e-7

@@ -71,7 +71,7 @@ class EvalClip:
     """Position of the sample in the index."""
     frames: UInt8[Tensor, "T px px C"]
     numbers: tuple[int, ...]
-    """Numbers of the frames in the video file."""
+    """Numbers of the frames in the stored video, of which the sample may be a part."""
     fps: float
     """Frames per second of the video file."""
     labels: Mapping[str, Any]
@@ -195,9 +195,10 @@ class EvalClips:
         if self._decode_worker is None:
             self._decode_worker = DecodeWorker("pyav")
         frames = self._decode_worker.decode(sample.video, numbers, expect, suffix=sample.suffix)
-        fps = float(index.fps[video])
+        fps, first = float(index.fps[video]), index.first_frame(video)
+        in_video = tuple(first + number for number in numbers)
         return [
-            EvalClip(sample.key, video, picture, tuple(numbers), fps, labels, view)
+            EvalClip(sample.key, video, picture, in_video, fps, labels, view)
             for view, picture in enumerate(square_views(frames, self.px, self.views))
         ]
 

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vjepa_data.child_process import ChildFailed, ChildProcess
-from vjepa_data.corpus.index import Index
+from vjepa_data.corpus.index import Index, Sample
 from vjepa_data.decoding.backends import Expect
 from vjepa_data.decoding.decode_worker import DecodeWorker
 from vjepa_data.errors import BadInput
@@ -134,26 +134,46 @@ class CorpusFrames:
         """
         self.index = Index(shards, split)
         self._px, self._fps = px, fps
-        self.keys: Sequence[str] = [self.index.key(video) for video in range(len(self.index))]
+        firsts = [sample for sample in range(len(self.index)) if self.index.first_frame(sample) == 0]
+        self._parts = [range(a, b) for a, b in itertools.pairwise([*firsts, len(self.index)])]
+        self.keys: Sequence[str] = [self.index.video_key(sample) for sample in firsts]
         self._worker: DecodeWorker | None = None
+        self._stored: tuple[int, Sample] | None = None
 
     def frames(self, video: int, skip: int = 0) -> Iterator[UInt8[Tensor, "T px px C"]]:
-        """Yield the frames of a sample from frame number `skip` on.
+        """Yield the frames of a video from frame number `skip` on. Of virtual parts, one is in memory at a time.
 
         Raises:
-            Unreadable: the sample cannot be read or decoded.
+            Unreadable: the video cannot be read or decoded.
         """
-        index = self.index
-        frames, rate = int(index.frames[video]), float(index.fps[video])
-        sample, expect = index.read(video), Expect(frames, int(index.width[video]), int(index.height[video]))
-        if self._worker is None:
-            self._worker = DecodeWorker("pyav")
+        index, parts = self.index, self._parts[video]
+        rate = float(index.fps[parts[0]])
+        frames = sum(int(index.frames[sample]) for sample in parts)
         count = max(1, math.floor((frames - 0.5) * self._fps / rate + 1e-6) + 1)
         numbers = offsets(frames=count, fps=self._fps, file_fps=rate)
-        numbers = numbers[numbers < frames].tolist()
-        for first in range(skip, len(numbers), AHEAD):
-            some = numbers[first : first + AHEAD]
-            yield whole_view(self._worker.decode(sample.video, some, expect, suffix=sample.suffix), self._px)
+        numbers = numbers[numbers < frames][skip:]
+        for chunk in (numbers[at : at + AHEAD] for at in range(0, len(numbers), AHEAD)):
+            yield whole_view(self._decode(parts, chunk), self._px)
+
+    def _decode(self, parts: range, numbers: np.ndarray) -> np.ndarray:
+        """Decode frames of a video, which may lie in several parts."""
+        index, found = self.index, []
+        for sample in parts:
+            own = numbers - index.first_frame(sample)
+            own = own[(own >= 0) & (own < index.frames[sample])]
+            if not len(own):
+                continue
+            if self._stored is None or self._stored[0] != sample:
+                self._stored = sample, index.read(sample)
+            if self._worker is None:
+                self._worker = DecodeWorker("pyav")
+            stored = self._stored[1]
+            expect = Expect(int(index.frames[sample]), int(index.width[sample]), int(index.height[sample]))
+            frames = self._worker.decode(stored.video, own.tolist(), expect, suffix=stored.suffix)
+            if len(own) == len(numbers):
+                return frames
+            found.append(frames.copy())  # the worker reuses its memory
+        return np.concatenate(found)
 
 
 def check_streams(paths: Sequence[Path]) -> None:

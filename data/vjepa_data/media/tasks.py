@@ -17,6 +17,7 @@ from vjepa_data.errors import Unreadable
 from vjepa_data.media.analysis import perceptual_hashes, picture_box, scene_starts
 from vjepa_data.media.canonical import ClipFormat, compare, read_canonical
 from vjepa_data.media.fetch import FileRef, open_local
+from vjepa_data.media.gop_table import gop_table
 from vjepa_data.media.image import probe_image, store_image
 from vjepa_data.media.probe import probe
 from vjepa_data.media.transcode import (
@@ -85,6 +86,8 @@ class StoreTask:
     may_copy: bool
     info: VideoInfo | None = None
     """Properties of a video, from its analysis."""
+    has_parts: bool = False
+    """A run reads virtual parts of the video, which need a table of its GOPs."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class StoredSample:
     is_copy: bool
     encode_s: float
     check_s: float
+    gops: bytes = b""
+    """Table of the GOPs, with `has_parts`."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,9 @@ def _store(task: StoreTask, path: Path) -> StoredSample:
     clip = kept or transcode(path, **part, encode=task.encode, accept=task.accept, info=task.info)
     middle = time.process_time()
     check(clip, gop=task.encode.gop)
+    gops = gop_table(clip.data, gop=task.encode.gop) if task.has_parts else b""
     clip = StoredClip(clip.data, clip.stored)
-    return StoredSample(clip, kept is not None, middle - begin, time.process_time() - middle)
+    return StoredSample(clip, kept is not None, middle - begin, time.process_time() - middle, gops)
 
 
 def _read_if_canonical(task: StoreTask, path: Path) -> StoredClip | None:
@@ -217,6 +223,8 @@ def _read_if_canonical(task: StoreTask, path: Path) -> StoredClip | None:
     data = path.read_bytes()
     try:
         stored = read_canonical(data, gop=task.encode.gop)
+        if task.has_parts:
+            gop_table(data, gop=task.encode.gop)
     except Refused:
         return None
     fps, limit = task.encode.fps, task.encode.max_fps * float(MARGIN)

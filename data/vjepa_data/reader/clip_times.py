@@ -203,6 +203,8 @@ class EligibleSamples:
         self.counts = np.diff(sums[index.first])
         denied = hashlib.sha256("\n".join(unwanted).encode()).hexdigest()[:16] if unwanted else "all"
         self.name = f"{index.hash}/{index.split}/{frames} {pace}{'+' if hold else ''}/{denied}"
+        if index.parts is not None and not index.parts.is_default:
+            self.name += f"/parts of {index.parts.seconds:g} s"
         if sequence > 1:
             self.name += f"/{sequence} clips {gap_s:g} s apart"
 

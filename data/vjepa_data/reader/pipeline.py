@@ -59,7 +59,7 @@ def open_plan(data: Data, *, seed: int, batch_size: int, loader: Loader | None =
     cache = Cache(loader.cache, loader.cache_gib) if loader and loader.cache else None
     sources = []
     for source in data.sources:
-        index = Index(source.shards, source.split, cache, corpus=source.corpus)
+        index = Index(source.shards, source.split, cache, corpus=source.corpus, part_s=source.part_s)
         eligible = EligibleSamples(
             index,
             frames=source.frames or data.clip.frames,
@@ -404,7 +404,7 @@ class Gather:
             slots=self._per_clip(s.drawn.slot for s in slots),
             keys=self._per_clip(s.drawn.key for s in slots),
             sources=self._per_clip(s.drawn.draw.source for s in slots),
-            start_s=tuple(start_s for s in slots for start_s in s.drawn.choice.times.start_s),
+            start_s=tuple(start_s for s in slots for start_s in self._starts_s(s.drawn)),
             signals={name: self._signal(name, slots) for name in self.samples.data.signals},
             texts={name: self._per_clip(s.texts[name] for s in slots) for name in self.samples.data.texts},
             sequence=self.sequence,
@@ -415,6 +415,11 @@ class Gather:
         for row, slot in zip(out.view(len(slots), -1, *out.shape[2:]), slots, strict=True):
             row.copy_(slot.frames)
         return clips
+
+    def _starts_s(self, drawn: SlotDraw) -> Iterator[float]:
+        """Yield the start of each clip of a slot in the stored video, in seconds."""
+        of_sample = index_of(self.samples.plan, drawn.draw).start_s(drawn.draw.sample)
+        return (of_sample + start_s for start_s in drawn.choice.times.start_s)
 
     def _per_clip(self, of_slot: Iterable) -> tuple:
         return tuple(value for value in of_slot for _ in range(self.sequence))

@@ -24,6 +24,12 @@ class Row:
     offset: int
     """Position of the video's bytes in the shard."""
 
+    first_frame: int
+    """First frame of a virtual part in its video, else 0."""
+
+    part_start_s: float
+    """The time of this frame."""
+
     epoch: int
     choice: Choice
     signals: dict[str, tuple[SignalSpec, CutSignal]]
@@ -51,8 +57,13 @@ def rows(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int = 
             raise sample["__error__"]
         cut, texts = samples.cut(drawn, sample)
         signals = {name: (index.signals[name], values) for name, values in cut.items()}
-        offset = int(index.video_offset[draw.sample])
-        found.append(Row(slot, draw.source, drawn.key, drawn.url, offset, draw.epoch, drawn.choice, signals, texts))
+        place = {
+            "offset": int(index.video_offset[draw.sample]),
+            "first_frame": index.first_frame(draw.sample),
+            "part_start_s": index.start_s(draw.sample),
+        }
+        facts = {"epoch": draw.epoch, "choice": drawn.choice, "signals": signals, "texts": texts}
+        found.append(Row(slot, draw.source, drawn.key, drawn.url, **place, **facts))
     return plan.fingerprint, found
 
 
@@ -89,8 +100,8 @@ def stream(data: Data, *, seed: int, batch_size: int, step: int = 0, slots: int 
         lines.append(f"    bytes    from {row.offset} of {row.url}")
         length = len(times.frames) // len(times.starts)
         for clip, start_s in enumerate(times.start_s):
-            frames = times.frames[clip * length : (clip + 1) * length]
-            lines.append(f"    time     from {start_s:.3f} s, frames {' '.join(map(str, frames))}")
+            frames = tuple(row.first_frame + f for f in times.frames[clip * length : (clip + 1) * length])
+            lines.append(f"    time     from {row.part_start_s + start_s:.3f} s, frames {' '.join(map(str, frames))}")
             for name, (spec, signal) in row.signals.items():
                 lines += _signal(name, spec, signal, clip, frames)
         flip = ", mirrored" if box.flip else ""

@@ -218,7 +218,7 @@ def interval_statistics(data: Data, name: str) -> SignalStatistics:
     """
     parts = []
     for source in data.sources:
-        index = Index(source.shards, source.split, corpus=source.corpus)
+        index = Index(source.shards, source.split, corpus=source.corpus, part_s=source.part_s)
         if name not in index.signals:
             raise BadInput(f"{index.place} has no signal {name!r}; set data.signals to its signals")
         if name not in index.statistics:
