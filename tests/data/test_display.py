@@ -96,6 +96,25 @@ def test_a_display_matrix_is_applied_as_ffmpeg_does(flat: bytes, name: str, tmp_
     assert np.abs(decode(clip.data, [0], backend="decord", expect=form)[0].astype(int) - expected).mean() < 5
 
 
+@pytest.mark.parametrize("start_s", [None, 0.08, 0.12])
+def test_an_orientation_in_a_message_holds_for_every_part(flat: bytes, start_s: float | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.h264"
+    with av.open(io.BytesIO(flat)) as source:
+        words = "h264_mp4toannexb,h264_metadata=display_orientation=insert:rotate=90"
+        insert = av.BitStreamFilterContext(words, source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        path.write_bytes(b"".join(bytes(turned) for packet in packets for turned in insert.filter(packet)))
+    info = probe(path)
+    assert (info.width, info.height, info.turn) == (64, 96, ("cclock", False, False))
+    end_s = None if start_s is None else start_s + 0.08
+    clip = transcode(path, start_s=start_s, end_s=end_s, encode=Encode(short_side_px=64), accept=Filter(), info=info)
+    assert (clip.stored.width, clip.stored.height) == (64, 96)
+    (shown,) = decode(clip.data, [0], backend="pyav", expect=Expect(clip.stored.frames, 64, 96))
+    red, green = shown[:, :, 0].astype(int), shown[:, :, 1].astype(int)
+    assert red[5, 30] > red[90, 30] + 100  # the right side of the picture is up
+    assert green[48, 60] > green[48, 4] + 100
+
+
 @pytest.mark.parametrize("degrees", [2, 45, 100])
 def test_odd_angles_are_refused_by_name(flat: bytes, degrees: int, tmp_path: Path) -> None:
     cos, sin = (round(ONE * f(np.radians(degrees))) for f in (np.cos, np.sin))

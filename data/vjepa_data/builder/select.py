@@ -150,7 +150,9 @@ def _purpose(sources: Sequence[InputFile], spec: Spec) -> str:
 
 
 def _to_json(result: Analysis | Refused) -> dict[str, Any]:
-    return {"reason": result.reason, "detail": result.detail} if isinstance(result, Refused) else asdict(result)
+    if isinstance(result, Refused):
+        return {"reason": result.reason, "detail": result.detail}
+    return {**asdict(result), "probe": _info_to_json(result.probe)}
 
 
 def _from_json(row: dict[str, Any]) -> Analysis | Refused:
@@ -161,15 +163,21 @@ def _from_json(row: dict[str, Any]) -> Analysis | Refused:
     return Analysis(info, row["sha256"], tuple(row["scenes"]), tuple(row["hashes"]), box)
 
 
+def _info_to_json(info: VideoInfo) -> dict[str, Any]:
+    """Return the properties of a video. `turn` is rare and left out, so that plans keep their bytes."""
+    return {name: value for name, value in asdict(info).items() if name != "turn" or value is not None}
+
+
 def info_from_json(values: dict[str, Any]) -> VideoInfo:
     """Make the properties of a video from their JSON object."""
-    dense, points = values.get("dense_rate"), values.get("seek_points", ())
+    dense, points, turn = values.get("dense_rate"), values.get("seek_points", ()), values.get("turn")
     return VideoInfo(
         **{
             **values,
             "rate": tuple(values["rate"]),
             "dense_rate": tuple(dense) if dense else None,
             "seek_points": tuple(SeekPoint(*point) for point in points),
+            "turn": tuple(turn) if turn else None,
         }
     )
 
@@ -178,7 +186,7 @@ def _describe(analysis: Analysis) -> dict[str, Any]:
     """Return the properties of a source that are stored with its clips. Clips of unusual sources are often left out."""
     info = analysis.probe
     known = {**asdict(info), "fps": info.fps, "sha256": analysis.sha256}
-    for name in ("rate", "start_s", "stream", "delay", "seek_points"):
+    for name in ("rate", "start_s", "stream", "delay", "seek_points", "turn"):
         del known[name]
     usual = {"video_streams": 1, "dense_rate": None, "transfer": "", "is_joined": False}
     return {name: value for name, value in known.items() if name not in usual or value != usual[name]}
@@ -334,7 +342,7 @@ def _cut_source(source: InputFile, analysis: Analysis, spec: Spec, sidecars: dic
 
 def _probe_of_part(info: VideoInfo, start_s: float) -> str:
     points = [point for point in info.seek_points if point.time_s <= start_s][-SEEK_POINTS:]
-    return canonical_json({**asdict(info), "seek_points": points}).decode()
+    return canonical_json({**_info_to_json(info), "seek_points": points}).decode()
 
 
 def cut_windows(start: float, end: float, *, spec: Spec) -> list[tuple[float | None, float | None]]:

@@ -8,7 +8,7 @@ import av.filter
 import numpy as np
 from av.error import BlockingIOError, EOFError
 
-from vjepa_data.decoding.orientation import orientation
+from vjepa_data.media.display import orientation_in
 from vjepa_data.media.frames import read_frames
 from vjepa_data.media.transcode import PictureBox
 from vjepa_data.media.video import Reason, Refused, VideoInfo
@@ -81,7 +81,7 @@ def picture_box(path: Path, info: VideoInfo) -> PictureBox | None:
     rows = columns = np.zeros(0, np.float32)
     for number in range(BAR_FRAMES):
         frame = frame_at(path, info, (number + 0.5) / BAR_FRAMES)
-        grey = orientation(frame).apply(frame.to_ndarray(format="gray"))
+        grey = orientation_in(info, frame).apply(frame.to_ndarray(format="gray"))
         rows, columns = (_brightest(*pair) for pair in ((rows, grey.mean(axis=1)), (columns, grey.mean(axis=0))))
     down, across = np.flatnonzero(rows > BLACK), np.flatnonzero(columns > BLACK)
     if not len(down) or not len(across):

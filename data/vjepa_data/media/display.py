@@ -1,12 +1,15 @@
 """The form in which a frame is displayed: size and dynamic range."""
 
+import contextlib
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import av.video.stream
 
-from vjepa_data.decoding.orientation import OddRotation, orientation
-from vjepa_data.media.video import Reason, Refused
+from vjepa_data.decoding.orientation import OddRotation, Orientation, orientation
+from vjepa_data.media.frames import Timed
+from vjepa_data.media.video import Reason, Refused, VideoInfo
 
 HDR_TRANSFERS = {16: "smpte2084", 18: "arib-std-b67"}
 """Transfer functions of HDR, by their number in ITU-T H.273: PQ and HLG."""
@@ -29,6 +32,32 @@ def displayed_size(frame: av.VideoFrame, stream: av.video.stream.VideoStream) ->
         return orientation(frame).size(width, height)
     except OddRotation as error:
         raise Refused(Reason.ODD_ROTATION, str(error)) from None
+
+
+def orientation_in(info: VideoInfo, frame: av.VideoFrame) -> Orientation:
+    """Return the orientation of a frame of a video: its own, else that of a message at the start of the video.
+
+    FFmpeg gives a message to one frame. H.264 and HEVC let it persist, and encoders repeat it at key frames.
+
+    Raises:
+        OddRotation: the angle is not a multiple of 90 degrees, within one degree.
+
+    Source: display orientation SEI message, ITU-T H.264 (08/2021), D.2.27; ITU-T H.265 (08/2021), D.3.17.
+    """
+    if info.turn is None or frame.side_data.get("DISPLAYMATRIX") is not None:
+        return orientation(frame)
+    return Orientation(*info.turn)
+
+
+def turn_of_message(first: av.VideoFrame, others: Iterator[Timed]) -> tuple[str | None, bool, bool] | None:
+    """Return the orientation of the first frame of a video if it does not come from the container."""
+    turn, second = orientation(first), None
+    if turn != Orientation():
+        with contextlib.suppress(Refused):  # damage counts when the video is stored
+            second = next(others, (None, None))[1]
+    if second is None or second.side_data.get("DISPLAYMATRIX") is not None:
+        return None
+    return turn.transpose, turn.hflip, turn.vflip
 
 
 def hdr_transfer(frame: av.VideoFrame) -> str:

@@ -8,7 +8,7 @@ import av
 import av.container
 import av.video.stream
 
-from vjepa_data.media.display import displayed_size, hdr_transfer
+from vjepa_data.media.display import displayed_size, hdr_transfer, turn_of_message
 from vjepa_data.media.frames import Pass
 from vjepa_data.media.timeline import SLOTTED, Track, choose, dense_rate, ends_early, mean_rate, scan
 from vjepa_data.media.video import Reason, Refused, VideoInfo, open_video
@@ -53,6 +53,7 @@ def probe(path: Path) -> VideoInfo:
         if frame is None:
             raise Refused(Reason.DAMAGED, "no frame can be decoded")
         width, height = displayed_size(frame, stream)
+        delay = first.fed - 1 if info.container in SLOTTED else 0
         origin = round(at / track.time_base)
         times = track.after(origin)
         rate = mean_rate(times, track.time_base, track.rate)
@@ -66,7 +67,8 @@ def probe(path: Path) -> VideoInfo:
             start_s=round(float(at), 6),
             dense_rate=dense and (dense.numerator, dense.denominator),
             transfer=hdr_transfer(frame),
-            delay=first.fed - 1 if info.container in SLOTTED else 0,
+            delay=delay,
+            turn=turn_of_message(frame, frames),
             seek_points=tuple(p._replace(time_s=round(p.time_s - float(at), 6)) for p in track.points),
         )
 

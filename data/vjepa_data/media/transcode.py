@@ -28,9 +28,9 @@ from av.video.frame import PictureType
 
 from vjepa_data.child_process import heartbeat
 from vjepa_data.decoding.backends import unpadded
-from vjepa_data.decoding.orientation import Orientation, orientation
+from vjepa_data.decoding.orientation import Orientation
 from vjepa_data.media.canonical import ClipFormat, read_canonical
-from vjepa_data.media.display import TONE_MAP
+from vjepa_data.media.display import TONE_MAP, orientation_in
 from vjepa_data.media.frames import Timed, read_frames
 from vjepa_data.media.probe import probe
 from vjepa_data.media.video import Reason, Refused, VideoInfo
@@ -341,7 +341,7 @@ def _graph(
     ]
     if frame.interlaced_frame and deinterlaces:
         chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
-    turn = orientation(frame)
+    turn = orientation_in(info, frame)
     chain.extend(graph.add(name, options) for name, options in turn.filters)
     if box is not None:
         chain.append(graph.add("crop", _crop(frame, turn, info, box)))

@@ -156,6 +156,9 @@ class VideoInfo:
     """Frames that the decoder holds back, in containers without presentation times."""
     seek_points: tuple["SeekPoint", ...] = ()
     """Key frames, a few seconds apart, in files without an index of their own."""
+    turn: tuple[str | None, bool, bool] | None = None
+    """Orientation, as in `decoding.orientation`, that only a message (SEI) with the first frame states. It holds for
+    the whole video. A matrix of the container comes with every frame instead."""
 
     @property
     def fps(self) -> float:
