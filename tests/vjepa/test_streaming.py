@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vjepa.config import Model
+from vjepa.config import Model, load
 from vjepa.nn.encoder import Encoder, View
-from vjepa.nn.streaming import EncoderStream, StreamStep
+from vjepa.nn.streaming import EncoderStream, StreamStep, check_streamable
 from vjepa.weights.tensors import InMemory
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa_data.settings import BadInput
@@ -168,6 +168,13 @@ def test_models_that_cannot_stream_are_refused(changes: dict, reason: str) -> No
 def loaded() -> VideoEncoder:
     tensors = {f"encoder.{name}": tensor for name, tensor in encoder_with().state_dict().items()}
     return VideoEncoder(Model.model_validate(FORM), InMemory(tensors), px=16, frames=8, fps=4.0, provenance={})
+
+
+@pytest.mark.parametrize("name", ["vjepa2_causal_vitb16_224px_32f", "levjepa_vitb16_224px_16f"])
+def test_shipped_causal_configs_can_stream(name: str) -> None:
+    run = load(name).settings
+    check_streamable(run.model)
+    assert 2 * (run.model.window or 0) * run.model.tubelet_frames <= run.data.clip.frames  # the window is trained
 
 
 def test_live_frames_give_features_as_each_tubelet_ends() -> None:
