@@ -96,6 +96,19 @@ def test_hostile_file_names_are_harmless(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o"]
 
 
+def test_links_in_a_circle_and_long_names_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").symlink_to("b.mp4")
+    (tmp_path / "b.mp4").symlink_to("a.mp4")
+    long = tmp_path / ("n" * 300)
+    for source in (tmp_path / "a.mp4", long):
+        with pytest.raises(BadInput, match="no such file or folder; give folders"):
+            build(source, tmp_path / "o")
+    write_video(tmp_path / "in" / "fine.mp4")
+    for out in (tmp_path / "a.mp4", long):
+        with pytest.raises(BadInput, match=r"cannot be written \(File (exists|name too long)\); give another folder"):
+            build(tmp_path / "in", out)
+
+
 def test_invalid_labels_reject_only_their_video(tmp_path: Path) -> None:
     labels = {
         "deep": "[" * 100_000,

@@ -67,7 +67,7 @@ def ingest(sources: Sequence[str], *, spec: Spec, out: Path | None = None) -> li
     if not sources:
         raise BadInput("no sources; give folders, video files or tables of videos")
     for text in sources:
-        if out and "://" not in text and Path(text).resolve().is_relative_to(out.resolve()):
+        if out and "://" not in text and _absolute(text).is_relative_to(_absolute(out)):
             raise BadInput(f"source {text} is --out or lies inside it; write the corpus to another folder")
     found = [source for text in sources for source in _expand(text, spec, out)]
     if not any(source.refused is None or source.refused[0] != Reason.SKIPPED for source in found):
@@ -138,15 +138,20 @@ def _suffixes(spec: Spec) -> frozenset[str]:
     return SUFFIXES if spec.media == "videos" else IMAGE_SUFFIXES
 
 
+def _absolute(path: str | Path) -> Path:
+    """Return an absolute path without links. Unlike `Path.resolve`, it accepts links that point to each other."""
+    return Path(os.path.realpath(path))
+
+
 def _expand(text: str, spec: Spec, out: Path | None) -> Iterable[InputFile]:
     if "://" in text:
         return _from_url(text, spec)
-    path = Path(text).resolve()
-    if path.is_dir() and lerobot.is_lerobot(path):
+    path = _absolute(text)
+    if os.path.isdir(path) and lerobot.is_lerobot(path):
         return _lerobot(path, spec)
-    if path.is_dir():
-        return _folder(path, spec, out.resolve() if out else None)
-    if not path.is_file():
+    if os.path.isdir(path):
+        return _folder(path, spec, _absolute(out) if out else None)
+    if not os.path.isfile(path):
         raise BadInput(f"{text}: no such file or folder; give folders, video files or tables of videos")
     return _expand_file(path, path.name, spec)
 

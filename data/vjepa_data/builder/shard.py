@@ -219,9 +219,9 @@ def _create_folder(out: Path) -> bool:
     """
     if re.match(r"[a-z0-9]+:/", str(out)):
         raise BadInput(f"--out {out} is a URL; give a local folder and upload it when it is complete")
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise BadInput(f"--out {out} is a file; give a folder")
-    there = {path.name for path in out.iterdir() if not path.match(".*.tmp")} if out.exists() else set()
+    there = {path.name for path in out.iterdir() if not path.match(".*.tmp")} if os.path.exists(out) else set()
     if there - WRITTEN:
         raise BadInput(f"--out {out} holds other files ({min(there - WRITTEN)}); give an empty or new folder")
     try:
