@@ -251,7 +251,7 @@ def full_disk_on_the_first(run: Run, out: Path, job: dict[str, Any]) -> Any:
         world.first(write)
 
 
-def counted(run: Run, out: Path, job: dict[str, Any]) -> Any:
+def counted_start(run: Run, out: Path, job: dict[str, Any]) -> Any:
     """Agree, save and restore, and count the requests of this rank to the disk and the network."""
     counts = Counter[str]()
 
@@ -328,7 +328,7 @@ SCENARIOS = {
         inspected,
         background_save,
         full_disk_on_the_first,
-        counted,
+        counted_start,
     )
 }
 

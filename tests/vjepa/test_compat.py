@@ -1,16 +1,20 @@
 """Private parts of torch behave as `vjepa.compat` expects. If a test fails after an upgrade, adapt that module."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._C import _distributed_c10d as c10d
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vjepa import compat
+from vjepa.checkpoints.safe_unpickle import unpickle_metadata
 from vjepa.distributed.world import World
 
 
@@ -125,3 +129,20 @@ def test_views_share_a_storage_key() -> None:
 
 def test_leaves_of_a_tree_are_listed() -> None:
     assert compat.tree_leaves({"a": [1, (2, 3)], "b": 4}) == [1, 2, 3, 4]
+
+
+def test_square_sums_and_differences_are_those_of_single_tensors() -> None:
+    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
+    others = [torch.tensor([1.0, 4.0]), torch.tensor([[9.0]])]
+    assert compat.square_sum(tensors) == 9 + 16 + 144
+    assert compat.square_sum(compat.differences(tensors, others)) == 4 + 9
+    assert compat.square_sum(tensors).dtype == torch.float64
+
+
+def test_pretended_writes_are_reports_that_metadata_can_hold(tmp_path: Path) -> None:
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({"a": torch.ones(3), "b": torch.ones(())}, is_coordinator=True)
+    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+    writer = FileSystemWriter(tmp_path)
+    writer.finish(metadata, [compat.write_results(plans[0])])
+    assert {index.fqn for index in unpickle_metadata(tmp_path).storage_data} == {"a", "b"}

@@ -67,6 +67,15 @@ def test_the_first_step_may_take_ten_times_as_long(world: World, tmp_path: Path)
     assert not (tmp_path / "stacks").exists()
 
 
+def test_a_save_may_take_ten_times_as_long(world: World, tmp_path: Path) -> None:
+    with closing(StallWatchdog(Health(stall_s=30), tmp_path, world)) as dog:
+        waits_s = []
+        for doing in ({"step": 7}, {"patience": 10.0}, {"step": 8}):
+            dog.beat("working", **doing)  # pyright: ignore[reportArgumentType]
+            waits_s.append(dog._watchdog.alarms[0].after_s)
+    assert waits_s == [30, 300, 30]
+
+
 def test_a_job_that_was_suspended_for_an_hour_is_not_ended_for_it(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

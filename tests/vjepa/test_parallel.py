@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vjepa.config import Run
 from vjepa.distributed import numa
 from vjepa.distributed import world as worlds
-from vjepa.distributed.sharding import PRODUCTS, shard
+from vjepa.distributed.sharding import PRODUCTS, mark_updated, shard
 from vjepa.distributed.world import interface_addresses, join
 from vjepa.engine.open_files import allow_open_files
 from vjepa.engine.trainer import open_clips
@@ -105,6 +105,21 @@ def test_gloo_gets_the_interface_to_the_first_rank(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     worlds.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth9"
+
+
+def test_the_next_gathers_wait_for_the_update_alone(tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    event = object()
+    stream = SimpleNamespace(record_event=lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    run = tiny_run(precision="bf16")
+    with join(run.parallel) as world:
+        networks = create_method(run).build()
+        shard(networks, run.parallel, mesh=world.mesh, dtype=torch.bfloat16)
+        mark_updated(networks, torch.device("cpu"))
+        found = [network._get_fsdp_state()._state_ctx for _, network in networks.items()]  # pyright: ignore
+        assert all(context.post_optim_event is None for context in found)
+        mark_updated(networks, torch.device("cuda", 0))
+        assert all(context.post_optim_event is event for context in found)
 
 
 def test_a_rank_is_bound_to_the_cores_of_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

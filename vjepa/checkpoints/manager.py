@@ -169,7 +169,7 @@ class CheckpointManager:
             storage.with_retries(lambda: (path.parent / "latest").write_text(path.name + "\n"), path)
             self._note(path)
         else:
-            unseen = [name for name in files if not (part / name).is_file()]
+            unseen = sorted(files.keys() - {file.name for file in part.iterdir()})
             if unseen:
                 raise OSError(f"{part} lacks {unseen[:3]} that other ranks wrote; it must be on a disk that all share")
             _write_synced(part / "state.json", state)

@@ -179,6 +179,20 @@ def free_gathered(network: nn.Module) -> None:
             module.reshard()
 
 
+def mark_updated(networks: Networks, device: torch.device) -> None:
+    """Let the first gathers of the next step wait for this update alone. Call it once per step.
+
+    By default each network waits until all work queued on the device is done, so that the weights of the encoder and
+    the predictor could not travel while the target runs.
+    """
+    if device.type != "cuda":
+        return
+    updated = torch.cuda.current_stream(device).record_event()
+    for _, network in networks.items():
+        if isinstance(network, FSDPModule):
+            network.set_post_optim_event(updated)
+
+
 def forget_forwards(networks: Networks) -> None:
     """Clear FSDP2's records of the forward passes of averages and frozen networks. Call it once per step."""
     for name, network in networks.items():

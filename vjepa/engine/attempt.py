@@ -118,7 +118,7 @@ class Attempt:
         """
         if self.logger.is_behind:
             self.write()
-        self.watchdog.beat(f"saving step {self.step}")
+        self.watchdog.beat(f"saving step {self.step}", patience=10)
         with self.timer.host("save"):
             self.checkpoints.save(
                 checkpoint.collect_tensors(self.networks, self.optimizer),

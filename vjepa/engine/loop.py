@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vjepa.config import Run
-from vjepa.distributed.sharding import forget_forwards, synchronise_gradients
+from vjepa.distributed.sharding import forget_forwards, mark_updated, synchronise_gradients
 from vjepa.distributed.world import World
 from vjepa.engine.attempt import Attempt
 from vjepa.engine.optimizer import update_weights
@@ -39,6 +39,7 @@ def train_steps(run: Run, attempt: Attempt, stop: Stop) -> int:
         with timer.part("optimizer"):
             update = update_weights(attempt.optimizer, metrics["total"], rates, clip_norm=run.optim.clip_norm)
             method.after_update(networks, ema=rates.ema, applied=update.applied)
+            mark_updated(networks, world.device)
         attempt.step += 1
         attempt.record(metrics, losses, rates, update, batch)
         if attempt.checkpoints.is_due(attempt.step):

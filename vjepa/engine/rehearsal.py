@@ -175,9 +175,10 @@ class Rehearsal:
     def text(self) -> str:
         """Format the costs as a table."""
         first, last = self.costs.values()
+        copies = "copy" if self.copies == 1 else "copies"
         source = f"{self.clips:,} pretended clips" if self.clips else "the run's corpora"
         lines = [
-            f"{self.name} on {self.ranks:,} pretended ranks, {self.copies:,} copies of the model, {source}",
+            f"{self.name} on {self.ranks:,} pretended ranks, {self.copies:,} {copies} of the model, {source}",
             "",
             f"{'':18}{'CPU s':>16}{'messages':>12}{'MB sent':>18}{'MB received':>18}{'files':>12}",
             f"{'':18}{'rank 0    last':>16}{'rank 0':>12}" + f"{'rank 0     last':>18}" * 2 + f"{'rank 0':>12}",

@@ -41,11 +41,17 @@ class StallWatchdog:
         self._watchdog = Watchdog(self._alarms(10 * settings.stall_s), name=f"rank {world.rank}")  # for the first step
         self._watchdog.beat()
 
-    def beat(self, doing: str, *, step: int | None = None) -> None:
-        """Report progress and the next activity."""
+    def beat(self, doing: str, *, step: int | None = None, patience: float = 1.0) -> None:
+        """Report progress and the next activity.
+
+        Args:
+            doing: the activity.
+            step: updates made. After the first step the watchdog waits `health.stall_s`.
+            patience: multiple of `health.stall_s` to wait for this activity, which may take longer than a step.
+        """
         self._doing = doing
-        if step is not None:
-            self._watchdog.alarms = self._alarms(self._settings.stall_s)
+        if step is not None or patience > 1:
+            self._watchdog.alarms = self._alarms(patience * self._settings.stall_s)
         self._watchdog.beat()
 
     def close(self) -> None:
