@@ -33,16 +33,14 @@ def main() -> None:
     parser.add_argument("--slices", action="store_true")
     args = parser.parse_args()
     run = load(args.config, []).settings
-    with rehearsal.pretended(args.ranks, 1, 0) as world:
-        with world.stage("networks"):
-            tensors = rehearsal.sharded_tensors(run, world)
-        if args.slices:
-            plan_slices(tensors, world)
-        else:
-            rehearsal.rehearse_checkpoint(tensors, world)
-    print(f"{run.name}, {args.ranks} ranks, {len(tensors):,} tensors" + (", slices" if args.slices else ""))
-    for name, cost in world.costs.items():
-        print(f"  {name:24}{cost.cpu_s:9.2f} CPU s, {(cost.sent + cost.received) / 1e6:10.1f} MB")
+    for rank in (0,) if args.slices else (0, args.ranks - 1):
+        with rehearsal.pretended(args.ranks, 1, rank) as world:
+            with world.stage("networks"):
+                tensors = rehearsal.sharded_tensors(run, world)
+            (plan_slices if args.slices else rehearsal.rehearse_checkpoint)(tensors, world)
+        print(f"{run.name}, rank {rank} of {args.ranks}, {len(tensors):,} tensors")
+        for name, cost in world.costs.items():
+            print(f"  {name:24}{cost.cpu_s:9.2f} CPU s, {(cost.sent + cost.received) / 1e6:10.1f} MB")
 
 
 def plan_slices(tensors: Mapping[str, Tensor], world: rehearsal.PretendedWorld) -> None:
