@@ -287,7 +287,7 @@ def _films(
     """Show films, and their surprise over time under true and permuted actions."""
     parts = []
     for row in order[:SHOWN].tolist():
-        number, place = places[row].tolist()
+        number, place = int(places[row, 0]), int(places[row, 1])
         for _, clips in videos.read(range(number, number + 1)):
             for clip in (clip for clip in clips if clip.number == place):
                 strip = plots.strip(clip.frames[plots.evenly(len(clip.frames))].numpy(), height=64)

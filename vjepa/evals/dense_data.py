@@ -84,7 +84,8 @@ class CorpusMaps:
         form = {"split": split, "per_video": per_video, "max_videos": max_videos, "short": short}
         clips = clips_for(model, shards, **form)
         self.videos, self.kind, self.tubelet = CorpusVideos.chosen(clips), kind, model.model.tubelet_frames
-        self.keys, self.classes = self.videos.keys, CLASSES
+        self.keys: Sequence[str] = self.videos.keys
+        self.classes: Sequence[str] = CLASSES
         form |= {"px": clips.px, "frames": clips.frames, "fps": clips.rate, "short": clips.short}
         self.identity = json.dumps([read_manifest(shards).hash, form, kind])
 
@@ -114,10 +115,11 @@ class TableMaps:
         rows: the rows.
         kind: of the maps.
         """
-        self.folder, self.rows, self.kind, self.px = table.parent, rows, kind, model.px
+        self.folder, self.rows, self.px = table.parent, rows, model.px
+        self.kind: MapKind = kind
         self.still = model.model.still_tokens and kind != "flow"
         self.tubelet = model.model.tubelet_frames
-        self.keys = [row["image"] for row in rows]
+        self.keys: Sequence[str] = [row["image"] for row in rows]
         self.classes: Sequence[str] = ()
         facts = [[name, *_facts(table.parent / name)] for row in rows for name in _files(row, kind)]
         self.identity = json.dumps([hashlib.sha256(json.dumps(facts).encode()).hexdigest(), self.px, kind])
@@ -126,10 +128,13 @@ class TableMaps:
         for video in videos:
             row = self.rows[video]
             pictures = [self._picture(row[name]) for name in (["before"] if self.kind == "flow" else []) + ["image"]]
-            # A picture is repeated to fill a tubelet, and two pictures share it.
-            steps = 1 if self.still else self.tubelet
+            # A picture is repeated to fill a tubelet. Two pictures share a tubelet, or have one each if it is a frame.
+            steps = 1 if self.still else max(self.tubelet, len(pictures))
             frames = torch.from_numpy(np.stack([pictures[len(pictures) * step // steps] for step in range(steps)]))
-            yield [MappedClip(video, 0, frames, self._map(row["map"])[None])]
+            found = self._map(row["map"])
+            maps = np.full((max(1, steps // self.tubelet), *found.shape), np.nan, np.float32)
+            maps[-1] = found
+            yield [MappedClip(video, 0, frames, maps)]
 
     def _picture(self, name: str) -> UInt8[ndarray, "P P 3"]:
         with _open(self.folder / name) as picture:
