@@ -246,6 +246,19 @@ def test_a_preview_before_the_video_is_not_the_video(tmp_path: Path) -> None:
     assert stored(path)[1] == list(range(20))
 
 
+def test_an_encrypted_video_is_named(tmp_path: Path) -> None:
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76" * 16, "encryption_kid": "a7" * 16}
+    with av.open(str(tmp_path / "x.mp4"), "w", options=key) as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(4):
+            picture = numbered_frame(number, WIDTH, HEIGHT)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with pytest.raises(Refused, match="encrypted after 0 frames; decrypt it first"):
+        probe(tmp_path / "x.mp4")
+
+
 def _packets_of_ts(data: bytes) -> Iterator[bytes]:
     yield from (data[at : at + 188] for at in range(0, len(data), 188))
 

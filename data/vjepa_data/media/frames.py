@@ -230,6 +230,8 @@ class Pass:
             is_first = not self._number and self._info.container in SLOTTED
             if is_broken:
                 yield from self._wait_for_key()
+            elif packet.has_sidedata("encryption_info"):
+                raise Refused(Reason.DAMAGED, f"encrypted after {self._number} frames; decrypt it first") from None
             elif not (self._is_leading or is_first):
                 raise self._damaged(error) from None
             return
