@@ -1,8 +1,10 @@
 """Frames are stored as ffmpeg displays them (orientation, mirroring, dynamic range), and all decoders agree."""
 
+import inspect
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,7 +14,7 @@ from av.video.stream import VideoStream
 
 from vjepa_data.decoding.backends import Expect, decode
 from vjepa_data.decoding.mp4_boxes import IDENTITY
-from vjepa_data.decoding.orientation import OddRotation, orientation
+from vjepa_data.decoding.orientation import OddRotation, display_matrix, orientation
 from vjepa_data.errors import Unreadable
 from vjepa_data.media.canonical import compare
 from vjepa_data.media.fetch import FileRef
@@ -94,6 +96,26 @@ def test_a_display_matrix_is_applied_as_ffmpeg_does(flat: bytes, name: str, tmp_
     check(clip, gop=12)
     form = Expect(6, clip.stored.width, clip.stored.height)
     assert np.abs(decode(clip.data, [0], backend="decord", expect=form)[0].astype(int) - expected).mean() < 5
+
+
+class UnnamedSideData:
+    """A frame as PyAV gives those of MV-HEVC: it fails to list the side data, which has types without a name."""
+
+    def __init__(self, frame: av.VideoFrame) -> None:
+        self.rotation = frame.rotation
+
+    @property
+    def side_data(self) -> None:
+        raise ValueError("29 is not a valid Type")
+
+
+@pytest.mark.parametrize("name", ["upright", "quarter", "half", "three_quarters"])
+def test_frames_with_unknown_side_data_are_turned(flat: bytes, name: str) -> None:
+    with av.open(io.BytesIO(with_matrix(flat, *MATRICES[name][0]))) as container:
+        frame: Any = next(container.decode(video=0))
+    unnamed: Any = UnnamedSideData(frame)
+    found = inspect.unwrap(display_matrix)(unnamed)
+    assert found == (None if name == "upright" else inspect.unwrap(display_matrix)(frame))
 
 
 @pytest.mark.parametrize("start_s", [None, 0.08, 0.12])

@@ -52,6 +52,24 @@ class Orientation:
         return picture[::-1] if self.vflip else picture
 
 
+def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
+    """Return a, b, c and d of the display matrix of a frame, or None if it has none.
+
+    PyAV cannot list the side data of frames of MV-HEVC (spatial videos), since it lacks names for some of it. The
+    rotation of these frames is known, and a mirroring is not.
+    """
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        angle = math.radians(-frame.rotation)
+        cos, sin = (round(65536 * value) for value in (math.cos(angle), math.sin(angle)))
+        return (cos, sin, -sin, cos) if frame.rotation else None
+    if data is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
 def orientation(frame: av.VideoFrame) -> Orientation:
     """Return the orientation that the display matrix of a frame asks for, including mirroring.
 
@@ -60,10 +78,10 @@ def orientation(frame: av.VideoFrame) -> Orientation:
 
     Source: `configure_input_video_filter` in FFmpeg's fftools/ffmpeg_filter.c.
     """
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
+    matrix = display_matrix(frame)
+    if matrix is None:
         return Orientation()
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    a, b, c, d = matrix
     if not math.hypot(a, c) or not math.hypot(b, d):
         return Orientation()  # not a rotation at all; FFmpeg ignores it
     angle = math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c))) % 360

@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import av.video.stream
 
-from vjepa_data.decoding.orientation import OddRotation, Orientation, orientation
+from vjepa_data.decoding.orientation import OddRotation, Orientation, display_matrix, orientation
 from vjepa_data.media.frames import Timed
 from vjepa_data.media.video import Reason, Refused, VideoInfo
 
@@ -44,7 +44,7 @@ def orientation_in(info: VideoInfo, frame: av.VideoFrame) -> Orientation:
 
     Source: display orientation SEI message, ITU-T H.264 (08/2021), D.2.27; ITU-T H.265 (08/2021), D.3.17.
     """
-    if info.turn is None or frame.side_data.get("DISPLAYMATRIX") is not None:
+    if info.turn is None or display_matrix(frame) is not None:
         return orientation(frame)
     return Orientation(*info.turn)
 
@@ -55,7 +55,7 @@ def turn_of_message(first: av.VideoFrame, others: Iterator[Timed]) -> tuple[str 
     if turn != Orientation():
         with contextlib.suppress(Refused):  # damage counts when the video is stored
             second = next(others, (None, None))[1]
-    if second is None or second.side_data.get("DISPLAYMATRIX") is not None:
+    if second is None or display_matrix(second) is not None:
         return None
     return turn.transpose, turn.hflip, turn.vflip
 
