@@ -246,6 +246,21 @@ def test_a_preview_before_the_video_is_not_the_video(tmp_path: Path) -> None:
     assert stored(path)[1] == list(range(20))
 
 
+def test_a_video_trimmed_behind_its_only_key_frame_is_kept(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.mp4", "libx264", frames=60, options={"g": "250", "bf": "0"})
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "x.mp4"), "w") as target:
+        stream = source.streams.video[0]
+        output = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        start = packets[30].pts or 0
+        for packet in packets:
+            packet.pts, packet.dts, packet.stream = (packet.pts or 0) - start, (packet.dts or 0) - start, output
+            target.mux(packet)
+    info = probe(tmp_path / "x.mp4")
+    assert info.duration_s == pytest.approx((len(packets) - 30) / info.fps, abs=0.01)
+    assert stored(tmp_path / "x.mp4")[1] == list(range(30, len(packets)))
+
+
 def test_an_encrypted_video_is_named(tmp_path: Path) -> None:
     key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76" * 16, "encryption_kid": "a7" * 16}
     with av.open(str(tmp_path / "x.mp4"), "w", options=key) as container:

@@ -130,6 +130,8 @@ class Track:
     """The last packet is incomplete, or could not be read."""
     jumps: int = 0
     """Number of jumps of the clock."""
+    has_key: bool = False
+    """A key frame was read. It may lie before the part that an edit list shows, as after trimming."""
 
     @property
     def end(self) -> int:
@@ -183,7 +185,10 @@ def _add(track: Track, packet: av.Packet, clock: PacketClock, container: str) ->
     track.jumps += clock.stamp(packet)
     track.is_cut = packet.is_corrupt and container not in BROADCAST
     time = packet.dts if packet.pts is None or container in SLOTTED else packet.pts
-    if time is None or packet.is_discard or not (track.times or packet.is_keyframe):
+    if time is None:
+        return
+    track.has_key = track.has_key or packet.is_keyframe
+    if packet.is_discard or not track.has_key:
         return
     if not track.times or time >= track.latest:
         track.latest, track.last_ticks = time, packet.duration or clock.period
