@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -82,7 +82,7 @@ class PlanSettings:
     layout: LayoutKind = "fixed"
     planner: PlannerName | Literal["inverse"] = "cem"
     cost: CostName = "min"
-    effort: Effort = field(default_factory=Effort)
+    effort: Effort = DEFAULT_EFFORT["cem"]
     horizon: int = 20
     execute: int = 4
     budget: int = 40
