@@ -358,7 +358,8 @@ def _record(run: Run, world: PretendedWorld) -> None:
     loss = Loss(torch.zeros(()), {"prediction": torch.zeros(())}, torch.zeros(1, 1))
     sum_metrics([loss], world)
     throughput = Throughput(run, world)
-    clips = Clips(torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8), (0,), {}, ("",), (0,), (0.0,))
+    frames = torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)
+    clips = Clips(frames, slots=(0,), keys=("",), sources=(0,), start_s=(0.0,))
     throughput.count(Batch(0, (clips,)), [loss])
     throughput.read(StepTimer(world.device))
 
