@@ -251,66 +251,6 @@ def full_disk_on_the_first(run: Run, out: Path, job: dict[str, Any]) -> Any:
         world.first(write)
 
 
-def counted_start(run: Run, out: Path, job: dict[str, Any]) -> Any:
-    """Agree, save and restore, and count the requests of this rank to the disk and the network."""
-    counts = Counter[str]()
-
-    def see(event: str, _: Any) -> None:
-        counts[event] += event in ("open", "os.listdir", "os.scandir")
-
-    def counting(name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with join(run.parallel) as world:
-        _, networks = training.build_networks(run, world)
-        tensors = checkpoint.collect_tensors(networks, build_optimizer(networks.trained, run.optim))
-        before = sums(tensors)
-        world.gather(None)  # all ranks are connected
-        read = bytes_read()
-        sys.addaudithook(see)
-        for name in ("stat", "lstat"):
-            setattr(os, name, counting(name, getattr(os, name)))
-        rank_consistency.check_program(run, world)
-        saver = CheckpointManager(out / "run", run.checkpoint, world)
-        saver.save(tensors, checkpoint.CheckpointMetadata(1, world.size, {}, "", [], None, {}))
-        saver.wait()
-        newest = checkpoint.find_newest(out / "run" / "checkpoints", world)
-        assert newest is not None
-        with torch.no_grad():
-            for tensor in tensors.values():
-                tensor.fill_(-1)
-        checkpoint.load_into(tensors, newest, world)
-        sockets = sum(os.readlink(f"/proc/self/fd/{fd}").startswith("socket:") for fd in open_descriptors())
-        return {
-            "equal": sums(tensors) == before,
-            "files": counts["open"] + counts["os.listdir"] + counts["os.scandir"],
-            "stats": counts["stat"] + counts["lstat"],
-            "bytes": bytes_read() - read,
-            "sockets": sockets,
-        }
-
-
-def bytes_read() -> int:
-    """Return the bytes that this process has read, from files and sockets."""
-    return int(Path("/proc/self/io").read_text().split()[1])
-
-
-def open_descriptors() -> list[int]:
-    """Return the descriptors of this process."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            os.fstat(int(name))
-        except OSError:
-            continue  # that of the listing itself
-        found.append(int(name))
-    return found
-
-
 LIMIT_S = 60.0
 
 SCENARIOS = {
@@ -328,7 +268,6 @@ SCENARIOS = {
         inspected,
         background_save,
         full_disk_on_the_first,
-        counted_start,
     )
 }
 

@@ -14,7 +14,6 @@ from checkpoints import load_weights
 
 from vjepa.checkpoints import checkpoint
 from vjepa.config import Run
-from vjepa.engine.rehearsal import sockets_of
 
 HERE = Path(__file__).parent
 MakeRun = Callable[..., Run]
@@ -72,8 +71,6 @@ def jobs_of(make: MakeRun, out: Path) -> dict[str, dict[str, Any]]:
     add("background", "background_save", 2)
     add("background alone", "background_save", 1)
     add("full disk", "full_disk_on_the_first", 2)
-    add("counted 8", "counted_start", 8, batch_size=16, more={"limit_s": 300})
-    add("counted 16", "counted_start", 16, batch_size=16, more={"limit_s": 300}, checkpoint={"background": True})
     add("three lanes", "trained", 3)
     add("replicas", "trained", 2, parallel={"replicate": 3})
     add("two of three", "trained", 3, batch_size=3, parallel={"timeout_s": 2}, more={"ranks": [0, 1]})
@@ -261,18 +258,3 @@ def test_ranks_without_a_missing_rank_all_fail_and_never_train(runs: Path) -> No
     for answer in found:
         assert answer["kind"].startswith("Dist")
     assert not (runs / "two of three" / "run").exists()
-
-
-def test_work_of_a_rank_does_not_grow_with_the_ranks(runs: Path) -> None:
-    eight, sixteen = results(runs, "counted 8"), results(runs, "counted 16")
-    assert all(found["equal"] for found in (*eight, *sixteen))
-    # Slices are padded to equal sizes, which weighs in tiny tensors.
-    for name, factor in (("files", 1.05), ("stats", 1.05), ("bytes", 1.6)):
-        for few, many in ((eight[:1], sixteen[:1]), (eight[1:], sixteen[1:])):
-            assert max(found[name] for found in many) <= factor * max(found[name] for found in few), name
-
-
-def test_sockets_of_a_rank_are_as_many_as_counted(runs: Path) -> None:
-    for ranks in (8, 16):
-        found = [answer["sockets"] for answer in results(runs, f"counted {ranks}")]
-        assert found == [sockets_of(ranks, rank, groups=3) for rank in range(ranks)]
