@@ -86,7 +86,7 @@ def test_features_that_hold_the_map_reach_the_ceiling(
 
     def remember(self: Any, video: int, clip: Any) -> MappedClip:
         found = honest(self, video, clip)
-        cells[found.frames.numpy().tobytes()] = cells_of(found, (2, 4, 4), "depth", 0)
+        cells[found.frames.numpy().tobytes()] = cells_of(found, (2, 4, 4), "depth", 0, 4)
         return found
 
     monkeypatch.setattr(dense_data.CorpusMaps, "_with_maps", remember)
@@ -203,8 +203,9 @@ def test_scores_are_those_of_the_definitions() -> None:
 def test_cells_are_means_of_known_pixels() -> None:
     maps = np.array([[1, 1, 3, np.nan], [1, 0, np.nan, np.nan]], np.float32).reshape(1, 2, 4, 1).repeat(2, axis=1)
     clip = MappedClip(0, 0, torch.zeros(2, 4, 4, 3, dtype=torch.uint8), maps)
-    assert cells_of(clip, (1, 2, 2), "depth", 0)[0, 0, :, 0].tolist() == [1.0, 3.0]
-    assert cells_of(clip, (1, 1, 2), "objects", 4)[0, 0].tolist() == [[0.25, 0.75, 0, 0], [0, 0, 0, 1]]
+    assert cells_of(clip, (1, 2, 2), "depth", 0, 1)[0, 0, :, 0].tolist() == [1.0, 3.0]
+    assert cells_of(clip, (1, 1, 2), "depth", 0, 2)[0, 0, 0].tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert cells_of(clip, (1, 1, 2), "objects", 4, 1)[0, 0].tolist() == [[0.25, 0.75, 0, 0], [0, 0, 0, 1]]
 
 
 def test_labels_without_a_scene_are_named(scenes: Path, write_corpus: Any, trained: Path, tmp_path: Path) -> None:

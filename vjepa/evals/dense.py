@@ -3,19 +3,19 @@
     vjepa eval dense MODEL DATA --map objects --out dense.json      writes dense.html too
 
 DATA is a corpus of generated scenes, whose maps are exact, or a CSV table of pictures and maps (see
-`vjepa.evals.dense_data`). Ridge regression maps a token to the mean of the map over the token's cell: the share of each
-class, the depth, or the movement since the frame before. Predictions are enlarged bilinearly to the pixels of the
+`vjepa.evals.dense_data`). Ridge regression maps a token to 4 x 4 means of the map within the token's cell: the share of
+each class, the depth, or the movement since the frame before. Predictions are enlarged bilinearly to the pixels of the
 picture and compared there, with
 
     objects   mIoU over the classes that occur
     depth     root of the mean squared error
     flow      end-point error, in percent of the frame's side, over all pixels and over those that move
 
-Beside the model are untrained encoders, raw pixels, the mean map (`prior`), and the true cells enlarged in the same way
-(`ceiling`): a probe of one number per cell cannot do much better.
+Beside the model are untrained encoders, raw pixels, the mean map (`prior`), and the true means enlarged in the same way
+(`ceiling`): no probe can do much better.
 
-Letters: B clips, T frames, t h w the grid of tokens, P height and width in pixels, k numbers of a cell (a share for
-each class, else 1 or 2), D channels, n tokens, c videos, s sums.
+Letters: B clips, T frames, t h w the grid of tokens, P height and width in pixels, k numbers of a cell (16 times
+c), c numbers of a pixel (a share for each class, else 1 or 2), D channels, n tokens, s sums; in reports, c videos.
 
 Source: linear segmentation and depth on frozen features, DINOv2 (arXiv:2304.07193) and V-JEPA 2.1 (arXiv:2603.14482).
 """
@@ -74,6 +74,9 @@ class DenseSettings(EvaluationSettings):
     tokens_per_clip: int = Field(default=256, ge=1)
     """Tokens of a clip that are fitted on, drawn once. All tokens are reported on."""
 
+    cell_values: int = Field(default=4, ge=1)
+    """Values along each side of a token's cell that are predicted. Fewer take less memory for maps of many classes."""
+
     random_seeds: int = Field(default=3, ge=0)
     """Number of untrained encoders to compare with."""
 
@@ -98,7 +101,7 @@ def evaluate(model: WorldModel, data: Path, settings: DenseSettings, context: Ev
         "report": f"{len(next(iter(sums.values())))} of {settings.split}",
         "levels": settings.levels,
         "map": f"{model.px} px, of the last frame of each tubelet",
-        "readout": "ridge from a token to its cell, enlarged bilinearly",
+        "readout": f"ridge from a token to {settings.cell_values} x {settings.cell_values} means of its cell, enlarged",
         "unit": UNITS[settings.map],
         "interval": "2.5 % and 97.5 % over 1,000 resamplings of the videos",
         "seed": settings.seed,
@@ -172,22 +175,27 @@ def _quarters(encoder: VideoEncoder, frames: UInt8[Tensor, "B T P P 3"]) -> Floa
     return torch.cat([F.layer_norm(part.float(), part.shape[-1:]) for part in parts], dim=-1)
 
 
-def cells_of(clip: MappedClip, grid: tuple[int, int, int], kind: MapKind, classes: int) -> Float[Tensor, "t h w k"]:
-    """Return the mean of a clip's maps over the cell of each token. NaN where nothing is known.
+def cells_of(
+    clip: MappedClip, grid: tuple[int, int, int], kind: MapKind, classes: int, side: int
+) -> Float[Tensor, "t h w k"]:
+    """Return means of a clip's maps within the cell of each token. NaN where nothing is known.
 
     Args:
         clip: the clip.
         grid: tokens in time, height and width.
         kind: of the maps.
         classes: number of classes of `objects`.
+        side: means along each side of a cell. Those of a token are in rows, each with its classes or numbers.
     """
     maps = torch.from_numpy(clip.maps)
     known = maps.isfinite().all(-1, keepdim=True)
     maps = torch.where(known, maps, 0.0)
     if kind == "objects":
         maps = F.one_hot(maps[..., 0].long(), classes).float()
-    sums, counts = (F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid[1:]) for x in (maps * known, known.float()))
-    return (sums / counts).permute(0, 2, 3, 1)  # 0 / 0 is NaN
+    size = (grid[1] * side, grid[2] * side)
+    sums, counts = (F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size) for x in (maps * known, known.float()))
+    means = (sums / counts).permute(0, 2, 3, 1)  # 0 / 0 is NaN
+    return means.unflatten(1, (grid[1], side)).unflatten(3, (grid[2], side)).transpose(2, 3).flatten(3)
 
 
 # ---- fit
@@ -253,7 +261,11 @@ def _sample_tokens(
                 name: tokens_of(encoder, clip.frames[None], settings.levels)[0] for name, encoder in encoders.items()
             }
             shape = next(iter(tokens.values())).shape
-            cells = cells_of(clip, (shape[0], shape[1], shape[2]), settings.map, len(fit.classes)).flatten(0, 2).numpy()
+            cells = (
+                cells_of(clip, (shape[0], shape[1], shape[2]), settings.map, len(fit.classes), settings.cell_values)
+                .flatten(0, 2)
+                .numpy()
+            )
             known = np.flatnonzero(np.isfinite(cells).all(1))
             draw = generator(settings.seed, "dense tokens", clip.video, clip.start)
             chosen = np.sort(draw.permutation(known)[: settings.tokens_per_clip])
@@ -303,9 +315,10 @@ def _clips(videos: MappedVideos, group: Sequence[int], advance: Advance) -> Iter
 # ---- report
 
 
-def _maps_of(cells: Float[Tensor, "t h w k"], px: int) -> Float[Tensor, "t P P k"]:
-    """Enlarge predictions of cells bilinearly to pixels."""
-    enlarged = F.interpolate(cells.permute(0, 3, 1, 2), (px, px), mode="bilinear", align_corners=False)
+def _maps_of(cells: Float[Tensor, "t h w k"], px: int, side: int) -> Float[Tensor, "t P P c"]:
+    """Put the predictions of all cells in their places, and enlarge them bilinearly to pixels."""
+    means = cells.unflatten(3, (side, side, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    enlarged = F.interpolate(means.permute(0, 3, 1, 2), (px, px), mode="bilinear", align_corners=False)
     return enlarged.permute(0, 2, 3, 1)
 
 
@@ -315,15 +328,15 @@ def _predict(
     clip: MappedClip,
     settings: DenseSettings,
     classes: int,
-) -> Iterator[tuple[str, Float[Tensor, "t P P k"]]]:
+) -> Iterator[tuple[str, Float[Tensor, "t P P c"]]]:
     """Yield the predicted maps of a clip by name: those of the encoders, the prior and the ceiling."""
-    px, grid = clip.maps.shape[1], (0, 0, 0)
+    px, grid, side = clip.maps.shape[1], (0, 0, 0), settings.cell_values
     for name, encoder in encoders.items():
         tokens = tokens_of(encoder, clip.frames[None], settings.levels)
         grid = (tokens.shape[1], tokens.shape[2], tokens.shape[3])
-        yield name, _maps_of(probes[name](tokens)[0], px)
-    yield "prior", _maps_of(probes["prior"](torch.zeros(1, *grid, 1))[0], px)
-    yield "ceiling", _maps_of(cells_of(clip, grid, settings.map, classes).nan_to_num(), px)
+        yield name, _maps_of(probes[name](tokens)[0], px, side)
+    yield "prior", _maps_of(probes["prior"](torch.zeros(1, *grid, 1))[0], px, side)
+    yield "ceiling", _maps_of(cells_of(clip, grid, settings.map, classes, side).nan_to_num(), px, side)
 
 
 def _report(
