@@ -12,6 +12,8 @@ trained memories are kept in the folder `--cache`, from which an interrupted com
 import argparse
 import json
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +23,25 @@ import vjepa
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, Result, open_context
 from vjepa.evals.memory import MemoryEvalSettings, Recording, curve, record, score_memories
-from vjepa.methods.memory.method import forecast_errors
-from vjepa.nn.memory import ClipMemory, Pairs
+from vjepa.methods.memory.method import at_changes, forecast_errors
+from vjepa.nn.memory import ClipMemory, Pairs, Whitening, pool_cells
 
-BATCH, SHOWN = 16, 2
+BATCH, SHOWN, WHITENING_CLIPS = 16, 2, 4096
 
 
 def encode(arguments: argparse.Namespace, context: EvaluationContext) -> tuple[Model, list[Recording]]:
-    """Return the model's settings and the features of both splits."""
+    """Return the model's settings and the whitened features of both splits."""
     file = arguments.cache / "features.pt"
     if not file.exists():
         encoder = vjepa.load(arguments.encoder)
-        splits = [record(encoder, arguments.side, arguments.shards, split, None, context) for split in ("train", "val")]
+        pool = partial(pool_cells, side=arguments.side)
+        splits = [record(encoder, pool, arguments.shards, split, None, context) for split in ("train", "val")]
+        whiten = Whitening(encoder.width)
+        whiten.fit(torch.cat(list(splits[0].clips))[:WHITENING_CLIPS].flatten(0, 1))
+        splits = [replace(split, clips=[whiten(clips) for clips in split.clips]) for split in splits]
         torch.save((encoder.model, splits), file)
     model, splits = torch.load(file, weights_only=False)
-    size = {"width": arguments.width, "depth": arguments.depth, "heads": 4}
+    size = {"width": arguments.width, "depth": 1, "heads": 2, "mlp_ratio": 1}
     return model.model_copy(update={"predictor": type(model.predictor).model_validate(size)}), splits
 
 
@@ -46,15 +52,17 @@ def fit_memory(model: Model, recording: Recording, arguments: argparse.Namespace
     if file.exists():
         memory.load_state_dict(torch.load(file))
         return memory.requires_grad_(False)
-    optimizer = torch.optim.AdamW(memory.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=arguments.steps)
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=4e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=arguments.steps, pct_start=0.1)
     draw, clips, start_s = np.random.default_rng(seed), arguments.clips, time.process_time()
     long = [video for video in recording.clips if len(video) >= clips]
     for step in range(arguments.steps):
         videos = [long[n] for n in draw.choice(len(long), BATCH)]
         starts = [draw.integers(len(video) - clips + 1) for video in videos]
         batch = torch.stack([video[start : start + clips] for video, start in zip(videos, starts, strict=True)])
-        errors = forecast_errors(memory, batch, batch, draw_pairs(draw, arguments))
+        pairs = draw_pairs(draw, arguments)
+        places = draw.random((BATCH, arguments.pairs, 2), dtype=np.float32)
+        errors = forecast_errors(memory, batch, batch, at_changes(pairs, batch, torch.from_numpy(places)))
         optimizer.zero_grad()
         torch.stack([error.mean() for error in errors.values()]).sum().backward()
         torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
@@ -83,14 +91,13 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("memory_cache"))
-    parser.add_argument("--clips", type=int, default=36)
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--supervised-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--side", type=int, default=3)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--width", type=int, default=48)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

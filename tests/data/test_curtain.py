@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 
 from vjepa_data.settings import BadInput
-from vjepa_data.synthetic.curtain import GAPS_S, SIZE, describe, draw_acts, draw_frames, place, write_curtains
-from vjepa_data.synthetic.physics import COLOURS, WALL
+from vjepa_data.synthetic.curtain import (
+    BACKDROP,
+    BRIGHT,
+    GAPS_S,
+    SIZE,
+    describe,
+    draw_acts,
+    draw_frames,
+    place,
+    write_curtains,
+)
+from vjepa_data.synthetic.physics import COLOURS
 
 FPS, PX = 6, 48
 
@@ -36,6 +46,8 @@ def test_only_the_open_stage_shows_the_object(number: int) -> None:
             ring = SIZE * 0.72 if act.shape == "ring" else 0.0  # a ring has no colour in its middle
             seen = frames[frame, int(y * PX), min(PX - 1, int((x + ring) * PX))] / 255
             assert np.allclose(seen, COLOURS[act.colour], atol=0.02)
+            assert act.colour in BRIGHT
+            assert np.mean(seen) > 2 * BACKDROP
             assert track["visible"][frame] == (frame < act.close or frame >= act.opened)
 
 
@@ -64,6 +76,5 @@ def test_a_video_is_a_function_of_seed_and_number(tmp_path: Path) -> None:
     assert few[0].read_bytes() == more[0].read_bytes()
     labels = json.loads(more[1].with_suffix(".json").read_text())
     assert labels["gap_s"] == 4
-    assert WALL == 0.5
     with pytest.raises(BadInput, match="must be even and at least 32"):
         write_curtains(tmp_path, videos=1, seed=0, px=31)

@@ -1,5 +1,6 @@
 """Memory: its loss, its pairs, exact resume, and the loaded model."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -17,10 +18,11 @@ from vjepa.evals.base import open_context
 from vjepa.evals.memory import MemoryEvalSettings, Question, Recording, curve, score_memories
 from vjepa.evals.shell import run_evaluation
 from vjepa.methods.base import create_method
-from vjepa.methods.memory.method import ClipSequences, Memory
-from vjepa.nn.encoder import View
-from vjepa.nn.memory import ClipMemory, pool_cells
+from vjepa.methods.memory.method import ClipSequences, Memory, at_changes
+from vjepa.nn.encoder import Encoder, View
+from vjepa.nn.memory import SHUT, ClipMemory, Whitening, pool_cells
 from vjepa.weights.load import read_weights
+from vjepa.weights.tensors import write_safetensors
 from vjepa_data.builder.shard import shard
 from vjepa_data.errors import BadInput
 from vjepa_data.reader.loader import ClipLoader
@@ -90,6 +92,28 @@ def test_pairs_are_functions_of_seed_step_and_slot() -> None:
     assert all((pairs.shown.sum(-1) == 1).all() and (pairs.later < CLIPS).all() for pairs in many)
 
 
+def test_pairs_at_changes_aim_at_clips_that_differ() -> None:
+    objective = {"name": "memory", "side": 2, "pairs": 8, "changes": 0.5}
+    method = create_method(make_run("none", objective=objective))
+    assert isinstance(method, Memory)
+    cpu = torch.device("cpu")
+    places, second = method.draw_places(3, (0, 1), cpu), method.draw_places(3, (1,), cpu)
+    assert places is not None
+    assert second is not None
+    assert torch.equal(places[1:], second)
+    cells = torch.zeros(2, CLIPS, 4, 24)
+    cells[0, 3:] = 1  # video 0 changes once, video 1 is still
+    uniform = method.draw_pairs(3, (0, 1), CLIPS, cpu)
+    many = [method.draw_places(step, (0, 1), cpu) for step in range(200)]
+    found = [at_changes(uniform, cells, places) for places in many if places is not None]
+    later = torch.stack([pairs.later[:, :4] for pairs in found])
+    assert (later[:, 0] == 3).float().mean() > 0.99
+    assert torch.bincount(later[:, 1].flatten(), minlength=CLIPS)[1:].min() > 100  # of 800: any of four clips
+    for pairs in found:
+        assert ((pairs.earlier >= 0) & (pairs.earlier < pairs.later)).all()
+        assert torch.equal(pairs.later[:, 4:], uniform.later[:, 4:])
+
+
 def test_the_loss_is_the_error_with_and_without_memory(corpus: Path) -> None:
     method, inputs = inputs_of(make_run(corpus))
     networks = method.build()
@@ -106,9 +130,9 @@ def test_the_loss_is_the_error_with_and_without_memory(corpus: Path) -> None:
             hidden = ~pairs.shown[video, pair]
             one = type(pairs)(*(each[video : video + 1, pair : pair + 1] for each in pairs))
             for name, start in (("prediction", 0), ("alone", first)):
-                states = torch.zeros(1, CLIPS, 4, 24)
-                states[:, start : first + 1] = memory.remember(cells[video : video + 1, start : first + 1])
-                found = memory.forecast(states, cells[video : video + 1], cells[video : video + 1], one)[0, 0]
+                state = memory.remember(cells[video : video + 1, start : first + 1])[:, -1:]
+                newest, aim = (cells[video : video + 1, each : each + 1] for each in (first, later))
+                found = memory.forecast(state, newest, aim, one)[0, 0]
                 errors[name].append((found - cells[video, later]).abs()[hidden].mean())
     for name, each in errors.items():
         assert math.isclose(loss.metrics[name].item(), torch.stack(each).mean().item(), rel_tol=1e-5)
@@ -181,12 +205,77 @@ def test_a_run_resumes_exactly_and_its_model_remembers(corpus: Path, tmp_path: P
         model.predict(frames[:, 0], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64))
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a native export of an untrained encoder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    model = make_run("none").model
+    tensors = ((f"encoder.{name}", value) for name, value in Encoder(model, seed=3).state_dict().items())
+    write_safetensors(folder / "model.safetensors", tensors)
+    content = {"format": 1, "model": model.model_dump(mode="json"), "masks": [], "px": PX, "frames": 2, "fps": 3.0}
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_whitened_runs_resume_exactly_and_load(corpus: Path, encoder: Path, tmp_path: Path) -> None:
+    objective = {
+        "name": "memory",
+        "encoder": str(encoder),
+        "side": 2,
+        "shown": 1,
+        "changes": 0.5,
+        "whitening_clips": 30,
+    }
+    run = make_run(corpus, objective=objective)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(run, whole)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step_00000004")
+    train(run, again)
+    one, other = (read_weights(folder).tensors for folder in (whole, again))
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    model = vjepa.load(whole)
+    with ClipLoader(run.data, Loader(workers=0, decoder="pyav"), seed=run.seed, batch_size=4) as batches:
+        frames = torch.cat([next(batches).groups[0].frames for _ in range(2)])  # 2 batches of 4 x 5 clips, 30 or more
+    cells = pool_cells(model.encode(frames), 2)
+    wanted = Whitening(24)
+    wanted.fit(cells.flatten(0, 1))
+    torch.testing.assert_close(one["memory.whitening.mean"], wanted.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one["memory.whitening.matrix"], wanted.matrix, rtol=1e-3, atol=1e-3)
+    memory = model.parts["memory"]
+    assert isinstance(memory, ClipMemory)
+    states = memory.remember(wanted(cells[None, :CLIPS]))
+    torch.testing.assert_close(model.remember(frames[None, :CLIPS]), states, rtol=1e-3, atol=1e-4)
+
+
+def test_whitening_makes_directions_alike_but_not_noise() -> None:
+    draw = torch.Generator().manual_seed(0)
+    mixed = torch.randn(4000, 6, generator=draw) * torch.tensor([10.0, 3, 1, 1, 1e-4, 1e-4])
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=draw)).Q
+    whiten = Whitening(6)
+    whiten.fit(mixed @ rotation.T + 5)
+    found = whiten(mixed @ rotation.T + 5)
+    variances = torch.linalg.eigvalsh(torch.cov(found.T))
+    torch.testing.assert_close(variances[2:], torch.tensor([0.91, 0.91, 0.99, 1.0]), rtol=0.02, atol=0.02)
+    assert variances[:2].max() < 1e-6
+    assert found.mean(0).abs().max() < 1e-3
+
+
+def test_untrained_memories_forget_in_2_to_64_clips() -> None:
+    memory = ClipMemory(make_run("none").model, cells=4)
+    moved = (memory.gate_new.bias[:24] + SHUT).sigmoid()
+    torch.testing.assert_close(1 / moved[[0, -1]], torch.tensor([2.0, 64.0]), rtol=1e-4, atol=0)
+    assert (memory.gate_new.bias[24:] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"data": {"sources": [{"shards": "x"}], "crop": {"px": PX}}}, "data.clip.sequence is 1; try 16"),
         ({"objective": {"name": "memory", "side": 9}}, r"objective.side \(9\) exceeds the 4 x 4 tokens"),
         ({"objective": {"name": "memory", "side": 1, "shown": 1}}, r"objective.shown \(1\) must be below"),
+        ({"objective": {"name": "memory", "whitening_clips": 9}}, "needs features that stay as they are"),
         ({"objective": {"name": "memory", "gap_clips": [8, 2]}}, "must ascend from at least 1"),
     ],
 )

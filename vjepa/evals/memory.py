@@ -37,7 +37,7 @@ from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, Scor
 from vjepa.evals.memory_page import Film, memory_page
 from vjepa.evals.ridge import Kind, Table, fit_ridge
 from vjepa.methods.memory.method import forecast_errors
-from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
+from vjepa.nn.memory import ClipMemory, Pairs
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.errors import BadInput, Unreadable
 from vjepa_data.evaluation.frame_stream import CorpusFrames
@@ -107,7 +107,7 @@ def evaluate(model: WorldModel, data: Path, settings: MemoryEvalSettings, contex
     if not isinstance(memory, ClipMemory):
         raise BadInput("this model has no memory; train one with objective memory, see configs/memory_curtain.yaml")
     fit, report = (
-        record(model, memory.side, data, split, settings.max_videos, context)
+        record(model, memory.read, data, split, settings.max_videos, context)
         for split in (settings.train_split, settings.split)
     )
     rows = score_memories([memory], model.model, fit, report, settings, context)
@@ -169,10 +169,21 @@ def curve(rows: Sequence[ScoreRow]) -> dict[str, dict[str, float]]:
 # ---- features and questions
 
 
+_Pool = Callable[[Float[Tensor, "N t h w F"]], Float[Tensor, "N M F"]]
+"""A function from the tokens of clips to their cells."""
+
+
 def record(
-    model: WorldModel, side: int, data: Path, split: str, max_videos: int | None, context: EvaluationContext
+    model: WorldModel, pool: _Pool, data: Path, split: str, max_videos: int | None, context: EvaluationContext
 ) -> Recording:
     """Encode all consecutive clips of a split, shared among the ranks.
+
+    Args:
+        model: the encoder.
+        pool: turns tokens to cells, see `ClipMemory.read`.
+        data, split: the corpus.
+        max_videos: videos to read.
+        context: the ranks.
 
     Raises:
         BadInput: the corpus has no curtains, or only short curtains.
@@ -190,7 +201,7 @@ def record(
             return None
         clips = frames[: len(frames) // model.frames * model.frames].unflatten(0, (-1, model.frames))
         fps = float(reader.index.fps[video])
-        return video, _encode(model, clips, side).numpy(), [{**act, "fps": fps} for act in labels["acts"]]
+        return video, _encode(model, pool, clips).numpy(), [{**act, "fps": fps} for act in labels["acts"]]
 
     found = [each for each in context.share(read, videos, f"encode {split}") if each is not None]
     clip_s = model.frames / model.fps
@@ -206,9 +217,9 @@ def record(
 
 
 @torch.no_grad()
-def _encode(model: WorldModel, clips: Tensor, side: int) -> Float[Tensor, "N M F"]:
+def _encode(model: WorldModel, pool: _Pool, clips: Tensor) -> Float[Tensor, "N M F"]:
     device = next(model.parameters()).device
-    return torch.cat([pool_cells(model.encode(part.to(device)), side).cpu() for part in clips.split(BATCH)])
+    return torch.cat([pool(model.encode(part.to(device))).cpu() for part in clips.split(BATCH)])
 
 
 def _question(video: int, act: Mapping[str, Any], clip_s: float, clips: int) -> Question | None:

@@ -1,6 +1,6 @@
 """A memory of a video: a vector per cell of a coarse grid, updated by every clip through gates.
 
-    clip i  --encoder-->  tokens  --mean over time, m x m cells-->  e_i
+    clip i  --encoder-->  tokens  --mean over time, m x m cells (whitened)-->  e_i
     u, r   = sigmoid(W e_i + V m_{i-1})                              one number per channel: update, read
     m_i    = (1 - u) * m_{i-1} + u * norm(Tx(e_i, r * m_{i-1}))      Tx: transformer blocks over both
     z      = predictor(m_i, e_i, some cells of clip i + d)           the other cells of clip i + d
@@ -12,6 +12,7 @@ This module imports torch and our networks alone, so that a native export loads 
 Letters: B videos, K clips, T frames, H W pixels, M cells, F channels of a feature, D width, P pairs of clips.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,12 +22,18 @@ from torch import Tensor, nn
 
 from vjepa.nn.attention import Segments
 from vjepa.nn.blocks import NORM_EPS, Block
-from vjepa.nn.init import init_weights
+from vjepa.nn.init import assign, init_weights
 from vjepa.nn.positions import Rotation
 from vjepa.nn.shapes import Bool, Float, Int, Model
 
 SHUT = -2.0
-"""Added to the update gate, so that an untrained memory moves by 0.12 of the way with each clip."""
+"""Added to the update gate. Its learned bias is on top."""
+
+LASTS = (2.0, 64.0)
+"""Clips after which channels of an untrained memory have forgotten 63 % of a clip, spread evenly in the logarithm.
+
+Source: gates that begin with the range of time constants to be learned, Tallec and Ollivier (arXiv:1804.11188).
+"""
 
 
 class Pairs(NamedTuple):
@@ -54,6 +61,35 @@ def pool_cells(tokens: Float[Tensor, "B t h w F"], side: int) -> Float[Tensor, "
     return F.layer_norm(cells, cells.shape[-1:])
 
 
+class Whitening(nn.Module):
+    """A fixed linear map of features after which all directions weigh alike: decorrelated, with a variance near 1.
+
+    The map is symmetric (ZCA), so channels keep their meaning. Directions with hardly any variance are not blown up.
+    """
+
+    FLOOR = 1e-3
+    """Added to each variance, as a share of the largest."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(features), requires_grad=False)
+        self.matrix = nn.Parameter(torch.eye(features), requires_grad=False)
+
+    def forward(self, cells: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+        """Whiten features, in fp32."""
+        return (cells.float() - self.mean) @ self.matrix
+
+    @torch.no_grad()
+    def fit(self, samples: Float[Tensor, "n F"]) -> None:
+        """Set the map to whiten these samples."""
+        wide = samples.double()
+        mean = wide.mean(0)
+        variances, directions = torch.linalg.eigh((wide - mean).T @ (wide - mean) / len(wide))
+        scales = (variances.clamp(min=0) + self.FLOOR * variances.max()).rsqrt()
+        self.mean.copy_(mean)
+        self.matrix.copy_(directions @ torch.diag(scales) @ directions.T)
+
+
 class ClipMemory(nn.Module):
     """The recurrent core and the predictor that trains it."""
 
@@ -68,6 +104,8 @@ class ClipMemory(nn.Module):
         super().__init__()
         size, features = settings.predictor, settings.encoder.width
         self.settings, self.cells, self.size = settings, cells, size
+        self.whitening: Whitening | None = None
+        """Map of the pooled features. Only a loaded model has it. A method applies it itself."""
         self.embed = nn.Linear(features, size.width)
         self.place = nn.Parameter(torch.empty(cells, size.width))
         self.gate_new = nn.Linear(size.width, 2 * size.width)
@@ -84,17 +122,30 @@ class ClipMemory(nn.Module):
 
     @classmethod
     def of_shapes(cls, settings: Model, shape: Callable[[str], tuple[int, ...]]) -> "ClipMemory":
-        """Build the networks for tensors of these shapes."""
-        return cls(settings, cells=shape("memory.place")[0])
+        """Build the networks for tensors of these shapes. The shape of a missing tensor is empty."""
+        found = cls(settings, cells=shape("memory.place")[0])
+        if channels := shape("memory.whitening.mean"):
+            found.whitening = Whitening(*channels)
+        return found
 
     def init_weights(self, seed: int = 0) -> None:
         """Initialize all parameters. Call it after `to_empty` if the memory was built on the meta device."""
         init_weights(self, seed=seed, name="memory", std=self.settings.init_std)
+        width = self.size.width
+        lasts = torch.logspace(*(math.log10(clips) for clips in LASTS), width)
+        shut = torch.cat((-(lasts - 1).log() - SHUT, torch.zeros(width)))
+        with torch.no_grad():
+            assign(self.gate_new.bias, shut)
 
     @property
     def side(self) -> int:
         """Cells of a row."""
         return round(self.cells**0.5)
+
+    def read(self, tokens: Float[Tensor, "B t h w F"]) -> Float[Tensor, "B M F"]:
+        """Return the cells of clips, as `remember` takes them."""
+        cells = pool_cells(tokens, self.side)
+        return cells if self.whitening is None else self.whitening(cells)
 
     def empty(self, clips: Tensor) -> Float[Tensor, "B M D"]:
         """Return the state before the first clip."""
@@ -106,7 +157,7 @@ class ClipMemory(nn.Module):
         """Return the state after each clip.
 
         Args:
-            clips: pooled features, see `pool_cells`.
+            clips: pooled features, see `read`.
             state: the state before them. By default nothing has been seen.
         """
         inputs = self.embed(clips.to(self.place.dtype)) + self.place
@@ -120,32 +171,32 @@ class ClipMemory(nn.Module):
         return torch.stack(states, dim=1)
 
     def forecast(
-        self, states: Float[Tensor, "B K M D"], clips: Float[Tensor, "B K M F"], later: Float[Tensor, "B K M F"],
+        self, states: Float[Tensor, "B P M D"], newest: Float[Tensor, "B P M F"], later: Float[Tensor, "B P M F"],
         pairs: Pairs,
     ) -> Float[Tensor, "B P M F"]:  # fmt: skip
-        """Predict the cells of later clips from states and the earlier clips.
+        """Predict the cells of later clips.
 
         Args:
-            states: memory after each clip.
-            clips: pooled features of the clips.
-            later: pooled features of the clips as targets, of which the predictor sees `pairs.shown`.
-            pairs: clips to predict.
+            states: memory after the earlier clips.
+            newest: pooled features of the earlier clips.
+            later: pooled features of the later clips as targets, of which the predictor sees `pairs.shown`.
+            pairs: numbers of the clips.
         """
-        video = torch.arange(len(clips), device=clips.device)[:, None]
         distance = (pairs.later - pairs.earlier).to(self.place.dtype).log1p()[..., None, None]
-        given = self.predictor_embed(later[video, pairs.later].to(self.place.dtype)) * pairs.shown[..., None]
-        queries = self.place + self.distance_embed(distance) + given
-        newest = self.embed(clips[video, pairs.earlier].to(self.place.dtype)) + self.place
-        x = torch.cat((queries, states[video, pairs.earlier], newest), dim=2).flatten(0, 1)
+        given = self.predictor_embed(later.to(self.place.dtype)) * pairs.shown[..., None]
+        # The memory of a cell is added to its query: attention would have to learn first which cell is which.
+        queries = self.place + self.distance_embed(distance) + given + states
+        x = torch.cat((queries, states, self.embed(newest.to(self.place.dtype)) + self.place), dim=2).flatten(0, 1)
         found = _transform(self.predictor_blocks, x)[:, : self.cells]
-        return self.predictor_proj(self.predictor_norm(found)).unflatten(0, pairs.earlier.shape).float()
+        return self.predictor_proj(self.predictor_norm(found)).unflatten(0, later.shape[:2]).float()
 
     def forward(self, clips: Float[Tensor, "B K M F"], later: Float[Tensor, "B K M F"], pairs: Pairs) -> Forecasts:
         """Predict later clips with and without the memory, in one call, since FSDP2 gathers parameters around it."""
-        single = self.remember(clips.flatten(0, 1)[:, None]).unflatten(0, clips.shape[:2])[:, :, 0]
-        return Forecasts(
-            self.forecast(self.remember(clips), clips, later, pairs), self.forecast(single, clips, later, pairs)
-        )
+        video = torch.arange(len(clips), device=clips.device)[:, None]
+        newest, aims = clips[video, pairs.earlier], later[video, pairs.later]
+        alone = self.remember(newest.flatten(0, 1)[:, None]).unflatten(0, pairs.earlier.shape)[:, :, 0]
+        states = self.remember(clips)[video, pairs.earlier]
+        return Forecasts(self.forecast(states, newest, aims, pairs), self.forecast(alone, newest, aims, pairs))
 
 
 def _transform(blocks: nn.ModuleList, x: Float[Tensor, "B _N D"]) -> Float[Tensor, "B _N D"]:

@@ -35,6 +35,10 @@ class Tensors(Mapping[str, Tensor], ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    def find_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, or an empty shape if it is missing."""
+        return self.shape(name) if name in self.names else ()
+
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a part (`encoder`, `predictor`) without its prefix."""
         return {key.removeprefix(f"{name}."): self[key] for key in self if key.startswith(f"{name}.")}

@@ -87,7 +87,8 @@ def check_shapes(path: Path, weights: Weights) -> None:
     """
     with torch.device("meta"):
         parts = {
-            kind.name: kind.build(weights.model, weights.tensors.shape) for kind in part_kinds(weights.tensors.names)
+            kind.name: kind.build(weights.model, weights.tensors.find_shape)
+            for kind in part_kinds(weights.tensors.names)
         }
         expected = _shapes({"encoder": Encoder(weights.model), **parts})
     missing, extra = expected.keys() - set(weights.tensors), set(weights.tensors) - expected.keys()

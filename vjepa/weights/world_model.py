@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vjepa.nn.frame_dynamics import FrameDynamics
 from vjepa.nn.grid import Grid, clip_grid
 from vjepa.nn.latent_dynamics import LatentDynamics
-from vjepa.nn.memory import ClipMemory, pool_cells
+from vjepa.nn.memory import ClipMemory
 from vjepa.nn.predictor import Predictor, PredictorInput
 from vjepa.nn.shapes import Float, Int, Model, UInt8
 from vjepa.weights.tensors import Tensors
@@ -131,7 +131,7 @@ class WorldModel(nn.Module):
         self.parts = nn.ModuleDict()
         for kind in self._kinds:
             with torch.device("meta"):
-                part = kind.build(model, tensors.shape)
+                part = kind.build(model, tensors.find_shape)
             part.load_state_dict(tensors.part(kind.name), assign=True)
             self.parts[kind.name] = part
         self.eval().requires_grad_(False)
@@ -314,7 +314,7 @@ class WorldModel(nn.Module):
             BadInput: the model has no memory, or the frames have another form.
         """
         memory = self._require("remember")
-        cells = pool_cells(self.encode(frames.flatten(0, 1)), memory.side)
+        cells = memory.read(self.encode(frames.flatten(0, 1)))
         return memory.remember(cells.unflatten(0, frames.shape[:2]), state)
 
     def _find(self, capability: Capability) -> nn.Module | None:

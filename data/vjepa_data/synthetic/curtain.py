@@ -23,7 +23,7 @@ from numpy import ndarray
 
 from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
-from vjepa_data.synthetic.physics import COLOURS, SHAPES, WALL, draw_shape, write_video
+from vjepa_data.synthetic.physics import COLOURS, SHAPES, draw_shape, write_video
 
 GAPS_S = (1, 4, 16, 30)
 """Seconds for which a curtain stays closed. The first act of video n has gap n % 4."""
@@ -40,7 +40,13 @@ RETURN_S = 2.0
 SPEED = (0.1, 0.3)
 """Speed of moving objects, in sides per second. They bounce off the walls."""
 
-SIZE = 0.2
+SIZE = 0.35
+"""Radius of an object. At 48 px, a linear readout of a tiny encoder's features must tell its shape in full sight."""
+
+BRIGHT = ("cyan", "green", "yellow", "white")
+"""Colours of objects, all brighter than the backdrop: with complementary colours, readouts of shape average to zero."""
+
+BACKDROP = 0.15
 DISTRACTOR_SIZE = 0.12
 DISTRACTOR_S = 1.0
 """Time in which a distractor crosses the picture. A gap of 1 s has at most one."""
@@ -104,7 +110,7 @@ def _draw_act(draw: np.random.Generator, gap_s: float, *, start: int, fps: int) 
     at = draw.uniform(SIZE, 1 - SIZE, 2)
     count = min(int(draw.integers(MAX_DISTRACTORS, endpoint=True)), int(gap_s / DISTRACTOR_S))
     starts = np.sort(draw.uniform(0, gap_s - DISTRACTOR_S, count)) if count else []
-    kinds = draw.integers(0, (len(SHAPES), len(COLOURS), 2), (MAX_DISTRACTORS, 3))
+    kinds = draw.integers(0, (len(SHAPES), len(BRIGHT), 2), (MAX_DISTRACTORS, 3))
     heights = draw.uniform(DISTRACTOR_SIZE, 1 - DISTRACTOR_SIZE, MAX_DISTRACTORS)
     spans = np.cumsum([shown_s, SLIDE_S, gap_s, SLIDE_S, RETURN_S])
     close, closed, opening, opened, end = (start + round(span * fps) for span in spans)
@@ -112,12 +118,12 @@ def _draw_act(draw: np.random.Generator, gap_s: float, *, start: int, fps: int) 
         start, close, closed, opening, opened, end,
         gap_s=gap_s,
         shape=SHAPES[int(draw.integers(len(SHAPES)))],
-        colour=list(COLOURS)[int(draw.integers(len(COLOURS)))],
+        colour=BRIGHT[int(draw.integers(len(BRIGHT)))],
         moves=moves,
         at=(float(at[0]), float(at[1])),
         velocity=(float(speed * np.cos(angle)), float(speed * np.sin(angle))) if moves else (0.0, 0.0),
         distractors=tuple(
-            Distractor(SHAPES[kind[0]], list(COLOURS)[kind[1]], float(begin), float(y), bool(kind[2]))
+            Distractor(SHAPES[kind[0]], BRIGHT[kind[1]], float(begin), float(y), bool(kind[2]))
             for begin, kind, y in zip(starts, kinds.tolist(), heights.tolist(), strict=False)
         ),
     )  # fmt: skip
@@ -134,7 +140,7 @@ def place(act: Act, frames: Float[ndarray, " F"], fps: int) -> Float[ndarray, "F
 def draw_frames(acts: list[Act], px: int, *, fps: int) -> UInt8[ndarray, "F P P 3"]:
     """Draw a video of consecutive acts."""
     grid = ((np.arange(px) + 0.5) / px).astype(np.float32)
-    picture = np.full((acts[-1].end, px, px, 3), WALL, dtype=np.float32)
+    picture = np.full((acts[-1].end, px, px, 3), BACKDROP, dtype=np.float32)
     stripes = np.where((grid * 12).astype(int)[:, None] % 2, *(np.array(stripe, np.float32) for stripe in CURTAIN))
     for act in acts:
         frames = np.arange(act.start, act.end, dtype=np.float64)

@@ -25,6 +25,7 @@ from torch import Tensor
 from vjepa.methods.base import Average, Loss, Method, Networks, TokenCounts, send
 from vjepa.methods.frozen_encoder import EncoderFile, FrozenEncoder
 from vjepa.methods.memory.settings import MemorySettings
+from vjepa.methods.memory.whitening import CorpusWhitening
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.grid import Grid, clip_grid
@@ -41,6 +42,8 @@ class ClipSequences:
     grid: Grid
     pairs: Pairs
     videos: int
+    places: Float[Tensor, "B n 2"] | None = None
+    """Numbers in [0, 1) that choose pairs by the changes of a video, see `at_changes`."""
 
 
 class Memory(Method):
@@ -55,9 +58,10 @@ class Memory(Method):
         if settings.encoder is not None:
             folder = Path(settings.encoder)
             frozen = FrozenEncoder(run.model, folder, attention=attention)
-            return Networks(
-                {"memory": memory}, frozen={"encoder": frozen}, constants={"encoder_file": EncoderFile(folder)}
-            )
+            constants: dict[str, torch.nn.Module] = {"encoder_file": EncoderFile(folder)}
+            if clips := settings.whitening_clips:
+                constants["memory.whitening"] = CorpusWhitening(run, folder, side=settings.side, clips=clips)
+            return Networks({"memory": memory}, frozen={"encoder": frozen}, constants=constants)
         encoder = Encoder(run.model, seed=run.seed, attention=attention)
         target = copy.deepcopy(encoder).requires_grad_(False)
         trained = {"encoder": encoder, "memory": memory}
@@ -69,7 +73,8 @@ class Memory(Method):
         pixels = normalise(send(clips.frames, device))
         grid = clip_grid(pixels.shape[2], pixels.shape[-1], self.run.model)
         slots = clips.slots[:: clips.sequence]
-        return ClipSequences(pixels, grid, self.draw_pairs(batch.step, slots, clips.sequence, device), len(slots))
+        pairs = self.draw_pairs(batch.step, slots, clips.sequence, device)
+        return ClipSequences(pixels, grid, pairs, len(slots), self.draw_places(batch.step, slots, device))
 
     def draw_pairs(self, step: int, slots: tuple[int, ...], clips: int, device: torch.device) -> Pairs:
         """Draw pairs of clips and shown cells as functions of (seed, step, slot). Distances are uniform."""
@@ -84,6 +89,14 @@ class Memory(Method):
             shown.append(draw.random((count, cells)).argsort(1).argsort(1) < self.settings.shown)
         return Pairs(*(send(torch.from_numpy(np.stack(each)), device) for each in (earlier, later, shown)))
 
+    def draw_places(self, step: int, slots: tuple[int, ...], device: torch.device) -> Float[Tensor, "B n 2"] | None:
+        """Draw numbers for the pairs that are chosen by changes, as functions of (seed, step, slot)."""
+        count = round(self.settings.changes * self.settings.pairs)
+        if not count:
+            return None
+        drawn = [generator(self.run.seed, "memory changes", step, slot).random((count, 2)) for slot in slots]
+        return send(torch.from_numpy(np.stack(drawn).astype(np.float32)), device)
+
     def loss(self, networks: Networks, inputs: ClipSequences, *, step: int) -> Loss:
         """Return the error of predictions with the memory plus that of predictions without it."""
         settings, run, pairs = self.settings, self.run, inputs.pairs
@@ -93,10 +106,14 @@ class Memory(Method):
             reference.check()
             with torch.no_grad():
                 clips = targets = self._cells(networks["encoder"], inputs)
+                if settings.whitening_clips:
+                    clips = targets = networks["memory.whitening"](clips)
         else:
             clips = self._cells(networks["encoder"], inputs)
             with torch.no_grad():
                 targets = self._cells(networks["target"], inputs)
+        if inputs.places is not None:
+            pairs = at_changes(pairs, targets, inputs.places)
         errors = forecast_errors(networks["memory"], clips, targets, pairs)
         scale = 1 / (run.batch_size * settings.pairs)
         metrics = {name: error.sum() * scale for name, error in errors.items()}
@@ -130,6 +147,28 @@ class Memory(Method):
             for kind, error in errors.items():
                 found[f"{kind}_{name}"] = (error * inside).sum() * scale + 1e-12
         return found
+
+
+def at_changes(pairs: Pairs, cells: Float[Tensor, "B K M F"], places: Float[Tensor, "B n 2"]) -> Pairs:
+    """Replace the first n pairs of each video by pairs whose later clip differs from the clip before it.
+
+    The probability of a later clip is proportional to that difference. The earlier clip is any before it.
+
+    Args:
+        pairs: pairs with uniform distances.
+        cells: features of the clips.
+        places: numbers in [0, 1) that choose the later and the earlier clip.
+    """
+    change = (cells[:, 1:] - cells[:, :-1]).abs().mean((2, 3)) + 1e-6  # a still video has pairs too
+    reach = change.cumsum(1)
+    later = torch.searchsorted(reach / reach[:, -1:], places[..., 0].contiguous(), right=True) + 1
+    later = later.clamp(max=cells.shape[1] - 1)
+    count = places.shape[1]
+    return Pairs(
+        torch.cat(((places[..., 1] * later).long(), pairs.earlier[:, count:]), dim=1),
+        torch.cat((later, pairs.later[:, count:]), dim=1),
+        pairs.shown,
+    )
 
 
 def forecast_errors(

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from vjepa.methods.settings import MethodSettings, RunSettings
+from vjepa_data.settings import Share
 
 
 class MemorySettings(MethodSettings):
@@ -16,11 +17,20 @@ class MemorySettings(MethodSettings):
     """Native export whose encoder is used and stays frozen (`vjepa export --format native`). By default the encoder is
     trained with the memory, and predictions aim at its moving average."""
 
+    whitening_clips: int = Field(default=0, ge=0)
+    """Clips of the run's first batches whose features, under the frozen encoder, determine a whitening of all features
+    the memory reads and predicts, so that the error asks for more than the few directions with most of the variance.
+    0 leaves features as they are."""
+
     side: int = Field(default=4, ge=1)
     """Rows and columns of the cells to which the tokens of a clip are averaged."""
 
     pairs: int = Field(default=8, ge=1)
     """Pairs of an earlier and a later clip of each sequence that are compared in a step."""
+
+    changes: Share = 0.0
+    """Share of these pairs whose later clip is drawn in proportion to its difference from the clip before it, and the
+    earlier clip from all before. Other pairs have uniform distances."""
 
     shown: int = Field(default=2, ge=0)
     """Cells of the later clip that the predictor sees, so that it can tell which part of the scene is visible again.
@@ -36,6 +46,11 @@ class MemorySettings(MethodSettings):
             raise ValueError(
                 f"objective memory learns from several clips of a video, and data.clip.sequence is {clip.sequence}; "
                 "try 16"
+            )
+        if self.whitening_clips and self.encoder is None:
+            raise ValueError(
+                f"objective.whitening_clips ({self.whitening_clips}) needs features that stay as they are; set "
+                "objective.encoder, or whitening_clips to 0"
             )
         lengths = sorted({source.frames or clip.frames for source in run.data.sources})
         if len(lengths) > 1 or lengths[0] % run.model.tubelet_frames:
