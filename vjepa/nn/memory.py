@@ -132,7 +132,8 @@ class ClipMemory(nn.Module):
         """Initialize all parameters. Call it after `to_empty` if the memory was built on the meta device."""
         init_weights(self, seed=seed, name="memory", std=self.settings.init_std)
         width = self.size.width
-        lasts = torch.logspace(*(math.log10(clips) for clips in LASTS), width)
+        fewest, most = map(math.log10, LASTS)
+        lasts = torch.logspace(fewest, most, width)
         shut = torch.cat((-(lasts - 1).log() - SHUT, torch.zeros(width)))
         with torch.no_grad():
             assign(self.gate_new.bias, shut)
