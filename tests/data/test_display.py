@@ -111,7 +111,7 @@ class UnnamedSideData:
 
 @pytest.mark.parametrize("name", ["upright", "quarter", "half", "three_quarters"])
 def test_frames_with_unknown_side_data_are_turned(flat: bytes, name: str) -> None:
-    with av.open(io.BytesIO(with_matrix(flat, *MATRICES[name][0]))) as container:
+    with av.open(io.BytesIO(with_matrix(flat, *MATRICES[name][0])), "r") as container:
         frame: Any = next(container.decode(video=0))
     unnamed: Any = UnnamedSideData(frame)
     found = inspect.unwrap(display_matrix)(unnamed)
@@ -121,7 +121,7 @@ def test_frames_with_unknown_side_data_are_turned(flat: bytes, name: str) -> Non
 @pytest.mark.parametrize("start_s", [None, 0.08, 0.12])
 def test_an_orientation_in_a_message_holds_for_every_part(flat: bytes, start_s: float | None, tmp_path: Path) -> None:
     path = tmp_path / "x.h264"
-    with av.open(io.BytesIO(flat)) as source:
+    with av.open(io.BytesIO(flat), "r") as source:
         words = "h264_mp4toannexb,h264_metadata=display_orientation=insert:rotate=90"
         insert = av.BitStreamFilterContext(words, source.streams.video[0])
         packets = [packet for packet in source.demux(video=0) if packet.size]
