@@ -20,7 +20,7 @@ from vjepa_data.media.canonical import compare
 from vjepa_data.media.fetch import FileRef
 from vjepa_data.media.probe import probe
 from vjepa_data.media.tasks import Examined, ExamineTask, work
-from vjepa_data.media.transcode import check, transcode
+from vjepa_data.media.transcode import PictureBox, check, transcode
 from vjepa_data.media.video import Reason, Refused
 from vjepa_data.spec import Encode, Filter
 
@@ -146,6 +146,14 @@ def test_odd_angles_are_refused_by_name(flat: bytes, degrees: int, tmp_path: Pat
     assert caught.value.reason is Reason.ODD_ROTATION
     with av.open(str(tmp_path / "x.mp4")) as container, pytest.raises(OddRotation):
         orientation(next(container.decode(video=0)))
+
+
+def test_a_picture_that_is_too_long_to_encode_is_refused(flat: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(flat)
+    part: Any = {"start_s": None, "end_s": None, "box": PictureBox(0, 0, 96, 2)}
+    with pytest.raises(Refused, match=r"would be stored as 24576x512, H\.264 allows 16384") as caught:
+        transcode(tmp_path / "x.mp4", **part, encode=Encode(short_side_px=512), accept=Filter())
+    assert caught.value.reason is Reason.TOO_NARROW
 
 
 def test_hdr_is_tone_mapped_and_named(tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ SLOWEST_FPS = Fraction(1, 60)
 MARGIN = Fraction(11, 10)
 """Factor by which a rate may exceed `max_fps` before frames are left out. Telephones record 30.5 where they mean 30."""
 
+MAX_SIDE = 16384
+"""Longest side of a frame that x264 encodes, in pixels."""
+
 INDEXED = frozenset(["mov", "mp4", "matroska", "webm"])
 """Containers whose times do not depend on where decoding begins."""
 
@@ -182,6 +185,8 @@ def transcode(
     if first is None:
         raise Refused(Reason.DAMAGED, "no frame in the requested time range")
     width, height = stored_size(*((box.width, box.height) if box else (info.width, info.height)), encode=encode)
+    if max(width, height) > MAX_SIDE:
+        raise Refused(Reason.TOO_NARROW, f"would be stored as {width}x{height}, H.264 allows {MAX_SIDE}")
     make_graph = functools.partial(_graph, first, info=info, width=width, height=height, box=box)
     graph = make_graph(deinterlaces=True)
     pictures = _filtered(graph, itertools.chain([first], frames), delays=first.interlaced_frame)
