@@ -159,10 +159,10 @@ def find_corruption(path: Path, *, files: Mapping[str, Any] | None = None) -> st
         files: sizes and digests of the files to check, by default of all. Ranks divide the files among themselves.
     """
     try:
-        files = json.loads(_read_text(path / "state.json"))["files"] if files is None else files
+        expected = json.loads(_read_text(path / "state.json"))["files"] if files is None else files
     except (OSError, ValueError, KeyError) as error:
         return f"state.json cannot be read ({type(error).__name__})"
-    for name, wanted in files.items():
+    for name, wanted in expected.items():
         file = path / name
         try:
             size = storage.with_retries(lambda file=file: file.stat().st_size, file)

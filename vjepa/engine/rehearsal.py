@@ -138,7 +138,7 @@ class PretendedWorld(World):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass
 class PretendedClips:
     """A source of clips that do not exist, in shards of 1,000."""
 
