@@ -180,14 +180,14 @@ class Rehearsal:
         lines = [
             f"{self.name} on {self.ranks:,} pretended ranks, {self.copies:,} {copies} of the model, {source}",
             "",
-            f"{'':18}{'CPU s':>16}{'messages':>12}{'MB sent':>18}{'MB received':>18}{'files':>12}",
-            f"{'':18}{'rank 0    last':>16}{'rank 0':>12}" + f"{'rank 0     last':>18}" * 2 + f"{'rank 0':>12}",
+            f"{'':18}{'CPU s':>16}{'messages':>12}{'MB sent':>20}{'MB received':>20}{'files':>12}",
+            f"{'':18}{'rank 0    last':>16}{'rank 0':>12}" + f"{'rank 0      last':>20}" * 2 + f"{'rank 0':>12}",
         ]
         for name, one in first.items():
             other = last[name]
             lines.append(
                 f"{name:18}{one.cpu_s:8.2f}{other.cpu_s:8.2f}{one.messages:12,}"
-                f"{one.sent / 1e6:9.3f}{other.sent / 1e6:9.3f}{one.received / 1e6:9.3f}{other.received / 1e6:9.3f}"
+                f"{one.sent / 1e6:10.2f}{other.sent / 1e6:10.2f}{one.received / 1e6:10.2f}{other.received / 1e6:10.2f}"
                 f"{one.files:12,}"
             )
         total = [sum(cost.cpu_s for cost in costs.values()) for costs in (first, last)]
