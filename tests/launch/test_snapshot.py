@@ -83,7 +83,7 @@ def test_a_clone_may_be_edited_while_it_is_frozen(tmp_path: Path, monkeypatch: p
 
 def test_bytecode_files_do_not_change_the_digest(tmp_path: Path) -> None:
     frozen = snapshot.freeze(tmp_path)
-    (tmp_path / "code" / "vjepa" / "__pycache__").mkdir()
+    (tmp_path / "code" / "vjepa" / "__pycache__").mkdir(exist_ok=True)
     (tmp_path / "code" / "vjepa" / "__pycache__" / "config.cpython-311.pyc").write_bytes(b"cache")
     assert snapshot.verify(tmp_path) == frozen
 
