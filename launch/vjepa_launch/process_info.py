@@ -113,7 +113,7 @@ def common_environment(run: Path, *, cores: int | None = None) -> dict[str, str]
 
 def node_cache(run: Path) -> Path:
     """Return the folder of a run on the disk of a node, the same for each attempt of the same user."""
-    name = hashlib.blake2b(str(run).encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(os.fsencode(run), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"vjepa-{os.getuid()}" / name
 
 

@@ -14,9 +14,10 @@ from tiny_model import PX, write_model
 
 import vjepa
 from vjepa.cli import main
+from vjepa.evals.untrained import untrained_model
 from vjepa.planning import Policy
 from vjepa.planning.agents import PlannerAgent, Planning, RandomAgent, StraightAgent, make_box
-from vjepa.planning.evaluation import PlanSettings, evaluate, untrained
+from vjepa.planning.evaluation import PlanSettings, evaluate
 from vjepa.planning.harness import RECORDS, draw_tasks, play
 from vjepa.planning.planners import Effort
 from vjepa.planning.results import make_row
@@ -173,7 +174,7 @@ def test_the_oracle_reaches_what_random_actions_do_not():
 def test_the_untrained_model_keeps_scales_and_loses_weights(model: Path):
     loaded = vjepa.load(model)
     loaded.parts["dynamics"].actions.std.fill_(3.0)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    fresh = untrained(loaded, seed=1)
+    fresh = untrained_model(loaded, seed=1)
     before, after = loaded.state_dict(), fresh.state_dict()
     assert torch.equal(before["parts.dynamics.actions.std"], after["parts.dynamics.actions.std"])
     assert torch.equal(before["parts.dynamics.centre.mean"], after["parts.dynamics.centre.mean"])

@@ -14,7 +14,6 @@ The agents of `--against`:
     shuffled    the same planner, but each plan gets the cost of another
 """
 
-import copy
 import hashlib
 import json
 import shutil
@@ -28,6 +27,7 @@ import torch
 
 import vjepa
 from vjepa.atomic import check_free, new_file
+from vjepa.evals.untrained import untrained_model
 from vjepa.planning.agents import Agent, PlannerAgent, Planning, RandomAgent, StraightAgent
 from vjepa.planning.costs import CostName
 from vjepa.planning.goal_nets import (
@@ -143,11 +143,9 @@ class Contenders:
             "random": lambda: RandomAgent(world, seed=settings.seed),
             "straight": lambda: StraightAgent(self._simulator),
             "oracle": lambda: self._planner(OracleScorer(self._simulator, self._true_cost)),
-            "cloning": lambda: CloningAgent(
-                self._model, fit_cloning(self._examples, seed=settings.seed, updates=settings.data_updates)
-            ),
+            "cloning": self._cloning,
             "inverse": self._inverse,
-            "untrained": lambda: self._planner(LearnedScorer(untrained(self._model), self._latent_cost)),
+            "untrained": self._untrained,
             "shuffled": lambda: self._planner(ShuffledScorer(self._model, settings.cost, self._distance)),
         }
         chosen = {name: makers[name] for name in settings.against}
@@ -166,6 +164,10 @@ class Contenders:
 
     def _learned(self) -> PlannerAgent:
         return self._planner(LearnedScorer(self._model, self.settings.cost, self._distance))
+
+    def _untrained(self) -> PlannerAgent:
+        device = next(self._model.parameters()).device
+        return self._planner(LearnedScorer(untrained_model(self._model, seed=0).to(device), self._latent_cost))
 
     def _cloning(self) -> CloningAgent:
         settings = self.settings
@@ -256,21 +258,6 @@ def action_channels(model: WorldModel) -> int:
     part = model.parts["dynamics"]
     scale = part.actions if hasattr(part, "actions") else part.scales
     return len(scale.mean)  # pyright: ignore[reportArgumentType]
-
-
-def untrained(model: WorldModel, *, seed: int = 0) -> WorldModel:
-    """Return a copy of a model with initial weights. The scale of actions and the centre of tokens stay."""
-    found = copy.deepcopy(model)
-    found.encoder.encoder.init_weights(seed)
-    dynamics = found.parts["dynamics"]
-    kept = {
-        path: value.clone()
-        for path, value in dynamics.state_dict().items()
-        if path.split(".")[0] in ("actions", "scales", "centre")
-    }
-    dynamics.init_weights(seed)  # pyright: ignore[reportCallIssue]
-    dynamics.load_state_dict(kept, strict=False)
-    return found
 
 
 def fingerprint(model: WorldModel) -> str:
