@@ -23,7 +23,7 @@ import vjepa
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, Result, open_context
 from vjepa.evals.memory import MemoryEvalSettings, Recording, curve, record, score_memories
-from vjepa.methods.memory.method import at_changes, forecast_errors
+from vjepa.methods.memory.method import at_returns, forecast_errors
 from vjepa.nn.memory import ClipMemory, Pairs, Whitening, pool_cells
 
 BATCH, SHOWN, WHITENING_CLIPS = 16, 2, 4096
@@ -61,8 +61,8 @@ def fit_memory(model: Model, recording: Recording, arguments: argparse.Namespace
         starts = [draw.integers(len(video) - clips + 1) for video in videos]
         batch = torch.stack([video[start : start + clips] for video, start in zip(videos, starts, strict=True)])
         pairs = draw_pairs(draw, arguments)
-        places = draw.random((BATCH, arguments.pairs, 2), dtype=np.float32)
-        errors = forecast_errors(memory, batch, batch, at_changes(pairs, batch, torch.from_numpy(places)))
+        places = draw.random((BATCH, arguments.pairs), dtype=np.float32)
+        errors = forecast_errors(memory, batch, batch, at_returns(pairs, batch, torch.from_numpy(places)))
         optimizer.zero_grad()
         torch.stack([error.mean() for error in errors.values()]).sum().backward()
         torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
@@ -91,13 +91,13 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("memory_cache"))
-    parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--supervised-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--side", type=int, default=3)
-    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--width", type=int, default=64)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from vjepa.evals.base import open_context
 from vjepa.evals.memory import MemoryEvalSettings, Question, Recording, curve, score_memories
 from vjepa.evals.shell import run_evaluation
 from vjepa.methods.base import create_method
-from vjepa.methods.memory.method import ClipSequences, Memory, at_changes
+from vjepa.methods.memory.method import ClipSequences, Memory, at_returns
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.memory import SHUT, ClipMemory, Whitening, pool_cells
 from vjepa.weights.load import read_weights
@@ -92,8 +92,8 @@ def test_pairs_are_functions_of_seed_step_and_slot() -> None:
     assert all((pairs.shown.sum(-1) == 1).all() and (pairs.later < CLIPS).all() for pairs in many)
 
 
-def test_pairs_at_changes_aim_at_clips_that_differ() -> None:
-    objective = {"name": "memory", "side": 2, "pairs": 8, "changes": 0.5}
+def test_pairs_at_returns_aim_at_what_was_seen_before() -> None:
+    objective = {"name": "memory", "side": 2, "pairs": 8, "returns": 0.5}
     method = create_method(make_run("none", objective=objective))
     assert isinstance(method, Memory)
     cpu = torch.device("cpu")
@@ -102,15 +102,15 @@ def test_pairs_at_changes_aim_at_clips_that_differ() -> None:
     assert second is not None
     assert torch.equal(places[1:], second)
     cells = torch.zeros(2, CLIPS, 4, 24)
-    cells[0, 3:] = 1  # video 0 changes once, video 1 is still
+    cells[0, 2:4] = 1  # in video 0, clip 4 returns to clips 0 and 1, and video 1 is still
     uniform = method.draw_pairs(3, (0, 1), CLIPS, cpu)
     many = [method.draw_places(step, (0, 1), cpu) for step in range(200)]
-    found = [at_changes(uniform, cells, places) for places in many if places is not None]
-    later = torch.stack([pairs.later[:, :4] for pairs in found])
-    assert (later[:, 0] == 3).float().mean() > 0.99
-    assert torch.bincount(later[:, 1].flatten(), minlength=CLIPS)[1:].min() > 100  # of 800: any of four clips
+    found = [at_returns(uniform, cells, places) for places in many if places is not None]
+    earlier, later = (torch.stack([getattr(pairs, name)[:, :4] for pairs in found]) for name in ("earlier", "later"))
+    assert ((later[:, 0] == 4) & (earlier[:, 0] >= 2) & (earlier[:, 0] < 4)).float().mean() > 0.99
+    assert torch.bincount(later[:, 1].flatten(), minlength=CLIPS)[1:].min() > 40  # of 800: any pair of a still video
     for pairs in found:
-        assert ((pairs.earlier >= 0) & (pairs.earlier < pairs.later)).all()
+        assert ((pairs.earlier >= 0) & (pairs.earlier < pairs.later) & (pairs.later < CLIPS)).all()
         assert torch.equal(pairs.later[:, 4:], uniform.later[:, 4:])
 
 
@@ -223,7 +223,7 @@ def test_whitened_runs_resume_exactly_and_load(corpus: Path, encoder: Path, tmp_
         "encoder": str(encoder),
         "side": 2,
         "shown": 1,
-        "changes": 0.5,
+        "returns": 0.5,
         "whitening_clips": 30,
     }
     run = make_run(corpus, objective=objective)

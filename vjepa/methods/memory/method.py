@@ -33,6 +33,9 @@ from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
 from vjepa_data.reader.batch import Batch
 from vjepa_data.rng import generator
 
+RETURN_POWER = 4
+"""With 1, most pairs that `at_returns` draws can be predicted without a memory, and it is not learned in 600 steps."""
+
 
 @dataclass(frozen=True)
 class ClipSequences:
@@ -42,8 +45,8 @@ class ClipSequences:
     grid: Grid
     pairs: Pairs
     videos: int
-    places: Float[Tensor, "B n 2"] | None = None
-    """Numbers in [0, 1) that choose pairs by the changes of a video, see `at_changes`."""
+    places: Float[Tensor, "B n"] | None = None
+    """Numbers in [0, 1) that choose pairs by what returns in a video, see `at_returns`."""
 
 
 class Memory(Method):
@@ -89,12 +92,12 @@ class Memory(Method):
             shown.append(draw.random((count, cells)).argsort(1).argsort(1) < self.settings.shown)
         return Pairs(*(send(torch.from_numpy(np.stack(each)), device) for each in (earlier, later, shown)))
 
-    def draw_places(self, step: int, slots: tuple[int, ...], device: torch.device) -> Float[Tensor, "B n 2"] | None:
-        """Draw numbers for the pairs that are chosen by changes, as functions of (seed, step, slot)."""
-        count = round(self.settings.changes * self.settings.pairs)
+    def draw_places(self, step: int, slots: tuple[int, ...], device: torch.device) -> Float[Tensor, "B n"] | None:
+        """Draw numbers for the pairs that are chosen by returns, as functions of (seed, step, slot)."""
+        count = round(self.settings.returns * self.settings.pairs)
         if not count:
             return None
-        drawn = [generator(self.run.seed, "memory changes", step, slot).random((count, 2)) for slot in slots]
+        drawn = [generator(self.run.seed, "memory returns", step, slot).random(count) for slot in slots]
         return send(torch.from_numpy(np.stack(drawn).astype(np.float32)), device)
 
     def loss(self, networks: Networks, inputs: ClipSequences, *, step: int) -> Loss:
@@ -113,7 +116,7 @@ class Memory(Method):
             with torch.no_grad():
                 targets = self._cells(networks["target"], inputs)
         if inputs.places is not None:
-            pairs = at_changes(pairs, targets, inputs.places)
+            pairs = at_returns(pairs, targets, inputs.places)
         errors = forecast_errors(networks["memory"], clips, targets, pairs)
         scale = 1 / (run.batch_size * settings.pairs)
         metrics = {name: error.sum() * scale for name, error in errors.items()}
@@ -149,24 +152,25 @@ class Memory(Method):
         return found
 
 
-def at_changes(pairs: Pairs, cells: Float[Tensor, "B K M F"], places: Float[Tensor, "B n 2"]) -> Pairs:
-    """Replace the first n pairs of each video by pairs whose later clip differs from the clip before it.
+def at_returns(pairs: Pairs, cells: Float[Tensor, "B K M F"], places: Float[Tensor, "B n"]) -> Pairs:
+    """Replace the first n pairs of each video by pairs whose later clip returns to what was seen before.
 
-    The probability of a later clip is proportional to that difference. The earlier clip is any before it.
+    A pair is worth what a perfect memory would save: the distance of the later clip from the earlier clip, less its
+    distance from the nearest clip up to there. Pairs are drawn in proportion to a power of that. No label is read.
 
     Args:
         pairs: pairs with uniform distances.
         cells: features of the clips.
-        places: numbers in [0, 1) that choose the later and the earlier clip.
+        places: numbers in [0, 1) that choose the pairs.
     """
-    change = (cells[:, 1:] - cells[:, :-1]).abs().mean((2, 3)) + 1e-6  # a still video has pairs too
-    reach = change.cumsum(1)
-    later = torch.searchsorted(reach / reach[:, -1:], places[..., 0].contiguous(), right=True) + 1
-    later = later.clamp(max=cells.shape[1] - 1)
-    count = places.shape[1]
+    clips, count = cells.shape[1], places.shape[1]
+    distance = torch.cdist(cells.flatten(2), cells.flatten(2), p=1) / cells[0, 0].numel()  # [B later earlier]
+    saved = (distance - distance.cummin(2).values) ** RETURN_POWER
+    worth = (saved + 1e-6).tril(-1).flatten(1).cumsum(1)  # a still video has pairs too
+    chosen = torch.searchsorted(worth / worth[:, -1:], places.contiguous(), right=True)
     return Pairs(
-        torch.cat(((places[..., 1] * later).long(), pairs.earlier[:, count:]), dim=1),
-        torch.cat((later, pairs.later[:, count:]), dim=1),
+        torch.cat((chosen % clips, pairs.earlier[:, count:]), dim=1),
+        torch.cat((chosen // clips, pairs.later[:, count:]), dim=1),
         pairs.shown,
     )
 

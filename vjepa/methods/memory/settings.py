@@ -28,9 +28,9 @@ class MemorySettings(MethodSettings):
     pairs: int = Field(default=8, ge=1)
     """Pairs of an earlier and a later clip of each sequence that are compared in a step."""
 
-    changes: Share = 0.0
-    """Share of these pairs whose later clip is drawn in proportion to its difference from the clip before it, and the
-    earlier clip from all before. Other pairs have uniform distances."""
+    returns: Share = 0.0
+    """Share of these pairs that are drawn where a memory helps: the later clip resembles a clip before the earlier one,
+    and not the earlier one itself. Other pairs have uniform distances."""
 
     shown: int = Field(default=2, ge=0)
     """Cells of the later clip that the predictor sees, so that it can tell which part of the scene is visible again.
