@@ -22,7 +22,7 @@ import torch
 import vjepa
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, Result, open_context
-from vjepa.evals.memory import MemoryEvalSettings, Recording, curve, record, score_memories
+from vjepa.evals.memory.evaluation import MemoryEvalSettings, Recording, curve, record, score_memories
 from vjepa.methods.memory.method import at_returns, forecast_errors
 from vjepa.nn.memory import ClipMemory, Pairs, Whitening, pool_cells
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vjepa.evals import dense, dense_data
 from vjepa.evals.base import EvaluationContext, Result
-from vjepa.evals.dense import DenseSettings, cells_of, score_rows, tokens_of
-from vjepa.evals.dense_data import MappedClip, read_map
+from vjepa.evals.dense import data, evaluation
+from vjepa.evals.dense.data import MappedClip, read_map
+from vjepa.evals.dense.evaluation import DenseSettings, cells_of, evaluate, tokens_of
+from vjepa.evals.dense.scores import SUMS, score_rows
 from vjepa.evals.shell import run_evaluation
 from vjepa.weights.load import load
 from vjepa_data.builder.shard import shard
@@ -71,7 +72,7 @@ def test_a_repeated_probe_reads_what_was_measured(
     assert "ceiling" in page
     assert first.columns == ["pretrained", "random init", "pixels", "prior", "ceiling"]
     assert first.value("depth", "ceiling") < first.value("depth", "prior")
-    monkeypatch.setattr(dense, "_clips", lambda *_: iter(()))
+    monkeypatch.setattr(evaluation, "_clips", lambda *_: iter(()))
     again = run_evaluation("dense", trained, corpus, settings, out=tmp_path / "b.json")
     assert [row.to_json() for row in again.rows] == [row.to_json() for row in first.rows]
 
@@ -82,16 +83,16 @@ def test_features_that_hold_the_map_reach_the_ceiling(
     """The encoder is replaced by the true cells."""
     model, settings = load(trained), DenseSettings.model_validate({**SETTINGS, "map": "depth", "random_seeds": 0})
     cells: dict[bytes, torch.Tensor] = {}
-    honest = dense_data.CorpusMaps._with_maps
+    honest = data.CorpusMaps._with_maps
 
     def remember(self: Any, video: int, clip: Any) -> MappedClip:
         found = honest(self, video, clip)
         cells[found.frames.numpy().tobytes()] = cells_of(found, (2, 4, 4), "depth", 0, 4)
         return found
 
-    monkeypatch.setattr(dense_data.CorpusMaps, "_with_maps", remember)
-    monkeypatch.setattr(dense, "tokens_of", lambda _, frames, __: cells[frames[0].numpy().tobytes()][None])
-    result = dense.evaluate(model, corpus, settings, context)
+    monkeypatch.setattr(data.CorpusMaps, "_with_maps", remember)
+    monkeypatch.setattr(evaluation, "tokens_of", lambda _, frames, __: cells[frames[0].numpy().tobytes()][None])
+    result = evaluate(model, corpus, settings, context)
     assert result.value("depth", "pretrained") == pytest.approx(result.value("depth", "ceiling"), abs=1e-3)
 
 
@@ -191,12 +192,12 @@ def test_scores_are_those_of_the_definitions() -> None:
     """Two classes: 2 of 3 and 1 of 2 pixels; depth off by 3 and 4; two pixels, of which one moves."""
     truth = np.array([0, 0, 1, np.nan], np.float32).reshape(1, 2, 2, 1)
     told = np.eye(2, dtype=np.float32)[[0, 1, 1, 0]].reshape(1, 2, 2, 2)
-    (row,) = score_rows("objects", "x", dense._class_sums(told, truth)[None], 0)
+    (row,) = score_rows("objects", "x", SUMS["objects"](told, truth)[None], 0)
     assert row.value == pytest.approx((1 / 2 + 1 / 2) / 2)
-    sums = dense._depth_sums(np.array([3.0, 4.0]).reshape(2, 1, 1, 1), np.zeros((2, 1, 1, 1)))
+    sums = SUMS["depth"](np.array([3.0, 4.0]).reshape(2, 1, 1, 1), np.zeros((2, 1, 1, 1)))
     assert score_rows("depth", "x", sums[None], 0)[0].value == pytest.approx(np.sqrt(12.5))
     flow = np.array([[0.03, 0.04], [0.0, 0.0]]).reshape(2, 1, 1, 2)
-    every, moving = score_rows("flow", "x", dense._flow_sums(np.zeros_like(flow), flow)[None], 0)
+    every, moving = score_rows("flow", "x", SUMS["flow"](np.zeros_like(flow), flow)[None], 0)
     assert (every.value, moving.value) == (pytest.approx(2.5), pytest.approx(5.0))
 
 

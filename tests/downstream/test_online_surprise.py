@@ -10,7 +10,7 @@ import torch
 import vjepa
 from vjepa.config import OnlineSurprise, Parallel, Run
 from vjepa.distributed.world import join
-from vjepa.evals.surprise import masked_surprise, score_rows
+from vjepa.evals.surprise.evaluation import masked_surprise, score_rows
 from vjepa.methods.base import create_method
 from vjepa.monitoring.online_surprise import SEED, SurpriseRunner
 from vjepa_data.errors import BadInput

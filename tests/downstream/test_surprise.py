@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vjepa.evals import shortcuts
 from vjepa.evals.base import Result
 from vjepa.evals.shell import run_evaluation
-from vjepa.evals.surprise import auroc, score_rows
-from vjepa.evals.surprise_baselines import pixel_baselines
+from vjepa.evals.surprise import shortcuts
+from vjepa.evals.surprise.baselines import pixel_baselines
+from vjepa.evals.surprise.evaluation import auroc, score_rows
 from vjepa_data.evaluation.violations import Film, ViolationSet, read_films, read_violations
 from vjepa_data.settings import BadInput
 from vjepa_data.synthetic.violations import LAWS, write_violations
@@ -55,7 +55,7 @@ def test_an_oracle_is_right_about_every_pair(result: Result) -> None:
 def test_a_repeated_evaluation_reads_what_was_measured(
     out: Path, films: Path, trained: Path, result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vjepa.evals.surprise.read_films", lambda *_, **__: pytest.fail("watched again"))
+    monkeypatch.setattr("vjepa.evals.surprise.evaluation.read_films", lambda *_, **__: pytest.fail("watched again"))
     again = run_evaluation("surprise", trained, films, SETTINGS, out=out, overwrite=True)
     assert [row.to_json() for row in again.rows] == [row.to_json() for row in result.rows]
 

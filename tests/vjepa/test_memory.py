@@ -15,7 +15,7 @@ from vjepa.config import Run
 from vjepa.engine.trainer import train
 from vjepa.estimate.estimate import estimate
 from vjepa.evals.base import open_context
-from vjepa.evals.memory import MemoryEvalSettings, Question, Recording, curve, score_memories
+from vjepa.evals.memory.evaluation import MemoryEvalSettings, Question, Recording, curve, score_memories
 from vjepa.evals.shell import run_evaluation
 from vjepa.methods.base import create_method
 from vjepa.methods.memory.method import ClipSequences, Memory, at_returns

@@ -34,7 +34,7 @@ from vjepa.evals.base import (
     join_seeds,
 )
 from vjepa.evals.features import CorpusVideos, clips_for, fingerprint
-from vjepa.evals.parts import Advance, write_parts
+from vjepa.evals.parts import Advance, read_arrays, write_arrays, write_parts
 from vjepa.evals.untrained import untrained_model
 from vjepa.viz import plots
 from vjepa.weights.world_model import WorldModel
@@ -238,18 +238,12 @@ def _measure(
                         surprise = step_surprise(one, clip.frames[None], torch.from_numpy(actions)[None])
                         found.setdefault(f"{name}/{kind}", []).append(surprise)
             advance(1)
-        with file.open("wb") as sink:
-            np.savez(sink, **{name: np.concatenate(part) for name, part in found.items()})  # pyright: ignore[reportArgumentType]
+        write_arrays(file, found)
 
     files = write_parts(context.world, folder, len(videos), ".npz", write, text=f"watch {len(videos)} videos")
-    parts: dict[str, list[ndarray]] = {}
-    for file in files:
-        with np.load(file) as arrays:
-            for name in arrays.files:
-                parts.setdefault(name, []).append(arrays[name])
-    if not parts:
+    joined = read_arrays(files)
+    if not joined:
         raise BadInput(f"{data}, split {settings.split!r}: no clip has valid actions that differ; give other videos")
-    joined = {name: np.concatenate(part) for name, part in parts.items()}
     return joined["place"], {name: Surprises(joined[f"{name}/true"], joined[f"{name}/permuted"]) for name in models}
 
 

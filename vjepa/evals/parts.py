@@ -1,7 +1,10 @@
 """Work that is done in part files, so that it can be shared among ranks and continued after an interruption."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
 
 from vjepa.atomic import new_file
 from vjepa.distributed.world import World
@@ -38,3 +41,19 @@ def write_parts(
                 write(videos[start], partial, bar.advance)
     world.gather(None)
     return list(files.values())
+
+
+def write_arrays(file: Path, parts: Mapping[str, Sequence[ndarray]]) -> None:
+    """Write a part file of arrays: the parts of each name, one after another. Names without parts are left out."""
+    with file.open("wb") as sink:
+        np.savez(sink, **{name: np.concatenate(part) for name, part in parts.items() if part})  # pyright: ignore[reportArgumentType]
+
+
+def read_arrays(files: Iterable[Path]) -> dict[str, ndarray]:
+    """Read part files of arrays, and join the arrays of each name in the order of the files."""
+    parts: dict[str, list[ndarray]] = {}
+    for file in files:
+        with np.load(file) as arrays:
+            for name in arrays.files:
+                parts.setdefault(name, []).append(arrays[name])
+    return {name: np.concatenate(part) for name, part in parts.items()}

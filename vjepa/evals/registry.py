@@ -40,20 +40,20 @@ EVALUATIONS: dict[str, EvaluationEntry] = {
         "Attentive probe",
     ),
     "dense": EvaluationEntry(
-        "vjepa.evals.dense",
+        "vjepa.evals.dense.evaluation",
         "DenseSettings",
         "linear probes of each token for maps of objects, depth or movement",
         "Dense probes",
     ),
     "memory": EvaluationEntry(
-        "vjepa.evals.memory",
+        "vjepa.evals.memory.evaluation",
         "MemoryEvalSettings",
         "recall against delay behind a curtain, compared with memories that need no training",
         "Recall against delay",
     ),
     "knn": EvaluationEntry("vjepa.evals.knn", "KnnSettings", "a vote of nearest neighbours", "Nearest neighbours"),
     "surprise": EvaluationEntry(
-        "vjepa.evals.surprise",
+        "vjepa.evals.surprise.evaluation",
         "SurpriseSettings",
         "violation of expectation, on generated films, IntPhys, GRASP, InfLevel or IntPhys 2",
         "Violation of expectation",

@@ -6,7 +6,7 @@ import torch
 
 from vjepa.config import OnlineSurprise, Run
 from vjepa.distributed.world import World
-from vjepa.evals.surprise import (
+from vjepa.evals.surprise.evaluation import (
     SurpriseSettings,
     Windows,
     film_surprise,

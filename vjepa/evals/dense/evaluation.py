@@ -3,7 +3,7 @@
     vjepa eval dense MODEL DATA --map objects --out dense.json      writes dense.html too
 
 DATA is a corpus of generated scenes, whose maps are exact, or a CSV table of pictures and maps (see
-`vjepa.evals.dense_data`). Ridge regression maps a token to 4 x 4 means of the map within the token's cell: the share of
+`vjepa.evals.dense.data`). Ridge regression maps a token to 4 x 4 means of the map within the token's cell: the share of
 each class, the depth, or the movement since the frame before. Predictions are enlarged bilinearly to the pixels of the
 picture and compared there, with
 
@@ -37,11 +37,12 @@ from pydantic import Field
 from torch import Tensor
 
 from vjepa.atomic import new_file
-from vjepa.evals.base import RANDOM, Baselines, EvaluationContext, EvaluationSettings, Result, ScoreRow, join_seeds
-from vjepa.evals.dense_data import CorpusMaps, MapKind, MappedClip, MappedVideos, TableMaps, read_table, split_table
-from vjepa.evals.dense_page import Shown, dense_page
+from vjepa.evals.base import RANDOM, Baselines, EvaluationContext, EvaluationSettings, Result, join_seeds
+from vjepa.evals.dense.data import CorpusMaps, MapKind, MappedClip, MappedVideos, TableMaps, read_table, split_table
+from vjepa.evals.dense.page import Shown, dense_page
+from vjepa.evals.dense.scores import SUMS, UNITS, class_iou, score_rows
 from vjepa.evals.features import PixelEncoder, fingerprint
-from vjepa.evals.parts import Advance, write_parts
+from vjepa.evals.parts import Advance, read_arrays, write_arrays, write_parts
 from vjepa.evals.ridge import Table, fit_linear
 from vjepa.weights.video_encoder import VideoEncoder
 from vjepa.weights.world_model import WorldModel
@@ -50,8 +51,6 @@ from vjepa_data.rng import generator
 from vjepa_data.settings import BadInput
 
 log = logging.getLogger(__name__)
-
-MOVING = 0.005  # of the frame's side: a pixel that moves farther between two frames counts as moving
 
 SHOWN = 4  # videos on the page
 
@@ -114,9 +113,6 @@ def evaluate(model: WorldModel, data: Path, settings: DenseSettings, context: Ev
                 dense_page(result, settings.map, fit.classes, list(_shown(encoders, probes, report, settings)))
             )
     return result
-
-
-UNITS = {"objects": "share", "depth": "that of the maps", "flow": "percent of the frame's side per frame"}
 
 
 def _open_data(model: WorldModel, data: Path, settings: DenseSettings) -> tuple[MappedVideos, MappedVideos]:
@@ -274,19 +270,13 @@ def _sample_tokens(
             parts["cells"].append(cells[chosen])
             for name, features in tokens.items():
                 parts[f"features.{name}"].append(features.flatten(0, 2)[chosen].numpy())
-        with file.open("wb") as sink:
-            np.savez(sink, **{name: np.concatenate(part) for name, part in parts.items() if part})  # pyright: ignore[reportArgumentType]
+        write_arrays(file, parts)
 
     folder = context.cache / f"dense-fit-{_hash(encoders, fit, settings)}"
     files = write_parts(context.world, folder, len(fit.keys), ".npz", write, text=f"encode {len(fit.keys)} to fit on")
-    parts: dict[str, list[ndarray]] = {}
-    for file in files:
-        with np.load(file) as arrays:
-            for name in arrays.files:
-                parts.setdefault(name, []).append(arrays[name])
-    if not parts:
+    joined = read_arrays(files)
+    if not joined:
         raise BadInput(f"none of {len(fit.keys)} videos to fit on can be decoded; see `vjepa verify`")
-    joined = {name: np.concatenate(part) for name, part in parts.items()}
     features = {name: torch.from_numpy(joined[f"features.{name}"]) for name in encoders}
     return _Sample(joined["video"], joined["token"], joined["cells"], features)
 
@@ -360,87 +350,14 @@ def _report(
             for name, predicted in _predict(encoders, probes, clip, settings, len(report.classes)):
                 own = found.setdefault(name, {})
                 own[clip.video] = own.get(clip.video, 0) + measure(predicted.numpy(), clip.maps)
-        with file.open("wb") as sink:
-            np.savez(sink, **{name: np.stack(list(of.values())) for name, of in found.items()})  # pyright: ignore[reportArgumentType]
+        write_arrays(file, {name: [np.stack(list(of.values()))] for name, of in found.items()})
 
     folder = context.cache / f"dense-{_hash(encoders, report, settings, fitted_on)}"
     files = write_parts(context.world, folder, len(report.keys), ".npz", write, text=f"read {len(report.keys)} maps")
-    parts: dict[str, list[ndarray]] = {}
-    for file in files:
-        with np.load(file) as arrays:
-            for name in arrays.files:
-                parts.setdefault(name, []).append(arrays[name])
-    if not parts:
+    sums = read_arrays(files)
+    if not sums:
         raise BadInput(f"none of {len(report.keys)} videos to report on can be decoded; see `vjepa verify`")
-    return {name: np.concatenate(part) for name, part in parts.items()}
-
-
-def _class_sums(predicted: Float[ndarray, "t P P k"], truth: Float[ndarray, "t P P 1"]) -> Float[ndarray, " s"]:
-    """Count the pixels of each class: right, predicted, and true, over the pixels whose class is known."""
-    classes, known = predicted.shape[-1], np.isfinite(truth[..., 0])
-    told, true = predicted.argmax(-1)[known], truth[..., 0][known].astype(int)
-    parts = (true[told == true], told, true)
-    return np.concatenate([np.bincount(part, minlength=classes) for part in parts]).astype(float)
-
-
-def _depth_sums(predicted: Float[ndarray, "t P P 1"], truth: Float[ndarray, "t P P 1"]) -> Float[ndarray, " s"]:
-    known = np.isfinite(truth)
-    return np.array([np.square((predicted - truth)[known], dtype=float).sum(), known.sum()], float)
-
-
-def _flow_sums(predicted: Float[ndarray, "t P P 2"], truth: Float[ndarray, "t P P 2"]) -> Float[ndarray, " s"]:
-    known = np.isfinite(truth).all(-1)
-    error = 100 * np.linalg.norm((predicted - truth)[known], axis=-1)
-    moves = np.linalg.norm(truth[known], axis=-1) > MOVING
-    return np.array([error.sum(), len(error), error[moves].sum(), moves.sum()], float)
-
-
-SUMS: Mapping[str, Callable[[ndarray, ndarray], ndarray]] = {
-    "objects": _class_sums,
-    "depth": _depth_sums,
-    "flow": _flow_sums,
-}
-
-
-def class_iou(sums: Mapping[str, Float[ndarray, "c s"]], classes: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the intersection over union of each class that occurs, for each kind of features."""
-    return {
-        name: {classes[number]: float(value) for number, value in enumerate(_ious(of.sum(0))) if np.isfinite(value)}
-        for name, of in sums.items()
-    }
-
-
-def _ious(sums: Float[ndarray, "... s"]) -> Float[ndarray, "... k"]:
-    """Return the intersection over union of each class, and NaN for a class that does not occur."""
-    right, told, true = np.split(sums, 3, axis=-1)
-    return np.where(true > 0, right / np.maximum(told + true - right, 1), np.nan)
-
-
-def _rows(
-    kind: str, metric: str, name: str, sums: Float[ndarray, "c s"], seed: int, score: Callable[[ndarray], ndarray]
-) -> list[ScoreRow]:
-    """Return the row of a score that is computed from sums, with its interval over resampled videos."""
-    videos = len(sums)
-    draws = generator(seed, "dense interval").multinomial(videos, np.full(videos, 1 / videos), 1000)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value, drawn = float(score(sums.sum(0))), score(draws @ sums)
-    if not np.isfinite(value):
-        return []
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return [ScoreRow(kind, metric, name, value, float(low), float(high), videos)]
-
-
-def score_rows(kind: MapKind, name: str, sums: Float[ndarray, "c s"], seed: int) -> list[ScoreRow]:
-    """Return the scores of a kind of features. Scores of pixels that do not exist are left out."""
-    match kind:
-        case "objects":
-            return _rows(kind, "mIoU", name, sums, seed, lambda total: np.nanmean(_ious(total), axis=-1))
-        case "depth":
-            return _rows(kind, "RMSE", name, sums, seed, lambda total: np.sqrt(total[..., 0] / total[..., 1]))
-        case "flow":
-            every = _rows(kind, "end-point error", name, sums, seed, lambda total: total[..., 0] / total[..., 1])
-            moving = lambda total: total[..., 2] / total[..., 3]  # noqa: E731
-            return every + _rows(kind, "end-point error, moving", name, sums, seed, moving)
+    return sums
 
 
 def _shown(

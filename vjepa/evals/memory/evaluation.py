@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vjepa.atomic import new_file
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, EvaluationSettings, Result, ScoreRow
-from vjepa.evals.memory_page import Film, memory_page
+from vjepa.evals.memory.page import Film, memory_page
 from vjepa.evals.ridge import Kind, Table, fit_ridge
 from vjepa.methods.memory.method import forecast_errors
 from vjepa.nn.memory import ClipMemory, Pairs

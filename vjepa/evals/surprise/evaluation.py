@@ -34,13 +34,13 @@ from pydantic import Field
 from torch import Tensor
 
 from vjepa.atomic import new_file
-from vjepa.evals import shortcuts
 from vjepa.evals.base import RANDOM, CommonSettings, EvaluationContext, Result, ScoreRow, join_seeds
 from vjepa.evals.features import fingerprint
 from vjepa.evals.parts import Advance, write_parts
 from vjepa.evals.ridge import wilson
-from vjepa.evals.surprise_baselines import copy_last_features, oracle_surprise, pixel_baselines
-from vjepa.evals.surprise_page import surprise_page
+from vjepa.evals.surprise import shortcuts
+from vjepa.evals.surprise.baselines import copy_last_features, oracle_surprise, pixel_baselines
+from vjepa.evals.surprise.page import surprise_page
 from vjepa.evals.untrained import untrained_model
 from vjepa.weights.world_model import WorldModel
 from vjepa_data.evaluation.violations import ViolationSet, read_films, read_violations
