@@ -23,7 +23,7 @@ import vjepa
 from vjepa.config import Model
 from vjepa.evals.base import EvaluationContext, Result, open_context
 from vjepa.evals.memory.evaluation import MemoryEvalSettings, Recording, curve, record, score_memories
-from vjepa.methods.memory.method import at_returns, forecast_errors
+from vjepa.methods.memory.method import at_returns, forecast_errors, set_whitening
 from vjepa.nn.memory import ClipMemory, Pairs, Whitening, pool_cells
 
 BATCH, SHOWN, WHITENING_CLIPS = 16, 2, 4096
@@ -37,7 +37,7 @@ def encode(arguments: argparse.Namespace, context: EvaluationContext) -> tuple[M
         pool = partial(pool_cells, side=arguments.side)
         splits = [record(encoder, pool, arguments.shards, split, None, context) for split in ("train", "val")]
         whiten = Whitening(encoder.width)
-        whiten.fit(torch.cat(list(splits[0].clips))[:WHITENING_CLIPS].flatten(0, 1))
+        set_whitening(whiten, torch.cat(list(splits[0].clips))[:WHITENING_CLIPS].flatten(0, 1))
         splits = [replace(split, clips=[whiten(clips) for clips in split.clips]) for split in splits]
         torch.save((encoder.model, splits), file)
     model, splits = torch.load(file, weights_only=False)

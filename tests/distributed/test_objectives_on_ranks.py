@@ -78,6 +78,11 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"tubelet_frames": 1, "init_std": 0.1},
         "objective": {"name": "memory", "side": 2, "shown": 1, "pairs": 3},
     },
+    "memory, whitened": {
+        "data": {"clip": {"frames": 2, "sequence": 3}},
+        "model": {"init_std": 0.1},
+        "objective": {"name": "memory", "side": 2, "shown": 1, "pairs": 3, "whiten": True, "returns": 0.7},
+    },
 }
 ACTED = ("lewm", "dynamics")
 
@@ -102,7 +107,7 @@ def settings(case: str) -> Run:
     for name, change in CASES[case].items():
         if change.get("name") in (*ACTED, "memory"):
             values[name] = {}  # a method without masks
-        if change.get("name") == "dynamics":
+        if change.get("name") == "dynamics" or change.get("whiten"):
             values[name] = {"encoder": os.environ["ENCODER_FOLDER"]}
         values[name] = {**values[name], **change}
     return Run.model_validate(values)
@@ -135,8 +140,9 @@ def clip_sequences(method: Memory, slots: range) -> ClipSequences:
     clip = method.run.data.clip
     size = (clip.sequence, 3, clip.frames, PX, PX)
     frames = np.concatenate([generator(0, "clips", slot).standard_normal(size, dtype="float32") for slot in slots])
-    pairs = method.draw_pairs(0, tuple(slots), clip.sequence, torch.device("cpu"))
-    return ClipSequences(torch.from_numpy(frames), Grid.of(clip.frames, PX, PX, method.run.model), pairs, len(slots))
+    cpu, grid = torch.device("cpu"), Grid.of(clip.frames, PX, PX, method.run.model)
+    pairs, places = method.draw_pairs(0, tuple(slots), clip.sequence, cpu), method.draw_places(0, tuple(slots), cpu)
+    return ClipSequences(torch.from_numpy(frames), grid, pairs, len(slots), places)
 
 
 def example_inputs(run: Run, method: Method, slots: range) -> Any:

@@ -18,7 +18,7 @@ from vjepa.evals.base import open_context
 from vjepa.evals.memory.evaluation import MemoryEvalSettings, Question, Recording, curve, score_memories
 from vjepa.evals.shell import run_evaluation
 from vjepa.methods.base import create_method
-from vjepa.methods.memory.method import ClipSequences, Memory, at_returns
+from vjepa.methods.memory.method import ClipSequences, Memory, at_returns, set_whitening
 from vjepa.nn.encoder import Encoder, View
 from vjepa.nn.memory import SHUT, ClipMemory, Whitening, pool_cells
 from vjepa.weights.load import read_weights
@@ -112,6 +112,9 @@ def test_pairs_at_returns_aim_at_what_was_seen_before() -> None:
     for pairs in found:
         assert ((pairs.earlier >= 0) & (pairs.earlier < pairs.later) & (pairs.later < CLIPS)).all()
         assert torch.equal(pairs.later[:, 4:], uniform.later[:, 4:])
+    last = at_returns(uniform, cells, torch.ones(2, 4))  # a number just below 1 is 1 in fp32
+    assert (last.later[:, :4] == CLIPS - 1).all()
+    assert (last.earlier[:, :4] == CLIPS - 2).all()
 
 
 def test_the_loss_is_the_error_with_and_without_memory(corpus: Path) -> None:
@@ -218,14 +221,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_whitened_runs_resume_exactly_and_load(corpus: Path, encoder: Path, tmp_path: Path) -> None:
-    objective = {
-        "name": "memory",
-        "encoder": str(encoder),
-        "side": 2,
-        "shown": 1,
-        "returns": 0.5,
-        "whitening_clips": 30,
-    }
+    objective = {"name": "memory", "encoder": str(encoder), "side": 2, "shown": 1, "returns": 0.5, "whiten": True}
     run = make_run(corpus, objective=objective)
     whole, again = tmp_path / "whole", tmp_path / "again"
     train(run, whole)
@@ -237,10 +233,10 @@ def test_whitened_runs_resume_exactly_and_load(corpus: Path, encoder: Path, tmp_
         assert torch.equal(one[name], other[name]), name
     model = vjepa.load(whole)
     with ClipLoader(run.data, Loader(workers=0, decoder="pyav"), seed=run.seed, batch_size=4) as batches:
-        frames = torch.cat([next(batches).groups[0].frames for _ in range(2)])  # 2 batches of 4 x 5 clips, 30 or more
+        frames = next(batches).groups[0].frames
     cells = pool_cells(model.encode(frames), 2)
     wanted = Whitening(24)
-    wanted.fit(cells.flatten(0, 1))
+    set_whitening(wanted, cells.flatten(0, 1))
     torch.testing.assert_close(one["memory.whitening.mean"], wanted.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one["memory.whitening.matrix"], wanted.matrix, rtol=1e-3, atol=1e-3)
     memory = model.parts["memory"]
@@ -254,7 +250,7 @@ def test_whitening_makes_directions_alike_but_not_noise() -> None:
     mixed = torch.randn(4000, 6, generator=draw) * torch.tensor([10.0, 3, 1, 1, 1e-4, 1e-4])
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=draw)).Q
     whiten = Whitening(6)
-    whiten.fit(mixed @ rotation.T + 5)
+    set_whitening(whiten, mixed @ rotation.T + 5)
     found = whiten(mixed @ rotation.T + 5)
     variances = torch.linalg.eigvalsh(torch.cov(found.T))
     torch.testing.assert_close(variances[2:], torch.tensor([0.91, 0.91, 0.99, 1.0]), rtol=0.02, atol=0.02)
@@ -275,7 +271,11 @@ def test_untrained_memories_forget_in_2_to_64_clips() -> None:
         ({"data": {"sources": [{"shards": "x"}], "crop": {"px": PX}}}, "data.clip.sequence is 1; try 16"),
         ({"objective": {"name": "memory", "side": 9}}, r"objective.side \(9\) exceeds the 4 x 4 tokens"),
         ({"objective": {"name": "memory", "side": 1, "shown": 1}}, r"objective.shown \(1\) must be below"),
-        ({"objective": {"name": "memory", "whitening_clips": 9}}, "needs features that stay as they are"),
+        ({"objective": {"name": "memory", "whiten": True}}, "needs features that stay as they are"),
+        (
+            {"objective": {"name": "memory", "whiten": True, "encoder": "x"}, "parallel": {"accumulate": 2}},
+            r"parallel.accumulate \(2\) would change it",
+        ),
         ({"objective": {"name": "memory", "gap_clips": [8, 2]}}, "must ascend from at least 1"),
     ],
 )

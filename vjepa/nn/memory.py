@@ -65,6 +65,7 @@ class Whitening(nn.Module):
     """A fixed linear map of features after which all directions weigh alike: decorrelated, with a variance near 1.
 
     The map is symmetric (ZCA), so channels keep their meaning. Directions with hardly any variance are not blown up.
+    A run fits it to its first batch, and a checkpoint keeps it.
     """
 
     FLOOR = 1e-3
@@ -74,20 +75,27 @@ class Whitening(nn.Module):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(features), requires_grad=False)
         self.matrix = nn.Parameter(torch.eye(features), requires_grad=False)
+        self.is_set = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialize the map to the identity."""
+        self.mean.zero_()
+        self.matrix.copy_(torch.eye(len(self.mean)))
+        self.is_set.zero_()
 
     def forward(self, cells: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
         """Whiten features, in fp32."""
         return (cells.float() - self.mean) @ self.matrix
 
     @torch.no_grad()
-    def fit(self, samples: Float[Tensor, "n F"]) -> None:
-        """Set the map to whiten these samples."""
-        wide = samples.double()
-        mean = wide.mean(0)
-        variances, directions = torch.linalg.eigh((wide - mean).T @ (wide - mean) / len(wide))
+    def fit(self, mean: Float[Tensor, " F"], covariance: Float[Tensor, "F F"]) -> None:
+        """Set the map to whiten features with this mean and covariance."""
+        variances, directions = torch.linalg.eigh(covariance)
         scales = (variances.clamp(min=0) + self.FLOOR * variances.max()).rsqrt()
         self.mean.copy_(mean)
         self.matrix.copy_(directions @ torch.diag(scales) @ directions.T)
+        self.is_set.fill_(1)
 
 
 class ClipMemory(nn.Module):

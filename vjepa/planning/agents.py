@@ -120,17 +120,15 @@ class PlannerAgent:
         self._box = make_box(low, high, self._device)
         self._plans: Float[Tensor, "E H A"] | None = None
         self.last: tuple[Tensor, Tensor] | None = None
-        """Plans [E N H A] that were evaluated last, and their costs [E N]."""
+        """Plans [E N H A] that a search evaluated last, and their costs [E N]."""
 
     def act(self, view: View, step: int) -> Float[ndarray, "E X A"]:
         """Plan for each episode."""
         planning = self._planning
         draws = Draws(planning.seed, [int(n) for n in view.tasks.numbers], step, self._device)
         cost, start = self._counted(self._scorer.cost(view)), self._first_guess(len(view), step)
-        found = PLANNERS[planning.planner](cost, start, self._box, draws, planning.effort)
-        searched = self.last
+        found = PLANNERS[planning.planner](self._recorded(cost), start, self._box, draws, planning.effort)
         self._plans = stop_early(cost, found, self._box)
-        self.last = searched
         self.counts.plans += len(view)
         return self._plans[:, : planning.execute].double().cpu().numpy()
 
@@ -146,6 +144,12 @@ class PlannerAgent:
     def _counted(self, cost: Cost) -> Callable[[Tensor], Tensor]:
         def score(actions: Tensor) -> Tensor:
             self.counts.calls += actions.shape[:3].numel()
+            return cost(actions)
+
+        return score
+
+    def _recorded(self, cost: Cost) -> Callable[[Tensor], Tensor]:
+        def score(actions: Tensor) -> Tensor:
             costs = cost(actions)
             if actions.shape[1] > 1:  # not the mean alone, with which a planner may end
                 self.last = actions.detach(), costs.detach()

@@ -118,7 +118,7 @@ def describe_lags(run: Run, *, step: int = 0) -> list[str]:
     """
     texts = []
     for source in run.data.sources:
-        index = Index(source.shards, source.split, corpus=source.corpus)
+        index = Index(source.shards, source.split, corpus=source.corpus, part_s=source.part_s)
         every = source.model_copy(update={"frames": None, "fps": None, "duration_s": None, "frame_step": 1})
         clip = Clip(frames=LAG_FRAMES, short="hold")
         data = run.data.model_copy(update={"sources": (every,), "clip": clip, "texts": ()})

@@ -25,11 +25,11 @@ from torch import Tensor
 from vjepa.methods.base import Average, Loss, Method, Networks, TokenCounts, send
 from vjepa.methods.frozen_encoder import EncoderFile, FrozenEncoder
 from vjepa.methods.memory.settings import MemorySettings
-from vjepa.methods.memory.whitening import CorpusWhitening
+from vjepa.methods.regularizers import sum_over_ranks
 from vjepa.nn.attention import Backend
 from vjepa.nn.encoder import Encoder, View, normalise
 from vjepa.nn.grid import Grid, clip_grid
-from vjepa.nn.memory import ClipMemory, Pairs, pool_cells
+from vjepa.nn.memory import ClipMemory, Pairs, Whitening, pool_cells
 from vjepa_data.reader.batch import Batch
 from vjepa_data.rng import generator
 
@@ -53,6 +53,7 @@ class Memory(Method):
     """Prediction of later clips from a gated recurrent memory."""
 
     settings: MemorySettings
+    _is_whitening_set = False
 
     def build(self, attention: Backend = "sdpa") -> Networks:
         """Return the memory, and the encoder: frozen by reference, or trained with its moving average."""
@@ -62,8 +63,8 @@ class Memory(Method):
             folder = Path(settings.encoder)
             frozen = FrozenEncoder(run.model, folder, attention=attention)
             constants: dict[str, torch.nn.Module] = {"encoder_file": EncoderFile(folder)}
-            if clips := settings.whitening_clips:
-                constants["memory.whitening"] = CorpusWhitening(run, folder, side=settings.side, clips=clips)
+            if settings.whiten:
+                constants["memory.whitening"] = Whitening(run.model.encoder.width)
             return Networks({"memory": memory}, frozen={"encoder": frozen}, constants=constants)
         encoder = Encoder(run.model, seed=run.seed, attention=attention)
         target = copy.deepcopy(encoder).requires_grad_(False)
@@ -109,8 +110,8 @@ class Memory(Method):
             reference.check()
             with torch.no_grad():
                 clips = targets = self._cells(networks["encoder"], inputs)
-                if settings.whitening_clips:
-                    clips = targets = networks["memory.whitening"](clips)
+                if settings.whiten:
+                    clips = targets = self._whitened(networks["memory.whitening"], clips)
         else:
             clips = self._cells(networks["encoder"], inputs)
             with torch.no_grad():
@@ -140,6 +141,13 @@ class Memory(Method):
         tokens = encoder([View(inputs.frames)])[0].unflatten(1, (grid.t, grid.h, grid.w))
         return pool_cells(tokens, self.settings.side).unflatten(0, (inputs.videos, -1))
 
+    def _whitened(self, whitening: torch.nn.Module, clips: Float[Tensor, "B K M F"]) -> Float[Tensor, "B K M F"]:
+        assert isinstance(whitening, Whitening)
+        if not self._is_whitening_set:
+            set_whitening(whitening, clips.flatten(0, 2))
+            self._is_whitening_set = True
+        return whitening(clips)
+
     def _by_gap(self, errors: Mapping[str, Tensor], gaps: Tensor, scale: float) -> dict[str, Tensor]:
         """Sum errors by range of gaps. A range without a pair in a step counts as an error of 0 over nearly 0."""
         ends = [0, *self.settings.gap_clips, 1 << 30]
@@ -150,6 +158,17 @@ class Memory(Method):
             for kind, error in errors.items():
                 found[f"{kind}_{name}"] = (error * inside).sum() * scale + 1e-12
         return found
+
+
+@torch.no_grad()
+def set_whitening(whitening: Whitening, cells: Float[Tensor, "n F"]) -> None:
+    """Fit the whitening to cells of all ranks, unless a checkpoint already set it."""
+    if whitening.is_set.is_meta or whitening.is_set.item():
+        return
+    wide = cells.double()
+    count = sum_over_ranks(wide.new_tensor(len(wide)))
+    mean = sum_over_ranks(wide.sum(0)) / count
+    whitening.fit(mean, sum_over_ranks((wide - mean).T @ (wide - mean)) / count)
 
 
 def at_returns(pairs: Pairs, cells: Float[Tensor, "B K M F"], places: Float[Tensor, "B n"]) -> Pairs:
@@ -167,7 +186,7 @@ def at_returns(pairs: Pairs, cells: Float[Tensor, "B K M F"], places: Float[Tens
     distance = torch.cdist(cells.flatten(2), cells.flatten(2), p=1) / cells[0, 0].numel()  # [B later earlier]
     saved = (distance - distance.cummin(2).values) ** RETURN_POWER
     worth = (saved + 1e-6).tril(-1).flatten(1).cumsum(1)  # a still video has pairs too
-    chosen = torch.searchsorted(worth / worth[:, -1:], places.contiguous(), right=True)
+    chosen = torch.searchsorted(worth / worth[:, -1:], places.contiguous(), right=True).clamp(max=clips * clips - 2)
     return Pairs(
         torch.cat((chosen % clips, pairs.earlier[:, count:]), dim=1),
         torch.cat((chosen // clips, pairs.later[:, count:]), dim=1),

@@ -17,10 +17,9 @@ class MemorySettings(MethodSettings):
     """Native export whose encoder is used and stays frozen (`vjepa export --format native`). By default the encoder is
     trained with the memory, and predictions aim at its moving average."""
 
-    whitening_clips: int = Field(default=0, ge=0)
-    """Clips of the run's first batches whose features, under the frozen encoder, determine a whitening of all features
-    the memory reads and predicts, so that the error asks for more than the few directions with most of the variance.
-    0 leaves features as they are."""
+    whiten: bool = False
+    """Whiten the features that the memory reads and predicts, so that the error asks for more than the few directions
+    with most of the variance. The map is fitted to the run's first batch, under the frozen encoder."""
 
     side: int = Field(default=4, ge=1)
     """Rows and columns of the cells to which the tokens of a clip are averaged."""
@@ -47,10 +46,14 @@ class MemorySettings(MethodSettings):
                 f"objective memory learns from several clips of a video, and data.clip.sequence is {clip.sequence}; "
                 "try 16"
             )
-        if self.whitening_clips and self.encoder is None:
+        if self.whiten and self.encoder is None:
             raise ValueError(
-                f"objective.whitening_clips ({self.whitening_clips}) needs features that stay as they are; set "
-                "objective.encoder, or whitening_clips to 0"
+                "objective.whiten needs features that stay as they are; set objective.encoder, or whiten to false"
+            )
+        if self.whiten and run.accumulate > 1:
+            raise ValueError(
+                f"objective.whiten is fitted to all clips of the first step, so parallel.accumulate ({run.accumulate}) "
+                "would change it; set it to 1"
             )
         lengths = sorted({source.frames or clip.frames for source in run.data.sources})
         if len(lengths) > 1 or lengths[0] % run.model.tubelet_frames:
